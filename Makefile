@@ -1,0 +1,60 @@
+# Every target does its own set-up: a virtual environment in .venv with the packages pinned in constraints.txt.
+# Needs make and Python 3.10 or newer. ARGS go through to the command:  make train ARGS="--steps 500"
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# --no-compile: most modules are never imported, and compiling them all doubles the time of the installation.
+PIP := $(BIN)/python -m pip install -q --no-input --no-compile --disable-pip-version-check -c constraints.txt
+PACKAGING := setup.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help train test bench lint format clean
+
+help: ## this list
+	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+
+train: $(VENV)/.train ## train on handwritten digits and draw them in one step; ARGS: see --help
+	@$(BIN)/python -m soflow_fast.train $(ARGS)
+
+test: $(VENV)/.test ## the tests; ARGS go to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.test ## the benchmarks; ARGS go to pytest
+	@$(BIN)/python -m pytest benchmarks/ $(ARGS)
+
+lint: $(VENV)/.test ## ruff and pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.test ## let ruff rewrite the sources
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove what make and the tools made; runs/ stays
+	rm -rf $(VENV) build dist site *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find soflow_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# A stamp is written only after its step succeeded, so an interrupted one is done again.
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "error: no '$(PYTHON)' here; install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or newer is needed, '$(PYTHON)' is older; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: '$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Creating $(VENV) ..."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.created $(PACKAGING)
+	@echo "Installing the pinned packages into $(VENV), once: about 0.3 GB to download, 3 GB where PyTorch comes with CUDA ..."
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.created $(PACKAGING)
+	@echo "Installing the pinned packages and test tools into $(VENV), once: about 0.6 GB to download, 3 GB where PyTorch comes with CUDA ..."
+	@$(PIP) -e '.[test]'
+	@touch $(VENV)/.train $@

@@ -1,0 +1,1 @@
+"""What the engine is measured against: our own code, on our network and data."""

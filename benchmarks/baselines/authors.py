@@ -1,0 +1,88 @@
+"""The authors' public training recipe (arXiv 2512.15657; zlab-princeton/SoFlow, train.py and models.py), written anew.
+
+What is imitated of it, on one device:
+
+* float32 weights and activations, TF32 products on a GPU, no autocast, no compilation, plain PyTorch operations;
+* each loss makes its own network calls on its own slice of the batch, six in all with mixed guidance. Flow matching:
+  unlabelled without gradient, student with gradient. Consistency: unlabelled and labelled without gradient, student
+  with gradient, look-ahead without gradient. One backward through the weighted sum of both losses;
+* memory-efficient attention only, on a GPU;
+* torch.optim.AdamW with its defaults: not fused, one parameter at a time on a CPU, `foreach` on a GPU;
+* the gradient norm and the EMA in Python loops over the parameters.
+
+Left out, in its favour: DistributedDataParallel, the data loader's copies, logging. The network, the objective's
+formulas and the random draws are the engine's, so both recipes compute the same numbers.
+"""
+
+import contextlib
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.recipes import Recipe, plain_operations
+from soflow_fast.config import Config
+from soflow_fast.objective import Objective
+from soflow_fast.state import TrainState, resolve_device
+from soflow_fast.step import draw, ema_decay, learning_rate, precision
+
+
+def build(config: Config) -> TrainState:
+    """A training state with the authors' optimiser; products in TF32 on a GPU, unless the configuration says "fp32"."""
+    on_gpu = resolve_device(config.run.device).type == "cuda"
+    state = TrainState.build(replace(config, precision="tf32" if on_gpu and config.precision != "fp32" else "fp32"))
+    optim = config.optim
+    state.optimizer = torch.optim.AdamW(
+        state.flow.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+    return state
+
+
+def train_step(state: TrainState, x0: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """One whole update on a labelled batch x0 [B, C, H, W], y [B]; returns both mean squares and the gradient norm."""
+    attention = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if x0.is_cuda else contextlib.nullcontext()
+    with plain_operations(), precision(state), attention:
+        metrics = _losses_and_gradients(state, x0, y)
+    metrics["grad_norm"] = _update(state)
+    state.step += 1
+    return metrics
+
+
+def _losses_and_gradients(state: TrainState, x0: Tensor, y: Tensor) -> dict[str, Tensor]:
+    flow, objective, B = state.flow, state.objective, len(x0)
+    x1, t, l, s, dropped, n = draw(state, x0.shape)
+    metrics: dict[str, Tensor] = {}
+    loss = torch.zeros((), device=x0.device)
+    if n > 0:
+        term = objective.flow_matching(flow, x0[:n], x1[:n], t[:n], y[:n], dropped[:n])
+        loss, metrics["fm_mse"] = loss + term.loss * (n / B), term.mse
+    if n < B:
+        term = objective.consistency(flow, x0[n:], x1[n:], t[n:], l[n:], s[n:], y[n:], dropped[n:])
+        loss, metrics["sc_mse"] = loss + term.loss * ((B - n) / B), term.mse
+    state.optimizer.zero_grad()
+    loss.backward()
+    return metrics
+
+
+def _update(state: TrainState) -> Tensor:
+    total = torch.zeros(1, device=state.device)
+    for parameter in state.flow.parameters():
+        if parameter.grad is not None:
+            total += parameter.grad.pow(2).sum()
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state)
+    state.optimizer.step()
+    decay = ema_decay(state)
+    with torch.no_grad():
+        for average, parameter in zip(state.ema.parameters(), state.flow.parameters(), strict=True):
+            average.mul_(decay).add_(parameter, alpha=1 - decay)
+    return total.sqrt().squeeze()
+
+
+def network_calls(objective: Objective) -> int:
+    """Six with mixed guidance; five where the mix is 1 (the labelled call has no use), three without guidance."""
+    return 3 + 2 * objective.guided + objective.mixed
+
+
+AUTHORS = Recipe("authors' recipe", build, train_step, network_calls)

@@ -1,0 +1,56 @@
+"""The networks and batches that are timed."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.gates import random_batch
+from soflow_fast.config import Config, DataConfig, DiTConfig, RunConfig
+from soflow_fast.data import open_source
+from soflow_fast.presets import preset
+
+
+class Case(NamedTuple):
+    """One network and batch."""
+
+    name: str
+    config: Config
+
+    def describe(self) -> str:
+        """The sizes, in words."""
+        m = self.config.model
+        tokens = (m.input_size // m.patch_size) ** 2
+        return f"{self.name}: hidden {m.hidden_size}, depth {m.depth}, {tokens} tokens, batch {self.config.batch_size}"
+
+    def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images and labels on the device: the digits themselves, random numbers in place of latents."""
+        if self.config.data.kind == "latents":
+            return random_batch(self.config, device)
+        x0, y = open_source(self.config).batch(0)
+        return x0.to(device), y.to(device)
+
+
+def cpu_cases() -> list[Case]:
+    """Small enough for two cores: the default preset as shipped, and the public recipe on a small network."""
+    small = Config(
+        preset="small",
+        model=DiTConfig(input_size=16, patch_size=2, in_channels=4, hidden_size=384, depth=6, num_heads=6),
+        data=DataConfig(kind="latents"),
+        run=RunConfig(device="cpu"),
+        batch_size=32,
+    )
+    return [Case("digits", preset("digits", device="cpu")), Case("small DiT", small)]
+
+
+def gpu_cases() -> list[Case]:
+    """Public sizes with the public recipe."""
+    return [
+        Case(f"DiT-{size}", preset(f"imagenet256-{size.lower().replace('/', '')}", device="cuda", batch_size=32))
+        for size in ("B/2", "XL/2")
+    ]
+
+
+def cases() -> list[Case]:
+    """What this machine can time."""
+    return gpu_cases() if torch.cuda.is_available() else cpu_cases()

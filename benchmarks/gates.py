@@ -1,0 +1,110 @@
+"""The correctness gate: before a baseline is timed it computes what the engine computes, or there is no timing.
+
+From the same weights, batch and draws, in float32: losses, the gradient of every parameter, the gradient's norm, the
+updated weights, their EMA, and how often each recipe calls the network.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from benchmarks.recipes import OURS, Recipe, build
+from soflow_fast.config import Config, override
+from soflow_fast.rng import generator
+from soflow_fast.state import TrainState
+
+LOSS_TOLERANCE = 2e-4
+GRADIENT_TOLERANCE = 5e-4
+BATCH = 8
+
+# One update that shows an error: eps of 1 keeps AdamW's first step smooth in the gradient (its usual first step is the
+# gradient's sign), the EMA moves as far as the weights do, and labels are dropped often even in a
+# small batch.
+CHANGES = {
+    "precision": "fp32",
+    "optim.lr": 1.0,
+    "optim.eps": 1.0,
+    "optim.warmup_steps": 0,
+    "optim.ema_decay": 0.5,
+    "objective.label_drop": 0.3,
+}
+
+
+class RedGate(Exception):
+    """A baseline does not compute what the engine computes."""
+
+
+def check(config: Config, baseline: Recipe, ours: Recipe = OURS) -> dict[str, float]:
+    """Compare one update of both recipes on the network of `config`; returns the relative errors by name.
+
+    Raises RedGate naming all that differs.
+    """
+    batch = min(BATCH, config.batch_size)
+    config = override(config, CHANGES | {"batch_size": batch})
+    states, metrics, faults = [], [], []
+    for recipe in (ours, baseline):
+        state = build(recipe, config)
+        x0, y = random_batch(config, state.device)
+        calls, result = count_calls(recipe, state, x0, y)
+        wanted = recipe.network_calls(state.objective)
+        if calls != wanted:
+            faults.append(f"{recipe.name} calls the network {calls} times, not {wanted}")
+        states.append(state)
+        metrics.append(result)
+
+    mine, theirs = states
+    errors = {}
+    for name in ("fm_mse", "sc_mse", "grad_norm"):
+        errors[name] = relative([metrics[0][name]], [metrics[1][name]])
+    pairs = zip(mine.flow.named_parameters(), theirs.flow.parameters(), strict=True)
+    gradients = {f"gradient of {name}": relative([gradient(p)], [gradient(q)]) for (name, p), q in pairs}
+    worst = max(gradients, key=lambda name: gradients[name])
+    errors[worst] = gradients[worst]
+    before = [p.detach() for p in build(ours, config).flow.parameters()]
+    for name in ("flow", "ema"):
+        moves = [[p.detach() - p0 for p, p0 in zip(getattr(s, name).parameters(), before, strict=True)] for s in states]
+        errors[f"update of {name}"] = relative(*moves)
+
+    for name, error in errors.items():
+        tolerance = LOSS_TOLERANCE if name.endswith("_mse") else GRADIENT_TOLERANCE
+        if not error <= tolerance:  # also when it is NaN
+            faults.append(f"{name}: relative error {error:.1e} above {tolerance:.0e}")
+    if faults:
+        raise RedGate(f"{baseline.name} against {ours.name}: " + "; ".join(faults))
+    return errors
+
+
+def random_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Normal images and uniform labels for the network of `config`, the same on every device."""
+    model = config.model
+    source = generator(config.seed, 0, 0, "benchmark batch")
+    x0 = torch.randn(config.batch_size, model.in_channels, model.input_size, model.input_size, generator=source)
+    y = torch.randint(model.num_classes, (config.batch_size,), generator=source)
+    return x0.to(device), y.to(device)
+
+
+def count_calls(recipe: Recipe, state: TrainState, x0: Tensor, y: Tensor) -> tuple[int, dict[str, Tensor]]:
+    """How often one step calls the network, and the step's metrics."""
+    calls = []
+    hook = state.flow.network.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    try:
+        metrics = recipe.step(state, x0, y)
+    finally:
+        hook.remove()
+    return len(calls), metrics
+
+
+def gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """The gradient, zero where there is none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def relative(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
+    """|a - b| / |b| over lists of tensors, in float64; 0 where both are zero."""
+    error = size = 0.0
+    for x, y in zip(a, b, strict=True):
+        error += float((x.double() - y.double()).square().sum())
+        size += float(y.double().square().sum())
+    return math.sqrt(error / size) if size else math.sqrt(error)

@@ -1,0 +1,46 @@
+"""Fused Triton kernels for DiT training, for any trainer. Without triton or a GPU the references run: see `status`."""
+
+from typing import NamedTuple
+
+from soflow_kernels._dispatch import INTERPRETED, why_reference
+from soflow_kernels.adaln import (
+    gate_residual_layernorm_modulate,
+    gate_residual_layernorm_modulate_reference,
+    layernorm_modulate,
+    layernorm_modulate_reference,
+)
+from soflow_kernels.gate import gate_residual, gate_residual_reference
+from soflow_kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu, linear_gelu_reference
+from soflow_kernels.version import __version__
+
+__all__ = [
+    "Status",
+    "__version__",
+    "bias_gelu",
+    "bias_gelu_reference",
+    "gate_residual",
+    "gate_residual_layernorm_modulate",
+    "gate_residual_layernorm_modulate_reference",
+    "gate_residual_reference",
+    "layernorm_modulate",
+    "layernorm_modulate_reference",
+    "linear_gelu",
+    "linear_gelu_reference",
+    "status",
+]
+
+OPERATIONS = [name.removesuffix("_reference") for name in __all__ if name.endswith("_reference")]
+
+
+class Status(NamedTuple):
+    kernel: bool  # whether calls go to the kernel
+    why: str
+
+
+def status():
+    """{operation: Status(kernel, why)}: what float16, bfloat16 and float32 tensors on the GPU get in this process.
+
+    Calls with float64 tensors, under forward-mode AD or under torch.func transforms take the reference in any case.
+    """
+    why = why_reference()
+    return {name: Status(why is None, why or ("interpreted" if INTERPRETED else "GPU found")) for name in OPERATIONS}

@@ -1,0 +1,55 @@
+"""A row of D columns in a Triton program: one or two segments, and how wide they are.
+
+MAIN is a power of two and TAIL the rest (0: none), because a single power of two would leave 44 % of the lanes idle at
+1152 = 1024 + 128. A segment that reaches past D is masked.
+"""
+
+from soflow_kernels._dispatch import jit, tl
+
+
+@jit
+def load(row_ptr, cols, D: tl.constexpr, MASKED: tl.constexpr):
+    """The columns `cols` of a row as float32; 0 past D."""
+    if MASKED:
+        values = tl.load(row_ptr + cols, mask=cols < D, other=0.0)
+    else:
+        values = tl.load(row_ptr + cols)
+    return values.to(tl.float32)
+
+
+@jit
+def store(row_ptr, cols, values, D: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(row_ptr + cols, values, mask=cols < D)
+    else:
+        tl.store(row_ptr + cols, values)
+
+
+def power_of_two(n):
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def stages(D):
+    """Rows in flight of a loop over rows. Wide ones fill the memory pipe alone, and two would not fit small GPUs."""
+    return 2 if D <= 2048 else 1
+
+
+def forward_layout(D):
+    """(MAIN, TAIL, warps): at most 40 columns a thread, and every thread of a segment has 8, a 16-byte load in bf16."""
+    warps = power_of_two(-(-D // 1280))
+    main = power_of_two(D + 1) // 2
+    tail = max(power_of_two(D - main), 256 * warps) if main < D else 0
+    return (2 * main, 0, warps) if tail >= main else (main, tail, warps)
+
+
+def backward_layout(D):
+    """(MAIN, TAIL, warps): 8 columns of MAIN a thread, so that the sums over tokens leave registers to spare.
+
+    The tail has few columns a thread and narrow loads, but costs a few registers where padding to a power of two would
+    double them. From 3/4 of a power of two on, padding is cheaper.
+    """
+    main, tail = power_of_two(D + 1) // 2, 0
+    if main < D:
+        main, tail = (2 * main, 0) if main + main // 2 <= D else (main, power_of_two(D - main))
+    return main, tail, min(max(main // 256, 1), 16)

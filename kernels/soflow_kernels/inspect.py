@@ -1,0 +1,179 @@
+"""Compile every kernel ahead of time, as it is launched at the shipped shapes, and read what came out. Needs no GPU.
+
+    python -m soflow_kernels.inspect --arch 80 90 100 [--only SUBSTRING] [--json FILE]
+
+Each module below names its calls in `inspect_cases`; their launches are recorded and compiled instead of run. A table
+shows registers, spilled bytes, shared memory and the widths of the global loads. Exit code 1 if a kernel spills, or has
+more loads narrower than 16 bytes than its tensors force: one with fewer than 16 bytes a thread cannot fill a load.
+"""
+
+import argparse
+import collections
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+from soflow_kernels import _dispatch, adaln, gate, gelu
+from soflow_kernels.version import __version__
+
+MODULES = (adaln, gate, gelu)
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+COLUMNS = ("case", "kernel", "arch", "warps", "registers", "spill", "shared", "widest", "narrowest", "problem")
+
+
+class Failed(Exception):
+    """The inspection cannot run, or found a problem."""
+
+
+def specialise(kernel, args, options):
+    """(signature, constants, attributes, settings) of a recorded launch, as a launch makes them: the compiler knows
+    integers that are 1, and which integers and addresses are multiples of 16."""
+    settings = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    constants = {name: value for name, value in options.items() if name not in settings}
+    signature, attributes = {}, {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, [*args, *constants.values()], strict=True)):
+        tensor = isinstance(value, torch.Tensor)
+        if name not in constants and isinstance(value, int) and value == 1:
+            constants[name] = value
+        if name in constants:
+            signature[name] = "constexpr"
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = POINTERS[value.dtype] if tensor else "i32" if abs(value) < 2**31 else "i64"
+            if (value.data_ptr() if tensor else value) % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes, settings
+
+
+def compile_launch(kernel, args, options, arch):
+    """The compiled kernel of a recorded launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes, settings = specialise(kernel, args, options)
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
+
+
+def resources(cubin):
+    """(registers a thread, spilled bytes a thread), from the machine code's own record."""
+    import triton
+
+    cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        with open(path, "wb") as file:
+            file.write(cubin)
+        text = subprocess.run([cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise Failed(f"cuobjdump printed no resource usage: {text!r}")
+    # No kernel here has an array of its own, so what lies on the stack was spilled.
+    return int(found[1]), int(found[2])
+
+
+def load_widths(ptx):
+    """{bytes: number of load instructions}, asynchronous copies included."""
+    widths = collections.Counter()
+    for vector, bits in re.findall(r"\bld\.global(?:\.L\w+::\w+|\.nc|\.relaxed|\.gpu)*(?:\.v(\d))?\.[bfsu](\d+)", ptx):
+        widths[int(vector or 1) * int(bits) // 8] += 1
+    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (0x[0-9a-f]+|\d+)", ptx):
+        widths[int(size, 0)] += 1
+    return widths
+
+
+def forced_narrow(ttgir, warps):
+    """How many loads narrower than 16 bytes the shapes of the loaded tensors make unavoidable."""
+    sizes = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "i64": 8, "i8": 1, "i1": 1}
+    count = 0
+    for line in ttgir.splitlines():
+        if "tt.load" not in line and "async_copy_global_to_local" not in line:
+            continue
+        shape, dtype = re.findall(r"(?:tensor<([\dx]+)x)?!tt\.ptr<(\w+)>", line)[0]
+        elements = math.prod(int(n) for n in shape.split("x")) if shape else 1
+        if max(1, elements // (32 * warps)) * sizes[dtype] < 16:
+            count += 1
+    return count
+
+
+def inspect_launch(case, launch, arch):
+    """One row of the table."""
+    kernel, args, options = launch
+    compiled = compile_launch(kernel, args, options, arch)
+    warps = compiled.metadata.num_warps
+    registers, spill = resources(compiled.asm["cubin"])
+    widths = load_widths(compiled.asm["ptx"])
+    narrow = sum(n for width, n in widths.items() if width < 16)
+    problems = []
+    if spill:
+        problems.append("spills")
+    if narrow > forced_narrow(compiled.asm["ttgir"], warps):
+        problems.append("narrow loads")
+    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+    shared = compiled.metadata.shared
+    row = (case, name, arch, warps, registers, spill, shared, max(widths), min(widths), ", ".join(problems))
+    return dict(zip(COLUMNS, row, strict=True))
+
+
+def inspect_all(arches, only=""):
+    """The rows for every case whose label contains `only`; launches that compile to the same code come once."""
+    if _dispatch.triton is None:
+        raise Failed("triton is not installed")
+    if _dispatch.INTERPRETED:
+        raise Failed("TRITON_INTERPRET is set: kernels are interpreted, not compiled, in this process")
+    seen = set()
+    for module in MODULES:
+        for case, call in module.inspect_cases():
+            if only not in case:
+                continue
+            with _dispatch.recording() as launches:
+                call()
+            for launch in launches:
+                key = (launch[0].fn.__module__, launch[0].fn.__name__, str(specialise(*launch)))
+                if key not in seen:
+                    seen.add(key)
+                    yield from (inspect_launch(case, launch, arch) for arch in arches)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m soflow_kernels.inspect", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities (80 90 100)")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="only the cases whose label contains this")
+    parser.add_argument("--json", metavar="FILE", help="also write the table there")
+    options = parser.parse_args(argv)
+    # The reason alone, without the path through this file: an uncaught exception is exit code 1.
+    sys.tracebacklimit = 0
+    line = "{:<64} {:<24} {:>4} {:>5} {:>9} {:>5} {:>6} {:>6} {:>9}  {}"
+    print(line.format(*COLUMNS))
+    rows = []
+    for row in inspect_all(options.arch, options.only):
+        print(line.format(*row.values()), flush=True)
+        rows.append(row)
+    if options.json:
+        versions = {"soflow_kernels": __version__, "triton": _dispatch.triton.__version__, "torch": torch.__version__}
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"versions": versions, "kernels": rows}, file, indent=1)
+    bad = [row for row in rows if row["problem"]]
+    if bad or not rows:
+        raise Failed(
+            f"{len(bad)} of {len(rows)} kernels have a problem" if rows else f"no case contains {options.only!r}"
+        )
+    print(f"{len(rows)} kernels, no spill, no load narrower than its tensor allows")
+
+
+if __name__ == "__main__":
+    main()

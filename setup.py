@@ -1,0 +1,73 @@
+"""Packaging: `pip install -e .` gives both `soflow_fast` and `soflow_kernels`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """The version as text: importing the package here would need torch at build time."""
+    found = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "soflow_fast" / "version.py").read_text(), re.MULTILINE)
+    assert found, "soflow_fast/version.py holds no __version__"
+    return found[1]
+
+
+def long_description() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+EXTRAS = {
+    "test": [
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "hypothesis>=6.100",
+        "triton>=3.6; sys_platform == 'linux'",
+        "ruff>=0.12",
+        "pyright[nodejs]>=1.1.400",
+    ],
+    # Apex is left out on purpose: it is built from NVIDIA's source, and the package called "apex" on the index is an
+    # unrelated project.
+    "gpu": ["xformers", "flash-attn>=2.7; sys_platform == 'linux'"],
+    "eval": ["torch-fidelity>=0.4"],
+    "hub": ["huggingface_hub>=0.34", "diffusers>=0.35"],
+    "docs": ["mkdocs-material>=9.6", "matplotlib>=3.9"],
+}
+# What installs anywhere from wheels; flash-attn compiles, so "gpu" stays out.
+EXTRAS["all"] = [requirement for name in ("test", "eval", "hub", "docs") for requirement in EXTRAS[name]]
+
+setup(
+    name="soflow-fast",
+    version=version(),
+    description="A fast training engine for SoFlow one-step image generators",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["soflow_fast", "soflow_fast.*"]),
+        *find_packages("kernels", include=["soflow_kernels", "soflow_kernels.*"]),
+    ],
+    package_dir={"soflow_kernels": "kernels/soflow_kernels"},
+    install_requires=[
+        "torch>=2.10",
+        "numpy>=1.26",
+        "scipy>=1.13",
+        "scikit-learn>=1.5",  # ships the digits of the default preset, and the classifier that judges its samples
+        "safetensors>=0.5",
+        "pillow>=10.3",
+        "tensorboard>=2.18",
+    ],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,64 @@
+"""SoFlow (arXiv 2512.15657): training one-step image generators from scratch, fast. Public names load on first use."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .checkpoint import export, load
+    from .config import Config, DiTConfig, ObjectiveConfig
+    from .flow import SolutionFlow
+    from .model import DiT
+    from .objective import LossTerm, Objective
+    from .official import load_official
+    from .presets import preset
+    from .rng import generator
+    from .sampling import sample
+    from .state import TrainState
+    from .step import train_step
+
+_HOMES = {
+    "Config": "config",
+    "DiT": "model",
+    "DiTConfig": "config",
+    "LossTerm": "objective",
+    "Objective": "objective",
+    "ObjectiveConfig": "config",
+    "SolutionFlow": "flow",
+    "TrainState": "state",
+    "export": "checkpoint",
+    "generator": "rng",
+    "load": "checkpoint",
+    "load_official": "official",
+    "preset": "presets",
+    "sample": "sampling",
+    "train_step": "step",
+}
+
+__all__ = [
+    "Config",
+    "DiT",
+    "DiTConfig",
+    "LossTerm",
+    "Objective",
+    "ObjectiveConfig",
+    "SolutionFlow",
+    "TrainState",
+    "__version__",
+    "export",
+    "generator",
+    "load",
+    "load_official",
+    "preset",
+    "sample",
+    "train_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'soflow_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,225 @@
+"""Crash-safe checkpoints: a directory is either whole or not there, and a flipped bit is noticed on load.
+
+RUN/checkpoints/step-00002500/ holds config.json, state.json, network.safetensors, ema.safetensors,
+optimizer.safetensors and manifest.json with the SHA-256 of each. It is written beside its place under a temporary
+name, synced to the disk and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import Config, from_json, to_json, validate
+from .errors import CheckpointError
+from .flow import SolutionFlow
+from .state import TrainState, build_flow
+
+T = TypeVar("T")
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def directory(run_dir: Path) -> Path:
+    """Where the checkpoints of a run are."""
+    return run_dir / "checkpoints"
+
+
+def save(run_dir: Path, state: TrainState, keep: int = 2) -> Path:
+    """Write a checkpoint of `state`, then remove all but the `keep` newest. Raises OSError, leaving nothing behind."""
+    final = directory(run_dir) / f"step-{state.step:08d}"
+    with whole_directory(final) as folder:
+        (folder / "config.json").write_text(to_json(state.config))
+        (folder / "state.json").write_text(json.dumps({"format": FORMAT, "step": state.step}) + "\n")
+        _save_tensors(state.flow.state_dict(), folder / "network.safetensors")
+        _save_tensors(state.ema.state_dict(), folder / "ema.safetensors")
+        _save_tensors(_optimizer_tensors(state), folder / "optimizer.safetensors")
+        for passed_over in list_checkpoints(run_dir):  # damaged ones: `resume` takes the newest that is whole
+            if passed_over.name >= final.name:
+                shutil.rmtree(passed_over)
+    for old in list_checkpoints(run_dir)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike) -> Path:
+    """Write the weights of `flow` and its configuration to a directory that `load` reads; it must not exist yet."""
+    with whole_directory(Path(folder)) as temporary:
+        (temporary / "config.json").write_text(to_json(config))
+        _save_tensors(flow.state_dict(), temporary / "ema.safetensors")
+    return Path(folder)
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted(directory(run_dir).glob("step-[0-9]*"), reverse=True)
+
+
+def resume(run_dir: Path, state: TrainState, warn: Callable[[str], None]) -> bool:
+    """Put the newest whole checkpoint of a run into `state`; damaged ones are named to `warn` and passed over.
+
+    False if the run has none. Raises CheckpointError if it has some and all are damaged.
+    """
+    for stale in directory(run_dir).glob(".partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    found = list_checkpoints(run_dir)
+    if found:
+        _newest_usable(found, lambda folder: restore(folder, state), warn)
+    return bool(found)
+
+
+def _newest_usable(found: list[Path], use: Callable[[Path], T], warn: Callable[[str], None]) -> T:
+    """`use` of the first checkpoint that it takes, the ones before it told to `warn`. Raises CheckpointError if none."""
+    refused: list[str] = []
+    for folder in found:
+        try:
+            result = use(folder)
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:
+            for text in refused:
+                warn(f"{text}; using {folder.name} instead")
+            return result
+    raise CheckpointError(refused[0] + ("; no older one can be used either" if len(refused) > 1 else ""))
+
+
+def restore(folder: Path, state: TrainState) -> None:
+    """Put one checkpoint into `state`. Raises CheckpointError if it is damaged or of another model."""
+    files = read_verified(folder)
+    network, ema = (_tensors(folder, files, f"{name}.safetensors") for name in ("network", "ema"))
+    optimizer = _tensors(folder, files, "optimizer.safetensors")
+    try:
+        step = int(json.loads(files["state.json"])["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'state.json'}: {type(error).__name__}: {error}") from None
+    _load_weights(state.flow, network, folder)
+    _load_weights(state.ema, ema, folder)
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in optimizer.items():
+        index, name = key.split(".", 1)
+        entries.setdefault(int(index), {})[name] = value
+    groups = state.optimizer.state_dict()["param_groups"]
+    try:
+        state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: optimiser of another model: {error}") from None
+    state.step = step
+
+
+def load(source: str | os.PathLike, device: str | torch.device = "cpu") -> SolutionFlow:
+    """The EMA weights of a run's newest whole checkpoint, of one checkpoint, or of an exported directory.
+
+    Returns a SolutionFlow in eval mode, without gradients. Raises CheckpointError if there is
+    nothing to load or it is damaged; of a run, damaged checkpoints are passed over with a warning on stderr.
+    """
+    return load_with_config(source, device)[0]
+
+
+def load_with_config(source: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[SolutionFlow, Config]:
+    """`load`, and the configuration that the weights were trained with."""
+    path = Path(source)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run or checkpoint")
+    if (path / MANIFEST).exists():
+        return _load_one(path, device)
+    found = list_checkpoints(path)
+    if not found:
+        raise CheckpointError(f"{path}: holds no checkpoint")
+    return _newest_usable(
+        found, lambda folder: _load_one(folder, device), lambda text: print(f"soflow: warning: {text}", file=sys.stderr)
+    )
+
+
+def _load_one(folder: Path, device: str | torch.device) -> tuple[SolutionFlow, Config]:
+    files = read_verified(folder)
+    try:
+        config = validate(from_json(files["config.json"].decode()))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    flow = build_flow(config)
+    _load_weights(flow, _tensors(folder, files, "ema.safetensors"), folder)
+    return flow.to(device).eval().requires_grad_(False), config
+
+
+def read_verified(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint by name, each with the SHA-256 of the manifest. Raises CheckpointError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        wanted = {str(name): str(digest) for name, digest in manifest["sha256"].items()}
+        files = {name: (folder / name).read_bytes() for name in wanted if Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
+    for name, digest in wanted.items():
+        if name not in files or hashlib.sha256(files[name]).hexdigest() != digest:
+            raise CheckpointError(f"{folder / name}: damaged, its SHA-256 is not the manifest's")
+    return files
+
+
+@contextmanager
+def whole_directory(final: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `final`, with a manifest, if the block ends well, and else goes."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.parent / f".partial-{final.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"sha256": digests}, indent=2) + "\n")
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        os.rename(temporary, final)
+        _sync(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:  # it reports a full disk in its own words
+        raise OSError(getattr(error, "errno", None) or 5, str(error), str(path)) from None
+
+
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    entries = state.optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, entry in entries.items() for name, value in entry.items()}
+
+
+def _tensors(folder: Path, files: dict[str, bytes], name: str) -> dict[str, Tensor]:
+    try:
+        return parse_safetensors(files[name])
+    except KeyError:
+        raise CheckpointError(f"{folder}: {name} is missing") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / name}: {error}") from None
+
+
+def _load_weights(flow: SolutionFlow, weights: dict[str, Tensor], folder: Path) -> None:
+    expected = flow.state_dict()
+    for name in [*expected, *weights]:
+        if name not in weights or name not in expected or weights[name].shape != expected[name].shape:
+            raise CheckpointError(f"{folder}: of another model: {name} does not fit")
+    flow.load_state_dict(weights)

@@ -1,0 +1,73 @@
+"""Command-line parsing that answers a mistake in one line, with the nearest name."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from .config import SHORT_NAMES, Config, override, validate
+from .errors import ConfigError, UserError
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are ConfigError, and which knows the nearest flag to an unknown one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def flags(self) -> list[str]:
+        """Every long flag."""
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
+    def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse; an unknown flag raises ConfigError with the nearest known one."""
+        values, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            close = difflib.get_close_matches(name, self.flags(), 1, 0.5)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ConfigError(f"unknown {'flag' if name.startswith('-') else 'argument'} {name}{hint}")
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def flag_of(text: str) -> str:
+    """An error text that begins with a field's name, with the flag that sets the field instead."""
+    for short, full in SHORT_NAMES.items():
+        for name in (full, short):
+            if text.startswith(name + " "):
+                return f"--{short.replace('_', '-')}{text[len(name) :]}"
+    return text
+
+
+def configure(config: Config, changes: dict[str, Any]) -> Config:
+    """`config` with `changes` made and checked. Raises ConfigError naming the flag."""
+    try:
+        return validate(override(config, changes))
+    except ValueError as error:
+        raise ConfigError(flag_of(str(error))) from None
+
+
+def whole_number(name: str, text: str, least: int) -> int:
+    """A flag's text as an int of at least `least`. Raises ConfigError naming the flag."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {text!r}")
+    return value
+
+
+def user_value(call: Callable[[], T], name: str) -> T:
+    """`call()`, with a ValueError as a ConfigError naming the flag."""
+    try:
+        return call()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None

@@ -1,0 +1,372 @@
+"""The configuration of a run: frozen dataclasses, their validation, JSON in and out.
+
+A configuration is plain data. Building one never fails on meaning; `validate` says what is wrong, by field.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, get_args, get_origin, get_type_hints
+
+PATHS = ("linear", "trig")
+COEFFICIENTS = ("euler", "trig")
+R_SCHEDULES = ("exponent", "cosine", "linear", "constant")
+LR_SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+DATA_KINDS = ("digits", "images", "latents")
+
+# name: depth, hidden_size, num_heads, patch_size (Peebles & Xie 2023, arXiv 2212.09748; M: arXiv 2512.15657)
+DIT_SIZES = {
+    "S/2": (12, 384, 6, 2),
+    "B/4": (12, 768, 12, 4),
+    "B/2": (12, 768, 12, 2),
+    "M/2": (16, 1024, 16, 2),
+    "L/2": (24, 1024, 16, 2),
+    "XL/2": (28, 1152, 16, 2),
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The shape of a Diffusion Transformer; the defaults are DiT-XL/2 on 32 x 32 x 4 latents."""
+
+    input_size: int = 32
+    """Height and width of the input, in pixels or latent cells."""
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    """Row `num_classes` of the label table is the null label, so the table has one row more."""
+
+    @classmethod
+    def named(cls, size: str, **others: Any) -> "DiTConfig":
+        """A public size by name ("S/2", "B/4", "B/2", "M/2", "L/2", "XL/2"; a leading "DiT-" is allowed)."""
+        key = size.removeprefix("DiT-")
+        if key not in DIT_SIZES:
+            raise ValueError(f"unknown DiT size {size!r}{_nearest(key, DIT_SIZES)}; the sizes are {', '.join(DIT_SIZES)}")
+        depth, hidden_size, num_heads, patch_size = DIT_SIZES[key]
+        return cls(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size, **others)
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The path from data to noise and the coefficients of the solution function."""
+
+    path: str = "linear"
+    coefficients: str = "euler"
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The SoFlow objective; the defaults are the public ImageNet recipe (arXiv 2512.15657)."""
+
+    guidance_scale: float = 3.0
+    """w of the guided velocity; 1 is no guidance."""
+    guidance_decay_time: float = 0.8
+    """t_d: guidance fades for t > t_d; 1 or more: never."""
+    mix_ratio: float = 0.25
+    """m: weight of the guided velocity in the target, the rest being the network's own."""
+    p: float = 1.0
+    """Power of the Huber-like weight; 0 is the plain squared error."""
+    eps: float = 0.01
+    r_schedule: str = "exponent"
+    r_init: float = 0.1
+    """r at the first step: how far the middle time l lies from t towards s."""
+    r_end: float = 0.002
+    fm_fraction: float = 0.75
+    """lambda: fraction of the batch that takes the flow-matching loss."""
+    label_drop: float = 0.1
+    fm_time: tuple[float, float] = (-0.2, 1.0)
+    """Mean and deviation of logit t, flow matching."""
+    sc_time: tuple[float, float] = (0.2, 0.8)
+    """Mean and deviation of logit t, consistency."""
+    sc_end_time: tuple[float, float] = (-1.0, 0.8)
+    """Mean and deviation of logit s, consistency."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and the exponential moving average of the weights."""
+
+    lr: float = 1e-4
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0
+    """Largest gradient norm; 0: no clipping."""
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    """Let the decay rise as (1 + step) / (10 + step), so that a short run forgets its initial weights."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from."""
+
+    kind: str = "digits"
+    """"digits": the handwritten digits of scikit-learn; "images": a folder or zip of images, CLASS/NAME;
+    "latents": VAE latents."""
+    path: str = ""
+    flip: bool = False
+    """Mirror each image with probability one half."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What may differ from one start of a run to the next without changing what it learns."""
+
+    run_dir: str = ""
+    """Empty: runs/PRESET."""
+    device: str = "auto"
+    log_every: int = 10
+    sample_every: int = 500
+    checkpoint_every: int = 500
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run, resolved: the same Config and the same versions give the same weights."""
+
+    preset: str = "digits"
+    model: DiTConfig = field(default_factory=DiTConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    steps: int = 400_000
+    batch_size: int = 256
+    """Global: over all ranks and micro-batches."""
+    micro_batch: int = 0
+    """Samples per forward and backward on one rank; 0: the rank's whole batch."""
+    precision: str = "auto"
+    """"fp32", "tf32", "bf16" or "auto": bf16 on a GPU that has it, else fp32."""
+    seed: int = 0
+
+
+# The flags that people type every day, and the fields that they set.
+SHORT_NAMES = {
+    "run_dir": "run.run_dir",
+    "data": "data.path",
+    "steps": "steps",
+    "batch_size": "batch_size",
+    "precision": "precision",
+    "seed": "seed",
+    "device": "run.device",
+    "checkpoint_every": "run.checkpoint_every",
+}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested dicts of JSON values."""
+    return dataclasses.asdict(config)
+
+
+def to_json(config: Config) -> str:
+    """A configuration as JSON text, one field a line."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A configuration as {"objective.eps": 0.01, ...}."""
+    flat = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{item.name}.")
+        else:
+            flat[prefix + item.name] = value
+    return flat
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The inverse of `to_dict`; a field left out takes its default. Raises ValueError naming an unknown or ill-typed field."""
+    return _build(Config, values, "")
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`. Raises ValueError naming what is wrong."""
+    try:
+        values = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    return from_dict(values)
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """`config` with some fields replaced, by short name ("run_dir") or full name ("objective.eps").
+
+    Values may be text, as typed on a command line. Raises ValueError naming the field.
+    """
+    for name, value in changes.items():
+        config = _replace(config, SHORT_NAMES.get(name, name).split("."), value, name)
+    return config
+
+
+def difference(old: Config, new: Config) -> list[str]:
+    """The fields that make two runs different, as lines "objective.eps: 0.01 -> 0.1"; `run` does not count."""
+    before, after = flatten(old), flatten(new)
+    changed = [name for name in before if before[name] != after[name] and not name.startswith("run.")]
+    return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]
+
+
+def validate(config: Config) -> Config:
+    """Check the meaning of every field and return `config`. Raises ValueError naming the first wrong field."""
+    validate_model(config.model, "model.")
+    validate_flow(config.flow, "flow.")
+    validate_objective(config.objective, "objective.")
+    optim, run = config.optim, config.run
+    _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
+    _one_of("optim.lr_schedule", optim.lr_schedule, LR_SCHEDULES)
+    _require(optim.warmup_steps >= 0, "optim.warmup_steps", "at least 0", optim.warmup_steps)
+    _require(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
+    _require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
+    _require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
+    _require(optim.grad_clip >= 0, "optim.grad_clip", "at least 0", optim.grad_clip)
+    _require(0 <= optim.ema_decay < 1, "optim.ema_decay", "in [0, 1)", optim.ema_decay)
+    _one_of("data.kind", config.data.kind, DATA_KINDS)
+    for name, least in (("log_every", 1), ("sample_every", 0), ("checkpoint_every", 0), ("keep", 1)):
+        _require(getattr(run, name) >= least, f"run.{name}", f"at least {least}", getattr(run, name))
+    _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits
+    _require(1 <= config.batch_size <= 2**20, "batch_size", "in [1, 2^20]", config.batch_size)
+    _require(0 <= config.micro_batch, "micro_batch", "at least 0", config.micro_batch)
+    _one_of("precision", config.precision, PRECISIONS)
+    _require(0 <= config.seed < 2**63, "seed", "in [0, 2^63)", config.seed)
+    return config
+
+
+def validate_model(model: DiTConfig, prefix: str = "") -> None:
+    """Check a DiTConfig. Raises ValueError naming the field."""
+    for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+        value = getattr(model, name)
+        least = 0 if name == "num_classes" else 1
+        _require(isinstance(value, int) and value >= least, prefix + name, f"a whole number of at least {least}", value)
+    _require(model.mlp_ratio > 0, prefix + "mlp_ratio", "above 0", model.mlp_ratio)
+    _require(
+        model.input_size % model.patch_size == 0,
+        prefix + "patch_size",
+        f"a divisor of input_size {model.input_size}",
+        model.patch_size,
+    )
+    _require(
+        model.hidden_size % model.num_heads == 0,
+        prefix + "num_heads",
+        f"a divisor of hidden_size {model.hidden_size}",
+        model.num_heads,
+    )
+    _require(model.hidden_size % 4 == 0, prefix + "hidden_size", "a multiple of 4 (2-D sin-cos positions)", model.hidden_size)
+
+
+def validate_flow(flow: FlowConfig, prefix: str = "") -> None:
+    """Check a FlowConfig. Raises ValueError naming the field."""
+    _one_of(prefix + "path", flow.path, PATHS)
+    _one_of(prefix + "coefficients", flow.coefficients, COEFFICIENTS)
+
+
+def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
+    """Check an ObjectiveConfig. Raises ValueError naming the field."""
+    _require(objective.guidance_scale >= 1, prefix + "guidance_scale", "at least 1", objective.guidance_scale)
+    _require(objective.guidance_decay_time >= 0, prefix + "guidance_decay_time", "at least 0", objective.guidance_decay_time)
+    for name in ("mix_ratio", "fm_fraction", "label_drop"):
+        _require(0 <= getattr(objective, name) <= 1, prefix + name, "in [0, 1]", getattr(objective, name))
+    _require(objective.p >= 0, prefix + "p", "at least 0", objective.p)
+    _require(objective.eps > 0, prefix + "eps", "above 0", objective.eps)
+    _one_of(prefix + "r_schedule", objective.r_schedule, R_SCHEDULES)
+    for name in ("r_init", "r_end"):
+        _require(0 < getattr(objective, name) <= 1, prefix + name, "in (0, 1]", getattr(objective, name))
+    for name in ("fm_time", "sc_time", "sc_end_time"):
+        _require(getattr(objective, name)[1] > 0, prefix + name, "a mean and a deviation above 0", getattr(objective, name))
+
+
+def _require(holds: bool, name: str, what: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {what}, got {value!r}")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{_nearest(str(value), allowed)}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _replace(node: Any, path: list[str], value: Any, full_name: str) -> Any:
+    names = {item.name for item in fields(node)}
+    head, rest = path[0], path[1:]
+    inner = getattr(node, head, None) if head in names else None
+    if head not in names or bool(rest) != is_dataclass(inner):
+        known = [*flatten(Config()), *SHORT_NAMES]
+        raise ValueError(f"unknown field {full_name!r}{_nearest(full_name, known)}")
+    if rest:
+        return replace(node, **{head: _replace(inner, rest, value, full_name)})
+    return replace(node, **{head: _coerce(value, get_type_hints(type(node))[head], full_name)})
+
+
+def _build(kind: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be an object, got {_shown(values)}")
+    hints = get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"unknown field {prefix + str(name)!r}{_nearest(str(name), hints)}")
+        hint = hints[name]
+        nested = isinstance(hint, type) and is_dataclass(hint)
+        arguments[name] = _build(hint, value, f"{prefix}{name}.") if nested else _coerce(value, hint, prefix + name)
+    return kind(**arguments)
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    """`value`, from JSON or a command line, as the field's type."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    try:
+        if kind is tuple:
+            items = value.strip("()[] ").split(",") if isinstance(value, str) else list(value)
+            if len(items) != len(parts):
+                raise ValueError
+            return tuple(_coerce(item, part, name) for item, part in zip(items, parts, strict=True))
+        if kind is bool:
+            if isinstance(value, str):
+                return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+            if not isinstance(value, bool):
+                raise ValueError
+            return value
+        if isinstance(value, bool) or value is None:
+            raise ValueError
+        if kind is int:
+            number = float(value) if isinstance(value, str) and not value.strip().lstrip("+-").isdigit() else value
+            if isinstance(number, float) and not number.is_integer():
+                raise ValueError
+            return int(number)
+        if kind is float:
+            number = float(value)
+            if not math.isfinite(number):
+                raise ValueError
+            return number
+        if kind is str and isinstance(value, (str, os.PathLike)):
+            return os.fspath(value)
+        raise ValueError
+    except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
+        what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        wanted = what.get(kind, f"{len(parts)} numbers")
+        raise ValueError(f"{name} must be {wanted}, got {_shown(value)}") from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,67 @@
+"""Images from a folder or a zip, one folder a class: CLASS/NAME.jpg. All of them are held in memory as uint8."""
+
+import contextlib
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+LARGEST_FILE = 64 * 2**20
+
+
+def load_images(path: str, size: int) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, size, size] uint8 and labels [N] int64, classes numbered in the order of their folders' names.
+
+    Raises DataError naming the file that is missing, unreadable or of another size.
+    """
+    from PIL import Image
+
+    place = Path(path)
+    if not place.exists():
+        raise DataError(f"--data {path}: no such file or folder")
+    try:
+        entries = sorted(_zip_entries(place) if place.is_file() else _folder_entries(place))
+        classes = {name: i for i, name in enumerate(sorted({folder for folder, _ in entries}))}
+        if not entries:
+            raise DataError(f"--data {path}: holds no images ({', '.join(sorted(SUFFIXES))})")
+        images = np.empty((len(entries), size, size, 3), np.uint8)
+        with zipfile.ZipFile(place) if place.is_file() else contextlib.nullcontext() as archive:
+            for i, (_, name) in enumerate(entries):
+                try:
+                    content = archive.read(name) if archive else (place / name).read_bytes()
+                    with Image.open(io.BytesIO(content)) as image:
+                        got = image.size
+                        images[i] = np.asarray(image.convert("RGB")) if got == (size, size) else 0
+                except Exception as error:  # zip and image decoders raise many kinds; all mean that the file is damaged
+                    raise DataError(f"--data {path}: {name} is no readable image ({type(error).__name__})") from None
+                if got != (size, size):
+                    raise DataError(f"--data {path}: {name} is {got[0]} x {got[1]}, not {size} x {size}")
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise DataError(f"--data {path}: cannot be read ({error})") from None
+    labels = torch.tensor([classes[folder] for folder, _ in entries])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+
+
+def _folder_entries(place: Path) -> Iterator[tuple[str, str]]:
+    for file in place.rglob("*"):
+        if file.suffix.lower() in SUFFIXES and file.is_file():
+            relative = file.relative_to(place)
+            yield relative.parent.as_posix(), relative.as_posix()
+
+
+def _zip_entries(place: Path) -> Iterator[tuple[str, str]]:
+    with zipfile.ZipFile(place) as archive:
+        for info in archive.infolist():
+            name = PurePosixPath(info.filename)
+            if name.suffix.lower() not in SUFFIXES or info.is_dir():
+                continue
+            if info.file_size > LARGEST_FILE:
+                raise DataError(f"--data {place}: {info.filename} unpacks to {info.file_size >> 20} MiB, more than an image has")
+            yield name.parent.as_posix(), info.filename

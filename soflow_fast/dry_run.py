@@ -1,0 +1,84 @@
+"""`--dry-run`: build everything, make one step, say what the whole run needs. Writes nothing."""
+
+import time
+from dataclasses import replace
+
+import torch
+
+from .attention import flop_counter
+from .config import Config
+from .data import open_source
+from .state import TrainState
+from .step import train_step
+from .telemetry import duration
+from .trainer import enough_memory, memory_mb, resolved
+
+CPU_TFLOP_A_STEP = 0.25
+"""On a CPU the step is made on fewer images once a whole batch would need more than this."""
+
+
+def forward_flops(state: TrainState) -> int:
+    """FLOPs of one forward of the network on one image, counted by torch."""
+    model = state.config.model
+    x = torch.zeros(1, model.in_channels, model.input_size, model.input_size, device=state.device)
+    t = torch.ones(1, device=state.device)
+    counter = flop_counter()
+    with torch.no_grad(), counter:
+        state.flow.network(x, t, t)
+    return counter.get_total_flops()
+
+
+def dry_run(config: Config) -> str:
+    """The text that `--dry-run` prints. Raises UserError as a run would."""
+    with enough_memory(config):
+        return _dry_run(config)
+
+
+def _dry_run(config: Config) -> str:
+    state = TrainState.build(config)
+    config = resolved(state)
+    model = config.model
+    synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
+    source = None if synthetic else open_source(config)
+    one = forward_flops(state)
+    batch = config.micro_batch or config.batch_size
+    if state.device.type == "cpu":
+        batch = max(1, min(batch, int(CPU_TFLOP_A_STEP * 1e12 / (4.5 * one))))
+    state.config = replace(config, batch_size=batch, micro_batch=0)
+    if source is None:
+        x = torch.randn(batch, model.in_channels, model.input_size, model.input_size)
+        y = torch.randint(max(model.num_classes, 1), (batch,))
+    else:
+        x, y = (value[:batch] for value in source.batch(0))
+    counter = flop_counter()
+    with counter:
+        metrics = train_step(state, x, y)
+    flops = counter.get_total_flops() / batch
+    began = time.monotonic()
+    train_step(state, x, y)
+    if state.device.type == "cuda":
+        torch.cuda.synchronize(state.device)
+    seconds = (time.monotonic() - began) * config.batch_size / batch
+    data = f"{len(source)} images" if source else "random numbers (no data was given or read)"
+    part = "" if batch == config.batch_size else f", scaled from a step of {batch}"
+    rows = [
+        (
+            "preset",
+            f"{config.preset}: DiT of hidden size {model.hidden_size}, depth {model.depth}, "
+            f"{(model.input_size // model.patch_size) ** 2} tokens; {state.precision} on {state.device}",
+        ),
+        ("data", data),
+        ("parameters", f"{state.parameter_count() / 1e6:.2f} M"),
+        ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one:.2f} forwards"),
+        (
+            "memory",
+            f"{memory_mb(state.device):.0f} MB at its peak{'' if batch == config.batch_size else f', batch {batch}'}",
+        ),
+        (
+            "speed",
+            f"{1 / seconds:.3g} steps/s, {config.batch_size / seconds:.4g} images/s at batch {config.batch_size}{part}",
+        ),
+        ("time needed", f"{duration(seconds * config.steps)} for {config.steps} steps"),
+        ("first losses", ", ".join(f"{k} {float(v):.4f}" for k, v in metrics.items() if k.endswith(("loss", "mse")))),
+    ]
+    return "\n".join(f"{name:<13} {value}" for name, value in rows)

@@ -1,0 +1,112 @@
+"""What the user did wrong, and the one place that turns it into a line on stderr and an exit code.
+
+Library code raises; only `run`, which every command line goes through, exits.
+"""
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """A mistake of the user's: its text is one line that names the flag, field or file. Exit code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration value or flag that is unknown, of the wrong type or out of range."""
+
+
+class DataError(UserError):
+    """A data set that is missing, unreadable or not what was asked for."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+class StorageError(UserError):
+    """A disk that is full, read-only or not permitted."""
+
+
+class Diverged(Exception):
+    """A loss or gradient that is not finite. Exit code 1."""
+
+    exit_code = 1
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, after whatever had to be saved was saved. Exit code 130 or 143.
+
+    Raised in signal handlers, wherever the program happens to be: as with KeyboardInterrupt, no `except Exception`
+    there may swallow it.
+    """
+
+    def __init__(self, signum: int, message: str = "interrupted") -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+_STORAGE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+
+def storage_error(error: OSError, what: str) -> StorageError:
+    """`error` as a `StorageError` that says what was being done and to which file."""
+    name = f": {error.filename}" if error.filename else ""
+    return StorageError(f"{what}{name}: {error.strerror or error}")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call `main` and exit: 0, 2 for the user's mistakes (one line on stderr), 130 and 143 after SIGINT and SIGTERM."""
+
+    def terminated(signum: int, frame: object) -> None:
+        raise Interrupted(signum)
+
+    def thread_failed(failure: threading.ExceptHookArgs) -> None:
+        if not isinstance(failure.exc_value, OSError):  # TensorBoard's writer raises those again in the main thread
+            threading.__excepthook__(failure)
+
+    signal.signal(signal.SIGTERM, terminated)  # from the first moment, so that even start-up ends with 143
+    threading.excepthook = thread_failed
+    try:
+        main()
+        sys.stdout.flush()
+        code = 0
+    except (UserError, Diverged) as error:
+        code = error.exit_code
+        _say(f"error: {error}")
+    except Interrupted as error:
+        code = error.exit_code
+        _say(str(error))
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        _say("interrupted")
+    except BrokenPipeError:  # the reader of our output went away, as in `... | head`
+        _drop_output()
+        code = 0
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        code = UserError.exit_code
+        _say(f"error: {storage_error(error, 'cannot read or write')}")
+    try:
+        sys.stdout.flush()
+    except OSError:  # output to a full disk: Python would try again at exit, and complain
+        _drop_output()
+    sys.exit(code)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(line: str) -> None:
+    print("soflow: " + " ".join(line.split()), file=sys.stderr, flush=True)

@@ -1,0 +1,49 @@
+"""Measure samples: `python -m soflow_fast.evaluate RUN`; RUN is a run directory, a checkpoint or an exported one.
+
+    python -m soflow_fast.evaluate runs/digits --n 4000 --nfe 1,2
+
+Digits: the fraction classified as their label, the Frechet distance in pixel space, the fraction of near copies.
+"""
+
+import json
+import sys
+
+from . import errors
+from .cli import Parser, whole_number
+from .errors import ConfigError
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser(prog="python -m soflow_fast.evaluate", description=__doc__)
+    p.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported directory")
+    p.add_argument("--n", default="4000", metavar="N", help="samples (default: 4000)")
+    p.add_argument("--nfe", default="1,2", metavar="N,...", help="network calls per image (default: 1,2)")
+    p.add_argument("--seed", default="0", metavar="N", help="of the noise (default: 0)")
+    p.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, ...")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse and do. Raises UserError."""
+    values = parser().parse(arguments)
+    n, seed = whole_number("--n", values.n, 100), whole_number("--seed", values.seed, 0)
+    calls = [whole_number("--nfe", part.strip(), 1) for part in values.nfe.split(",")]
+
+    from .checkpoint import load_with_config
+    from .evaluation import describe, measure_digits
+    from .state import resolve_device
+
+    flow, config = load_with_config(values.run, resolve_device(values.device))
+    if config.data.kind != "digits" or not config.model.num_classes:
+        raise ConfigError(f"{values.run}: only labelled digits can be evaluated in this version, not {config.data.kind}")
+    figures = {nfe: measure_digits(flow, n, nfe, seed) for nfe in calls}
+    if values.json:
+        print(json.dumps({"samples": n, "seed": seed, "nfe": {k: v._asdict() for k, v in figures.items()}}))
+    else:
+        print("\n".join(describe(nfe, scores) for nfe, scores in figures.items()))
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(sys.argv[1:]))

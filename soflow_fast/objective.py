@@ -1,0 +1,230 @@
+"""The SoFlow objective: times, guidance, flow matching and solution consistency (arXiv 2512.15657).
+
+It takes a flow, any object with SolutionFlow's methods, and imports no model. `flow_matching` and `consistency` call
+the network themselves, one loss at a time; the training step batches the same calls over both losses and puts their
+outputs into `target`, `flow_matching_loss` and `consistency_loss`. Times are [B], images [B, C, H, W].
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import ObjectiveConfig, validate_objective
+from .flow import SolutionFlow, per_sample
+
+TIME_GAP = 1e-4
+"""The least distance kept between t, l and s."""
+
+
+class LossTerm(NamedTuple):
+    """One loss over its samples: what is minimised, and what is worth reporting. All scalars."""
+
+    loss: Tensor
+    mse: Tensor
+    """Mean of delta^2 (flow matching) or of q^2 (consistency), detached."""
+    weight: Tensor
+    """Mean of the per-sample weights w_i, detached."""
+
+
+class Objective:
+    """The two losses of SoFlow under one configuration; holds no state. Raises ValueError for a wrong configuration."""
+
+    def __init__(self, config: ObjectiveConfig | None = None) -> None:
+        self.config = config or ObjectiveConfig()
+        validate_objective(self.config)
+
+    # Times
+
+    def r(self, step: float, total_steps: float) -> float:
+        """r(k, K), the relative distance of the look-ahead, at step k of K."""
+        c, progress = self.config, step / total_steps
+        if c.r_schedule == "exponent":
+            return c.r_init * (c.r_end / c.r_init) ** progress
+        if c.r_schedule == "cosine":
+            return c.r_end + (c.r_init - c.r_end) * (1 + math.cos(math.pi * progress)) / 2
+        if c.r_schedule == "linear":
+            return c.r_init + (c.r_end - c.r_init) * progress
+        return c.r_end
+
+    def middle_time(self, t: Tensor, s: Tensor, step: float, total_steps: float) -> Tensor:
+        """l = min(t + r (s - t), t - 1e-4), [B]: where the consistency loss looks ahead to."""
+        return torch.minimum(t + self.r(step, total_steps) * (s - t), t - TIME_GAP)
+
+    def flow_matching_times(self, n: int, source: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """t [n], logit-normal."""
+        return _logit_normal(n, self.config.fm_time, source, dtype)
+
+    def consistency_times(
+        self, n: int, source: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """t and s [n], logit-normal each, with s <= t - 1e-4."""
+        t = _logit_normal(n, self.config.sc_time, source, dtype).clamp_min(TIME_GAP)
+        s = _logit_normal(n, self.config.sc_end_time, source, dtype)
+        return t, torch.minimum(s, t - TIME_GAP)
+
+    # Guidance
+
+    def guidance_decay(self, t: Tensor) -> Tensor:
+        """c(t) [B]: 1 up to t_d, then falling to almost 0 at t = 1."""
+        t_d = self.config.guidance_decay_time
+        if t_d >= 1:
+            return torch.ones_like(t)
+        d = ((1 - t) / (1 - t_d)).clamp(0, 1 - 1e-6)
+        return torch.where(t <= t_d, torch.ones_like(t), -torch.expm1(-0.025 * d / (1 - d)))
+
+    @property
+    def guided(self) -> bool:
+        """Whether the target needs the network's own velocity without a label (w > 1)."""
+        return self.config.guidance_scale > 1
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the target needs the network's own velocity with a label as well (w > 1 and m < 1)."""
+        return self.guided and self.config.mix_ratio < 1
+
+    def target(
+        self, v_t: Tensor, v_null: Tensor | None, v_label: Tensor | None, t: Tensor, label_dropped: Tensor | None
+    ) -> Tensor:
+        """The velocity target, [B, C, H, W], without gradient.
+
+        v_g = v_t + c(t) (w - 1) (v_t - v_null), target = m v_g + (1 - m) v_label; v_t where the label was dropped.
+
+        v_null, v_label: the network's velocity without and with the label; v_null None: no guidance, the target is v_t;
+        v_label None: m is 1. label_dropped [B] bool; None: none was.
+        """
+        if v_null is None:
+            return v_t
+        c = self.config
+        strength = per_sample(self.guidance_decay(t) * (c.guidance_scale - 1), v_t)
+        guided = v_t + strength * (v_t - v_null.detach())
+        if v_label is not None:
+            guided = c.mix_ratio * guided + (1 - c.mix_ratio) * v_label.detach()
+        if label_dropped is None:
+            return guided
+        return torch.where(label_dropped.reshape(-1, *[1] * (v_t.dim() - 1)), v_t, guided)
+
+    # Losses from the network's outputs
+
+    def flow_matching_loss(self, flow: SolutionFlow, v: Tensor, target: Tensor, t: Tensor) -> LossTerm:
+        """mean_i w_i mean(delta_i^2) for delta = v - target, with w_i = 1 / (|db/ds(t, t)| (mean(delta_i^2) + eps)^p)
+        detached."""
+        error = _mean_square(v - target)
+        slope = flow.velocity_coefficients(t)[1].abs().to(error.dtype)
+        weight = 1 / (slope * (error.detach() + self.config.eps) ** self.config.p)
+        return LossTerm((weight * error).mean(), error.detach().mean(), weight.mean())
+
+    def quotient(
+        self,
+        flow: SolutionFlow,
+        output: Tensor,
+        increment: Tensor,
+        x: Tensor,
+        target: Tensor,
+        t: Tensor,
+        l: Tensor,
+        s: Tensor,
+    ) -> Tensor:
+        """q = (f(x_t, t, s) - f(x_l, l, s)) / (t - l) for x_l = x_t + target (l - t), [B, C, H, W], without gradient.
+
+        output is N_t = N(x_t, t, s), increment is N_l - N_t with N_l = N(x_l, l, s). Written with the divided
+        differences of a and b, so that nothing of the size of x is subtracted from its like:
+
+            q = a(l, s) target + a' x_t + b' N_t - b(l, s) (N_l - N_t) / (t - l),   a' = (a(t, s) - a(l, s)) / (t - l)
+
+        With Euler coefficients: q = target - N_l - (N_t - N_l) (t - s) / (t - l).
+        """
+        output, increment = output.detach(), increment.detach()
+        a_l, b_l = flow.solution_coefficients(l, s)
+        a_slope, b_slope = flow.coefficient_slopes(t, l, s)
+        q = per_sample(b_slope, x) * output - per_sample(b_l / (t - l), x) * increment
+        if flow.coefficients == "euler":
+            return q + target
+        return q + per_sample(a_l, x) * target + per_sample(a_slope, x) * x
+
+    def consistency_loss(self, flow: SolutionFlow, output: Tensor, q: Tensor, t: Tensor, s: Tensor) -> LossTerm:
+        """The surrogate mean_i mean(sign(b(t, s)) N_t w_i q), w_i = (mean(q_i^2) + eps)^-p, with q and w_i detached.
+
+        Its gradient is that of the weighted squared error without the division by |b|. Its value means nothing.
+        """
+        error = _mean_square(q)
+        weight = (error + self.config.eps) ** -self.config.p
+        sign = torch.sign(flow.solution_coefficients(t, s)[1]).to(error.dtype)
+        direction = per_sample(sign * weight, q) * q
+        surrogate = (output * direction).flatten(1).mean(1).mean()
+        return LossTerm(surrogate, error.mean(), weight.mean())
+
+    # Losses with their own network calls
+
+    def flow_matching(
+        self,
+        flow: SolutionFlow,
+        x0: Tensor,
+        x1: Tensor,
+        t: Tensor,
+        y: Tensor | None,
+        label_dropped: Tensor | None = None,
+    ) -> LossTerm:
+        """The flow-matching loss of data x0 and noise x1 [B, C, H, W] at times t [B].
+
+        y [B]: labels, None: unconditional (no guidance); label_dropped [B] bool: those that become the null label.
+        """
+        x_t, v_t = flow.point(x0, x1, t)
+        v = flow.velocity(x_t, t, with_null(flow, y, label_dropped))
+        v_null = None
+        if self.guided and y is not None:
+            with torch.no_grad():
+                v_null = flow.velocity(x_t, t, None)
+        target = self.target(v_t, v_null, v if self.mixed else None, t, label_dropped)
+        return self.flow_matching_loss(flow, v, target, t)
+
+    def consistency(
+        self,
+        flow: SolutionFlow,
+        x0: Tensor,
+        x1: Tensor,
+        t: Tensor,
+        l: Tensor,
+        s: Tensor,
+        y: Tensor | None,
+        label_dropped: Tensor | None = None,
+        teacher: SolutionFlow | None = None,
+    ) -> LossTerm:
+        """The solution-consistency loss at times s < l < t [B]; no Jacobian-vector product.
+
+        teacher None: the published target, the stop-gradient student at (x_l, l). With a teacher (an EMA of the
+        student) the difference between the two ends is the teacher's at both and the value is the student's:
+        `N_ema(x_l, l, s) - N_ema(x_t, t, s)` takes the increment's place, which keeps the quotient bounded as l -> t.
+        """
+        x_t, v_t = flow.point(x0, x1, t)
+        label = with_null(flow, y, label_dropped)
+        v_null = v_label = None
+        with torch.no_grad():
+            if self.guided and y is not None:
+                v_null = flow.velocity(x_t, t, None)
+                v_label = flow.velocity(x_t, t, label) if self.mixed else None
+            target = self.target(v_t, v_null, v_label, t, label_dropped)
+            x_l = x_t + target * per_sample(l - t, x_t)
+        output = flow.network(x_t, t, s, label)
+        with torch.no_grad():
+            start = output.detach() if teacher is None else teacher.network(x_t, t, s, label)
+            increment = (flow if teacher is None else teacher).network(x_l, l, s, label) - start
+            q = self.quotient(flow, output, increment, x_t, target, t, l, s)
+        return self.consistency_loss(flow, output, q, t, s)
+
+
+def with_null(flow: SolutionFlow, y: Tensor | None, label_dropped: Tensor | None) -> Tensor | None:
+    """Labels [B] with the dropped ones replaced by the null label; None stays None (all null)."""
+    if y is None or label_dropped is None:
+        return y
+    return torch.where(label_dropped, torch.full_like(y, flow.network.num_classes), y)
+
+
+def _logit_normal(n: int, law: tuple[float, float], source: torch.Generator, dtype: torch.dtype) -> Tensor:
+    mean, deviation = law
+    return torch.sigmoid(mean + deviation * torch.randn(n, generator=source, device=source.device, dtype=dtype))
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.square().flatten(1).mean(1)

@@ -1,0 +1,107 @@
+"""Draw images: `python -m soflow_fast.sample RUN --out DIR`; RUN is a run directory, a checkpoint or an exported one.
+
+    python -m soflow_fast.sample runs/digits --out out --n 64 --nfe 1
+    python -m soflow_fast.sample runs/digits --out out --labels 3,5 --seed 7
+
+Writes grid.png and an image each, 00000.png and on. Image i depends on the seed, its label and i alone.
+"""
+
+import os
+import shutil
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+from . import errors
+from .cli import Parser, user_value, whole_number
+from .errors import ConfigError, StorageError, storage_error
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser(prog="python -m soflow_fast.sample", description=__doc__)
+    p.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported directory")
+    p.add_argument("--out", required=True, metavar="DIR", help="where the images go")
+    p.add_argument("--n", default="64", metavar="N", help="how many (default: 64)")
+    p.add_argument("--nfe", default="1", metavar="N", help="network calls per image (default: 1)")
+    p.add_argument("--labels", metavar="A,B,...", help="classes, repeated in turn (default: all)")
+    p.add_argument("--seed", default="0", metavar="N", help="of the noise (default: 0)")
+    p.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, ...")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse and do. Raises UserError."""
+    values = parser().parse(arguments)
+    n, nfe = whole_number("--n", values.n, 1), whole_number("--nfe", values.nfe, 1)
+    seed, out = whole_number("--seed", values.seed, 0), Path(values.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file")
+
+    import torch
+
+    from . import sampling, telemetry
+    from .checkpoint import load_with_config
+    from .state import resolve_device
+
+    flow, config = load_with_config(values.run, resolve_device(values.device))
+    model = config.model
+    labels = _labels(values.labels, model.num_classes, n)
+    shape = (n, model.in_channels, model.input_size, model.input_size)
+    y = None if labels is None else torch.tensor(labels)
+    x = user_value(lambda: sampling.sample(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
+    images = telemetry.to_uint8(x)
+    files = {"grid.png": telemetry.png(telemetry.make_grid(images))}
+    files |= {f"{i:05d}.png": telemetry.png(image) for i, image in enumerate(images)}
+    _write(out, files)
+    print(f"{n} images of {nfe} network call{'s' if nfe > 1 else ''} each: {out / 'grid.png'}")
+
+
+def _labels(text: str | None, num_classes: int, n: int) -> list[int] | None:
+    if not num_classes:
+        if text:
+            raise ConfigError(f"--labels {text}: the model has no classes")
+        return None
+    chosen = list(range(num_classes)) if text is None else [
+        whole_number("--labels", part.strip(), 0) for part in text.split(",")
+    ]
+    if max(chosen) >= num_classes:
+        raise ConfigError(f"--labels {max(chosen)}: the classes are 0 to {num_classes - 1}")
+    return [chosen[i % len(chosen)] for i in range(n)]
+
+
+def _write(out: Path, files: dict[str, bytes]) -> None:
+    """All files or none: they are written aside, on the same disk, and then moved in."""
+    new = not out.exists()
+    aside = (out.parent if new else out) / f".{out.name}.partial-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.mkdir()
+            for name, content in files.items():
+                (aside / name).write_bytes(content)
+            if new:
+                os.rename(aside, out)
+            else:
+                for name in files:
+                    os.replace(aside / name, out / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(str(storage_error(error, f"--out {out}"))) from None
+
+
+class _Callable(types.ModuleType):
+    """`soflow_fast.sample` is a public function too, and importing this module would hide it: so the module is callable."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        from .sampling import sample
+
+        return sample(*arguments, **settings)
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(sys.argv[1:]))
+else:
+    sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,100 @@
+"""Drawing images: n network calls, each from the current time straight to the data (arXiv 2512.15657)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .flow import SolutionFlow
+from .rng import generator
+
+BATCH = 64
+"""Images per network call when noise is drawn from a seed."""
+
+
+@torch.no_grad()
+def sample(
+    flow: SolutionFlow,
+    y: Tensor | Sequence[int] | None = None,
+    *,
+    nfe: int = 1,
+    noise: Sequence[Tensor] | Tensor | None = None,
+    seed: int | None = None,
+    shape: Sequence[int] | None = None,
+    batch_size: int = BATCH,
+) -> Tensor:
+    """Images [B, C, H, W] in the scale of the training data, from `nfe` network calls each.
+
+    At times 1 = t_0 > ... > t_nfe = 0, evenly spaced: solve from t_k to 0, re-noise the result to t_{k+1}, and so on.
+
+    Args:
+        flow: the trained flow; runs on the device and in the dtype of its parameters.
+        y: labels [B]; None: the null label.
+        nfe: number of function evaluations, at least 1.
+        noise: standard normal noise, one [B, C, H, W] per network call; nothing else is random.
+        seed: instead of `noise`: image i has noise of its own, a function of (seed, i, call) drawn on the CPU.
+            The network runs on exactly `batch_size` images at a time (the last batch is filled up), so that image i is
+            the same to the bit however many others are drawn with it.
+        shape: with `seed`: [B, C, H, W]; may be left out where the network has a `config` and y is given.
+
+    Raises:
+        ValueError: for nfe < 1, noise and seed both or neither given, shapes or labels that do not fit.
+    """
+    if nfe < 1:
+        raise ValueError(f"nfe must be at least 1, got {nfe}")
+    if (noise is None) == (seed is None):
+        raise ValueError("give either noise, one tensor per network call, or a seed")
+    parameter = next(flow.parameters())
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    labels = None if y is None else torch.as_tensor(y, device=parameter.device).long()
+    _check_labels(flow, labels)
+    if noise is not None:
+        if len(noise) != nfe:
+            raise ValueError(f"noise must hold one tensor per network call: {nfe}, got {len(noise)}")
+        if any(n.shape != noise[0].shape for n in noise):
+            raise ValueError(f"noise must be of one shape, got {[list(n.shape) for n in noise]}")
+        return _solve(flow, [n.to(parameter) for n in noise], labels)
+    shape = _shape(flow, labels, shape)
+    if labels is not None and len(labels) != shape[0]:
+        raise ValueError(f"y must hold {shape[0]} labels, got {len(labels)}")
+    images = []
+    for first in range(0, shape[0], batch_size):
+        last = min(first + batch_size, shape[0])
+        index = [min(i, last - 1) for i in range(first, first + batch_size)]
+        drawn = [torch.stack([image_noise(int(seed or 0), i, k, shape[1:]) for i in index]) for k in range(nfe)]
+        batch = _solve(flow, [n.to(parameter) for n in drawn], None if labels is None else labels[index])
+        images.append(batch[: last - first])
+    return torch.cat(images) if images else parameter.new_empty(shape)
+
+
+def image_noise(seed: int, index: int, call: int, shape: Sequence[int]) -> Tensor:
+    """The noise [C, H, W] of image `index` at network call `call` of a seed, float32 on the CPU."""
+    return torch.randn(tuple(shape), generator=generator(seed, index, call, "sample noise"))
+
+
+def _solve(flow: SolutionFlow, noise: Sequence[Tensor], labels: Tensor | None) -> Tensor:
+    nfe, x = len(noise), noise[0]
+    for k in range(nfe):
+        t, after = (torch.full((len(x),), 1 - i / nfe, device=x.device, dtype=x.dtype) for i in (k, k + 1))
+        x = flow.solution(x, t, torch.zeros_like(t), labels)
+        if k + 1 < nfe:
+            x = flow.point(x, noise[k + 1], after)[0]
+    return x
+
+
+def _check_labels(flow: SolutionFlow, labels: Tensor | None) -> None:
+    classes = getattr(flow.network, "num_classes", None)
+    if labels is None or classes is None or not labels.numel():
+        return
+    if labels.dim() != 1 or labels.min() < 0 or labels.max() > classes:
+        raise ValueError(f"y must be [B] labels in 0..{classes - 1} ({classes}: the null label)")
+
+
+def _shape(flow: SolutionFlow, labels: Tensor | None, shape: Sequence[int] | None) -> Sequence[int]:
+    if shape is not None:
+        return shape
+    config = getattr(flow.network, "config", None)
+    if config is None or labels is None:
+        raise ValueError("a seed needs a shape [B, C, H, W], or labels and a network with a config")
+    return [len(labels), config.in_channels, config.input_size, config.input_size]

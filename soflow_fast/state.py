@@ -1,0 +1,90 @@
+"""What training changes: network, its EMA, optimiser, step."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .config import Config, validate
+from .errors import ConfigError
+from .flow import SolutionFlow
+from .model import DiT
+from .objective import Objective
+from .rng import generator
+
+
+@dataclass
+class TrainState:
+    """One training run in memory. `step` updates have been made; the next one is number `step`."""
+
+    config: Config
+    flow: SolutionFlow
+    ema: SolutionFlow
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    device: torch.device
+    precision: str
+    """"fp32", "tf32" or "bf16": what `config.precision` resolved to on this device."""
+    step: int = 0
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def build(cls, config: Config, *, rank: int = 0, world: int = 1) -> "TrainState":
+        """Network, EMA and optimiser at step 0, initialised from `config.seed`.
+
+        Raises ConfigError naming a wrong field.
+        """
+        try:
+            validate(config)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        device = resolve_device(config.run.device)
+        precision = resolve_precision(config.precision, device)
+        network = DiT(config.model)
+        network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
+        flow = SolutionFlow(network, config.flow.path, config.flow.coefficients).to(device)
+        ema = build_flow(config).to(device).requires_grad_(False).eval()
+        ema.load_state_dict(flow.state_dict())
+        optim = config.optim
+        optimizer = torch.optim.AdamW(
+            flow.parameters(),
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        return cls(config, flow, ema, optimizer, Objective(config.objective), device, precision, 0, rank, world)
+
+    def parameter_count(self) -> int:
+        """Trained numbers in the network."""
+        return sum(p.numel() for p in self.flow.parameters())
+
+
+def build_flow(config: Config) -> SolutionFlow:
+    """The flow of a configuration, with arbitrary weights."""
+    return SolutionFlow(DiT(config.model), config.flow.path, config.flow.coefficients)
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" -> the GPU if there is one, else the CPU. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        raise ConfigError(f"--device {name}: {reason}") from None
+    if device.type == "meta":
+        raise ConfigError(f"--device {name}: holds no data")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """ "auto" -> bf16 on a GPU that computes in it, else fp32. Raises ConfigError where the device lacks it."""
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if name == "tf32" and device.type != "cuda":
+        raise ConfigError(f"--precision tf32: only NVIDIA GPUs have it, the device is {device.type}")
+    return name

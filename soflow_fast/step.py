@@ -1,0 +1,199 @@
+"""One training step: three network calls, one update (two calls without guidance).
+
+1. without gradient: the velocities that guidance needs; unlabelled of every sample, labelled of the consistency ones;
+2. with gradient: the student on the whole batch, both losses at once, as t and s are per sample;
+3. without gradient: the look-ahead (x_l, l, s) of the consistency samples.
+
+In units of one forward of the whole batch that is 1.25 + 3 + 0.25 at the public recipe (backward: 2).
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .flow import per_sample
+from .objective import LossTerm, with_null
+from .rng import generator
+from .state import TrainState
+
+
+class Draws(NamedTuple):
+    """Everything random in one step's batch. The first `n_fm` samples are flow matching, where l = s = t."""
+
+    x1: Tensor
+    t: Tensor
+    l: Tensor
+    s: Tensor
+    label_dropped: Tensor
+    n_fm: int
+
+
+def split(batch_size: int, fraction: float, start: int, stop: int) -> int:
+    """How many of the samples [start, stop) of a global batch take the flow-matching loss.
+
+    Over any partition of the batch into ranges the counts add up to exactly round(fraction * batch_size).
+    """
+    total = math.floor(fraction * batch_size + 0.5)
+    return total * stop // batch_size - total * start // batch_size
+
+
+def draw(state: TrainState, shape: torch.Size) -> Draws:
+    """The noise, times and dropped labels of the next step on this rank, for a batch of `shape` [B, C, H, W]."""
+    config, objective, B = state.config, state.objective, shape[0]
+
+    def source(purpose: str) -> torch.Generator:
+        return generator(config.seed, state.step, state.rank, purpose, state.device)
+
+    first = B * state.rank
+    n_fm = split(B * state.world, config.objective.fm_fraction, first, first + B)
+    x1 = torch.randn(shape, generator=source("noise"), device=state.device)
+    times = source("time")
+    t_fm = objective.flow_matching_times(n_fm, times)
+    t_sc, s_sc = objective.consistency_times(B - n_fm, times)
+    l_sc = objective.middle_time(t_sc, s_sc, state.step, config.steps)
+    dropped = torch.rand(B, generator=source("label drop"), device=state.device) < config.objective.label_drop
+    return Draws(x1, torch.cat([t_fm, t_sc]), torch.cat([t_fm, l_sc]), torch.cat([t_fm, s_sc]), dropped, n_fm)
+
+
+def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+    """One whole update of `state` on this rank's batch.
+
+    x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Returns scalars as tensors on the
+    device: losses, `sc_mse` (mean q^2), weights, gradient norm, learning rate. Nothing is copied to the host.
+    Raises ValueError if x0 and y do not fit the model.
+    """
+    config = state.config
+    x0 = x0.to(state.device, non_blocking=True)
+    y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
+    B = len(x0)
+    draws = draw(state, x0.shape)
+    state.optimizer.zero_grad(set_to_none=True)
+    micro = config.micro_batch or B
+    parts = -(-B // micro)
+    totals: dict[str, Tensor] = {}
+    for k in range(parts):
+        index, n_fm = _micro_batch(B, draws.n_fm, k, parts, x0.device)
+        fm, sc = _losses(state, x0, y, draws, index, n_fm)
+        n_sc = (B // parts if index is None else len(index)) - n_fm
+        loss = (n_fm * fm.loss if n_fm else 0) + (n_sc * sc.loss if n_sc else 0)
+        assert isinstance(loss, Tensor)
+        with precision(state):
+            (loss / B).backward()
+        for name, term, n, whole in (("fm", fm, n_fm, draws.n_fm), ("sc", sc, n_sc, B - draws.n_fm)):
+            for part, value in zip(term._fields, term, strict=True) if n else ():
+                totals[f"{name}_{part}"] = totals.get(f"{name}_{part}", 0) + value.detach() * (n / whole)
+    totals["grad_norm"] = _update(state)
+    totals["lr"] = torch.tensor(state.optimizer.param_groups[0]["lr"])
+    state.step += 1
+    return totals
+
+
+def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) -> tuple[Tensor | None, int]:
+    """Which samples are micro-batch k of `parts`, and how many of them (the first ones) are flow matching.
+
+    Each takes its share of both losses. None: all samples, in order.
+    """
+    if parts == 1:
+        return None, n_fm
+    a, b = n_fm * k // parts, n_fm * (k + 1) // parts
+    first, last = B * k // parts - a, B * (k + 1) // parts - b
+    return torch.cat([torch.arange(a, b), torch.arange(n_fm + first, n_fm + last)]).to(device), b - a
+
+
+def _losses(
+    state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws, index: Tensor | None, n_fm: int
+) -> tuple[LossTerm, LossTerm]:
+    """Both losses of some samples, from the three network calls. A loss without samples is NaN without gradient."""
+    flow, objective, network = state.flow, state.objective, state.flow.network
+    x1, t, l, s, dropped = draws[:5]
+    if index is not None:
+        x0, x1, t, l, s, dropped = (value[index] for value in (x0, x1, t, l, s, dropped))
+        y = None if y is None else y[index]
+    label = with_null(flow, y, dropped)
+    x_t, v_t = flow.point(x0, x1, t)
+    fm, sc = slice(0, n_fm), slice(n_fm, len(x0))
+    low = state.precision != "fp32"
+
+    v_null = v_sc = None
+    if objective.guided and y is not None:
+        null = torch.full_like(y, network.num_classes)
+        mixed = objective.mixed and n_fm < len(x0)
+        x, times = (torch.cat([v, v[sc]]) if mixed else v for v in (x_t, t))
+        labels = torch.cat([null, label[sc]]) if mixed and label is not None else null
+        with torch.no_grad(), precision(state):
+            guidance = flow.to_velocity(network(x, times, times, labels).float(), x, times)
+        v_null, v_sc = guidance[: len(x0)], guidance[len(x0) :] if mixed else None
+
+    with precision(state):
+        output = network(x_t, t, s, label).float()
+
+    fm_term = sc_term = LossTerm(*[x_t.new_full((), math.nan)] * 3)
+    if n_fm:
+        v = flow.to_velocity(output[fm], x_t[fm], t[fm])
+        null_fm = None if v_null is None else v_null[fm]
+        target = objective.target(v_t[fm], null_fm, v if objective.mixed else None, t[fm], dropped[fm])
+        fm_term = objective.flow_matching_loss(flow, v, target.detach(), t[fm])
+    if n_fm < len(x0):
+        x, t, l, s = x_t[sc], t[sc], l[sc], s[sc]
+        target = objective.target(v_t[sc], None if v_null is None else v_null[sc], v_sc, t, dropped[sc])
+        labels = None if label is None else label[sc]
+        with torch.no_grad():
+            x_l = x + target * per_sample(l - t, x)
+            if low:  # the quotient divides a difference by t - l: its two ends are a float32 pair of their own
+                both = [torch.cat(pair) for pair in ((x, x_l), (t, l), (s, s))]
+                start, end = network(*both, None if labels is None else labels.repeat(2)).chunk(2)
+            else:
+                start, end = output[sc].detach(), network(x_l, l, s, labels)
+            q = objective.quotient(flow, start, end - start, x, target, t, l, s)
+        sc_term = objective.consistency_loss(flow, output[sc], q, t, s)
+    return fm_term, sc_term
+
+
+@contextlib.contextmanager
+def precision(state: TrainState) -> Iterator[None]:
+    """The precision of the products inside: bf16 autocast, TF32, or nothing for float32."""
+    if state.precision == "bf16":
+        with torch.autocast(state.device.type, torch.bfloat16):
+            yield
+    elif state.precision == "tf32":
+        matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+        matmul.fp32_precision = "tf32"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+    else:
+        yield
+
+
+def learning_rate(state: TrainState) -> float:
+    """The learning rate of the next update."""
+    optim, k, K = state.config.optim, state.step, state.config.steps
+    rate = optim.lr * min(1.0, (k + 1) / optim.warmup_steps if optim.warmup_steps else 1.0)
+    return rate * (1 + math.cos(math.pi * k / K)) / 2 if optim.lr_schedule == "cosine" else rate
+
+
+def ema_decay(state: TrainState) -> float:
+    """The decay of the EMA in the next update."""
+    decay = state.config.optim.ema_decay
+    return min(decay, (1 + state.step) / (10 + state.step)) if state.config.optim.ema_warmup else decay
+
+
+@torch.no_grad()
+def _update(state: TrainState) -> Tensor:
+    """Clip, AdamW, EMA. Returns the gradient norm before clipping."""
+    parameters: list[Tensor] = list(state.flow.parameters())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if state.config.optim.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, state.config.optim.grad_clip, norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state)
+    state.optimizer.step()
+    averages: list[Tensor] = list(state.ema.parameters())
+    torch._foreach_lerp_(averages, parameters, 1 - ema_decay(state))
+    return norm

@@ -1,0 +1,82 @@
+"""Train: `python -m soflow_fast.train [PRESET] [flags]`; without arguments, the handwritten digits.
+
+    python -m soflow_fast.train                                   digits, about two minutes on two CPU cores
+    python -m soflow_fast.train cifar10 --data cifar10-train.zip
+    python -m soflow_fast.train imagenet256-xl2 --dry-run         what such a run needs
+    python -m soflow_fast.train digits --set objective.p=0.5      any field of config.json
+
+The same command again resumes.
+"""
+
+import sys
+from pathlib import Path
+
+from . import errors
+from .cli import Parser, configure
+from .config import SHORT_NAMES, Config, from_json
+from .errors import ConfigError
+from .presets import PRESETS, preset
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser(prog="python -m soflow_fast.train", description=__doc__)
+    p.add_argument("preset", nargs="?", metavar="PRESET", help=f"{', '.join(PRESETS)} (default: digits)")
+    p.add_argument("--config", metavar="FILE", help="start from a config.json instead of a preset")
+    p.add_argument("--run-dir", metavar="DIR", help="where everything is written (default: runs/PRESET)")
+    p.add_argument("--data", metavar="PATH", help="folder or zip of images, CLASS/NAME")
+    p.add_argument("--steps", metavar="N", help="updates in the whole run")
+    p.add_argument("--batch-size", metavar="N", help="images per update")
+    p.add_argument("--precision", metavar="P", help="auto, fp32, tf32 or bf16")
+    p.add_argument("--seed", metavar="N", help="of initialisation, data order, noise and times")
+    p.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--checkpoint-every", metavar="N", help="updates between checkpoints; 0: only the last")
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of config.json")
+    p.add_argument("--dry-run", action="store_true", help="build everything, make one step, print what the run needs")
+    p.add_argument("--env", action="store_true", help="print versions, devices, kernels and attention in use")
+    return p
+
+
+def configuration(arguments: list[str] | None = None) -> tuple[Config, bool, bool]:
+    """The configuration of a command line, and whether --dry-run and --env were given. Raises ConfigError."""
+    values = parser().parse(arguments)
+    if values.config and values.preset:
+        raise ConfigError(f"--config {values.config} and preset {values.preset}: give one of the two")
+    config = _read(values.config) if values.config else preset(values.preset or "digits")
+    changes = {name: getattr(values, name) for name in SHORT_NAMES if getattr(values, name) is not None}
+    for text in values.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: must be FIELD=VALUE")
+        changes[name] = value
+    return configure(config, changes), values.dry_run, values.env
+
+
+def _read(path: str) -> Config:
+    try:
+        return from_json(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse and do. Raises UserError and Interrupted."""
+    config, dry_run, env = configuration(arguments)
+    if env:
+        from .environment import report
+
+        print(report(config.run.device))
+    elif dry_run:
+        from .dry_run import dry_run as try_out
+
+        print(try_out(config))
+    else:
+        from .trainer import train
+
+        train(config)
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(sys.argv[1:]))

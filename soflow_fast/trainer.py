@@ -1,0 +1,219 @@
+"""The loop of a run: resume, step, report, sample, save; the only file that knows clocks, and signals during a run."""
+
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, telemetry
+from .config import Config, difference, from_json, to_json
+from .data import Source, open_source
+from .errors import ConfigError, Diverged, Interrupted, storage_error
+from .evaluation import DigitScores, describe, measure_digits
+from .sampling import sample
+from .state import TrainState
+from .step import train_step
+
+GRID = 100
+"""Images in a sample grid."""
+EVALUATION_SAMPLES = 4000
+
+
+def train(config: Config) -> TrainState:
+    """Run `config` to its last step, from where its run directory is, and evaluate it. Returns the final state.
+
+    Raises UserError for what the user can mend, Interrupted after SIGINT or SIGTERM (the state is saved before).
+    """
+    with enough_memory(config):
+        state = TrainState.build(config)
+        config = state.config = resolved(state)
+        run_dir = Path(config.run.run_dir)
+        check_run_dir(run_dir, config)
+        return Run(state, open_source(config), run_dir).go()
+
+
+def resolved(state: TrainState) -> Config:
+    """The configuration with every "auto" and empty default replaced by what it came to."""
+    config = state.config
+    run_dir = config.run.run_dir or f"runs/{config.preset}"
+    run = replace(config.run, run_dir=run_dir, device=str(state.device))
+    return replace(config, run=run, precision=state.precision)
+
+
+def check_run_dir(run_dir: Path, config: Config) -> None:
+    """Raise ConfigError if `run_dir` holds another run or something else."""
+    known = run_dir / "config.json"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"--run-dir {run_dir}: is a file")
+    if not known.exists():
+        if run_dir.exists() and any(run_dir.iterdir()):
+            raise ConfigError(f"--run-dir {run_dir}: neither empty nor a run (it has no config.json)")
+        return
+    try:
+        old = from_json(known.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{known}: {error}") from None
+    changed = difference(old, config)
+    if changed:
+        raise ConfigError(
+            f"--run-dir {run_dir}: holds a run with another configuration ({'; '.join(changed)}); "
+            "give another --run-dir or the same configuration"
+        )
+
+
+class Run:
+    """One start of a run."""
+
+    def __init__(self, state: TrainState, source: Source, run_dir: Path) -> None:
+        self.state, self.source, self.run_dir = state, source, run_dir
+        self.progress = telemetry.Progress(state.config.steps)
+
+    def go(self) -> TrainState:
+        """Train to the end and evaluate."""
+        state, config = self.state, self.state.config
+        say = self.progress.say
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            telemetry.replace_file(self.run_dir / "config.json", to_json(config).encode())
+            (self.run_dir / "samples").mkdir(exist_ok=True)
+            for stale in self.run_dir.rglob(".*.partial-*"):  # of a start that was killed
+                stale.unlink()
+        except OSError as error:
+            raise storage_error(error, f"--run-dir {self.run_dir}") from None
+        if checkpoint.resume(self.run_dir, state, lambda text: say(f"warning: {text}")):
+            say(f"resuming {self.run_dir} at step {state.step} of {config.steps}")
+        else:
+            millions = state.parameter_count() / 1e6
+            say(f"training {config.preset} in {self.run_dir}: {millions:.2f} M parameters, {len(self.source)} images, "
+                f"{config.steps} steps of {config.batch_size}, {state.precision} on {state.device}")
+        if state.step < config.steps:
+            with signals() as pending:  # elsewhere they act at once: there is nothing to save
+                self._loop(pending)
+            if pending:
+                where = f"step {state.step} of {config.steps}"
+                raise Interrupted(pending[0], f"stopped and saved at {where}; the same command resumes")
+        say(f"trained {state.step} steps; samples: {self._grid(state.step, 'final')}")
+        if config.data.kind == "digits" and config.model.num_classes:
+            evaluate(state, self.run_dir, say)
+        return state
+
+    def _loop(self, pending: list[int]) -> None:
+        """Step until the last one or until a signal is pending, and save."""
+        state, config, every = self.state, self.state.config, self.state.config.run
+        log = telemetry.MetricsLog(self.run_dir / "metrics.jsonl", state.step)
+        board = telemetry.TensorBoard(self.run_dir / "tensorboard", state.step)
+        began, first = time.monotonic(), state.step
+        before, before_step = began, first
+        try:
+            while state.step < config.steps:
+                metrics = train_step(state, *self.source.batch(state.step, state.rank, state.world))
+                step, last, stop = state.step, state.step == config.steps, bool(pending)
+                if step % every.log_every == 0 or last:
+                    values = self._read(metrics)
+                    now = time.monotonic()
+                    images = (step - before_step) * config.batch_size / (now - before)
+                    before, before_step = now, step
+                    entry = {"step": step, **values, "images_per_s": images, "seconds": now - began}
+                    log.write(entry)
+                    board.write(entry)
+                    self.progress.update(step, values, (step - first) / (now - began), images, now)
+                if not last and every.sample_every and step % every.sample_every == 0:
+                    self._grid(step, f"step-{step:08d}", board)
+                if last or stop or (every.checkpoint_every and step % every.checkpoint_every == 0):
+                    self._read(metrics)
+                    self._save(final=last or stop)
+                    board.flush()
+                if stop:
+                    break
+        finally:
+            self.progress.close()
+            log.close()
+            board.close()
+
+    def _read(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The metrics on the host. Raises Diverged if one is not finite."""
+        values = {name: float(value) for name, value in metrics.items()}
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        if wrong:
+            raise Diverged(f"{', '.join(wrong)} not finite at step {self.state.step}; nothing was saved after it began")
+        return {**values, "memory_mb": memory_mb(self.state.device)}
+
+    def _save(self, *, final: bool) -> None:
+        try:
+            checkpoint.save(self.run_dir, self.state, self.state.config.run.keep)
+        except OSError as error:
+            if final:
+                what = f"--run-dir {self.run_dir}: cannot save the checkpoint of step {self.state.step}"
+                raise storage_error(error, what) from None
+            self.progress.say(f"warning: checkpoint of step {self.state.step} not saved: {error}")
+
+    def _grid(self, step: int, name: str, board: telemetry.TensorBoard | None = None) -> Path:
+        """A grid of one-step samples of the EMA weights, the same noise and labels every time."""
+        model = self.state.config.model
+        labels = torch.arange(GRID) % max(model.num_classes, 1) if model.num_classes else None
+        shape = (GRID, model.in_channels, model.input_size, model.input_size)
+        grid = telemetry.make_grid(telemetry.to_uint8(sample(self.state.ema, labels, seed=0, shape=shape)), columns=10)
+        path = self.run_dir / "samples" / f"{name}.png"
+        telemetry.replace_file(path, telemetry.png(grid))
+        if board:
+            board.image(grid, step)
+        return path
+
+
+def evaluate(state: TrainState, run_dir: Path, say: Callable[[str], None]) -> dict[int, DigitScores]:
+    """Print the figures of 4000 digits drawn with 1 and with 2 network calls, and keep them in evaluation.json."""
+    figures = {}
+    say(f"evaluating {EVALUATION_SAMPLES} samples")
+    for nfe in (1, 2):
+        figures[nfe] = measure_digits(state.ema, EVALUATION_SAMPLES, nfe, seed=0)
+        say(describe(nfe, figures[nfe]))
+    content = {"step": state.step, "samples": EVALUATION_SAMPLES, "nfe": {k: v._asdict() for k, v in figures.items()}}
+    telemetry.replace_file(run_dir / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode())
+    return figures
+
+
+@contextmanager
+def enough_memory(config: Config) -> Iterator[None]:
+    """Raise ConfigError where memory runs out inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):  # what torch says on the CPU
+            raise
+        what = f"--batch-size {config.batch_size}: out of memory; give a smaller one, or set micro_batch"
+        raise ConfigError(what) from None
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory in MB (10^6 bytes): allocated on a GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in the list that is yielded; a second one raises Interrupted at once."""
+    pending: list[int] = []
+
+    def handle(signum: int, frame: object) -> None:
+        if pending:
+            raise Interrupted(signum, "stopped at once by a second signal; the last checkpoint stands")
+        pending.append(signum)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield pending
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

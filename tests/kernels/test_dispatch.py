@@ -1,0 +1,191 @@
+"""Which calls reach a kernel, what the others get, and how wrong arguments are refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import soflow_kernels
+import torch
+import torch.autograd.forward_ad as forward_ad
+from soflow_kernels import _dispatch, testing
+
+# Torch's forward-mode formulas still use its own deprecated torch.jit.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
+x, m = torch.randn(2, 3, 8), torch.randn(2, 8)
+GOOD = {
+    "layernorm_modulate": {"x": x, "shift": m, "scale": m},
+    "gate_residual_layernorm_modulate": {"x": x, "y": x, "gate": m, "shift": m, "scale": m, "bias": m[0]},
+    "gate_residual": {"x": x, "y": x, "gate": m, "bias": m[0]},
+    "bias_gelu": {"x": x, "bias": m[0]},
+    "linear_gelu": {"x": x, "weight": m, "bias": m[0, :2]},
+}
+ARGUMENTS = [(op, name) for op, arguments in GOOD.items() for name in arguments]
+
+
+def call(op, **changed):
+    return getattr(soflow_kernels, op)(**{**GOOD[op], **changed})
+
+
+@pytest.fixture
+def launches(device):
+    """Counts the launches of kernels."""
+
+    class Counter:
+        count = 0
+
+    original = _dispatch.launch
+
+    def counted(*args, **options):
+        Counter.count += 1
+        return original(*args, **options)
+
+    patch = pytest.MonkeyPatch()
+    for module in ("adaln", "gate", "gelu", "_reduce"):
+        patch.setattr(f"soflow_kernels.{module}.launch", counted)
+    yield Counter
+    patch.undo()
+
+
+def on(device, op):
+    return {name: tensor.to(device) for name, tensor in GOOD[op].items()}
+
+
+def test_every_operation_of_the_package_is_tested_here():
+    assert set(GOOD) <= set(soflow_kernels.status())
+    for op in soflow_kernels.status():
+        assert callable(getattr(soflow_kernels, op)) and callable(getattr(soflow_kernels, f"{op}_reference"))
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_mode_switches_between_kernel_and_reference(op, device, launches):
+    arguments = on(device, op)
+    want = getattr(soflow_kernels, f"{op}_reference")(**arguments)
+    got = getattr(soflow_kernels, op)(**arguments)
+    torch.testing.assert_close(got, want)
+    kernel_launches = launches.count
+    assert kernel_launches > 0 or (op == "linear_gelu" and device == "cuda")
+    with testing.mode("reference"):
+        got = getattr(soflow_kernels, op)(**arguments)
+        assert soflow_kernels.status()[op] == (False, "SOFLOW_KERNELS=reference")
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert launches.count == kernel_launches
+    assert soflow_kernels.status()[op].kernel
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_float64_stays_float64(op, device, launches):
+    arguments = {name: tensor.double() for name, tensor in on(device, op).items()}
+    got = getattr(soflow_kernels, op)(**arguments)
+    for out in got if isinstance(got, tuple) else (got,):
+        assert out.dtype == torch.float64
+    assert launches.count == 0
+
+
+@pytest.mark.parametrize("op", GOOD)
+@pytest.mark.parametrize("how", ["dual tensor", "torch.func.jvp", "compiled torch.func.jvp"])
+def test_forward_mode_never_gives_a_silent_zero(op, how, device):
+    arguments = on(device, op)
+    tangents = {name: torch.randn_like(tensor) for name, tensor in arguments.items()}
+
+    def tangent_of(function):
+        def ordered(*values):
+            return function(**dict(zip(arguments, values, strict=True)))
+
+        primal, tangent = tuple(arguments.values()), tuple(tangents.values())
+        if how == "dual tensor":
+            with forward_ad.dual_level():
+                out = ordered(*(forward_ad.make_dual(p, t) for p, t in zip(primal, tangent, strict=True)))
+                out = out[-1] if isinstance(out, tuple) else out
+                return forward_ad.unpack_dual(out).tangent
+        run = lambda *both: torch.func.jvp(ordered, both[: len(primal)], both[len(primal) :])[1]  # noqa: E731
+        if how.startswith("compiled"):
+            run = torch.compile(run, fullgraph=True, backend="aot_eager")
+        out = run(*primal, *tangent)
+        return out[-1] if isinstance(out, tuple) else out
+
+    got = tangent_of(getattr(soflow_kernels, op))
+    want = tangent_of(getattr(soflow_kernels, f"{op}_reference"))
+    assert got is not None and want.abs().max() > 0
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_torch_func_transforms(op, device):
+    arguments = on(device, op)
+    function, reference = getattr(soflow_kernels, op), getattr(soflow_kernels, f"{op}_reference")
+
+    def total(f, given):
+        out = f(**{**arguments, "x": given})
+        return (out[-1] if isinstance(out, tuple) else out).square().sum()
+
+    got = torch.func.grad(lambda given: total(function, given))(arguments["x"])
+    torch.testing.assert_close(got, torch.func.grad(lambda given: total(reference, given))(arguments["x"]))
+    several = torch.randn(4, *arguments["x"].shape, device=device)
+    got = torch.func.vmap(lambda given: total(function, given))(several)
+    torch.testing.assert_close(got, torch.func.vmap(lambda given: total(reference, given))(several))
+
+
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS)
+def test_wrong_arguments_are_named(op, name):
+    value = GOOD[op][name]
+    wrong = {
+        "must be a tensor": [value.tolist(), None, 3.0][: 1 if name == "bias" else 3],
+        "must be bfloat16": [value.long(), value > 0],
+        "must have shape": [value[..., None].expand(*value.shape, 2), torch.randn(())],
+    }
+    if name != "x":
+        wrong["must have shape"].append(torch.randn(*value.shape[:-1], value.shape[-1] + 1))
+        wrong["must be on cpu"] = [value.to("meta")]
+    elif op.endswith("gelu"):
+        wrong["must have shape"] = [torch.randn(())]  # any other shape is a shape of its own
+    for expected, values in wrong.items():
+        for bad in values:
+            with pytest.raises(ValueError, match=rf"^{op}: {name} {expected}"):
+                call(op, **{name: bad})
+
+
+def test_one_row_of_modulation_is_not_broadcast_in_silence():
+    with pytest.raises(ValueError, match=r"shift must have shape \[2, 8\], got \[1, 8\]"):
+        call("layernorm_modulate", shift=m[:1])
+
+
+def test_mode_refuses_unknown_names():
+    with pytest.raises(ValueError, match="mode must be one of auto, reference, got 'fast'"), testing.mode("fast"):
+        pass
+
+
+def run(code, **environment):
+    base = {name: value for name, value in os.environ.items() if name not in ("SOFLOW_KERNELS", "TRITON_INTERPRET")}
+    root = os.path.dirname(os.path.dirname(soflow_kernels.__file__))
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env={**base, "PYTHONPATH": root, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_environment_variable_switches_kernels_off():
+    code = "import soflow_kernels as k; print(*{s.why for s in k.status().values()})"
+    assert run(code, SOFLOW_KERNELS="reference").stdout == "SOFLOW_KERNELS=reference\n"
+
+
+def test_environment_variable_is_checked():
+    result = run("import soflow_kernels", SOFLOW_KERNELS="of")
+    assert result.returncode == 1
+    assert result.stderr.endswith("ValueError: SOFLOW_KERNELS must be one of auto, reference, got 'of'\n")
+
+
+def test_without_triton_the_references_run():
+    code = """
+import sys
+sys.modules["triton"] = None  # makes the import fail
+import torch, soflow_kernels as k
+x, m = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 8)
+k.gate_residual_layernorm_modulate(x, x, m, m, m)[1].sum().backward()
+k.bias_gelu(x, m[0]).sum().backward()
+print(x.grad.shape, *{s for s in k.status().values()})
+"""
+    result = run(code)
+    assert result.stderr == ""
+    assert result.stdout == ("torch.Size([2, 3, 8]) Status(kernel=False, why='triton is not installed')\n")

@@ -1,0 +1,123 @@
+"""bias_gelu and linear_gelu against float64, beside eager PyTorch in the same dtype."""
+
+import pytest
+import torch
+from soflow_kernels import gelu, testing
+
+# The interpreter computes with numpy, which warns of arithmetic with the NaN and infinity that some tests feed in;
+# torch's forward-mode formulas still use its own deprecated torch.jit.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+]
+
+
+def inputs(shape, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        "x": 3 * torch.randn(shape, generator=generator).to(device, dtype),
+        "bias": torch.randn(shape[-1], generator=generator).to(device, dtype),
+    }
+    return tensors, [torch.randn(shape, generator=generator).to(device, dtype)]
+
+
+def check(tensors, weights):
+    with testing.poisoned():
+        actual = testing.grads(gelu.bias_gelu, tensors, weights)
+    eager = testing.grads(gelu.bias_gelu_reference, tensors, weights)
+    doubles = {name: tensor.double() for name, tensor in tensors.items()}
+    exact = testing.grads(gelu.bias_gelu_reference, doubles, [weight.double() for weight in weights])
+    testing.assert_matches(actual, eager, exact)
+
+
+@pytest.mark.parametrize("shape", [*testing.SHAPES, (5,), (7, 130), (2, 3, 4, 8)], ids=str)
+def test_forward_and_gradients(shape, device):
+    check(*inputs(shape, torch.float32, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 100), (2, 3, 4608)], ids=str)
+def test_half_precision(shape, dtype, device):
+    check(*inputs(shape, dtype, device))
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS[1:])
+def test_layouts(layout, device):
+    tensors, weights = inputs((3, 4, 72), torch.float32, device)
+    laid_out = {name: testing.lay_out(tensor, layout) for name, tensor in tensors.items()}
+    check(laid_out, [testing.lay_out(weight, layout) for weight in weights])
+
+
+def test_mixed_dtypes(device):
+    tensors, weights = inputs((3, 4, 72), torch.float32, device)
+    check({"x": tensors["x"].bfloat16(), "bias": tensors["bias"]}, [weights[0].bfloat16()])
+
+
+def test_many_rows_in_several_chunks(device):
+    check(*inputs((300, 40), torch.float32, device))
+
+
+def test_far_tails(device):
+    """Large arguments neither overflow nor cancel: the slope is 1 on the right and 0 on the left."""
+    x = torch.tensor([[-100.0, -30.0, -8.0, 0.0, 8.0, 30.0, 100.0, 1e6, -1e6]], device=device)
+    tensors = {"x": x, "bias": torch.zeros(9, device=device)}
+    found = testing.grads(gelu.bias_gelu, tensors, [torch.ones_like(x)])
+    # No relative tolerance for the left: float64's own 1 + tanh has no digit left at -8, where the truth is 3e-21.
+    want = torch.tensor([[0.0, 0, 0, 0, 8, 30, 100, 1e6, 0]], device=device)
+    torch.testing.assert_close(found["output 0"], want, rtol=1e-6, atol=1e-12)
+    want = torch.tensor([[0, 0, 0, 0.5, 1, 1, 1, 1, 0]], device=device)
+    torch.testing.assert_close(found["gradient of x"], want, rtol=1e-6, atol=1e-12)
+
+
+def test_nan_stays_in_its_element(device):
+    tensors, weights = inputs((4, 72), torch.float32, device)
+    tensors["x"][1, 7] = torch.nan
+    found = testing.grads(gelu.bias_gelu, tensors, weights)
+    for name in ("output 0", "gradient of x"):
+        assert found[name].isnan().nonzero().tolist() == [[1, 7]], name
+    assert found["gradient of bias"].isnan().nonzero().tolist() == [[7]]
+
+
+def test_same_bits_every_time(device):
+    tensors, weights = inputs((300, 40), torch.float32, device)
+    runs = [testing.grads(gelu.bias_gelu, tensors, weights) for _ in range(3)]
+    for name, value in runs[0].items():
+        assert all(torch.equal(value, run[name]) for run in runs[1:]), name
+
+
+def test_references_have_right_gradients():
+    tensors, _ = inputs((2, 3, 5), torch.float64, "cpu")
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    assert torch.autograd.gradcheck(gelu.bias_gelu_reference, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(gelu.bias_gelu_reference, leaves)
+
+
+def test_opcheck(device):
+    tensors, _ = inputs((2, 3, 72), torch.float32, device)
+    torch.library.opcheck(gelu._bias_gelu, tuple(tensor.requires_grad_() for tensor in tensors.values()))
+
+
+def test_compile_equals_eager(device):
+    tensors, weights = inputs((2, 3, 72), torch.float32, device)
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    compiled = torch.compile(lambda x, bias: gelu.bias_gelu(x, bias), fullgraph=True, backend=backend)
+    eager = testing.grads(gelu.bias_gelu, tensors, weights)
+    found = testing.grads(compiled, tensors, weights)
+    assert all(torch.equal(found[name], value) for name, value in eager.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_gelu(dtype, device):
+    """With gradient and without, the tanh form, never the erf form that a CPU's epilogue has."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 3, 32), "weight": (64, 32), "bias": (64,)}
+    tensors = {n: torch.randn(s, generator=generator).to(device, dtype) for n, s in shapes.items()}
+    weights = [torch.randn(2, 3, 64, generator=generator).to(device, dtype)]
+    doubles = {name: tensor.double() for name, tensor in tensors.items()}
+    actual = testing.grads(gelu.linear_gelu, tensors, weights)
+    eager = testing.grads(gelu.linear_gelu_reference, tensors, weights)
+    exact = testing.grads(gelu.linear_gelu_reference, doubles, [weights[0].double()])
+    testing.assert_matches(actual, eager, exact)
+    with torch.no_grad():
+        actual = {"output 0": gelu.linear_gelu(**tensors)}
+    testing.assert_matches(actual, eager, {"output 0": exact["output 0"]})

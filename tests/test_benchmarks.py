@@ -1,0 +1,136 @@
+"""The benchmarks' own machinery: the gate is green and red when it should be, reports round-trip."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import gates, record, report
+from benchmarks.baselines.authors import AUTHORS
+from benchmarks.cases import Case
+from benchmarks.race import Race, speed_ups
+from benchmarks.recipes import OURS
+from soflow_fast.config import Config, DataConfig, DiTConfig, ObjectiveConfig, RunConfig, override
+
+CONFIG = Config(
+    model=DiTConfig(input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=3),
+    data=DataConfig(kind="latents"),
+    run=RunConfig(device="cpu"),
+    batch_size=8,
+)
+
+TAMPERED = {
+    "guidance": {"objective.guidance_scale": 2.0},
+    "mix": {"objective.mix_ratio": 0.5},
+    "guidance decay": {"objective.guidance_decay_time": 0.1},
+    "weights": {"objective.eps": 0.1},
+    "look-ahead": {"objective.r_init": 0.5},
+    "label drop": {"objective.label_drop": 0.9},
+    "learning rate": {"optim.lr": 0.9},
+    "average": {"optim.ema_decay": 0.9},
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "ours", "theirs"),
+    [
+        (ObjectiveConfig(), 3, 6),
+        (ObjectiveConfig(mix_ratio=1.0), 3, 5),
+        (ObjectiveConfig(guidance_scale=1.0), 2, 3),
+    ],
+    ids=["mixed", "guided", "unguided"],
+)
+def test_gate_is_green_and_counts_calls(objective, ours, theirs):
+    config = replace(CONFIG, objective=objective)
+    assert max(gates.check(config, AUTHORS).values()) < 5e-5
+    for recipe, wanted in ((OURS, ours), (AUTHORS, theirs)):
+        state = recipe.build(config)
+        assert gates.count_calls(recipe, state, *gates.random_batch(config, state.device))[0] == wanted
+
+
+@pytest.mark.parametrize("changes", TAMPERED.values(), ids=TAMPERED.keys())
+def test_gate_is_red_for_a_baseline_that_computes_something_else(changes):
+    tampered = AUTHORS._replace(build=lambda config: AUTHORS.build(override(config, changes)))
+    with pytest.raises(gates.RedGate):
+        gates.check(CONFIG, tampered)
+
+
+def test_gate_is_red_for_a_baseline_that_calls_the_network_once_more():
+    def step(state, x0, y):
+        with torch.no_grad():
+            state.flow.velocity(x0, torch.ones(len(x0)), y)
+        return AUTHORS.step(state, x0, y)
+
+    with pytest.raises(gates.RedGate, match="7 times, not 6"):
+        gates.check(CONFIG, AUTHORS._replace(step=step))
+
+
+def test_nothing_is_timed_behind_a_red_gate():
+    tampered = AUTHORS._replace(build=lambda config: AUTHORS.build(override(config, {"objective.eps": 0.1})))
+    with pytest.raises(gates.RedGate):
+        Race(Case("tiny", CONFIG), [tampered])
+
+
+@pytest.fixture(scope="module")
+def rows():
+    race = Race(Case("tiny", CONFIG), [AUTHORS])
+    for _ in range(race.rounds(0.0)):
+        race.run_baselines()
+        race.steps[OURS.name]()
+    return [row.as_dict() for row in race.rows.values()]
+
+
+def test_rows_hold_every_round_and_the_counted_cost(rows):
+    ours, theirs = rows
+    assert len(ours["seconds"]) == len(theirs["seconds"]) == 5
+    assert (
+        ours["forwards_per_image"]
+        == pytest.approx(theirs["forwards_per_image"], rel=1e-6)
+        == pytest.approx(4.5, abs=0.3)
+    )
+    medians = [sorted(row["seconds"])[2] for row in rows]
+    assert speed_ups(rows) == {AUTHORS.name: pytest.approx(medians[1] / medians[0])}
+
+
+BEGIN, END = "<!-- benchmark:step -->", "<!-- /benchmark:step -->"
+
+
+def test_report_round_trips(rows, tmp_path, capsys):
+    readme, records = tmp_path / "README.md", tmp_path / "records"
+    text = f"before\n{BEGIN}\n{END}\nafter\n"
+    readme.write_text(text)
+    assert report.main([], readme, records) == 2  # no record yet
+
+    path = record.write(rows, "pytest benchmarks/ --record", records)
+    newest = record.newest(records)
+    assert newest is not None and newest["rows"] == rows and newest["file"] == path.name
+    assert report.main(["--check"], readme, records) == 1
+    assert readme.read_text() == text
+    assert report.main([], readme, records) == 0
+    assert report.main(["--check"], readme, records) == 0
+    rendered = readme.read_text()
+    assert rendered.startswith(f"before\n{BEGIN}\n| ") and rendered.endswith(f"{END}\nafter\n")
+    assert f"{speed_ups(rows)[AUTHORS.name]:.2f}x" in rendered and path.name in rendered
+    assert len({line.count("|") for line in rendered.splitlines() if line.startswith("|")}) == 1
+
+    readme.write_text("no markers")
+    assert report.main([], readme, records) == 2
+    assert "README.md: needs one" in capsys.readouterr().err
+
+
+def test_digits_table(tmp_path):
+    scores = {"accuracy": 0.9912, "frechet": 29.04, "near_copies": 0.0}
+    rows = [{"seed": 3, "seconds": 99.6, "samples": 4000, "nfe": {"1": scores, "2": scores}}]
+    record.write(rows, "python -m benchmarks.digits --seeds 3", tmp_path, "digits")
+    assert record.newest(tmp_path) is None  # no record of a step
+    run = record.newest(tmp_path, "digits")
+    assert run is not None
+    text = report.digits(run)
+    assert "| 3 | 1 | 0.9912 | 29.0 | 0.0000 | 100 |" in text and run["file"] in text
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- benchmark:digits -->\n<!-- /benchmark:digits -->\n")
+    assert report.main([], readme, tmp_path) == 0 and text in readme.read_text()
+
+
+def test_readme_shows_the_newest_records():
+    assert report.main(["--check"]) == 0

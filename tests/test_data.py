@@ -1,0 +1,203 @@
+"""Data sets: what they hold, the order in which a run sees them, and what is refused."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from soflow_fast.config import Config, override
+from soflow_fast.data import Source, open_source
+from soflow_fast.data.digits import load_digits, to_pixels
+from soflow_fast.data.images import LARGEST_FILE, load_images
+from soflow_fast.errors import DataError
+from soflow_fast.presets import preset
+
+
+def picture(value: int, size: int = 4, kind: str = "PNG", mode: str = "RGB") -> bytes:
+    """An image file of one grey."""
+    buffer = io.BytesIO()
+    Image.new(mode, (size, size), value if mode == "L" else (value,) * 3).save(buffer, kind)
+    return buffer.getvalue()
+
+
+PICTURES = {
+    "cat/b.png": picture(2),
+    "cat/a.PNG": picture(1),
+    "ant/z.bmp": picture(0, kind="BMP"),
+    "dog/grey.png": picture(3, mode="L"),
+    "dog/readme.txt": b"not a picture",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, content in PICTURES.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(content)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in PICTURES.items():
+            file.writestr(name, content)
+    return path
+
+
+def test_digits_are_the_real_ones_scaled() -> None:
+    from sklearn.datasets import load_digits as original
+
+    x, y = load_digits()
+    assert x.shape == (1797, 1, 8, 8) and x.dtype == torch.float32 and y.dtype == torch.int64
+    assert float(x.min()) == -1 and float(x.max()) == 1
+    assert torch.equal(to_pixels(x), torch.from_numpy(original().data).float())
+    assert torch.equal(x[:, 0], torch.from_numpy(original().images).float() / 8 - 1)
+    assert torch.equal(y, torch.from_numpy(original().target))
+
+
+@pytest.mark.parametrize("where", ["folder", "archive"])
+def test_images_of_a_folder_and_of_a_zip(where: str, request: pytest.FixtureRequest) -> None:
+    images, labels = load_images(str(request.getfixturevalue(where)), 4)
+    assert images.shape == (4, 3, 4, 4) and images.dtype == torch.uint8
+    assert images[:, :, 0, 0].tolist() == [[0] * 3, [1] * 3, [2] * 3, [3] * 3]  # ant, cat/a, cat/b, dog
+    assert labels.tolist() == [0, 1, 1, 2]
+
+
+def test_channels_and_rows_stay_in_place(tmp_path: Path) -> None:
+    pixels = torch.arange(48, dtype=torch.uint8).reshape(4, 4, 3)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels.numpy()).save(tmp_path / "a" / "x.png")
+    images, _ = load_images(str(tmp_path), 4)
+    assert torch.equal(images[0], pixels.permute(2, 0, 1))
+
+
+def images_config(path: object, **changes: object) -> Config:
+    fields = {"model.input_size": 4, "model.num_classes": 3, "data": str(path), "batch_size": 4, **changes}
+    return override(preset("cifar10"), fields)
+
+
+def test_source_of_images_is_scaled_to_the_unit_range(folder: Path) -> None:
+    x, y = open_source(images_config(folder, **{"data.flip": False})).batch(0)
+    assert x.dtype == torch.float32 and x.shape == (4, 3, 4, 4)
+    assert torch.allclose(x[:, 0, 0, 0].sort().values, torch.arange(4) / 127.5 - 1)
+    assert sorted(y.tolist()) == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cat/bad.png", b"junk", "cat/bad.png is no readable image"),
+        ("cat/bad.png", picture(9)[:45], "cat/bad.png is no readable image"),
+        ("cat/big.png", picture(9, size=5), "cat/big.png is 5 x 5, not 4 x 4"),
+    ],
+    ids=["junk", "cut off", "too large"],
+)
+def test_a_bad_image_is_named(folder: Path, archive: Path, name: str, content: bytes, message: str) -> None:
+    (folder / name).write_bytes(content)
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr(name, content)
+    for path in (folder, archive):
+        with pytest.raises(DataError) as error:
+            load_images(str(path), 4)
+        assert str(error.value).startswith(f"--data {path}: ") and message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_every_damaged_byte_of_a_zip_ends_in_one_line_or_in_the_same_images(archive: Path) -> None:
+    whole, _ = load_images(str(archive), 4)
+    content = archive.read_bytes()
+    refusals = 0
+    for position in range(0, len(content), 3):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x55
+        archive.write_bytes(damaged)
+        try:
+            images, _ = load_images(str(archive), 4)
+            assert all(any(torch.equal(image, other) for other in whole) for image in images)
+        except DataError as error:
+            assert str(error).startswith(f"--data {archive}: "), error
+            refusals += 1
+    assert refusals > len(content) // 12
+
+
+def test_a_file_that_unpacks_to_much_more_than_an_image_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/x.png", bytes(LARGEST_FILE + 1))
+    with pytest.raises(DataError, match=r"a/x.png unpacks to 64 MiB"):
+        load_images(str(path), 4)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path, folder: Path) -> None:
+    junk, empty = tmp_path / "junk.zip", tmp_path / "empty"
+    junk.write_bytes(b"PK\x03\x04 junk")
+    empty.mkdir()
+    cases = [
+        (images_config(tmp_path / "nowhere"), "no such file or folder"),
+        (images_config(junk), "cannot be read"),
+        (images_config(empty), "holds no images"),
+        (images_config(""), "--data is missing: preset cifar10"),
+        (images_config(folder, **{"model.num_classes": 2}), "3 classes, the model 2"),
+        (images_config(folder, **{"model.in_channels": 1}), "set model.in_channels"),
+        (override(preset("digits"), {"data": "x"}), "--data x: the digits come with scikit-learn"),
+        (override(preset("digits"), {"model.input_size": 16}), "set model.in_channels and model.input_size"),
+        (override(preset("digits"), {"model.num_classes": 9}), "10 classes, the model 9"),
+        (preset("imagenet256-b4"), "data.kind 'latents'"),
+    ]
+    for config, message in cases:
+        with pytest.raises(DataError) as error:
+            open_source(config)
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_without_classes_takes_any_labels(folder: Path) -> None:
+    assert len(open_source(images_config(folder, **{"model.num_classes": 0}))) == 4
+
+
+def numbers(n: int, batch_size: int, seed: int = 0, flip: bool = False) -> Source:
+    """Images [n, 1, 1, 2] that are their own index, then minus one."""
+    images = torch.stack([torch.arange(n).float(), torch.full((n,), -1.0)], 1).reshape(n, 1, 1, 2)
+    return Source(images, torch.arange(n), seed=seed, batch_size=batch_size, flip=flip)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(12, 4), (10, 4), (9, 20), (9, 9)])
+def test_every_epoch_is_a_fresh_permutation_of_the_whole_set(n: int, batch_size: int) -> None:
+    source = numbers(n, batch_size)
+    seen = torch.cat([source.indices(step) for step in range(6 * n // batch_size + 6)])
+    epochs = seen[: len(seen) // n * n].reshape(-1, n)
+    assert len(epochs) >= 6
+    assert torch.equal(epochs.sort(1).values, torch.arange(n).expand_as(epochs))
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == len(epochs)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 5])
+def test_the_order_does_not_depend_on_the_number_of_ranks(world: int) -> None:
+    source = numbers(37, 12)
+    for step in range(8):
+        parts = [source.indices(step, rank, world) for rank in range(world)]
+        assert torch.equal(torch.cat(parts), source.indices(step))
+
+
+def test_a_batch_is_a_function_of_its_arguments() -> None:
+    first, second = numbers(37, 12, flip=True), numbers(37, 12, flip=True)
+    forward = [first.batch(step, 1, 2) for step in range(10)]
+    backward = [second.batch(step, 1, 2) for step in reversed(range(10))][::-1]
+    for (x, y), (x_again, y_again) in zip(forward, backward, strict=True):
+        assert torch.equal(x, x_again) and torch.equal(y, y_again)
+    assert not torch.equal(numbers(37, 12, seed=1).indices(0), first.indices(0))
+
+
+def test_images_keep_their_labels_and_half_are_mirrored() -> None:
+    source = numbers(100, 50, flip=True)
+    mirrored = 0
+    for step in range(20):
+        x, y = source.batch(step)
+        turned = x[:, 0, 0, 0] == -1
+        assert torch.equal(torch.where(turned, x[:, 0, 0, 1], x[:, 0, 0, 0]), y.float())
+        mirrored += int(turned.sum())
+    assert 400 < mirrored < 600

@@ -1,0 +1,135 @@
+"""The authors' checkpoints: state dicts and files with the public keys, and what is refused."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from soflow_fast import DiT, DiTConfig, SolutionFlow, load_official
+from soflow_fast.errors import CheckpointError
+
+CONFIG = DiTConfig(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=2, num_heads=2, num_classes=3)
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    state = SolutionFlow(DiT(CONFIG)).state_dict()
+    return {k: v if k.endswith("pos_embed") else torch.randn(v.shape, generator=source) for k, v in state.items()}
+
+
+def assert_holds(flow: SolutionFlow, expected: dict[str, Tensor]) -> None:
+    state = flow.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert not flow.training
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda ema, model: ema,
+        lambda ema, model: {"ema": ema, "model": model, "step": 3},
+        lambda ema, model: {"model": model, "ema": ema},
+        lambda ema, model: {"model": ema},
+        lambda ema, model: {"state_dict": {f"module.{k}": v for k, v in ema.items()}},
+        lambda ema, model: {f"_orig_mod.{k}": v for k, v in ema.items()},
+        lambda ema, model: {k.removeprefix("network."): v for k, v in ema.items()},
+    ],
+)
+def test_a_state_dict_and_a_file_of_it_with_any_wrapper(wrap: Any, tmp_path: Path) -> None:
+    ema = weights()
+    content = wrap(ema, weights(1))
+    assert_holds(load_official(content, CONFIG), ema)
+    torch.save(content, tmp_path / "checkpoint.pt")
+    assert_holds(load_official(tmp_path / "checkpoint.pt", CONFIG), ema)
+    assert_holds(load_official(str(tmp_path / "checkpoint.pt"), CONFIG), ema)
+
+
+def test_the_caller_keeps_its_weights() -> None:
+    given = weights()
+    kept = {k: v.clone() for k, v in given.items()}
+    flow = load_official(given, CONFIG)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.zero_()
+    assert all(torch.equal(given[name], kept[name]) for name in kept)
+
+
+def test_positions_may_be_missing() -> None:
+    expected = weights()
+    given = {k: v for k, v in expected.items() if not k.endswith("pos_embed")}
+    assert_holds(load_official(given, CONFIG), expected)
+
+
+def test_a_public_size_is_read_off_the_weights() -> None:
+    config = DiTConfig.named("S/2", input_size=8, in_channels=3, num_classes=5)
+    flow = load_official(SolutionFlow(DiT(config)).state_dict(), path="trig", coefficients="trig")
+    assert flow.network.config == config
+    assert (flow.path, flow.coefficients) == ("trig", "trig")
+
+
+def test_weights_that_do_not_fit_are_named() -> None:
+    def without(name: str) -> dict[str, Tensor]:
+        return {k: v for k, v in weights().items() if k != name}
+
+    bias = "network.blocks.1.attn.qkv.bias"
+    cases: list[tuple[Any, DiTConfig | None, str]] = [
+        (without(bias), CONFIG, f"{bias} is missing"),
+        ({**weights(), "network.extra": torch.zeros(1)}, CONFIG, "network.extra has no place in the model"),
+        ({**weights(), bias: torch.zeros(5)}, CONFIG, rf"{bias} is \[5\], the model's is \[24\]"),
+        (weights(), None, "depth 2 and hidden size 8 are no public size"),
+        ({**weights(), "network.x_embedder.proj.weight": torch.zeros(3)}, None, "not the weights of a DiT"),
+        ({**weights(), "network.y_embedder.embedding_table.weight": torch.tensor(1.0)}, None, "not the weights of a DiT"),
+        (without("network.pos_embed"), None, "not the weights of a DiT"),
+        ({"ema": {"a": torch.zeros(1)}}, CONFIG, "no DiT weights"),
+        ({}, CONFIG, "no DiT weights"),
+    ]
+    for source, config, message in cases:
+        with pytest.raises(CheckpointError, match=message) as error:
+            load_official(source, config)
+        assert str(error.value).startswith("the state dict: ") and "\n" not in str(error.value)
+
+
+class Trap:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
+    trap = tmp_path / "sprung"
+    torch.save({"network": weights(), "more": Trap(trap)}, tmp_path / "new.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Trap(trap)))
+    for name in ("new.pt", "plain.pt"):
+        with pytest.raises(CheckpointError, match="not a checkpoint of plain weights") as error:
+            load_official(tmp_path / name, CONFIG)
+        assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+    assert not trap.exists()
+    pickle.loads((tmp_path / "plain.pt").read_bytes())
+    assert trap.exists(), "the trap of this test does not work"
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 junk"])
+def test_a_file_of_junk_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="x.pt") as error:
+        load_official(tmp_path / "x.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_a_folder_and_other_content_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere.pt: No such file"):
+        load_official(tmp_path / "nowhere.pt")
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        load_official(tmp_path)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        load_official(tmp_path / "list.pt")
