@@ -81,7 +81,7 @@ def resume(run_dir: Path, state: TrainState, warn: Callable[[str], None]) -> boo
 
 
 def _newest_usable(found: list[Path], use: Callable[[Path], T], warn: Callable[[str], None]) -> T:
-    """`use` of the first checkpoint that it takes, the ones before it told to `warn`. Raises CheckpointError if none."""
+    """`use` of the first checkpoint that it takes, those before it told to `warn`. Raises CheckpointError if none."""
     refused: list[str] = []
     for folder in found:
         try:

@@ -59,7 +59,8 @@ def _read(where: str) -> Mapping[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{where}: {error.strerror or error}") from None
     except Exception as error:  # the unpickler raises many kinds; all mean that the file is not plain weights
-        raise CheckpointError(f"{where}: not a checkpoint of plain weights ({str(error).partition(chr(10))[0]})") from None
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{where}: not a checkpoint of plain weights ({reason})") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{where}: holds a {type(content).__name__}, not weights")
     return content

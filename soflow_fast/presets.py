@@ -9,18 +9,31 @@ from .errors import ConfigError
 
 
 def digits() -> Config:
-    """Handwritten digits, 8 x 8, labelled: trains in about two minutes on two CPU cores."""
+    """Handwritten digits, 8 x 8, labelled: trains in about two minutes on two CPU cores.
+
+    Found by trial at a fixed amount of work. What mattered, in this order: end times near 0 and starts near 1 for the
+    consistency loss, as one-step sampling asks for f(x, 1, 0) (Frechet distance 40 -> 29); a learning rate of 4e-3; small
+    batches and many steps. More guidance raises the accuracy and the distance.
+    """
     return Config(
         preset="digits",
         model=DiTConfig(
-            input_size=8, patch_size=2, in_channels=1, hidden_size=96, depth=4, num_heads=4, num_classes=10
+            input_size=8, patch_size=4, in_channels=1, hidden_size=128, depth=4, num_heads=4, num_classes=10
         ),
-        objective=ObjectiveConfig(guidance_scale=1.3, guidance_decay_time=1.0, mix_ratio=1.0, r_end=0.01),
-        optim=OptimConfig(lr=1e-3, lr_schedule="cosine", ema_decay=0.999),
+        objective=ObjectiveConfig(
+            guidance_scale=1.1,
+            guidance_decay_time=1.0,
+            mix_ratio=1.0,
+            r_end=0.01,
+            fm_fraction=0.35,
+            sc_time=(0.8, 1.2),
+            sc_end_time=(-2.0, 1.2),
+        ),
+        optim=OptimConfig(lr=4e-3, lr_schedule="cosine", ema_decay=0.995),
         data=DataConfig(kind="digits"),
-        run=RunConfig(log_every=10, sample_every=500, checkpoint_every=500),
-        steps=2500,
-        batch_size=128,
+        run=RunConfig(log_every=10, sample_every=400, checkpoint_every=700),
+        steps=2800,
+        batch_size=64,
     )
 
 

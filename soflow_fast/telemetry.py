@@ -32,14 +32,14 @@ class Progress:
             return
         self._last = now
         left = (self.total - step) / rate if rate else float("inf")
-        parts = [f"step {step}/{self.total}"]
+        parts = [f"step {step}/{self.total}", f"{duration(left)} left"]
         names = {"fm_loss": "fm", "sc_loss": "sc", "sc_mse": "mean q^2"}
-        parts += [f"{label} {metrics[name]:.4f}" for name, label in names.items() if name in metrics]
-        parts += [f"{images:.0f} img/s", f"{metrics['memory_mb']:.0f} MB", f"{duration(left)} left"]
+        parts += [f"{label} {metrics[name]:.3f}" for name, label in names.items() if name in metrics]
+        parts += [f"{images:.0f} img/s", f"{metrics['memory_mb']:.0f} MB"]
         text = "  ".join(parts)
         if self.live:
             columns = os.get_terminal_size(self.stream.fileno()).columns or 80  # 0: the terminal does not know
-            text = text[: max(columns - 1, 20)]
+            text = (text if len(text) < columns else text.replace("  ", " "))[: max(columns - 1, 20)]
             self.stream.write("\r" + text.ljust(self._width))
             self._width = len(text)
         else:

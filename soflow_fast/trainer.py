@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,11 +108,13 @@ class Run:
     def _loop(self, pending: list[int]) -> None:
         """Step until the last one or until a signal is pending, and save."""
         state, config, every = self.state, self.state.config, self.state.config.run
-        log = telemetry.MetricsLog(self.run_dir / "metrics.jsonl", state.step)
-        board = telemetry.TensorBoard(self.run_dir / "tensorboard", state.step)
         began, first = time.monotonic(), state.step
         before, before_step = began, first
-        try:
+        with (
+            closing(self.progress),
+            closing(telemetry.MetricsLog(self.run_dir / "metrics.jsonl", first)) as log,
+            closing(telemetry.TensorBoard(self.run_dir / "tensorboard", first)) as board,
+        ):
             while state.step < config.steps:
                 metrics = train_step(state, *self.source.batch(state.step, state.rank, state.world))
                 step, last, stop = state.step, state.step == config.steps, bool(pending)
@@ -133,10 +135,6 @@ class Run:
                     board.flush()
                 if stop:
                     break
-        finally:
-            self.progress.close()
-            log.close()
-            board.close()
 
     def _read(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
         """The metrics on the host. Raises Diverged if one is not finite."""

@@ -13,7 +13,13 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY_FIELDS = {"model.hidden_size": 16, "model.depth": 1, "model.num_heads": 2, "run.log_every": 2, "run.sample_every": 10}
+TINY_FIELDS = {
+    "model.hidden_size": 16,
+    "model.depth": 1,
+    "model.num_heads": 2,
+    "run.log_every": 2,
+    "run.sample_every": 10,
+}
 TINY = ["--device", "cpu", "--batch-size", "8", *(f"--set={name}={value}" for name, value in TINY_FIELDS.items())]
 RUN = [*TINY, "--steps", "20", "--checkpoint-every", "5"]
 
@@ -149,7 +155,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
     yield mount
     for place in places:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
@@ -161,3 +167,15 @@ def files_under(folder: Path) -> dict[str, bytes]:
 def files() -> Callable[[Path], dict[str, bytes]]:
     """`files(folder)`: every file below it, with its bytes."""
     return files_under
+
+
+@pytest.fixture
+def damage() -> Callable[[Path], None]:
+    """`damage(path)`: flips one bit in the middle of a file."""
+
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+
+    return damage

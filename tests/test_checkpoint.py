@@ -24,7 +24,14 @@ FIELDS: dict[str, Any] = {
     "steps": 20,
     "device": "cpu",
 }
-FILES = {"config.json", "state.json", "network.safetensors", "ema.safetensors", "optimizer.safetensors", "manifest.json"}
+FILES = {
+    "config.json",
+    "state.json",
+    "network.safetensors",
+    "ema.safetensors",
+    "optimizer.safetensors",
+    "manifest.json",
+}
 
 
 def build(**changes: Any) -> TrainState:
@@ -154,7 +161,9 @@ def test_load_of_a_run_passes_over_a_damaged_checkpoint_with_a_warning(run: Path
     assert f"{newest / 'ema.safetensors'}: damaged" in err and before.name in err
 
 
-def test_when_every_checkpoint_is_damaged_the_error_names_the_newest_and_nothing_is_printed(run: Path, capsys: Any) -> None:
+def test_when_every_checkpoint_is_damaged_the_error_names_the_newest_and_nothing_is_printed(
+    run: Path, capsys: Any
+) -> None:
     newest, before = checkpoint.list_checkpoints(run)
     for folder in (newest, before):
         flip(folder / "ema.safetensors", 500)
@@ -191,7 +200,9 @@ def test_load_gives_the_ema_weights_for_use(run: Path) -> None:
     flow = load(run)
     expected = state.ema.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in flow.state_dict().items())
-    assert not torch.equal(state.flow.state_dict()["network.final_layer.linear.bias"], flow.network.final_layer.linear.bias)
+    assert not torch.equal(
+        state.flow.state_dict()["network.final_layer.linear.bias"], flow.network.final_layer.linear.bias
+    )
     assert not flow.training and not any(p.requires_grad for p in flow.parameters())
     for source in (str(run), run / "checkpoints" / "step-00000002"):
         assert torch.equal(load(source).network.final_layer.linear.bias, flow.network.final_layer.linear.bias)
@@ -212,7 +223,11 @@ def test_an_exported_directory_loads_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_nothing_to_load_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for place, message in ((tmp_path / "nowhere", "no such run"), (tmp_path, "no checkpoint"), (tmp_path / "file", "no check")):
+    for place, message in (
+        (tmp_path / "nowhere", "no such run"),
+        (tmp_path, "no checkpoint"),
+        (tmp_path / "file", "no check"),
+    ):
         with pytest.raises(CheckpointError, match=message) as error:
             load(place)
         assert str(error.value).startswith(str(place))
@@ -249,7 +264,7 @@ def test_a_whole_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None
         with pytest.raises(CheckpointError) as error:
             load(folder)
         assert str(folder) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(CheckpointError, match="network.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"network\.safetensors is missing"):
         checkpoint.restore(write(tmp_path / "f", state.config, state.ema), state)
 
 
@@ -315,9 +330,9 @@ def die(function, call):
         return function(*arguments, **settings)
     return counted
 
-for point, (module, name, call) in enumerate(
-    [(checkpoint, "save_file", 2), (os, "fsync", 3), (os, "rename", 1), (os, "fsync", 8), (checkpoint.shutil, "rmtree", 2)]
-):
+points = [(checkpoint, "save_file", 2), (os, "fsync", 3), (os, "rename", 1), (os, "fsync", 8)]
+points += [(checkpoint.shutil, "rmtree", 2)]
+for point, (module, name, call) in enumerate(points):
     child = os.fork()
     if child == 0:
         setattr(module, name, die(getattr(module, name), call))

@@ -38,7 +38,13 @@ def test_json_gives_the_preset_back(name: str) -> None:
 
 
 def test_json_gives_changed_values_back() -> None:
-    changes = {"objective.fm_time": (0.5, 2.0), "optim.betas": (0.1, 0.2), "data.flip": True, "seed": 2**62, "run.run_dir": "ü"}
+    changes = {
+        "objective.fm_time": (0.5, 2.0),
+        "optim.betas": (0.1, 0.2),
+        "data.flip": True,
+        "seed": 2**62,
+        "run.run_dir": "ü",
+    }
     config = override(Config(), changes)
     assert from_json(to_json(config)) == config
     assert {name: flatten(from_json(to_json(config)))[name] for name in changes} == changes

@@ -83,7 +83,11 @@ def test_weights_that_do_not_fit_are_named() -> None:
         ({**weights(), bias: torch.zeros(5)}, CONFIG, rf"{bias} is \[5\], the model's is \[24\]"),
         (weights(), None, "depth 2 and hidden size 8 are no public size"),
         ({**weights(), "network.x_embedder.proj.weight": torch.zeros(3)}, None, "not the weights of a DiT"),
-        ({**weights(), "network.y_embedder.embedding_table.weight": torch.tensor(1.0)}, None, "not the weights of a DiT"),
+        (
+            {**weights(), "network.y_embedder.embedding_table.weight": torch.tensor(1.0)},
+            None,
+            "not the weights of a DiT",
+        ),
         (without("network.pos_embed"), None, "not the weights of a DiT"),
         ({"ema": {"a": torch.zeros(1)}}, CONFIG, "no DiT weights"),
         ({}, CONFIG, "no DiT weights"),
@@ -120,7 +124,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 junk"])
 def test_a_file_of_junk_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match="x.pt") as error:
+    with pytest.raises(CheckpointError, match=r"x\.pt") as error:
         load_official(tmp_path / "x.pt")
     assert "\n" not in str(error.value)
 

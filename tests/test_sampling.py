@@ -64,6 +64,12 @@ def test_same_seed_same_images_however_many(flow: SolutionFlow) -> None:
         assert len({tuple(image.flatten().tolist()) for image in many}) == 70
 
 
+def test_the_network_always_runs_on_whole_batches() -> None:
+    network = Recorder()
+    sample(SolutionFlow(network), seed=0, shape=[10, *SHAPE], batch_size=4)
+    assert [len(x) for x, *_ in network.calls] == [4, 4, 4]  # another size could round differently
+
+
 def test_the_batch_size_changes_nothing_but_rounding(flow: SolutionFlow) -> None:
     labels = torch.arange(10) % 3
     torch.testing.assert_close(

@@ -82,16 +82,21 @@ def check_tensor(op, name, value, shape, like=None):
     """
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{op}: {name} must be a tensor of shape {_text(shape)}, got {type(value).__name__}")
-    given, wanted = value.shape, shape
-    if shape[0] is ...:
-        wanted = shape[1:]
-        given = given[max(len(given) - len(wanted), 0) :]
-    if len(given) != len(wanted) or any(isinstance(n, int) and n != m for n, m in zip(wanted, given, strict=True)):
+    if value.shape != shape and not _fits(value.shape, shape):
         raise ValueError(f"{op}: {name} must have shape {_text(shape)}, got {_text(value.shape)}")
     if not value.dtype.is_floating_point:
         raise ValueError(f"{op}: {name} must be bfloat16, float16, float32 or float64, got {value.dtype}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
+
+
+def _fits(given, shape):
+    if shape[0] is ...:
+        shape = shape[1:]
+        given = given[-len(shape) :]
+    return len(given) == len(shape) and all(
+        isinstance(wanted, str) or wanted == n for wanted, n in zip(shape, given, strict=True)
+    )
 
 
 def _text(shape):

@@ -17,7 +17,7 @@ ROWS = 64
 def split_rows(groups, rows, least):
     """(chunks, rows per chunk) for `groups` samples of `rows` tokens; a chunk has at least `least` tokens if it can."""
     chunks = max(1, min(-(-rows // least), PROGRAMS // max(groups, 1)))
-    per_chunk = -(-rows // chunks)
+    per_chunk = max(1, -(-rows // chunks))
     return -(-rows // per_chunk), per_chunk
 
 

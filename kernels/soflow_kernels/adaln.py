@@ -394,7 +394,7 @@ def layernorm_modulate(x, shift, scale, eps=1e-6, out_dtype=None):
     B, _, D = x.shape
     check_tensor(op, "shift", shift, (B, D), x)
     check_tensor(op, "scale", scale, (B, D), x)
-    if D > MAX_D or not use_kernel(x, shift, scale):
+    if not 0 < D <= MAX_D or not use_kernel(x, shift, scale):
         return layernorm_modulate_reference(x, shift, scale, eps, out_dtype)
     return _layernorm_modulate(x, shift, scale, eps, out_dtype or x.dtype)[0]
 
@@ -416,7 +416,7 @@ def gate_residual_layernorm_modulate(x, y, gate, shift, scale, eps=1e-6, bias=No
     check_tensor(op, "scale", scale, (B, D), x)
     if bias is not None:
         check_tensor(op, "bias", bias, (D,), x)
-    if D > MAX_D or not use_kernel(x, y, gate, shift, scale, bias):
+    if not 0 < D <= MAX_D or not use_kernel(x, y, gate, shift, scale, bias):
         return gate_residual_layernorm_modulate_reference(x, y, gate, shift, scale, eps, bias, out_dtype)
     return _gate_residual_layernorm_modulate(x, y, gate, shift, scale, bias, eps, out_dtype or x.dtype)[:2]
 

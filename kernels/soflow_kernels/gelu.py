@@ -75,7 +75,7 @@ def _backward_kernel(
         e = _exp_inner(u)
         s = 1 / (1 + e)
         # 1 - s is e s, without the cancellation.
-        dx = dout * s * (1 + 1.5957691216057308 * u * e * s * (1 + 0.134145 * u * u))
+        dx = dout * s * (1 + 1.5957691216057308 * u * (e * s) * (1 + 0.134145 * u * u))
         dbias += tl.where(mask, dx, 0.0)
         tl.store(dx_ptr + at * D + cols, dx, mask=mask)
     tl.store(partial_ptr + chunk * D + cols, tl.sum(dbias, axis=0)[None, :], mask=cols < D)

@@ -19,9 +19,9 @@ __all__ = [
     "triton",
 ]
 
-# (B, T, D): every width, token count and batch size that is special to a kernel (powers of two and their neighbours, one
-# segment or two, odd widths that no vector load fits, the shipped 768, 1024 and 1152), in few programs: the interpreter
-# runs about 400 a second.
+# (B, T, D): every width, token count and batch size that is special to a kernel (one segment or two, padded or not, odd
+# widths that no vector load fits, the shipped 768, 1024 and 1152), in few programs: the interpreter runs about 400 a
+# second.
 SHAPES = (
     (3, 2, 1),
     (1, 256, 64),

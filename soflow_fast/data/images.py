@@ -63,5 +63,6 @@ def _zip_entries(place: Path) -> Iterator[tuple[str, str]]:
             if name.suffix.lower() not in SUFFIXES or info.is_dir():
                 continue
             if info.file_size > LARGEST_FILE:
-                raise DataError(f"--data {place}: {info.filename} unpacks to {info.file_size >> 20} MiB, more than an image has")
+                size = f"{info.file_size >> 20} MiB"
+                raise DataError(f"--data {place}: {info.filename} unpacks to {size}, more than an image has")
             yield name.parent.as_posix(), info.filename

@@ -70,6 +70,7 @@ def open_source(config: Config) -> Source:
     wanted, got = (model.in_channels, model.input_size, model.input_size), tuple(images.shape[1:])
     if got != wanted:
         raise DataError(f"the images are {got}, the model takes {wanted}: set model.in_channels and model.input_size")
-    if model.num_classes and int(labels.max()) >= model.num_classes:
-        raise DataError(f"the data has {int(labels.max()) + 1} classes, the model {model.num_classes}: set model.num_classes")
+    classes = int(labels.max()) + 1
+    if model.num_classes and classes > model.num_classes:
+        raise DataError(f"the data has {classes} classes, the model {model.num_classes}: set model.num_classes")
     return Source(images, labels, seed=config.seed, batch_size=config.batch_size, flip=config.data.flip)

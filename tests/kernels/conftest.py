@@ -5,10 +5,17 @@ and then switches the kernels off again: the engine's tests in the same process 
 the tests of this folder switch the kernels on.
 """
 
+import os
+
 import pytest
 import torch
 
 INTERPRET = not torch.cuda.is_available()
+NOT_OURS = (
+    "ignore::RuntimeWarning",  # numpy, with which the interpreter computes, on the NaN and infinity that tests feed in
+    "ignore:Conversion of an array:DeprecationWarning",  # the interpreter of triton 3.6
+    "ignore:.torch.jit.script:DeprecationWarning",  # torch's own forward-mode formulas
+)
 
 with pytest.MonkeyPatch.context() as patch:
     if INTERPRET:
@@ -22,6 +29,13 @@ if INTERPRET:
             "name tests/kernels first on the command line"
         )
     _dispatch._mode = "reference"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.is_relative_to(os.path.dirname(__file__)):
+            for warning in NOT_OURS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 @pytest.fixture(autouse=True)

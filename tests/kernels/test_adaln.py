@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from soflow_kernels import adaln, gate, testing
 
 OPS = {
@@ -17,13 +18,6 @@ OPS = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 all_ops = pytest.mark.parametrize("op", OPS)
-
-# The interpreter computes with numpy, which warns of arithmetic with the NaN that some tests feed in; torch's
-# forward-mode formulas still use its own deprecated torch.jit.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
-]
 
 
 def inputs(op, B, T, D, dtype, device, seed=0):
@@ -187,6 +181,7 @@ def test_opcheck(op, device):
 def test_compile_equals_eager(op, device):
     tensors, weights = inputs(op, 2, 5, 100, torch.float32, device)
     kernel = OPS[op][0]
+    torch.compiler.reset()
     backend = "inductor" if device == "cuda" else "aot_eager"
     compiled = torch.compile(lambda **t: kernel(**t), fullgraph=True, backend=backend)
     eager = testing.grads(kernel, tensors, weights)

@@ -5,13 +5,11 @@ import subprocess
 import sys
 
 import pytest
-import soflow_kernels
 import torch
 import torch.autograd.forward_ad as forward_ad
-from soflow_kernels import _dispatch, testing
 
-# Torch's forward-mode formulas still use its own deprecated torch.jit.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+import soflow_kernels
+from soflow_kernels import _dispatch, testing
 
 x, m = torch.randn(2, 3, 8), torch.randn(2, 8)
 GOOD = {
@@ -101,7 +99,8 @@ def test_forward_mode_never_gives_a_silent_zero(op, how, device):
                 return forward_ad.unpack_dual(out).tangent
         run = lambda *both: torch.func.jvp(ordered, both[: len(primal)], both[len(primal) :])[1]  # noqa: E731
         if how.startswith("compiled"):
-            run = torch.compile(run, fullgraph=True, backend="aot_eager")
+            torch.compiler.reset()
+            run = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=False)
         out = run(*primal, *tangent)
         return out[-1] if isinstance(out, tuple) else out
 

@@ -1,0 +1,87 @@
+"""The ahead-of-time inspection, in processes of its own: this one interprets its kernels."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from soflow_kernels import testing
+
+pytestmark = pytest.mark.skipif(testing.triton is None, reason="triton is not installed")
+ROOT = os.path.dirname(os.path.dirname(testing.__file__))
+
+PROBLEMS = """
+import torch
+from soflow_kernels import _dispatch, adaln, inspect
+
+def problem(x, **changed):
+    m, stats = torch.zeros(2, 1152, dtype=x.dtype), torch.zeros(2, 16)
+    with _dispatch.recording() as launches:
+        adaln._backward(x, x, x, x, m, m, None, stats, stats)
+    kernel, args, options = launches[0]
+    return inspect.inspect_launch("case", (kernel, args, {**options, **changed}), 90)["problem"]
+
+x = torch.zeros(2, 16, 1152, dtype=torch.bfloat16)
+print(problem(x), problem(torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)), sep="|", end="|")
+print(problem(x, num_warps=1, STAGES=1))
+"""
+
+ONES = """
+import torch
+from soflow_kernels import _dispatch, adaln, gate, gelu, inspect
+
+x, m, stats = torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1)
+with _dispatch.recording() as launches:
+    adaln._forward(x, x, m, m, m, m[0], 1e-6, x.dtype)
+    adaln._backward(x, x, x, x, m, m, m[0], stats, stats)
+    gate._gate_residual(x, x, m, m[0])
+    gate._gate_residual_backward(x, x, m, m[0])
+    gelu._bias_gelu(x, m[0])
+    gelu._bias_gelu_backward(x, x, m[0])
+for launch in launches:
+    inspect.compile_launch(*launch, 90)
+print(len(launches))
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(*arguments):
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"PYTHONPATH": ROOT, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "COLUMNS": "120"}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+def test_table_and_record(run, tmp_path):
+    only = ("--only", "gate_residual_layernorm_modulate backward 1152 bfloat16")
+    result = run("-m", "soflow_kernels.inspect", "--arch", "80", "90", "100", *only, "--json", "record.json")
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    rows = [row for row in record["kernels"] if row["kernel"] == "adaln._backward_kernel"]
+    assert [row["arch"] for row in rows] == [80, 90, 100]
+    for row in rows:
+        assert row["spill"] == 0 and row["widest"] >= 16 and 32 <= row["registers"] <= 128, row
+    assert set(record["versions"]) == {"soflow_kernels", "triton", "torch"}
+    assert "adaln._backward_kernel" in result.stdout
+
+
+def test_spills_and_narrow_loads_are_problems(run):
+    result = run("-c", PROBLEMS)
+    assert result.stdout == "|narrow loads|spills\n", result.stderr
+
+
+def test_sizes_of_one_compile(run):
+    """A launch turns an argument that is 1 into a constant, on which some of the language is not defined."""
+    result = run("-c", ONES)
+    assert result.stdout == "11\n", result.stderr
+
+
+def test_failure_is_one_line_and_exit_code_1(run):
+    result = run("-m", "soflow_kernels.inspect", "--only", "no such case")
+    assert result.returncode == 1
+    assert result.stderr == "Failed: no case contains 'no such case'\n"
