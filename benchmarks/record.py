@@ -51,7 +51,7 @@ def commit() -> str | None:
 
 
 def write(rows: list[dict], command: str, folder: Path = RECORDS, benchmark: str = "step") -> Path:
-    """Write the rows of this run to <date>-<device>.json, other benchmarks than "step" to <date>-<benchmark>-<device>.json.
+    """Write the rows of this run to <date>-<device>.json; other benchmarks than "step" put their name in between.
 
     A later run on the same day and device replaces it.
     """

@@ -61,8 +61,8 @@ def digits(run: dict) -> str:
             lines.append(" | ".join(cells))
     note = (
         f"{run['rows'][0]['samples']} samples each. Labels by an SVC fitted on the real digits; Frechet distance in "
-        "pixel space, where two halves of the real digits are 16 apart; near copies lie within Euclidean distance 4 of a "
-        f"training image, pixels 0..16; seconds of the whole command, evaluation included. `{run['command']}`."
+        "pixel space, where two halves of the real digits are 16 apart; near copies lie within Euclidean distance 4 of "
+        f"a training image, pixels 0..16; seconds of the whole command, evaluation included. `{run['command']}`."
     )
     return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, note)])
 

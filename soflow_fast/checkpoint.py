@@ -222,4 +222,4 @@ def _load_weights(flow: SolutionFlow, weights: dict[str, Tensor], folder: Path) 
     for name in [*expected, *weights]:
         if name not in weights or name not in expected or weights[name].shape != expected[name].shape:
             raise CheckpointError(f"{folder}: of another model: {name} does not fit")
-    flow.load_state_dict(weights)
+    flow.load_state_dict(weights, assign=next(flow.parameters()).is_meta)

@@ -50,7 +50,9 @@ class DiTConfig:
         """A public size by name ("S/2", "B/4", "B/2", "M/2", "L/2", "XL/2"; a leading "DiT-" is allowed)."""
         key = size.removeprefix("DiT-")
         if key not in DIT_SIZES:
-            raise ValueError(f"unknown DiT size {size!r}{_nearest(key, DIT_SIZES)}; the sizes are {', '.join(DIT_SIZES)}")
+            raise ValueError(
+                f"unknown DiT size {size!r}{_nearest(key, DIT_SIZES)}; the sizes are {', '.join(DIT_SIZES)}"
+            )
         depth, hidden_size, num_heads, patch_size = DIT_SIZES[key]
         return cls(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size, **others)
 
@@ -192,7 +194,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The inverse of `to_dict`; a field left out takes its default. Raises ValueError naming an unknown or ill-typed field."""
+    """The inverse of `to_dict`; a field left out takes its default. Raises ValueError naming a wrong field."""
     return _build(Config, values, "")
 
 
@@ -241,7 +243,7 @@ def validate(config: Config) -> Config:
         _require(getattr(run, name) >= least, f"run.{name}", f"at least {least}", getattr(run, name))
     _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits
     _require(1 <= config.batch_size <= 2**20, "batch_size", "in [1, 2^20]", config.batch_size)
-    _require(0 <= config.micro_batch, "micro_batch", "at least 0", config.micro_batch)
+    _require(config.micro_batch >= 0, "micro_batch", "at least 0", config.micro_batch)
     _one_of("precision", config.precision, PRECISIONS)
     _require(0 <= config.seed < 2**63, "seed", "in [0, 2^63)", config.seed)
     return config
@@ -266,7 +268,9 @@ def validate_model(model: DiTConfig, prefix: str = "") -> None:
         f"a divisor of hidden_size {model.hidden_size}",
         model.num_heads,
     )
-    _require(model.hidden_size % 4 == 0, prefix + "hidden_size", "a multiple of 4 (2-D sin-cos positions)", model.hidden_size)
+    _require(
+        model.hidden_size % 4 == 0, prefix + "hidden_size", "a multiple of 4 (2-D sin-cos positions)", model.hidden_size
+    )
 
 
 def validate_flow(flow: FlowConfig, prefix: str = "") -> None:
@@ -278,7 +282,9 @@ def validate_flow(flow: FlowConfig, prefix: str = "") -> None:
 def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
     """Check an ObjectiveConfig. Raises ValueError naming the field."""
     _require(objective.guidance_scale >= 1, prefix + "guidance_scale", "at least 1", objective.guidance_scale)
-    _require(objective.guidance_decay_time >= 0, prefix + "guidance_decay_time", "at least 0", objective.guidance_decay_time)
+    _require(
+        objective.guidance_decay_time >= 0, prefix + "guidance_decay_time", "at least 0", objective.guidance_decay_time
+    )
     for name in ("mix_ratio", "fm_fraction", "label_drop"):
         _require(0 <= getattr(objective, name) <= 1, prefix + name, "in [0, 1]", getattr(objective, name))
     _require(objective.p >= 0, prefix + "p", "at least 0", objective.p)
@@ -287,7 +293,9 @@ def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
     for name in ("r_init", "r_end"):
         _require(0 < getattr(objective, name) <= 1, prefix + name, "in (0, 1]", getattr(objective, name))
     for name in ("fm_time", "sc_time", "sc_end_time"):
-        _require(getattr(objective, name)[1] > 0, prefix + name, "a mean and a deviation above 0", getattr(objective, name))
+        _require(
+            getattr(objective, name)[1] > 0, prefix + name, "a mean and a deviation above 0", getattr(objective, name)
+        )
 
 
 def _require(holds: bool, name: str, what: str, value: Any) -> None:

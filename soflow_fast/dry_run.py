@@ -1,6 +1,5 @@
 """`--dry-run`: build everything, make one step, say what the whole run needs. Writes nothing."""
 
-import time
 from dataclasses import replace
 
 import torch
@@ -11,7 +10,7 @@ from .data import open_source
 from .state import TrainState
 from .step import train_step
 from .telemetry import duration
-from .trainer import enough_memory, memory_mb, resolved
+from .trainer import enough_memory, memory_mb, resolved, seconds_per_step
 
 CPU_TFLOP_A_STEP = 0.25
 """On a CPU the step is made on fewer images once a whole batch would need more than this."""
@@ -35,8 +34,8 @@ def dry_run(config: Config) -> str:
 
 
 def _dry_run(config: Config) -> str:
+    config = resolved(config)
     state = TrainState.build(config)
-    config = resolved(state)
     model = config.model
     synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
     source = None if synthetic else open_source(config)
@@ -54,11 +53,7 @@ def _dry_run(config: Config) -> str:
     with counter:
         metrics = train_step(state, x, y)
     flops = counter.get_total_flops() / batch
-    began = time.monotonic()
-    train_step(state, x, y)
-    if state.device.type == "cuda":
-        torch.cuda.synchronize(state.device)
-    seconds = (time.monotonic() - began) * config.batch_size / batch
+    seconds = seconds_per_step(state, x, y) * config.batch_size / batch
     data = f"{len(source)} images" if source else "random numbers (no data was given or read)"
     part = "" if batch == config.batch_size else f", scaled from a step of {batch}"
     rows = [

@@ -41,7 +41,9 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp: Any = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp: Any = nn.Sequential(
+            nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
 
     @staticmethod
     def sinusoids(t: Tensor) -> Tensor:
@@ -133,13 +135,14 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, D)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        self.register_buffer("pos_embed", sincos_positions(D, config.input_size // config.patch_size)[None])
+        self.register_buffer("pos_embed", torch.empty(1, (config.input_size // config.patch_size) ** 2, D))
         self.initialize()
 
     @torch.no_grad()
     def initialize(self, source: torch.Generator | None = None) -> None:
         """The public initialisation: Xavier uniform, zero biases; label table and the two Linear weights of the **t**
         embedder N(0, 0.02), while the s embedder keeps Xavier; adaLN and output layers zero."""
+        self.pos_embed.copy_(sincos_positions(self.config.hidden_size, math.isqrt(self.pos_embed.shape[1])))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=source)

@@ -12,8 +12,8 @@ def digits() -> Config:
     """Handwritten digits, 8 x 8, labelled: trains in about two minutes on two CPU cores.
 
     Found by trial at a fixed amount of work. What mattered, in this order: end times near 0 and starts near 1 for the
-    consistency loss, as one-step sampling asks for f(x, 1, 0) (Frechet distance 40 -> 29); a learning rate of 4e-3; small
-    batches and many steps. More guidance raises the accuracy and the distance.
+    consistency loss, as one-step sampling asks for f(x, 1, 0) (Frechet distance 40 -> 29); a learning rate of 4e-3;
+    small batches and many steps. More guidance raises the accuracy and the distance.
     """
     return Config(
         preset="digits",

@@ -63,9 +63,11 @@ def _labels(text: str | None, num_classes: int, n: int) -> list[int] | None:
         if text:
             raise ConfigError(f"--labels {text}: the model has no classes")
         return None
-    chosen = list(range(num_classes)) if text is None else [
-        whole_number("--labels", part.strip(), 0) for part in text.split(",")
-    ]
+    chosen = (
+        list(range(num_classes))
+        if text is None
+        else [whole_number("--labels", part.strip(), 0) for part in text.split(",")]
+    )
     if max(chosen) >= num_classes:
         raise ConfigError(f"--labels {max(chosen)}: the classes are 0 to {num_classes - 1}")
     return [chosen[i % len(chosen)] for i in range(n)]
@@ -93,7 +95,7 @@ def _write(out: Path, files: dict[str, bytes]) -> None:
 
 
 class _Callable(types.ModuleType):
-    """`soflow_fast.sample` is a public function too, and importing this module would hide it: so the module is callable."""
+    """The package's public function `sample` would be hidden by importing this module: so the module is callable too."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
         from .sampling import sample

@@ -1,5 +1,6 @@
 """What training changes: network, its EMA, optimiser, step."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +41,10 @@ class TrainState:
             raise ConfigError(str(error)) from None
         device = resolve_device(config.run.device)
         precision = resolve_precision(config.precision, device)
-        network = DiT(config.model)
-        network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
-        flow = SolutionFlow(network, config.flow.path, config.flow.coefficients).to(device)
-        ema = build_flow(config).to(device).requires_grad_(False).eval()
-        ema.load_state_dict(flow.state_dict())
+        flow = build_flow(config).to_empty(device="cpu")
+        flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
+        flow = flow.to(device)
+        ema = copy.deepcopy(flow).requires_grad_(False).eval()
         optim = config.optim
         optimizer = torch.optim.AdamW(
             flow.parameters(),
@@ -62,8 +62,9 @@ class TrainState:
 
 
 def build_flow(config: Config) -> SolutionFlow:
-    """The flow of a configuration, with arbitrary weights."""
-    return SolutionFlow(DiT(config.model), config.flow.path, config.flow.coefficients)
+    """The flow of a configuration, without weights: on the meta device, to be filled from a state dict or initialised."""
+    with torch.device("meta"):
+        return SolutionFlow(DiT(config.model), config.flow.path, config.flow.coefficients)
 
 
 def resolve_device(name: str) -> torch.device:

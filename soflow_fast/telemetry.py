@@ -54,7 +54,6 @@ class Progress:
         self.stream.write(text + "\n")
         self.stream.flush()
 
-
     def close(self) -> None:
         """End the live line, so that what follows stands on a line of its own."""
         if self.live and self._width:

@@ -19,7 +19,7 @@ from .data import Source, open_source
 from .errors import ConfigError, Diverged, Interrupted, storage_error
 from .evaluation import DigitScores, describe, measure_digits
 from .sampling import sample
-from .state import TrainState
+from .state import TrainState, resolve_device, resolve_precision
 from .step import train_step
 
 GRID = 100
@@ -33,19 +33,18 @@ def train(config: Config) -> TrainState:
     Raises UserError for what the user can mend, Interrupted after SIGINT or SIGTERM (the state is saved before).
     """
     with enough_memory(config):
-        state = TrainState.build(config)
-        config = state.config = resolved(state)
+        config = resolved(config)
         run_dir = Path(config.run.run_dir)
         check_run_dir(run_dir, config)
-        return Run(state, open_source(config), run_dir).go()
+        source = open_source(config)
+        return Run(TrainState.build(config), source, run_dir).go()
 
 
-def resolved(state: TrainState) -> Config:
-    """The configuration with every "auto" and empty default replaced by what it came to."""
-    config = state.config
-    run_dir = config.run.run_dir or f"runs/{config.preset}"
-    run = replace(config.run, run_dir=run_dir, device=str(state.device))
-    return replace(config, run=run, precision=state.precision)
+def resolved(config: Config) -> Config:
+    """The configuration with every "auto" and empty default replaced by what it comes to here."""
+    device = resolve_device(config.run.device)
+    run = replace(config.run, run_dir=config.run.run_dir or f"runs/{config.preset}", device=str(device))
+    return replace(config, run=run, precision=resolve_precision(config.precision, device))
 
 
 def check_run_dir(run_dir: Path, config: Config) -> None:
@@ -92,8 +91,10 @@ class Run:
             say(f"resuming {self.run_dir} at step {state.step} of {config.steps}")
         else:
             millions = state.parameter_count() / 1e6
-            say(f"training {config.preset} in {self.run_dir}: {millions:.2f} M parameters, {len(self.source)} images, "
-                f"{config.steps} steps of {config.batch_size}, {state.precision} on {state.device}")
+            say(
+                f"training {config.preset} in {self.run_dir}: {millions:.2f} M parameters, {len(self.source)} images, "
+                f"{config.steps} steps of {config.batch_size}, {state.precision} on {state.device}"
+            )
         if state.step < config.steps:
             with signals() as pending:  # elsewhere they act at once: there is nothing to save
                 self._loop(pending)
@@ -189,6 +190,18 @@ def enough_memory(config: Config) -> Iterator[None]:
             raise
         what = f"--batch-size {config.batch_size}: out of memory; give a smaller one, or set micro_batch"
         raise ConfigError(what) from None
+
+
+def seconds_per_step(state: TrainState, x0: torch.Tensor, y: torch.Tensor) -> float:
+    """The median time of some more steps on a batch: at least one, at most nine, until two seconds have passed."""
+    times: list[float] = []
+    while len(times) < 9 and sum(times) < 2:
+        began = time.monotonic()
+        train_step(state, x0, y)
+        if state.device.type == "cuda":
+            torch.cuda.synchronize(state.device)
+        times.append(time.monotonic() - began)
+    return sorted(times)[len(times) // 2]
 
 
 def memory_mb(device: torch.device) -> float:

@@ -115,7 +115,8 @@ def test_quotient_tends_to_meanflow_residual():
     x, v = flow.point(x0, x1, t)
     with sdpa_kernel(SDPBackend.MATH):
         u, du = torch.func.jvp(  # pyright: ignore[reportAssignmentType]
-            lambda x, t: flow.network(x, t, s, y), (x, t), (v, torch.ones_like(t)))
+            lambda x, t: flow.network(x, t, s, y), (x, t), (v, torch.ones_like(t))
+        )
     assert du.norm() > 0.1 * u.norm()  # a zero tangent would prove nothing
     meanflow = -(u - (v - per_sample(t - s, x) * du))
     errors = []

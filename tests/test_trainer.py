@@ -302,8 +302,7 @@ def test_a_run_without_labels_and_without_grids_on_the_way(tmp_path: Path) -> No
 
 
 def test_resolved_says_what_auto_came_to() -> None:
-    state = TrainState.build(preset("digits", **{**FIELDS, "precision": "auto"}))
-    config = trainer.resolved(state)
+    config = trainer.resolved(preset("digits", **{**FIELDS, "precision": "auto"}))
     assert (config.precision, config.run.device, config.run.run_dir) == ("fp32", "cpu", "runs/digits")
 
 

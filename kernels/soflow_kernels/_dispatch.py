@@ -15,14 +15,16 @@ from torch.autograd import forward_ad
 try:
     import triton
     import triton.language as tl
+    from triton import knobs
+
+    INTERPRETED = bool(knobs.runtime.interpret)
 except ImportError:  # the references work without triton
     triton = None
     tl = types.SimpleNamespace(constexpr=None)
+    INTERPRETED = False
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MODES = ("auto", "reference")
-
-INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 _mode = os.environ.get("SOFLOW_KERNELS", "auto")
 if _mode not in MODES:

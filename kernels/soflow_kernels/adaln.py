@@ -291,8 +291,8 @@ def _(x, shift, scale, eps, out_dtype):
 def _layernorm_modulate_backward(
     dout: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, _, sums = _backward(dout, None, x, None, None, scale, None, mean, rstd)
-    return dx, *sums
+    dx, _, (dshift, dscale) = _backward(dout, None, x, None, None, scale, None, mean, rstd)
+    return dx, dshift, dscale
 
 
 @_layernorm_modulate_backward.register_fake

@@ -150,7 +150,8 @@ def inspect_all(arches, only=""):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m soflow_kernels.inspect", description=__doc__.split("\n")[0])
+    what = "Compile every kernel ahead of time and read what came out. Needs no GPU."
+    parser = argparse.ArgumentParser(prog="python -m soflow_kernels.inspect", description=what)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities (80 90 100)")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="only the cases whose label contains this")
     parser.add_argument("--json", metavar="FILE", help="also write the table there")
