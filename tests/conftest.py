@@ -80,10 +80,18 @@ def command(start: Callable[..., subprocess.Popen]) -> Callable[..., Result]:
 
 @pytest.fixture
 def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
-    """`call(module, *arguments)`: the same command line inside this process, which is quicker."""
+    """`call(module, *arguments)`: the same command line inside this process, which is quicker.
+
+    With one thread, as in `environment`: the last bits of a sum depend on the number of threads.
+    """
     import importlib
 
+    import torch
+
     from soflow_fast import errors
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     hook = threading.excepthook
@@ -97,6 +105,7 @@ def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
         return Result(int(ended.value.code or 0), out, err)
 
     yield call
+    torch.set_num_threads(threads)
     threading.excepthook = hook
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -115,7 +115,7 @@ def test_step_has_the_gradient_of_the_objective(objective):
     loss.backward()
     metrics = train_step(state, x0, y)
     for (name, mine), reference in zip(state.flow.named_parameters(), flow.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, reference.grad, rtol=2e-4, atol=2e-6, msg=name)
+        assert (mine.grad - reference.grad).norm() <= 5e-4 * reference.grad.norm(), name
     if n:
         torch.testing.assert_close(metrics["fm_mse"], fm.mse, rtol=1e-5, atol=1e-6)
     if n < 8:
