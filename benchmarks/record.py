@@ -73,7 +73,7 @@ def read(path: Path) -> dict:
 
 def newest(folder: Path = RECORDS, benchmark: str = "step") -> dict | None:
     """The latest record of a benchmark, None if there is none."""
-    found = [record for record in map(read, folder.glob("*.json")) if record["benchmark"] == benchmark]
+    found = [record for record in map(read, folder.glob("*.json")) if record.get("benchmark") == benchmark]
     return max(found, key=lambda record: record["date"], default=None)
 
 

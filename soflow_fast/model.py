@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soflow_kernels import gate_residual_layernorm_modulate, layernorm_modulate
+from soflow_kernels import gate_residual_layernorm_modulate, layernorm_modulate, linear_gelu
 
 from .attention import attention
 from .config import DiTConfig, validate_model
@@ -92,7 +92,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(inner_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
 class Block(nn.Module):

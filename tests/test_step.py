@@ -215,7 +215,7 @@ def test_bf16_takes_the_quotient_from_a_float32_pair():
     exact, low = (off_zero(build(ObjectiveConfig(r_init=0.002, r_end=0.002, guidance_scale=1.0), precision=p))
                   for p in ("fp32", "bf16"))  # fmt: skip
     seen = []
-    low.flow.network.blocks[0].mlp.fc1.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    low.flow.network.blocks[0].attn.proj.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
     got, wanted = (train_step(state, *batch()) for state in (low, exact))
     assert seen == [torch.bfloat16, torch.float32]
     torch.testing.assert_close(got["sc_mse"], wanted["sc_mse"], rtol=2e-3, atol=0)

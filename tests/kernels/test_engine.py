@@ -1,0 +1,66 @@
+"""The engine on the kernels: the same outputs, losses, gradients and updates as on the references."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from soflow_fast import DiTConfig, ObjectiveConfig, TrainState, preset, train_step
+from soflow_kernels import testing
+
+SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=2, hidden_size=40, depth=2, num_heads=2, num_classes=5)
+
+
+def build(device):
+    config = preset("digits", precision="fp32", device=str(device), batch_size=4)
+    state = TrainState.build(dataclasses.replace(config, model=SIZES, objective=ObjectiveConfig()))
+    with torch.no_grad():  # off the initial zeros, where half of the gradients vanish
+        for i, p in enumerate(state.flow.parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p))
+    return state
+
+
+def batch(device):
+    source = torch.Generator().manual_seed(0)
+    return torch.randn(4, 2, 8, 8, generator=source).to(device), torch.tensor([0, 4, 2, 3], device=device)
+
+
+def test_forward_and_gradients(device):
+    state = build(device)
+    (x, y), t = batch(device), torch.tensor([0.9, 0.5, 0.7, 0.3], device=device)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def run(mode):
+        state.flow.zero_grad()
+        with testing.mode(mode):
+            out = state.flow.network(x, t, 0.5 * t, y)
+            (out * direction).sum().backward()
+        return out.detach(), [p.grad.clone() for p in state.flow.parameters()]
+
+    (out, gradients), (wanted, references) = run("auto"), run("reference")
+    assert (out - wanted).norm() <= 1e-5 * wanted.norm()
+    assert not torch.equal(out, wanted)  # the kernels did run
+    for (name, _), got, reference in zip(state.flow.named_parameters(), gradients, references, strict=True):
+        assert (got - reference).norm() <= 1e-4 * reference.norm(), name
+
+
+def test_training_step(device):
+    states = [build(device) for _ in range(2)]
+    found = []
+    for state, mode in zip(states, ("auto", "reference"), strict=True):
+        with testing.mode(mode):
+            found.append(train_step(state, *batch(device)))
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_every_precision_trains_on_a_gpu(precision):
+    config = preset("digits", precision=precision, device="cuda", batch_size=64, steps=30)
+    state = TrainState.build(dataclasses.replace(config, model=SIZES, objective=ObjectiveConfig()))
+    x0 = torch.randn(64, 2, 8, 8, device="cuda")
+    y = torch.randint(5, (64,), device="cuda")
+    losses = [float(train_step(state, x0, y)["fm_mse"]) for _ in range(30)]
+    assert all(loss == loss for loss in losses) and losses[-1] < losses[0]
