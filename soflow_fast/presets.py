@@ -25,14 +25,14 @@ def digits() -> Config:
             guidance_decay_time=1.0,
             mix_ratio=1.0,
             r_end=0.01,
-            fm_fraction=0.35,
+            fm_fraction=0.5,
             sc_time=(0.8, 1.2),
             sc_end_time=(-2.0, 1.2),
         ),
         optim=OptimConfig(lr=4e-3, lr_schedule="cosine", ema_decay=0.995),
         data=DataConfig(kind="digits"),
-        run=RunConfig(log_every=10, sample_every=400, checkpoint_every=700),
-        steps=2800,
+        run=RunConfig(log_every=10, sample_every=500, checkpoint_every=1000),
+        steps=3000,
         batch_size=64,
     )
 

@@ -68,9 +68,13 @@ def test_two_network_calls_without_guidance(objective, labelled):
     assert calls == [(8, True), (2, False)]
 
 
-@pytest.mark.parametrize("guidance,bound", [(3.0, 4.55), (1.0, 3.3)])
-def test_flops_per_image_in_forwards(guidance, bound):
-    state = build(ObjectiveConfig(guidance_scale=guidance), batch_size=16)
+@pytest.mark.parametrize(
+    "objective,bound",
+    [(ObjectiveConfig(), 4.55), (ObjectiveConfig(guidance_scale=1.0), 3.3), (preset("digits").objective, 4.55)],
+    ids=["public recipe", "unguided", "digits"],
+)
+def test_flops_per_image_in_forwards(objective, bound):
+    state = build(objective, batch_size=16)
     counter = flop_counter()
     with counter:
         train_step(state, *batch(16))
