@@ -95,7 +95,7 @@ def _write(out: Path, files: dict[str, bytes]) -> None:
 
 
 class _Callable(types.ModuleType):
-    """The package's public function `sample` would be hidden by importing this module: so the module is callable too."""
+    """The package's public function `sample` would be hidden by importing this module: so it can be called too."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
         from .sampling import sample

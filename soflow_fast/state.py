@@ -62,7 +62,7 @@ class TrainState:
 
 
 def build_flow(config: Config) -> SolutionFlow:
-    """The flow of a configuration, without weights: on the meta device, to be filled from a state dict or initialised."""
+    """The flow of a configuration on the meta device: its weights are still to be loaded or initialised."""
     with torch.device("meta"):
         return SolutionFlow(DiT(config.model), config.flow.path, config.flow.coefficients)
 
