@@ -193,18 +193,21 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """The inverse of `to_dict`; a field left out takes its default. Raises ValueError naming a wrong field."""
-    return _build(Config, values, "")
+def from_dict(values: Mapping[str, Any], base: Config | None = None) -> Config:
+    """The inverse of `to_dict`; a field left out is as in `base`, by default `Config()`.
+
+    Raises ValueError naming a wrong field.
+    """
+    return _build(base or Config(), values, "")
 
 
-def from_json(text: str) -> Config:
-    """The inverse of `to_json`. Raises ValueError naming what is wrong."""
+def from_json(text: str, base: Config | None = None) -> Config:
+    """The inverse of `to_json`; a field left out is as in `base`. Raises ValueError naming what is wrong."""
     try:
         values = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
-    return from_dict(values)
+    return from_dict(values, base)
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -325,18 +328,20 @@ def _replace(node: Any, path: list[str], value: Any, full_name: str) -> Any:
     return replace(node, **{head: _coerce(value, get_type_hints(type(node))[head], full_name)})
 
 
-def _build(kind: type, values: Any, prefix: str) -> Any:
+def _build(base: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be an object, got {_shown(values)}")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(type(base))
     arguments = {}
     for name, value in values.items():
         if name not in hints:
             raise ValueError(f"unknown field {prefix + str(name)!r}{_nearest(str(name), hints)}")
-        hint = hints[name]
-        nested = isinstance(hint, type) and is_dataclass(hint)
-        arguments[name] = _build(hint, value, f"{prefix}{name}.") if nested else _coerce(value, hint, prefix + name)
-    return kind(**arguments)
+        inner = getattr(base, name)
+        if is_dataclass(inner):
+            arguments[name] = _build(inner, value, f"{prefix}{name}.")
+        else:
+            arguments[name] = _coerce(value, hints[name], prefix + name)
+    return replace(base, **arguments)
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:

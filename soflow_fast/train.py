@@ -61,7 +61,9 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, bool, boo
 
 def _read(path: str) -> Config:
     try:
-        return from_json(Path(path).read_text())
+        text = Path(path).read_text()
+        named = from_json(text).preset  # what the file leaves out is as in the preset that it names
+        return from_json(text, PRESETS[named]() if named in PRESETS else None)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,3 +263,12 @@ def test_a_configuration_makes_a_step_or_is_refused(changes: dict[str, Any]) -> 
 def test_json_is_readable_by_others() -> None:
     values = json.loads(to_json(preset("cifar10")))
     assert values["model"]["hidden_size"] == 384 and values["run"]["keep"] == 2
+
+
+def test_a_partial_file_is_completed_from_the_preset_that_it_names(tmp_path: Path) -> None:
+    from soflow_fast.train import configuration
+
+    path = tmp_path / "partial.json"
+    path.write_text('{"preset": "cifar10", "objective": {"eps": 0.5}}')
+    config, _, _ = configuration(["--config", str(path)])
+    assert config == override(preset("cifar10"), {"objective.eps": 0.5})
