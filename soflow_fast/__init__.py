@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .checkpoint import export, load
     from .config import Config, DiTConfig, ObjectiveConfig
     from .flow import SolutionFlow
+    from .increments import paired_forward
     from .model import DiT
     from .objective import LossTerm, Objective
     from .official import load_official
@@ -31,6 +32,7 @@ _HOMES = {
     "generator": "rng",
     "load": "checkpoint",
     "load_official": "official",
+    "paired_forward": "increments",
     "preset": "presets",
     "sample": "sampling",
     "train_step": "step",
@@ -50,6 +52,7 @@ __all__ = [
     "generator",
     "load",
     "load_official",
+    "paired_forward",
     "preset",
     "sample",
     "train_step",

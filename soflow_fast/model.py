@@ -29,11 +29,14 @@ class PatchEmbed(nn.Module):
         patch = config.patch_size
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, kernel_size=patch, stride=patch)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def patches(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, T, C patch^2], the input of the embedding's product."""
         B, C, H, W = x.shape
         p = self.proj.kernel_size[0]
-        patches = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.patches(x), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class TimeEmbedder(nn.Module):
@@ -169,7 +172,7 @@ class DiT(nn.Module):
 
         Computes in the dtype of the parameters. Raises ValueError for shapes that do not fit the configuration.
         """
-        self._check(x, t, s, y)
+        self.check_input(x, t, s, y)
         c = F.silu(self.conditioning(t, s, y))
         x = self.x_embedder(x) + self.pos_embed
         # shift, scale and gate of the attention and of the MLP of each block, then shift and scale of the final layer
@@ -182,14 +185,16 @@ class DiT(nn.Module):
         ):
             x, h = gate_residual_layernorm_modulate(x, block.attn(h), gate_attn, shift, scale)
             x, h = gate_residual_layernorm_modulate(x, block.mlp(h), gate_mlp, next_shift, next_scale)
-        return self._unpatchify(self.final_layer.linear(h))
+        return self.unpatchify(self.final_layer.linear(h))
 
-    def _unpatchify(self, x: Tensor) -> Tensor:
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Output patches [B, T, patch^2 C] -> images [B, C, H, W]."""
         p, C = self.config.patch_size, self.config.in_channels
         n = self.config.input_size // p
         return x.reshape(-1, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(-1, C, n * p, n * p)
 
-    def _check(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None) -> None:
+    def check_input(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None) -> None:
+        """Raise ValueError naming the input whose shape does not fit."""
         shape = (self.config.in_channels, self.config.input_size, self.config.input_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != shape:
             raise ValueError(f"x must be [B, {shape[0]}, {shape[1]}, {shape[2]}], got {list(x.shape)}")

@@ -110,7 +110,7 @@ def test_patches_come_back_where_they_were():
     tokens = (
         net.x_embedder(x).reshape(2, 4, 3, 2, 2).permute(0, 1, 3, 4, 2).reshape(2, 4, 12)
     )  # channel last in a patch
-    assert torch.equal(net._unpatchify(tokens), x)
+    assert torch.equal(net.unpatchify(tokens), x)
     torch.testing.assert_close(net.x_embedder(x), net.x_embedder.proj(x).flatten(2).transpose(1, 2))
 
 
