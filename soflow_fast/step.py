@@ -4,7 +4,8 @@
 2. with gradient: the student on the whole batch, both losses at once, as t and s are per sample;
 3. without gradient: the look-ahead (x_l, l, s) of the consistency samples.
 
-In units of one forward of the whole batch that is 1.25 + 3 + 0.25 at the public recipe (backward: 2).
+In units of one forward of the whole batch that is 1.25 + 3 + 0.25 at the public recipe (backward: 2). Where the
+student's products are bf16 or TF32, the third call is a value-and-increment forward of its own, 0.5.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .flow import per_sample
+from .increments import paired_forward
 from .objective import LossTerm, with_null
 from .rng import generator
 from .state import TrainState
@@ -116,7 +118,6 @@ def _losses(
     label = with_null(flow, y, dropped)
     x_t, v_t = flow.point(x0, x1, t)
     fm, sc = slice(0, n_fm), slice(n_fm, len(x0))
-    low = state.precision != "fp32"
 
     v_null = v_sc = None
     if objective.guided and y is not None:
@@ -142,13 +143,15 @@ def _losses(
         target = objective.target(v_t[sc], None if v_null is None else v_null[sc], v_sc, t, dropped[sc])
         labels = None if label is None else label[sc]
         with torch.no_grad():
-            x_l = x + target * per_sample(l - t, x)
-            if low:  # the quotient divides a difference by t - l: its two ends are a float32 pair of their own
-                both = [torch.cat(pair) for pair in ((x, x_l), (t, l), (s, s))]
-                start, end = network(*both, None if labels is None else labels.repeat(2)).chunk(2)
-            else:
-                start, end = output[sc].detach(), network(x_l, l, s, labels)
-            q = objective.quotient(flow, start, end - start, x, target, t, l, s)
+            dx = target * per_sample(l - t, x)
+            if state.precision == "fp32":
+                start = output[sc].detach()
+                increment = network(x + dx, l, s, labels) - start
+            else:  # the quotient divides by t - l, and two rounded ends would leave it nothing but rounding error
+                operand = torch.bfloat16 if state.precision == "bf16" else torch.float32
+                with precision(state):
+                    start, increment = paired_forward(network, x, dx, t, l - t, s, labels, dtype=operand)
+            q = objective.quotient(flow, start, increment, x, target, t, l, s)
         sc_term = objective.consistency_loss(flow, output[sc], q, t, s)
     return fm_term, sc_term
 

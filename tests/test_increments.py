@@ -163,7 +163,7 @@ def test_quotient_of_a_trained_network(trained, capsys):
     ours = {r: cosine for r, name, _, cosine in rows if name == "increments, bf16"}
     plain = {r: cosine for r, name, _, cosine in rows if name == "bf16 pair"}
     assert all(cosine >= 0.999 for cosine in ours.values()), ours
-    assert plain[0.0003] < 0.9  # the trap is there
+    assert max(plain[0.002], plain[0.0003]) < 0.9  # the trap is there
 
 
 def test_wrong_arguments_are_refused():
