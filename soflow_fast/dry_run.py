@@ -8,7 +8,7 @@ from .attention import flop_counter
 from .config import Config
 from .data import open_source
 from .state import TrainState
-from .step import train_step
+from .step import split, train_step
 from .telemetry import duration
 from .trainer import enough_memory, memory_mb, resolved, seconds_per_step
 
@@ -25,6 +25,15 @@ def forward_flops(state: TrainState) -> int:
     with torch.no_grad(), counter:
         state.flow.network(x, t, t)
     return counter.get_total_flops()
+
+
+def forwards_per_image(state: TrainState, config: Config) -> float:
+    """Forwards per image of a whole step, from its three calls: guidance, student with backward, look-ahead."""
+    objective = state.objective
+    consistency = 1 - split(config.batch_size, config.objective.fm_fraction, 0, config.batch_size) / config.batch_size
+    guided = objective.guided and config.model.num_classes > 0
+    guidance = guided * (1 + consistency * objective.mixed)
+    return guidance + 3 + consistency * (1 if state.precision == "fp32" else 2)
 
 
 def dry_run(config: Config) -> str:
@@ -52,7 +61,7 @@ def _dry_run(config: Config) -> str:
     counter = flop_counter()
     with counter:
         metrics = train_step(state, x, y)
-    flops = counter.get_total_flops() / batch
+    flops = counter.get_total_flops() / batch if batch == config.batch_size else forwards_per_image(state, config) * one
     seconds = seconds_per_step(state, x, y) * config.batch_size / batch
     data = f"{len(source)} images" if source else "random numbers (no data was given or read)"
     part = "" if batch == config.batch_size else f", scaled from a step of {batch}"

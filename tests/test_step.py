@@ -10,7 +10,7 @@ import torch
 from soflow_fast import ObjectiveConfig, TrainState, preset, train_step
 from soflow_fast.attention import flop_counter
 from soflow_fast.config import DiTConfig
-from soflow_fast.dry_run import forward_flops
+from soflow_fast.dry_run import forward_flops, forwards_per_image
 from soflow_fast.objective import Objective
 from soflow_fast.step import draw, ema_decay, learning_rate, split
 
@@ -79,6 +79,7 @@ def test_flops_per_image_in_forwards(objective, bound):
     with counter:
         train_step(state, *batch(16))
     forwards = counter.get_total_flops() / 16 / forward_flops(state)
+    assert forwards == pytest.approx(forwards_per_image(state, state.config), rel=0.02)  # what --dry-run says
     assert bound - 0.35 < forwards <= bound  # counted at all, and no more than that
 
 

@@ -9,6 +9,7 @@ from soflow_kernels.adaln import (
     layernorm_modulate,
     layernorm_modulate_reference,
 )
+from soflow_kernels.consistency import consistency_loss, consistency_loss_reference
 from soflow_kernels.gate import gate_residual, gate_residual_reference
 from soflow_kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu, linear_gelu_reference
 from soflow_kernels.version import __version__
@@ -18,6 +19,8 @@ __all__ = [
     "__version__",
     "bias_gelu",
     "bias_gelu_reference",
+    "consistency_loss",
+    "consistency_loss_reference",
     "gate_residual",
     "gate_residual_layernorm_modulate",
     "gate_residual_layernorm_modulate_reference",

@@ -19,10 +19,10 @@ import tempfile
 
 import torch
 
-from soflow_kernels import _dispatch, adaln, gate, gelu
+from soflow_kernels import _dispatch, adaln, consistency, gate, gelu
 from soflow_kernels.version import __version__
 
-MODULES = (adaln, gate, gelu)
+MODULES = (adaln, consistency, gate, gelu)
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

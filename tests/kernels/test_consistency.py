@@ -1,0 +1,148 @@
+"""consistency_loss against float64, beside eager PyTorch in the same dtype, and against the engine's objective."""
+
+import pytest
+import torch
+
+from soflow_fast import Objective, ObjectiveConfig, SolutionFlow
+from soflow_kernels import consistency, testing
+
+NAMES = ("output", "increment", "x", "target", "t", "l", "s")
+KINDS = pytest.mark.parametrize("coefficients", ["euler", "trig"])
+
+
+def inputs(shape, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
+    t = 0.2 + 0.8 * torch.rand(shape[0], generator=generator)
+    s = 0.5 * t * torch.rand(shape[0], generator=generator)
+    l = t + 0.01 * (s - t)
+    images[1] = images[1] * 0.01
+    return dict(zip(NAMES, [*images, *(v.to(device) for v in (t, l, s))], strict=True))
+
+
+def run(function, tensors, **settings):
+    output = tensors["output"].detach().requires_grad_()
+    found = function(**{**tensors, "output": output}, **settings)
+    (3.0 * found[0]).backward()
+    return {**dict(zip(("loss", "mse", "weight"), (v.detach() for v in found), strict=True)), "gradient": output.grad}
+
+
+def check(tensors, **settings):
+    with testing.poisoned():
+        actual = run(consistency.consistency_loss, tensors, **settings)
+    eager = run(consistency.consistency_loss_reference, tensors, **settings)
+    exact = run(consistency.consistency_loss_reference, {k: v.double() for k, v in tensors.items()}, **settings)
+    # The loss is a sum of both signs, far smaller than its terms: its unit is theirs.
+    scale = (
+        tensors["output"].double().abs().mean() * exact["gradient"].abs().mean() * exact["gradient"].numel()
+    ).item()
+    for found in (actual, eager, exact):
+        found["loss"] = found["loss"] / scale + 1
+    testing.assert_matches(actual, eager, exact)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 8, 8), (1, 4, 32, 32), (2, 3, 40, 40), (2, 1, 1, 1), (3, 7), (4, 5000), (1, 8193)], ids=str
+)
+def test_loss_and_gradient(shape, coefficients, device):
+    check(inputs(shape, torch.float32, device), coefficients=coefficients)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_output(dtype, coefficients, device):
+    tensors = inputs((3, 4, 8, 8), torch.float32, device)
+    tensors["output"] = tensors["output"].to(dtype)
+    check(tensors, coefficients=coefficients)
+
+
+@pytest.mark.parametrize("p,eps", [(0.0, 0.01), (0.5, 1.0), (1.0, 1e-3), (0.75, 1e-3)])
+def test_weights(p, eps, device):
+    check(inputs((3, 4, 8, 8), torch.float32, device), p=p, eps=eps)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS[1:])
+def test_layouts(layout, device):
+    tensors = inputs((3, 4, 8, 8), torch.float32, device)
+    wide = {n: testing.lay_out(v, layout) if v.dim() > 1 else v for n, v in tensors.items()}
+    check(wide)
+
+
+@KINDS
+def test_is_the_engines_loss(coefficients, device):
+    tensors = inputs((4, 2, 4, 4), torch.float64, "cpu")
+    tensors = {name: value.double() for name, value in tensors.items()}
+    flow = SolutionFlow(torch.nn.Identity(), coefficients=coefficients)
+    objective = Objective(ObjectiveConfig(p=0.75, eps=0.02))
+    x, target, t, l, s = (tensors[name] for name in ("x", "target", "t", "l", "s"))
+    output = tensors["output"].requires_grad_()
+    q = objective.quotient(flow, output, tensors["increment"], x, target, t, l, s)
+    term = objective.consistency_loss(flow, output, q, t, s)
+    wanted = torch.autograd.grad(term.loss, output)[0]
+    found = consistency.consistency_loss(**tensors, p=0.75, eps=0.02, coefficients=coefficients)
+    torch.testing.assert_close(torch.stack(found), torch.stack(tuple(term)))
+    torch.testing.assert_close(torch.autograd.grad(found[0], output)[0], wanted)
+
+
+def test_only_the_output_has_a_gradient(device):
+    tensors = {n: v.requires_grad_() for n, v in inputs((2, 8), torch.float32, device).items()}
+    loss, mse, weight = consistency.consistency_loss(**tensors)
+    assert not mse.requires_grad and not weight.requires_grad
+    loss.backward()
+    assert [n for n, v in tensors.items() if v.grad is not None] == ["output"]
+
+
+def test_nan_stays_in_its_sample(device):
+    tensors = inputs((3, 8), torch.float32, device)
+    tensors["target"][1, 3] = torch.nan
+    found = run(consistency.consistency_loss, tensors)
+    assert all(found[name].isnan() for name in ("loss", "mse", "weight"))
+    assert found["gradient"].isnan().any(1).tolist() == [False, True, False]
+
+
+def test_same_bits_every_time(device):
+    tensors = inputs((3, 5000), torch.float32, device)
+    runs = [run(consistency.consistency_loss, tensors) for _ in range(3)]
+    assert all(torch.equal(runs[0][name], other[name]) for other in runs[1:] for name in runs[0])
+
+
+def test_opcheck(device):
+    tensors = list(inputs((2, 8), torch.float32, device).values())
+    tensors[0].requires_grad_()
+    torch.library.opcheck(consistency._consistency_loss, (*tensors, 1.0, 0.01, False))
+
+
+def test_compile_equals_eager(device):
+    tensors = inputs((2, 40), torch.float32, device)
+    torch.compiler.reset()
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    compiled = torch.compile(consistency.consistency_loss, fullgraph=True, backend=backend)
+    eager, found = run(consistency.consistency_loss, tensors), run(compiled, tensors)
+    assert all(torch.equal(found[name], value) for name, value in eager.items())
+
+
+def test_wrong_arguments_are_named(device):
+    tensors = inputs((2, 8), torch.float32, device)
+    for name in NAMES:
+        for wrong in (None, tensors[name].long(), tensors[name][:1].repeat(3, *[1] * (tensors[name].dim() - 1))):
+            with pytest.raises(ValueError, match=f"^consistency_loss: {name if name != 'output' else ''}"):
+                consistency.consistency_loss(**{**tensors, name: wrong})
+    with pytest.raises(ValueError, match="coefficients"):
+        consistency.consistency_loss(**tensors, coefficients="eulr")
+
+
+def test_forward_mode_and_reference_mode(device):
+    """A dual tensor takes the reference, whose tangent is exact, and so does everything in reference mode."""
+    tensors = inputs((2, 8), torch.float32, device)
+    others = {name: value for name, value in tensors.items() if name != "output"}
+
+    def tangent(function):
+        output, direction = tensors["output"], torch.ones_like(tensors["output"])
+        return torch.func.jvp(lambda out: function(out, **others)[0], (output,), (direction,))[1]
+
+    wanted = tangent(consistency.consistency_loss_reference)
+    assert wanted != 0 and torch.equal(tangent(consistency.consistency_loss), wanted)
+    with testing.mode("reference"):
+        got = consistency.consistency_loss(**tensors)
+    assert all(map(torch.equal, got, consistency.consistency_loss_reference(**tensors)))
