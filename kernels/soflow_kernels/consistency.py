@@ -200,9 +200,9 @@ def consistency_loss(output, increment, x, target, t, l, s, *, p=1.0, eps=0.01, 
     """The consistency loss from the network's value and increment; returns scalars (loss, mean q^2, mean weight).
 
     output: N(x_t, t, s), [B, ...], the only argument with a gradient. Of its shape: increment,
-    N(x_l, l, s) - N(x_t, t, s); x, the point x_t; target, the velocity target. t, l, s: [B] in [0, 1], s <= l < t. float64 takes the
-    reference. The scalars are float32 (float64 for float64) and only the loss has a gradient; its value
-    means nothing, it is a surrogate.
+    N(x_l, l, s) - N(x_t, t, s); x, the point x_t; target, the velocity target. t, l, s: [B] in [0, 1], s <= l < t.
+    float64 takes the reference. The scalars are float32 (float64 for float64) and only the loss has a gradient; its
+    value means nothing, it is a surrogate.
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
     op = "consistency_loss"
