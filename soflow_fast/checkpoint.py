@@ -64,7 +64,8 @@ def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike) -> Pat
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    return sorted(directory(run_dir).glob("step-[0-9]*"), reverse=True)
+    found = directory(run_dir).glob("step-" + "[0-9]" * 8)
+    return sorted((folder for folder in found if folder.is_dir()), reverse=True)
 
 
 def resume(run_dir: Path, state: TrainState, warn: Callable[[str], None]) -> bool:

@@ -229,6 +229,9 @@ def difference(old: Config, new: Config) -> list[str]:
 
 def validate(config: Config) -> Config:
     """Check the meaning of every field and return `config`. Raises ValueError naming the first wrong field."""
+    for name, value in flatten(config).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            _require(not isinstance(number, float) or math.isfinite(number), name, "finite", value)
     validate_model(config.model, "model.")
     validate_flow(config.flow, "flow.")
     validate_objective(config.objective, "objective.")
@@ -258,7 +261,12 @@ def validate_model(model: DiTConfig, prefix: str = "") -> None:
         value = getattr(model, name)
         least = 0 if name == "num_classes" else 1
         _require(isinstance(value, int) and value >= least, prefix + name, f"a whole number of at least {least}", value)
-    _require(model.mlp_ratio > 0, prefix + "mlp_ratio", "above 0", model.mlp_ratio)
+    for name, most in (("hidden_size", 2**16), ("depth", 1000)):
+        _require(getattr(model, name) <= most, prefix + name, f"at most {most}", getattr(model, name))
+    _require(0 < model.mlp_ratio <= 64, prefix + "mlp_ratio", "above 0 and at most 64", model.mlp_ratio)
+    _require(
+        model.hidden_size * model.mlp_ratio >= 1, prefix + "mlp_ratio", "at least 1 / hidden_size", model.mlp_ratio
+    )
     _require(
         model.input_size % model.patch_size == 0,
         prefix + "patch_size",

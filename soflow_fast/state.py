@@ -39,6 +39,8 @@ class TrainState:
             validate(config)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if config.batch_size % world:
+            raise ConfigError(f"batch_size must be a multiple of the {world} ranks, got {config.batch_size}")
         device = resolve_device(config.run.device)
         precision = resolve_precision(config.precision, device)
         flow = build_flow(config).to_empty(device="cpu")

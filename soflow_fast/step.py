@@ -69,7 +69,8 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     Raises ValueError if x0 and y do not fit the model.
     """
     config = state.config
-    x0 = x0.to(state.device, non_blocking=True)
+    _check_batch(state, x0, y)
+    x0 = x0.to(state.device, state.flow.network.pos_embed.dtype, non_blocking=True)
     y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
     B = len(x0)
     draws = draw(state, x0.shape)
@@ -94,6 +95,19 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     return totals
 
 
+def _check_batch(state: TrainState, x0: Tensor, y: Tensor | None) -> None:
+    model = state.config.model
+    if not x0.is_floating_point() or x0.dim() != 4 or not len(x0):
+        raise ValueError(f"x0 must be a floating [B, C, H, W] with B >= 1, got {x0.dtype} {list(x0.shape)}")
+    if y is None:
+        return
+    if y.dtype != torch.int64 or y.shape != x0.shape[:1]:
+        raise ValueError(f"y must be int64 [{len(x0)}], got {y.dtype} {list(y.shape)}")
+    # Labels on a GPU are not looked at: that would wait for it.
+    if not y.is_cuda and model.num_classes and (int(y.min()) < 0 or int(y.max()) > model.num_classes):
+        raise ValueError(f"y must be labels in 0..{model.num_classes}, got {int(y.min())} to {int(y.max())}")
+
+
 def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) -> tuple[Tensor | None, int]:
     """Which samples are micro-batch k of `parts`, and how many of them (the first ones) are flow matching.
 
@@ -101,8 +115,9 @@ def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) ->
     """
     if parts == 1:
         return None, n_fm
-    a, b = n_fm * k // parts, n_fm * (k + 1) // parts
-    first, last = B * k // parts - a, B * (k + 1) // parts - b
+    start, stop = B * k // parts, B * (k + 1) // parts
+    a, b = n_fm * start // B, n_fm * stop // B
+    first, last = start - a, stop - b
     return torch.cat([torch.arange(a, b), torch.arange(n_fm + first, n_fm + last)]).to(device), b - a
 
 

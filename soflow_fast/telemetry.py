@@ -24,6 +24,7 @@ class Progress:
         self.stream = stream or sys.stdout
         self.live = self.stream.isatty()
         self._width = 0
+        self._gone = False
         self._last = float("-inf")
 
     def update(self, step: int, metrics: Mapping[str, float], rate: float, images: float, now: float) -> None:
@@ -40,25 +41,31 @@ class Progress:
         if self.live:
             columns = os.get_terminal_size(self.stream.fileno()).columns or 80  # 0: the terminal does not know
             text = (text if len(text) < columns else text.replace("  ", " "))[: max(columns - 1, 20)]
-            self.stream.write("\r" + text.ljust(self._width))
+            self._write("\r" + text.ljust(self._width))
             self._width = len(text)
         else:
-            self.stream.write(text + "\n")
-        self.stream.flush()
+            self._write(text + "\n")
 
     def say(self, text: str) -> None:
         """A line of its own, above the live line."""
         if self.live and self._width:
-            self.stream.write("\r" + " " * self._width + "\r")
+            self._write("\r" + " " * self._width + "\r")
             self._width = 0
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        if self._gone:
+            return
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:  # `train | head`: nobody reads on, and the run is worth more than its lines
+            self._gone, self.live = True, False
 
     def close(self) -> None:
         """End the live line, so that what follows stands on a line of its own."""
         if self.live and self._width:
-            self.stream.write("\n")
-            self.stream.flush()
+            self._write("\n")
             self._width = 0
 
 

@@ -63,7 +63,7 @@ def _read(path: str) -> Config:
     try:
         text = Path(path).read_text()
         named = from_json(text).preset  # what the file leaves out is as in the preset that it names
-        return from_json(text, PRESETS[named]() if named in PRESETS else None)
+        return from_json(text, preset(named))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except ValueError as error:

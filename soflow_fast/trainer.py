@@ -84,7 +84,8 @@ class Run:
             telemetry.replace_file(self.run_dir / "config.json", to_json(config).encode())
             (self.run_dir / "samples").mkdir(exist_ok=True)
             for stale in self.run_dir.rglob(".*.partial-*"):  # of a start that was killed
-                stale.unlink()
+                if stale.is_file():
+                    stale.unlink()
         except OSError as error:
             raise storage_error(error, f"--run-dir {self.run_dir}") from None
         if checkpoint.resume(self.run_dir, state, lambda text: say(f"warning: {text}")):

@@ -12,7 +12,7 @@ from soflow_fast.attention import flop_counter
 from soflow_fast.config import DiTConfig
 from soflow_fast.dry_run import forward_flops, forwards_per_image
 from soflow_fast.objective import Objective
-from soflow_fast.step import draw, ema_decay, learning_rate, split
+from soflow_fast.step import _micro_batch, draw, ema_decay, learning_rate, split
 
 TINY = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
 
@@ -245,3 +245,51 @@ def test_wrong_settings_are_refused():
         TrainState.build(preset("digits", device="nowhere"))
     with pytest.raises(ConfigError, match=r"optim\.lr"):
         TrainState.build(preset("digits", **{"optim.lr": 0}))
+
+
+def test_micro_batches_partition_any_batch():
+    for B in range(1, 40):
+        for n_fm in range(B + 1):
+            for micro in range(1, B + 1):
+                parts = -(-B // micro)
+                found, counted = [], 0
+                for k in range(parts):
+                    index, n = _micro_batch(B, n_fm, k, parts, torch.device("cpu"))
+                    index = torch.arange(B) if index is None else index
+                    assert (index[:n] < n_fm).all() and (index[n:] >= n_fm).all() and len(index) <= micro
+                    found.append(index)
+                    counted += n
+                assert counted == n_fm and torch.cat(found).sort().values.tolist() == list(range(B))
+
+
+def test_draws_follow_the_schedule_and_the_label_drop():
+    state = build(ObjectiveConfig(fm_fraction=0.5, r_init=0.5, r_end=0.01, label_drop=0.25), batch_size=4000, steps=100)
+    shape, c = torch.Size((4000, 1, 2, 2)), Objective(state.config.objective)
+    for step in (0, 99):
+        state.step = step
+        d = draw(state, shape)
+        n = d.n_fm
+        torch.testing.assert_close(d.l[n:], c.middle_time(d.t[n:], d.s[n:], step, 100))
+        assert abs(d.label_dropped.float().mean() - 0.25) < 0.03
+        assert abs(torch.stack([d.label_dropped.float(), d.t]).corrcoef()[0, 1]) < 0.06
+
+
+def test_seed_decides_the_initial_weights():
+    weights = [build(seed=seed).flow.network.blocks[0].mlp.fc1.weight for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_wrong_batches_are_refused_by_name():
+    state, (x0, y) = build(), batch()
+    wrong = [(x0.to(torch.uint8), y), (x0[:0], y[:0]), (x0, y.float()), (x0, y[:3]), (x0, y + 10), (x0[0], y)]
+    for images, labels in wrong:
+        with pytest.raises(ValueError, match=r"^(x0|y) must be"):
+            train_step(state, images, labels)
+    train_step(state, x0.double(), y)  # cast to the network's dtype
+
+
+def test_batch_must_split_over_the_ranks():
+    from soflow_fast.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="batch_size"):
+        TrainState.build(preset("digits", device="cpu", batch_size=7), world=2)

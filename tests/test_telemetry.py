@@ -147,3 +147,14 @@ def test_png_gives_the_image_back(channels: int) -> None:
     with Image.open(io.BytesIO(telemetry.png(image))) as read:
         assert read.format == "PNG" and read.size == (4, 3)
         assert list(read.tobytes()) == image.flatten().tolist()
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    progress = telemetry.Progress(10, Broken())
+    progress.say("one")
+    progress.update(10, {"memory_mb": 1.0}, 1.0, 1.0, 100.0)
+    progress.close()

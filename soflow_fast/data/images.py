@@ -60,7 +60,8 @@ def _zip_entries(place: Path) -> Iterator[tuple[str, str]]:
     with zipfile.ZipFile(place) as archive:
         for info in archive.infolist():
             name = PurePosixPath(info.filename)
-            if name.suffix.lower() not in SUFFIXES or info.is_dir():
+            hidden = name.name.startswith("._") or "__MACOSX" in name.parts  # what macOS adds to a zip
+            if name.suffix.lower() not in SUFFIXES or info.is_dir() or hidden:
                 continue
             if info.file_size > LARGEST_FILE:
                 size = f"{info.file_size >> 20} MiB"
