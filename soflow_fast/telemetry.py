@@ -49,7 +49,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of its own, above the live line."""
         if self.live and self._width:
-            self._write("\r" + " " * self._width + "\r")
+            text = "\r" + " " * self._width + "\r" + text
             self._width = 0
         self._write(text + "\n")
 
