@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from soflow_kernels import path_point
+
 from .config import FlowConfig, validate_flow
 
 HALF_PI = math.pi / 2
@@ -41,18 +43,9 @@ class SolutionFlow(nn.Module):
         self.path = path
         self.coefficients = coefficients
 
-    def path_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """alpha, beta and their derivatives alpha', beta' at t [B]."""
-        if self.path == "linear":
-            one = torch.ones_like(t)
-            return 1 - t, t, -one, one
-        cos, sin = torch.cos(HALF_PI * t), torch.sin(HALF_PI * t)
-        return cos, sin, -HALF_PI * sin, HALF_PI * cos
-
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t = alpha x_0 + beta x_1, and its velocity v_t = alpha' x_0 + beta' x_1, both [B, C, H, W]."""
-        alpha, beta, dalpha, dbeta = (per_sample(c, x0) for c in self.path_coefficients(t))
-        return alpha * x0 + beta * x1, dalpha * x0 + dbeta * x1
+        return path_point(x0, x1, t, path=self.path)
 
     def solution_coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """a(t, s) and b(t, s), [B]."""
@@ -61,27 +54,14 @@ class SolutionFlow(nn.Module):
         angle = HALF_PI * (s - t)
         return torch.cos(angle), torch.sin(angle)
 
-    def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """da/ds(t, t) and db/ds(t, t), [B]: the velocity is their combination of x and N(x, t, t)."""
-        slope = 1.0 if self.coefficients == "euler" else HALF_PI
-        return torch.zeros_like(t), torch.full_like(t, slope)
+    @property
+    def velocity_slope(self) -> float:
+        """db/ds(t, t), the same for every t: the velocity is this times N(x, t, t), as da/ds(t, t) is 0."""
+        return 1.0 if self.coefficients == "euler" else HALF_PI
 
-    def coefficient_slopes(self, t: Tensor, l: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """(a(t, s) - a(l, s)) / (t - l) and the same of b, [B], without cancellation as l -> t."""
-        if self.coefficients == "euler":
-            return torch.zeros_like(t), -torch.ones_like(t)
-        # cos A - cos B = -2 sin((A + B)/2) sin((A - B)/2), sin A - sin B = 2 cos((A + B)/2) sin((A - B)/2)
-        middle = HALF_PI * (s - (t + l) / 2)
-        half = HALF_PI * (t - l) / 2
-        sinc = torch.sinc(half / math.pi) * HALF_PI  # 2 sin(half) / (t - l)
-        return torch.sin(middle) * sinc, -torch.cos(middle) * sinc
-
-    def to_velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """v(x, t) = da/ds(t, t) x + db/ds(t, t) N from the network's output N(x, t, t)."""
-        if self.coefficients == "euler":
-            return output
-        da, db = self.velocity_coefficients(t)
-        return per_sample(da, x) * x + per_sample(db, x) * output
+    def to_velocity(self, output: Tensor) -> Tensor:
+        """v(x, t) from the network's output N(x, t, t)."""
+        return output if self.velocity_slope == 1 else self.velocity_slope * output
 
     def to_solution(self, output: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """f(x, t, s) = a(t, s) x + b(t, s) N from the network's output N(x, t, s)."""
@@ -90,7 +70,7 @@ class SolutionFlow(nn.Module):
 
     def velocity(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """v(x, t; y), the velocity of the ODE, [B, C, H, W]; y [B] labels, None: the null label."""
-        return self.to_velocity(self.network(x, t, t, y), x, t)
+        return self.to_velocity(self.network(x, t, t, y))
 
     def solution(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
         """f(x, t, s; y), the state at time s <= t, [B, C, H, W]; f(x, t, t) = x."""

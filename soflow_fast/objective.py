@@ -2,7 +2,7 @@
 
 It takes a flow, any object with SolutionFlow's methods, and imports no model. `flow_matching` and `consistency` call
 the network themselves, one loss at a time; the training step batches the same calls over both losses and puts their
-outputs into `target`, `flow_matching_loss` and `consistency_loss`. Times are [B], images [B, C, H, W].
+outputs into `look_ahead`, `flow_matching_term` and `consistency_term`. Times are [B], images [B, C, H, W].
 """
 
 import math
@@ -11,8 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from soflow_kernels import consistency_loss, euler_lookahead, flow_matching_loss
+from soflow_kernels.consistency import quotient
+from soflow_kernels.lookahead import Lookahead, guidance_decay
+
 from .config import ObjectiveConfig, validate_objective
-from .flow import SolutionFlow, per_sample
+from .flow import SolutionFlow
 
 TIME_GAP = 1e-4
 """The least distance kept between t, l and s."""
@@ -68,11 +72,7 @@ class Objective:
 
     def guidance_decay(self, t: Tensor) -> Tensor:
         """c(t) [B]: 1 up to t_d, then falling to almost 0 at t = 1."""
-        t_d = self.config.guidance_decay_time
-        if t_d >= 1:
-            return torch.ones_like(t)
-        d = ((1 - t) / (1 - t_d)).clamp(0, 1 - 1e-6)
-        return torch.where(t <= t_d, torch.ones_like(t), -torch.expm1(-0.025 * d / (1 - d)))
+        return guidance_decay(t, self.config.guidance_decay_time)
 
     @property
     def guided(self) -> bool:
@@ -84,41 +84,67 @@ class Objective:
         """Whether the target needs the network's own velocity with a label as well (w > 1 and m < 1)."""
         return self.guided and self.config.mix_ratio < 1
 
-    def target(
-        self, v_t: Tensor, v_null: Tensor | None, v_label: Tensor | None, t: Tensor, label_dropped: Tensor | None
-    ) -> Tensor:
-        """The velocity target, [B, C, H, W], without gradient.
+    @property
+    def guidance(self) -> dict[str, float]:
+        """What the kernels take of the configuration to make the velocity target."""
+        c = self.config
+        return {
+            "guidance_scale": c.guidance_scale,
+            "guidance_decay_time": c.guidance_decay_time,
+            "mix_ratio": c.mix_ratio,
+        }
+
+    def look_ahead(
+        self,
+        x_t: Tensor,
+        v_t: Tensor,
+        t: Tensor,
+        l: Tensor,
+        v_null: Tensor | None,
+        v_label: Tensor | None,
+        label_dropped: Tensor | None,
+    ) -> Lookahead:
+        """The velocity target and the Euler step along it, without gradient: target, dx = (l - t) target, x_l.
 
         v_g = v_t + c(t) (w - 1) (v_t - v_null), target = m v_g + (1 - m) v_label; v_t where the label was dropped.
 
         v_null, v_label: the network's velocity without and with the label; v_null None: no guidance, the target is v_t;
         v_label None: m is 1. label_dropped [B] bool; None: none was.
         """
-        if v_null is None:
-            return v_t
-        c = self.config
-        strength = per_sample(self.guidance_decay(t) * (c.guidance_scale - 1), v_t)
-        guided = v_t + strength * (v_t - v_null.detach())
-        if v_label is not None:
-            guided = c.mix_ratio * guided + (1 - c.mix_ratio) * v_label.detach()
-        if label_dropped is None:
-            return guided
-        return torch.where(label_dropped.reshape(-1, *[1] * (v_t.dim() - 1)), v_t, guided)
+        return euler_lookahead(x_t, v_t, t, l, v_null, v_label, label_dropped, **self.guidance)
 
     # Losses from the network's outputs
 
-    def flow_matching_loss(self, flow: SolutionFlow, v: Tensor, target: Tensor, t: Tensor) -> LossTerm:
+    def flow_matching_term(
+        self,
+        flow: SolutionFlow,
+        output: Tensor,
+        v_t: Tensor,
+        t: Tensor,
+        v_null: Tensor | None,
+        label_dropped: Tensor | None,
+    ) -> LossTerm:
         """mean_i w_i mean(delta_i^2) for delta = v - target, with w_i = 1 / (|db/ds(t, t)| (mean(delta_i^2) + eps)^p)
-        detached."""
-        error = _mean_square(v - target)
-        slope = flow.velocity_coefficients(t)[1].abs().to(error.dtype)
-        weight = 1 / (slope * (error.detach() + self.config.eps) ** self.config.p)
-        return LossTerm((weight * error).mean(), error.detach().mean(), weight.mean())
+        detached; the target is `look_ahead`'s, mixed with the student's own velocity."""
+        c = self.config
+        return LossTerm(
+            *flow_matching_loss(
+                output,
+                v_t,
+                t,
+                v_null,
+                label_dropped,
+                **self.guidance,
+                p=c.p,
+                eps=c.eps,
+                velocity_slope=flow.velocity_slope,
+            )
+        )
 
     def quotient(
         self,
         flow: SolutionFlow,
-        output: Tensor,
+        value: Tensor,
         increment: Tensor,
         x: Tensor,
         target: Tensor,
@@ -128,32 +154,43 @@ class Objective:
     ) -> Tensor:
         """q = (f(x_t, t, s) - f(x_l, l, s)) / (t - l) for x_l = x_t + target (l - t), [B, C, H, W], without gradient.
 
-        output is N_t = N(x_t, t, s), increment is N_l - N_t with N_l = N(x_l, l, s). Written with the divided
-        differences of a and b, so that nothing of the size of x is subtracted from its like:
-
-            q = a(l, s) target + a' x_t + b' N_t - b(l, s) (N_l - N_t) / (t - l),   a' = (a(t, s) - a(l, s)) / (t - l)
-
-        With Euler coefficients: q = target - N_l - (N_t - N_l) (t - s) / (t - l).
+        value is N_t = N(x_t, t, s), increment is N_l - N_t with N_l = N(x_l, l, s).
         """
-        output, increment = output.detach(), increment.detach()
-        a_l, b_l = flow.solution_coefficients(l, s)
-        a_slope, b_slope = flow.coefficient_slopes(t, l, s)
-        q = per_sample(b_slope, x) * output - per_sample(b_l / (t - l), x) * increment
-        if flow.coefficients == "euler":
-            return q + target
-        return q + per_sample(a_l, x) * target + per_sample(a_slope, x) * x
+        return quotient(value, increment, x, target, t, l, s, flow.coefficients)
 
-    def consistency_loss(self, flow: SolutionFlow, output: Tensor, q: Tensor, t: Tensor, s: Tensor) -> LossTerm:
+    def consistency_term(
+        self,
+        flow: SolutionFlow,
+        output: Tensor,
+        value: Tensor,
+        increment: Tensor,
+        x: Tensor,
+        target: Tensor,
+        t: Tensor,
+        l: Tensor,
+        s: Tensor,
+    ) -> LossTerm:
         """The surrogate mean_i mean(sign(b(t, s)) N_t w_i q), w_i = (mean(q_i^2) + eps)^-p, with q and w_i detached.
 
-        Its gradient is that of the weighted squared error without the division by |b|. Its value means nothing.
+        output is the student's N_t, the only one with a gradient; the others are `quotient`'s. Its gradient is that of
+        the weighted squared error without the division by |b|. Its value means nothing.
         """
-        error = _mean_square(q)
-        weight = (error + self.config.eps) ** -self.config.p
-        sign = torch.sign(flow.solution_coefficients(t, s)[1]).to(error.dtype)
-        direction = per_sample(sign * weight, q) * q
-        surrogate = (output * direction).flatten(1).mean(1).mean()
-        return LossTerm(surrogate, error.mean(), weight.mean())
+        c = self.config
+        return LossTerm(
+            *consistency_loss(
+                output,
+                increment,
+                x,
+                target,
+                t,
+                l,
+                s,
+                value=value,
+                p=c.p,
+                eps=c.eps,
+                coefficients=flow.coefficients,
+            )
+        )
 
     # Losses with their own network calls
 
@@ -171,13 +208,12 @@ class Objective:
         y [B]: labels, None: unconditional (no guidance); label_dropped [B] bool: those that become the null label.
         """
         x_t, v_t = flow.point(x0, x1, t)
-        v = flow.velocity(x_t, t, with_null(flow, y, label_dropped))
+        output = flow.network(x_t, t, t, with_null(flow, y, label_dropped))
         v_null = None
         if self.guided and y is not None:
             with torch.no_grad():
                 v_null = flow.velocity(x_t, t, None)
-        target = self.target(v_t, v_null, v if self.mixed else None, t, label_dropped)
-        return self.flow_matching_loss(flow, v, target, t)
+        return self.flow_matching_term(flow, output, v_t, t, v_null, label_dropped)
 
     def consistency(
         self,
@@ -204,14 +240,12 @@ class Objective:
             if self.guided and y is not None:
                 v_null = flow.velocity(x_t, t, None)
                 v_label = flow.velocity(x_t, t, label) if self.mixed else None
-            target = self.target(v_t, v_null, v_label, t, label_dropped)
-            x_l = x_t + target * per_sample(l - t, x_t)
+            target, _, x_l = self.look_ahead(x_t, v_t, t, l, v_null, v_label, label_dropped)
         output = flow.network(x_t, t, s, label)
         with torch.no_grad():
             start = output.detach() if teacher is None else teacher.network(x_t, t, s, label)
             increment = (flow if teacher is None else teacher).network(x_l, l, s, label) - start
-            q = self.quotient(flow, output, increment, x_t, target, t, l, s)
-        return self.consistency_loss(flow, output, q, t, s)
+        return self.consistency_term(flow, output, output, increment, x_t, target, t, l, s)
 
 
 def with_null(flow: SolutionFlow, y: Tensor | None, label_dropped: Tensor | None) -> Tensor | None:
@@ -224,7 +258,3 @@ def with_null(flow: SolutionFlow, y: Tensor | None, label_dropped: Tensor | None
 def _logit_normal(n: int, law: tuple[float, float], source: torch.Generator, dtype: torch.dtype) -> Tensor:
     mean, deviation = law
     return torch.sigmoid(mean + deviation * torch.randn(n, generator=source, device=source.device, dtype=dtype))
-
-
-def _mean_square(x: Tensor) -> Tensor:
-    return x.square().flatten(1).mean(1)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .flow import per_sample
 from .increments import paired_forward
 from .objective import LossTerm, with_null
 from .rng import generator
@@ -141,7 +140,7 @@ def _losses(
         x, times = (torch.cat([v, v[sc]]) if mixed else v for v in (x_t, t))
         labels = torch.cat([null, label[sc]]) if mixed and label is not None else null
         with torch.no_grad(), precision(state):
-            guidance = flow.to_velocity(network(x, times, times, labels).float(), x, times)
+            guidance = flow.to_velocity(network(x, times, times, labels).float())
         v_null, v_sc = guidance[: len(x0)], guidance[len(x0) :] if mixed else None
 
     with precision(state):
@@ -149,25 +148,22 @@ def _losses(
 
     fm_term = sc_term = LossTerm(*[x_t.new_full((), math.nan)] * 3)
     if n_fm:
-        v = flow.to_velocity(output[fm], x_t[fm], t[fm])
         null_fm = None if v_null is None else v_null[fm]
-        target = objective.target(v_t[fm], null_fm, v if objective.mixed else None, t[fm], dropped[fm])
-        fm_term = objective.flow_matching_loss(flow, v, target.detach(), t[fm])
+        fm_term = objective.flow_matching_term(flow, output[fm], v_t[fm], t[fm], null_fm, dropped[fm])
     if n_fm < len(x0):
         x, t, l, s = x_t[sc], t[sc], l[sc], s[sc]
-        target = objective.target(v_t[sc], None if v_null is None else v_null[sc], v_sc, t, dropped[sc])
+        null_sc = None if v_null is None else v_null[sc]
         labels = None if label is None else label[sc]
         with torch.no_grad():
-            dx = target * per_sample(l - t, x)
+            target, dx, x_l = objective.look_ahead(x, v_t[sc], t, l, null_sc, v_sc, dropped[sc])
             if state.precision == "fp32":
-                start = output[sc].detach()
-                increment = network(x + dx, l, s, labels) - start
+                value = output[sc].detach()
+                increment = network(x_l, l, s, labels) - value
             else:  # the quotient divides by t - l, and two rounded ends would leave it nothing but rounding error
                 operand = torch.bfloat16 if state.precision == "bf16" else torch.float32
                 with precision(state):
-                    start, increment = paired_forward(network, x, dx, t, l - t, s, labels, dtype=operand)
-            q = objective.quotient(flow, start, increment, x, target, t, l, s)
-        sc_term = objective.consistency_loss(flow, output[sc], q, t, s)
+                    value, increment = paired_forward(network, x, dx, t, l - t, s, labels, dtype=operand)
+        sc_term = objective.consistency_term(flow, output[sc], value, increment, x, target, t, l, s)
     return fm_term, sc_term
 
 

@@ -23,9 +23,9 @@ LOSS_CASES = [name for name in CASES if "loss" in CASES[name]]
 class PublicSign(SolutionFlow):
     """A SolutionFlow whose velocity has the sign of the public code's trigonometric coefficients."""
 
-    def velocity_coefficients(self, t):
-        da, db = super().velocity_coefficients(t)
-        return da, -db
+    @property
+    def velocity_slope(self):
+        return -super().velocity_slope
 
 
 def build(name, dtype, public_sign=True):

@@ -84,10 +84,13 @@ def test_target_mixes_guides_and_respects_dropped_labels():
     objective = Objective(ObjectiveConfig(guidance_scale=2.5, mix_ratio=0.25, guidance_decay_time=1.0))
     v_t, v_null, v_label = torch.randn(3, 2, 1, 2, 2)
     dropped = torch.tensor([True, False])
-    got = objective.target(v_t, v_null, v_label, torch.tensor([0.3, 0.9]), dropped)
+    t, l = torch.tensor([0.3, 0.9]), torch.tensor([0.2, 0.5])
+    got, dx, x_l = objective.look_ahead(v_null, v_t, t, l, v_null, v_label, dropped)
     assert torch.equal(got[0], v_t[0])
     torch.testing.assert_close(got[1], 0.25 * (v_t[1] + 1.5 * (v_t[1] - v_null[1])) + 0.75 * v_label[1])
-    assert torch.equal(objective.target(v_t, None, None, torch.zeros(2), dropped), v_t)
+    torch.testing.assert_close(dx, got * per_sample(l - t, got))
+    assert torch.equal(x_l, v_null + dx)
+    assert torch.equal(objective.look_ahead(v_null, v_t, t, l, None, None, dropped).target, v_t)
 
 
 def test_two_forms_of_the_quotient_agree(flow):

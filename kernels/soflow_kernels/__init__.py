@@ -10,8 +10,10 @@ from soflow_kernels.adaln import (
     layernorm_modulate_reference,
 )
 from soflow_kernels.consistency import consistency_loss, consistency_loss_reference
+from soflow_kernels.flow_matching import flow_matching_loss, flow_matching_loss_reference
 from soflow_kernels.gate import gate_residual, gate_residual_reference
 from soflow_kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu, linear_gelu_reference
+from soflow_kernels.lookahead import euler_lookahead, euler_lookahead_reference, path_point, path_point_reference
 from soflow_kernels.version import __version__
 
 __all__ = [
@@ -21,6 +23,10 @@ __all__ = [
     "bias_gelu_reference",
     "consistency_loss",
     "consistency_loss_reference",
+    "euler_lookahead",
+    "euler_lookahead_reference",
+    "flow_matching_loss",
+    "flow_matching_loss_reference",
     "gate_residual",
     "gate_residual_layernorm_modulate",
     "gate_residual_layernorm_modulate_reference",
@@ -29,6 +35,8 @@ __all__ = [
     "layernorm_modulate_reference",
     "linear_gelu",
     "linear_gelu_reference",
+    "path_point",
+    "path_point_reference",
     "status",
 ]
 

@@ -1,18 +1,21 @@
 """The solution-consistency loss of SoFlow (arXiv 2512.15657): quotient, Huber-like weight, surrogate loss and gradient.
 
-For each sample, with N_t = output, dN = increment = N_l - N_t and divided differences of the solution's coefficients:
+For each sample, with N_t = value, dN = increment = N_l - N_t and divided differences of the solution's coefficients,
+so that nothing of the size of x is subtracted from its like:
 
     q = a(l, s) target + a' x + b' N_t - b(l, s) dN / (t - l),   a' = (a(t, s) - a(l, s)) / (t - l), b' likewise
-    w = (mean(q^2) + eps)^-p
-    loss = mean_i mean(sign(b(t, s)) N_t w q), gradient of N_t: sign(b) w q / (elements B)
+      = (f(x_t, t, s) - f(x_l, l, s)) / (t - l)   for x_l = x_t + (l - t) target
+    w = (mean(q^2) + eps)^-p, both without gradient
+    loss = mean_i mean(sign(b(t, s)) output w q), gradient of output: sign(b) w q / (elements B)
 
 "euler": a = 1, b = s - t, so q = target - N_t - (s - l) dN / (t - l). "trig": a and b are the cosine and the sine of
-pi/2 (s - t).
-output, increment, x, target: [B, ...], bfloat16, float16 or float32, float32 inside; t, l, s: [B].
+pi/2 (s - t). The value behind q is `output` itself, or one of its own where another pass computed it more exactly.
+output, increment, x, target, value: [B, ...], bfloat16, float16 or float32, float32 inside; t, l, s: [B].
 
-Bytes, with S = one pass over [B, ...]: forward 3 S read ("trig": 4), 1 S written, one launch of one program a sample,
-and a mean over B; samples above 4096 elements are read twice, the second time from the cache. Backward 2 S: the stored
-direction is scaled. At 256 x 4 x 32 x 32 in float32 S is 4.2 MB: 4 microseconds at 4.3 TB/s.
+Bytes, with S = one pass over [B, ...]: forward 3 S read ("trig": 4; a value of its own: 1 more), 1 S written, one
+launch of one program a sample, and a mean over B. Samples above 4096 elements take two launches of several programs a
+sample, which read them twice. Backward 2 S: the stored direction is scaled. At 256 x 4 x 32 x 32 in float32 S is 4.2
+MB: 4 microseconds at 4.3 TB/s.
 """
 
 import math
@@ -23,30 +26,36 @@ from torch import Tensor
 
 from soflow_kernels._dispatch import check_tensor, jit, launch, tl, use_kernel
 from soflow_kernels._rows import power_of_two
+from soflow_kernels.lookahead import per_sample
 
 COEFFICIENTS = ("euler", "trig")
 BLOCK = 4096
+CHUNKS = 64
+"""Of a sample that does not fit one block: enough programs for small batches, few enough to add up in one load."""
 
 
-def _per_sample(value, like):
-    return value.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
-
-
-def consistency_loss_reference(output, increment, x, target, t, l, s, *, p=1.0, eps=0.01, coefficients="euler"):
-    """`consistency_loss` in plain PyTorch: any device and dtype."""
-    value, increment, x, target = (v.detach().to(_wide(v)) for v in (output, increment, x, target))
+def quotient(value, increment, x, target, t, l, s, coefficients="euler"):
+    """q of the module's docstring in plain PyTorch, [B, ...], in the dtype of x and without gradient."""
+    value, increment, x, target = (v.detach() for v in (value, increment, x, target))
     if coefficients == "euler":
-        q = target - value - _per_sample((s - l) / (t - l), value) * increment
-        sign = torch.sign(s - t)
-    else:
-        end, middle, half = math.pi / 2 * (s - l), math.pi / 2 * (s - (t + l) / 2), math.pi / 4 * (t - l)
-        slope = torch.sinc(half / math.pi) * (math.pi / 2)
-        q = _per_sample(torch.cos(end), x) * target + _per_sample(torch.sin(middle) * slope, x) * x
-        q = q - _per_sample(torch.cos(middle) * slope, x) * value - _per_sample(torch.sin(end) / (t - l), x) * increment
-        sign = torch.sign(torch.sin(math.pi / 2 * (s - t)))
+        return target - value - per_sample((s - l) / (t - l), x) * increment
+    # cos A - cos B = -2 sin((A + B)/2) sin((A - B)/2), sin A - sin B = 2 cos((A + B)/2) sin((A - B)/2)
+    end, middle, half = math.pi / 2 * (s - l), math.pi / 2 * (s - (t + l) / 2), math.pi / 4 * (t - l)
+    slope = torch.sinc(half / math.pi) * (math.pi / 2)  # 2 sin(half) / (t - l)
+    q = per_sample(torch.cos(end), x) * target + per_sample(torch.sin(middle) * slope, x) * x
+    return q - per_sample(torch.cos(middle) * slope, x) * value - per_sample(torch.sin(end) / (t - l), x) * increment
+
+
+def consistency_loss_reference(
+    output, increment, x, target, t, l, s, *, value=None, p=1.0, eps=0.01, coefficients="euler"
+):
+    """`consistency_loss` in plain PyTorch: any device and dtype."""
+    images = (v.to(_wide(v)) for v in (output if value is None else value, increment, x, target))
+    q = quotient(*images, t, l, s, coefficients)
     error = q.square().flatten(1).mean(1)
     weight = (error + eps) ** -p
-    direction = _per_sample(sign * weight, q) * q
+    b = s - t if coefficients == "euler" else torch.sin(math.pi / 2 * (s - t))
+    direction = per_sample(torch.sign(b) * weight, q) * q
     loss = (output.to(q.dtype) * direction).flatten(1).mean(1).mean()
     return loss, error.mean(), weight.mean()
 
@@ -80,10 +89,14 @@ def _cos(a):
 
 @jit
 def _quotient(
-    out_ptr, inc_ptr, x_ptr, target_ptr, at, mask, by_target, by_x, by_out, by_inc, TRIG: tl.constexpr,
+    out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, at, mask, by_target, by_x, by_value, by_inc,
+    TRIG: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
     out = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    q = by_out * out + by_inc * tl.load(inc_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    value = out
+    if VALUE:
+        value = tl.load(value_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    q = by_value * value + by_inc * tl.load(inc_ptr + at, mask=mask, other=0.0).to(tl.float32)
     q += by_target * tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if TRIG:
         q += by_x * tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -91,12 +104,8 @@ def _quotient(
 
 
 @jit
-def _kernel(
-    out_ptr, inc_ptr, x_ptr, target_ptr, t_ptr, l_ptr, s_ptr, direction_ptr, sample_ptr, n, B, p, eps,
-    TRIG: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: one sample, kept in registers where it fits one block."""
-    b = tl.program_id(0).to(tl.int64)
+def _coefficients(t_ptr, l_ptr, s_ptr, b, TRIG: tl.constexpr):
+    """The sign of b(t, s), and what target, x, value and increment are multiplied by in q."""
     t = tl.load(t_ptr + b).to(tl.float32)
     l = tl.load(l_ptr + b).to(tl.float32)
     s = tl.load(s_ptr + b).to(tl.float32)
@@ -104,78 +113,114 @@ def _kernel(
         quarter = 1.5707963267948966
         end = quarter * (s - l)
         middle = quarter * (s - 0.5 * (t + l))
-        half = 0.5 * quarter * (t - l)
-        slope = quarter * _sinc(half)
+        slope = quarter * _sinc(0.5 * quarter * (t - l))
         by_target = _cos(end)
         by_x = middle * _sinc(middle) * slope
-        by_out = -_cos(middle) * slope
+        by_value = -_cos(middle) * slope
         by_inc = -end * _sinc(end) / (t - l)
-        b_ts = s - t  # of the sign of the sine
     else:
         by_target = 1.0
         by_x = 0.0
-        by_out = -1.0
+        by_value = -1.0
         by_inc = -(s - l) / (t - l)
-        b_ts = s - t
+    b_ts = s - t  # has the sign of its sine too
     sign = tl.where(b_ts > 0, 1.0, tl.where(b_ts < 0, -1.0, b_ts))
+    return sign, by_target, by_x, by_value, by_inc
+
+
+@jit
+def _kernel(
+    out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, t_ptr, l_ptr, s_ptr, direction_ptr, sample_ptr, partial_ptr,
+    n, B, chunks, rows, p, eps,
+    TRIG: tl.constexpr, VALUE: tl.constexpr, PHASE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """PHASE 0: one program is one sample, in registers. Larger samples take two launches over their chunks of `rows`
+    blocks: 1 adds q^2 and output q up, 2 has the sums and writes the direction."""
+    program = tl.program_id(0).to(tl.int64)
+    b = program // chunks
+    chunk = program % chunks
+    sign, by_target, by_x, by_value, by_inc = _coefficients(t_ptr, l_ptr, s_ptr, b, TRIG)
     cols = tl.arange(0, BLOCK)
     base = b * n
-    if SINGLE:
-        mask = cols < n
-        at = base + cols
+    if PHASE == 0:
         out, q = _quotient(
-            out_ptr, inc_ptr, x_ptr, target_ptr, at, mask, by_target, by_x, by_out, by_inc, TRIG
+            out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, base + cols, cols < n,
+            by_target, by_x, by_value, by_inc, TRIG, VALUE,
         )  # fmt: skip
         error = tl.sum(q * q, axis=0) / n
-        weight = tl.exp(-p * tl.log(error + eps))
-        direction = sign * weight * q
-        tl.store(direction_ptr + at, direction, mask=mask)
-        loss = tl.sum(out * direction, axis=0) / n
-    else:
+        product = tl.sum(out * q, axis=0) / n
+    if PHASE == 1:
         squares = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, n, BLOCK):
-            at = first + cols
+        products = tl.zeros([BLOCK], tl.float32)
+        for row in range(rows):
+            at = (chunk * rows + row) * BLOCK + cols
             out, q = _quotient(
-                out_ptr, inc_ptr, x_ptr, target_ptr, base + at, at < n, by_target, by_x, by_out, by_inc, TRIG
+                out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, base + at, at < n,
+                by_target, by_x, by_value, by_inc, TRIG, VALUE,
             )  # fmt: skip
             squares += q * q
-        error = tl.sum(squares, axis=0) / n
+            products += out * q
+        tl.store(partial_ptr + program, tl.sum(squares, axis=0))
+        tl.store(partial_ptr + B * chunks + program, tl.sum(products, axis=0))
+    if PHASE == 2:
+        each = tl.arange(0, CHUNKS)
+        sums = partial_ptr + b * chunks + each
+        error = tl.sum(tl.load(sums, mask=each < chunks, other=0.0), axis=0) / n
+        product = tl.sum(tl.load(sums + B * chunks, mask=each < chunks, other=0.0), axis=0) / n
+    if PHASE != 1:
         weight = tl.exp(-p * tl.log(error + eps))
-        products = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, n, BLOCK):
-            at = first + cols
-            out, q = _quotient(
-                out_ptr, inc_ptr, x_ptr, target_ptr, base + at, at < n, by_target, by_x, by_out, by_inc, TRIG
-            )  # fmt: skip
-            direction = sign * weight * q
-            tl.store(direction_ptr + base + at, direction, mask=at < n)
-            products += out * direction
-        loss = tl.sum(products, axis=0) / n
-    tl.store(sample_ptr + b, loss)
-    tl.store(sample_ptr + B + b, error)
-    tl.store(sample_ptr + 2 * B + b, weight)
+        if chunk == 0:
+            tl.store(sample_ptr + b, sign * weight * product)
+            tl.store(sample_ptr + B + b, error)
+            tl.store(sample_ptr + 2 * B + b, weight)
+        if PHASE == 0:
+            tl.store(direction_ptr + base + cols, sign * weight * q, mask=cols < n)
+        else:
+            for row in range(rows):
+                at = (chunk * rows + row) * BLOCK + cols
+                _, q = _quotient(
+                    out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, base + at, at < n,
+                    by_target, by_x, by_value, by_inc, TRIG, VALUE,
+                )  # fmt: skip
+                tl.store(direction_ptr + base + at, sign * weight * q, mask=at < n)
+
+
+def phases(B, n):
+    """[(phase, grid)], and the arguments chunks and rows and the options of their launches, for B samples of n."""
+    if n <= BLOCK:
+        block = power_of_two(max(n, 1))
+        return [(0, (B,))], (1, 1), {"CHUNKS": 1, "BLOCK": block, "num_warps": max(block // 256, 1)}
+    block = BLOCK // 2
+    blocks = -(-n // block)
+    rows = -(-blocks // CHUNKS)
+    chunks = -(-blocks // rows)
+    options = {"CHUNKS": power_of_two(chunks), "BLOCK": block, "num_warps": 4}
+    return [(1, (B * chunks,)), (2, (B * chunks,))], (chunks, rows), options
 
 
 @torch.library.custom_op("soflow::consistency_loss", mutates_args=())
 def _consistency_loss(
-    output: Tensor, increment: Tensor, x: Tensor, target: Tensor, t: Tensor, l: Tensor, s: Tensor,
-    p: float, eps: float, trig: bool,
+    output: Tensor, value: Tensor | None, increment: Tensor, x: Tensor, target: Tensor,
+    t: Tensor, l: Tensor, s: Tensor, p: float, eps: float, trig: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B = output.shape[0]
-    n = output[0].numel() if B else 0
+    n = math.prod(output.shape[1:])
     output, increment, x, target = (v.contiguous() for v in (output, increment, x, target))
     direction = torch.empty(output.shape, dtype=output.dtype, device=output.device)
     samples = torch.empty(3, B, dtype=torch.float32, device=output.device)
-    block = min(BLOCK, power_of_two(max(n, 1)))
-    launch(
-        _kernel, (B,), output, increment, x, target, t.contiguous(), l.contiguous(), s.contiguous(), direction, samples,
-        n, B, float(p), float(eps), TRIG=trig, SINGLE=n <= BLOCK, BLOCK=block, num_warps=min(max(block // 512, 1), 8),
-    )  # fmt: skip
+    steps, (chunks, rows), options = phases(B, n)
+    partials = torch.empty(2, B, chunks, dtype=torch.float32, device=output.device)
+    for phase, grid in steps:
+        launch(
+            _kernel, grid, output, output if value is None else value.contiguous(), increment, x, target,
+            t.contiguous(), l.contiguous(), s.contiguous(), direction, samples, partials, n, B, chunks, rows,
+            float(p), float(eps), TRIG=trig, VALUE=value is not None, PHASE=phase, **options,
+        )  # fmt: skip
     return samples.mean(1), direction
 
 
 @_consistency_loss.register_fake
-def _(output, increment, x, target, t, l, s, p, eps, trig):
+def _(output, value, increment, x, target, t, l, s, p, eps, trig):
     return output.new_empty(3, dtype=torch.float32), output.new_empty(output.shape)
 
 
@@ -187,38 +232,40 @@ def _save(ctx, inputs, output):
 
 def _grad(ctx, dmeans, _direction):
     if dmeans is None:
-        return (None,) * 10
+        return (None,) * 11
     (direction,) = ctx.saved_tensors
     grad = (direction.float() * (dmeans[0] / max(direction.numel(), 1))).to(direction.dtype)
-    return grad, *(None,) * 9
+    return grad, *(None,) * 10
 
 
 _consistency_loss.register_autograd(_grad, setup_context=_save)
 
 
-def consistency_loss(output, increment, x, target, t, l, s, *, p=1.0, eps=0.01, coefficients="euler"):
+def consistency_loss(output, increment, x, target, t, l, s, *, value=None, p=1.0, eps=0.01, coefficients="euler"):
     """The consistency loss from the network's value and increment; returns scalars (loss, mean q^2, mean weight).
 
     output: N(x_t, t, s), [B, ...], the only argument with a gradient. Of its shape: increment,
-    N(x_l, l, s) - N(x_t, t, s); x, the point x_t; target, the velocity target. t, l, s: [B] in [0, 1], s <= l < t.
+    N(x_l, l, s) - N(x_t, t, s); x, the point x_t; target, the velocity target; value, what q
+    takes for N(x_t, t, s), None: output. t, l, s: [B] in [0, 1], s <= l < t.
     float64 takes the reference. The scalars are float32 (float64 for float64) and only the loss has a gradient; its
     value means nothing, it is a surrogate.
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
     op = "consistency_loss"
     check_tensor(op, "output", output, (..., "elements"))
-    for name, value in (("increment", increment), ("x", x), ("target", target)):
-        check_tensor(op, name, value, tuple(output.shape), output)
-    for name, value in (("t", t), ("l", l), ("s", s)):
-        check_tensor(op, name, value, (output.shape[0],), output)
+    for name, tensor in (("increment", increment), ("x", x), ("target", target), ("value", value)):
+        if name != "value" or tensor is not None:
+            check_tensor(op, name, tensor, tuple(output.shape), output)
+    for name, tensor in (("t", t), ("l", l), ("s", s)):
+        check_tensor(op, name, tensor, (output.shape[0],), output)
     if coefficients not in COEFFICIENTS:
         raise ValueError(f"{op}: coefficients must be one of {', '.join(COEFFICIENTS)}, got {coefficients!r}")
-    if not use_kernel(output, increment, x, target, t, l, s):
-        return consistency_loss_reference(
-            output, increment, x, target, t, l, s, p=p, eps=eps, coefficients=coefficients
-        )
+    if not use_kernel(output, increment, x, target, t, l, s, value):
+        settings = {"value": value, "p": p, "eps": eps, "coefficients": coefficients}
+        return consistency_loss_reference(output, increment, x, target, t, l, s, **settings)
+    value = None if value is None else value.detach()
     others = (v.detach() for v in (increment, x, target, t, l, s))
-    means, _ = _consistency_loss(output, *others, p, eps, coefficients == "trig")
+    means, _ = _consistency_loss(output, value, *others, float(p), float(eps), coefficients == "trig")
     _, error, weight = means.detach().unbind()
     return means[0], error, weight
 
@@ -230,4 +277,6 @@ def inspect_cases():
             v, t = torch.zeros(shape, dtype=dtype), torch.zeros(2)
             for trig in (False, True):
                 size = f"{'x'.join(map(str, shape[1:]))} {'trig' if trig else 'euler'} {str(dtype)[6:]}"
-                yield f"consistency_loss {size}", partial(_consistency_loss, v, v, v, v, t, t, t, 1.0, 0.01, trig)
+                for name, value in (("", None), (" value", v)):
+                    call = partial(_consistency_loss, v, value, v, v, v, t, t, t, 1.0, 0.01, trig)
+                    yield f"consistency_loss {size}{name}", call

@@ -19,16 +19,17 @@ import tempfile
 
 import torch
 
-from soflow_kernels import _dispatch, adaln, consistency, gate, gelu
+from soflow_kernels import _dispatch, adaln, consistency, flow_matching, gate, gelu, lookahead
 from soflow_kernels.version import __version__
 
-MODULES = (adaln, consistency, gate, gelu)
+MODULES = (adaln, consistency, flow_matching, gate, gelu, lookahead)
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 COLUMNS = ("case", "kernel", "arch", "warps", "registers", "spill", "shared", "widest", "narrowest", "problem")
 
@@ -98,7 +99,7 @@ def load_widths(ptx):
 
 def forced_narrow(ttgir, warps):
     """How many loads narrower than 16 bytes the shapes of the loaded tensors make unavoidable."""
-    sizes = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "i64": 8, "i8": 1, "i1": 1}
+    sizes = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "i64": 8, "i8": 1, "u8": 1, "i1": 1}
     count = 0
     for line in ttgir.splitlines():
         if "tt.load" not in line and "async_copy_global_to_local" not in line:

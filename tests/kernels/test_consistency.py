@@ -27,11 +27,13 @@ def run(function, tensors, **settings):
     return {**dict(zip(("loss", "mse", "weight"), (v.detach() for v in found), strict=True)), "gradient": output.grad}
 
 
-def check(tensors, **settings):
+def check(tensors, value=None, **settings):
+    exact_settings = {**settings, "value": None if value is None else value.double()}
+    settings["value"] = value
     with testing.poisoned():
         actual = run(consistency.consistency_loss, tensors, **settings)
     eager = run(consistency.consistency_loss_reference, tensors, **settings)
-    exact = run(consistency.consistency_loss_reference, {k: v.double() for k, v in tensors.items()}, **settings)
+    exact = run(consistency.consistency_loss_reference, {k: v.double() for k, v in tensors.items()}, **exact_settings)
     # The loss is a sum of both signs, far smaller than its terms: its unit is theirs.
     scale = (
         tensors["output"].double().abs().mean() * exact["gradient"].abs().mean() * exact["gradient"].numel()
@@ -43,7 +45,7 @@ def check(tensors, **settings):
 
 @KINDS
 @pytest.mark.parametrize(
-    "shape", [(3, 4, 8, 8), (1, 4, 32, 32), (2, 3, 40, 40), (2, 1, 1, 1), (3, 7), (4, 5000), (1, 8193)], ids=str
+    "shape", [(3, 4, 8, 8), (1, 4, 32, 32), (2, 3, 40, 40), (2, 1, 1, 1), (3, 7), (4, 5000), (1, 300000)], ids=str
 )
 def test_loss_and_gradient(shape, coefficients, device):
     check(inputs(shape, torch.float32, device), coefficients=coefficients)
@@ -55,6 +57,18 @@ def test_half_precision_output(dtype, coefficients, device):
     tensors = inputs((3, 4, 8, 8), torch.float32, device)
     tensors["output"] = tensors["output"].to(dtype)
     check(tensors, coefficients=coefficients)
+
+
+@KINDS
+@pytest.mark.parametrize("n", [256, 5000])
+def test_a_value_of_its_own(n, coefficients, device):
+    tensors = inputs((3, n), torch.float32, device)
+    value = tensors["output"] + 0.5
+    check(tensors, value=value, coefficients=coefficients)
+    with_value = run(consistency.consistency_loss, tensors, value=value, coefficients=coefficients)
+    assert not torch.equal(
+        with_value["mse"], run(consistency.consistency_loss, tensors, coefficients=coefficients)["mse"]
+    )
 
 
 @pytest.mark.parametrize("p,eps", [(0.0, 0.01), (0.5, 1.0), (1.0, 1e-3), (0.75, 1e-3)])
@@ -70,15 +84,42 @@ def test_layouts(layout, device):
 
 
 @KINDS
-def test_is_the_engines_loss(coefficients, device):
-    tensors = inputs((4, 2, 4, 4), torch.float64, "cpu")
-    tensors = {name: value.double() for name, value in tensors.items()}
+@pytest.mark.parametrize("gap", [0.1, 1e-3, 1e-6, 1e-9])
+def test_quotient_is_the_divided_difference_and_does_not_cancel(gap, coefficients):
+    """q against (f(x_t, t, s) - f(x_l, l, s)) / (t - l) in float64, and in float32 against float64, as l -> t."""
+    tensors = {k: v.double() for k, v in inputs((4, 50), torch.float64, "cpu").items()}
+    t, s, x, target = (tensors[name] for name in ("t", "s", "x", "target"))
+    l = t - gap * (t - s)
+    increment = tensors["increment"] * (t - l)[:, None]
+    given = (tensors["output"], increment, x, target, t, l, s)
     flow = SolutionFlow(torch.nn.Identity(), coefficients=coefficients)
-    objective = Objective(ObjectiveConfig(p=0.75, eps=0.02))
-    x, target, t, l, s = (tensors[name] for name in ("x", "target", "t", "l", "s"))
+    q = consistency.quotient(*given, coefficients)
+    if gap >= 1e-3:  # the plain difference in float64 is exact enough to compare with
+        x_l = x + target * (l - t)[:, None]
+        start = flow.to_solution(given[0], x, t, s)
+        end = flow.to_solution(given[0] + increment, x_l, l, s)
+        torch.testing.assert_close(q, (start - end) / (t - l)[:, None], rtol=1e-9, atol=1e-9)
+    if gap >= 1e-6:  # float32 has no time between t and l beyond that
+        narrow = [v.float() for v in given]
+        again = [v.double() for v in narrow]  # the same rounded times
+        error = consistency.quotient(*narrow, coefficients).double() - consistency.quotient(*again, coefficients)
+        assert error.abs().max() <= 1e-5 * q.abs().max()
+
+
+@KINDS
+def test_is_the_engines_loss(coefficients, device):
+    """Objective.consistency, with networks that return given numbers."""
+    tensors = {name: value.double() for name, value in inputs((4, 2, 4, 4), torch.float64, "cpu").items()}
+    x, v, t, l, s = (tensors[name] for name in ("x", "target", "t", "l", "s"))
     output = tensors["output"].requires_grad_()
-    q = objective.quotient(flow, output, tensors["increment"], x, target, t, l, s)
-    term = objective.consistency_loss(flow, output, q, t, s)
+
+    class Given(torch.nn.Module):
+        def forward(self, at, time, s, y):
+            return output if torch.equal(time, t) else output.detach() + tensors["increment"]
+
+    flow = SolutionFlow(Given(), coefficients=coefficients)
+    flow.point = lambda x0, x1, t: (x, v)
+    term = Objective(ObjectiveConfig(p=0.75, eps=0.02)).consistency(flow, x, x, t, l, s, None)
     wanted = torch.autograd.grad(term.loss, output)[0]
     found = consistency.consistency_loss(**tensors, p=0.75, eps=0.02, coefficients=coefficients)
     torch.testing.assert_close(torch.stack(found), torch.stack(tuple(term)))
@@ -93,8 +134,9 @@ def test_only_the_output_has_a_gradient(device):
     assert [n for n, v in tensors.items() if v.grad is not None] == ["output"]
 
 
-def test_nan_stays_in_its_sample(device):
-    tensors = inputs((3, 8), torch.float32, device)
+@pytest.mark.parametrize("n", [8, 5000])
+def test_nan_stays_in_its_sample(n, device):
+    tensors = inputs((3, n), torch.float32, device)
     tensors["target"][1, 3] = torch.nan
     found = run(consistency.consistency_loss, tensors)
     assert all(found[name].isnan() for name in ("loss", "mse", "weight"))
@@ -110,7 +152,7 @@ def test_same_bits_every_time(device):
 def test_opcheck(device):
     tensors = list(inputs((2, 8), torch.float32, device).values())
     tensors[0].requires_grad_()
-    torch.library.opcheck(consistency._consistency_loss, (*tensors, 1.0, 0.01, False))
+    torch.library.opcheck(consistency._consistency_loss, (tensors[0], None, *tensors[1:], 1.0, 0.01, False))
 
 
 def test_compile_equals_eager(device):

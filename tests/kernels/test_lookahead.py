@@ -1,0 +1,264 @@
+"""path_point and euler_lookahead against float64, beside eager PyTorch in the same dtype; the noise of the kernel."""
+
+import math
+
+import pytest
+import torch
+
+from soflow_kernels import lookahead, testing
+from soflow_kernels.lookahead import euler_lookahead, euler_lookahead_reference, path_point, path_point_reference
+
+SHAPES = [(3, 4, 8, 8), (1, 4, 32, 32), (2, 3, 40, 40), (2, 1, 1, 1), (3, 7), (1, 5000), (0, 4, 8, 8), (2, 0)]
+GUIDANCE = {"guidance_scale": 2.5, "guidance_decay_time": 0.6, "mix_ratio": 0.25}
+PATHS = pytest.mark.parametrize("path", ["linear", "trig"])
+
+
+def inputs(shape, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
+    t = torch.rand(shape[0], generator=generator)
+    l = t * torch.rand(shape[0], generator=generator)
+    dropped = torch.rand(shape[0], generator=generator) < 0.4
+    names = ("x", "v", "v_null", "v_label")
+    return dict(zip(names, images, strict=True)) | {"t": t.to(device), "l": l.to(device), "dropped": dropped.to(device)}
+
+
+def double(tensors):
+    return {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def point(function, given, **settings):
+    return function(given["x"], given["v"], given["t"], given["l"], **settings)
+
+
+def ahead(function, given, guided=True, mixed=True, drops=True):
+    optional = (given["v_null"] if guided else None, given["v_label"] if mixed else None)
+    dropped = given["dropped"] if drops else None
+    return function(given["x"], given["v"], given["t"], given["l"], *optional, dropped, **GUIDANCE)
+
+
+def named(outputs):
+    return {f"output {i}": out for i, out in enumerate(outputs)}
+
+
+def check(call, function, reference, given, **settings):
+    with testing.poisoned():
+        actual = named(call(function, given, **settings))
+    eager = named(call(reference, given, **settings))
+    testing.assert_matches(actual, eager, named(call(reference, double(given), **settings)))
+
+
+@PATHS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_point(shape, path, device):
+    check(point, path_point, path_point_reference, inputs(shape, torch.float32, device), path=path)
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_point_in_half_precision(dtype, path, device):
+    check(point, path_point, path_point_reference, inputs((3, 4, 8, 8), dtype, device), path=path)
+
+
+@PATHS
+def test_point_at_the_ends(path, device):
+    x0, x1 = torch.randn(2, 2, 8, device=device)
+    x, v = path_point(x0, x1, torch.tensor([0.0, 1.0], device=device), path=path)
+    torch.testing.assert_close(x, torch.stack([x0[0], x1[1]]), rtol=0, atol=1e-7)
+    scale = 1.0 if path == "linear" else math.pi / 2
+    wanted = (x1 - x0) if path == "linear" else scale * torch.stack([x1[0], -x0[1]])
+    torch.testing.assert_close(v, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [{}, {"mixed": False}, {"drops": False}, {"guided": False, "mixed": False}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lookahead(shape, kind, device):
+    check(ahead, euler_lookahead, euler_lookahead_reference, inputs(shape, torch.float32, device), **kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_lookahead_in_half_precision(dtype, device):
+    check(ahead, euler_lookahead, euler_lookahead_reference, inputs((3, 4, 8, 8), dtype, device))
+
+
+def test_lookahead_by_hand(device):
+    """One number, worked out from the formulas: w = 3, m = 0.25, before the decay time, t = 0.5, l = 0.3."""
+    x, v, v_null, v_label = (torch.full((2, 1), value, device=device) for value in (0.5, 2.0, 1.0, -1.0))
+    t, l = torch.tensor([0.5, 0.5], device=device), torch.tensor([0.3, 0.3], device=device)
+    dropped = torch.tensor([False, True], device=device)
+    got = euler_lookahead(x, v, t, l, v_null, v_label, dropped, guidance_scale=3.0, mix_ratio=0.25)
+    # v_g = 2 + 2 (2 - 1) = 4, target = 0.25 * 4 - 0.75 = 0.25; the dropped one keeps 2.
+    for found, wanted in zip(got, ([0.25, 2.0], [-0.05, -0.4], [0.45, 0.1]), strict=True):
+        torch.testing.assert_close(found.flatten().cpu(), torch.tensor(wanted), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("t_d", [0.0, 0.5, 0.8, 1.0])
+def test_guidance_decay(t_d, device):
+    t = torch.cat([torch.linspace(0, 1, 41), 1 - torch.logspace(-7, -2, 20)]).to(device)
+    zero, one = torch.zeros(len(t), 1, device=device), torch.ones(len(t), 1, device=device)
+    got = euler_lookahead(zero, one, t, t, zero, guidance_scale=2.0, guidance_decay_time=t_d).target[:, 0] - 1
+    wanted = lookahead.guidance_decay(t.double(), t_d)
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS[1:])
+def test_layouts(layout, device):
+    given = inputs((3, 4, 8, 8), torch.float32, device)
+    given = {k: testing.lay_out(v, layout) if v.dim() > 1 else v for k, v in given.items()}
+    check(point, path_point, path_point_reference, given)
+    check(ahead, euler_lookahead, euler_lookahead_reference, given)
+
+
+# Noise
+
+
+@PATHS
+def test_noise_is_the_references(path, device):
+    x0, t = torch.randn(3, 4, 8, 8, device=device), torch.rand(3, device=device)
+    for seed, first in ((0, 0), (1, 7), (2**62 + 12345, 2**31 + 3)):
+        got = path_point(x0, None, t, seed=seed, first_sample=first, path=path)
+        wanted = path_point_reference(x0, None, t, seed=seed, first_sample=first, path=path)
+        for found, reference in zip(got, wanted, strict=True):
+            torch.testing.assert_close(found, reference, rtol=1e-5, atol=5e-6)
+
+
+def test_noise_is_philox():
+    """The words of Philox 4x32-10, worked out here with whole numbers."""
+
+    def philox(counter, key):
+        c, (k0, k1) = list(counter), key
+        for _ in range(10):
+            a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+            c = [b >> 32 ^ c[1] ^ k0, b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k1, a & 0xFFFFFFFF]
+            k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+        return c
+
+    # The published test vector of ten rounds for counter and key of zeros.
+    assert philox((0, 0, 0, 0), (0, 0))[:2] == [0x6627E8D5, 0xE169C58D]
+    seed = 0x123456789ABCDEF
+    words = lookahead._words((2, 5), seed, 3, "cpu")
+    for b in range(2):
+        for n in range(5):
+            wanted = philox((n, b + 3, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
+            assert [int(word[b, n]) for word in words] == wanted[:2]
+
+
+def test_noise_is_a_function_of_seed_sample_and_element(device):
+    t, x0 = torch.ones(6, device=device), torch.zeros(6, 50, device=device)
+    whole = path_point(x0, None, t, seed=5)[0]
+    part = path_point(x0[:2], None, t[:2], seed=5, first_sample=3)[0]
+    assert torch.equal(part, whole[3:5])
+    assert torch.equal(path_point(x0, None, t, seed=torch.tensor(5, device=device))[0], whole)
+    assert not torch.equal(path_point(x0, None, t, seed=6)[0], whole)
+    assert len(whole.unique()) == whole.numel()
+
+
+def test_noise_is_normal():
+    noise = lookahead.noise_reference((100, 4000), 1, dtype=torch.float64)
+    n = noise.numel()
+    assert abs(noise.mean()) < 4 / n**0.5 and abs(noise.square().mean() - 1) < 4 * (2 / n) ** 0.5
+    assert abs(noise.pow(4).mean() - 3) < 4 * (96 / n) ** 0.5
+    rows = noise - noise.mean(1, keepdim=True)
+    assert abs((rows[:-1] * rows[1:]).mean()) < 4 / n**0.5 and abs((noise[:, :-1] * noise[:, 1:]).mean()) < 4 / n**0.5
+
+
+# Composition
+
+
+def test_gradients_take_the_reference(device):
+    """The outputs feed a loss of somebody else's now and then: no gradient is lost without a word."""
+    given = inputs((3, 8), torch.float32, device)
+    x = given["x"].requires_grad_()
+    path_point(x, given["v"], given["t"])[0].sum().backward()
+    torch.testing.assert_close(x.grad, (1 - given["t"])[:, None].expand(3, 8))
+    x.grad = None
+    ahead(euler_lookahead, given).x_l.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(3, 8, device=device))
+    with torch.no_grad():
+        assert not ahead(euler_lookahead, given).x_l.requires_grad
+
+
+def test_forward_mode_and_reference_mode(device):
+    """A dual tensor takes the reference, whose tangent is exact, and so does everything in reference mode."""
+    given = inputs((3, 8), torch.float32, device)
+    primal, tangent = given["x"], torch.ones_like(given["x"])
+    for call, function in ((point, path_point), (ahead, euler_lookahead)):
+        found = torch.func.jvp(lambda x: call(function, {**given, "x": x})[-1], (primal,), (tangent,))[1]  # noqa: B023
+        assert found.abs().min() > 0
+    with testing.mode("reference"):
+        got = ahead(euler_lookahead, given)
+    assert all(map(torch.equal, got, ahead(euler_lookahead_reference, given)))
+
+
+def test_nan_stays_in_its_element(device):
+    given = inputs((2, 8), torch.float32, device)
+    given["dropped"][:] = False
+    given["v_null"][1, 3] = torch.nan
+    for out in ahead(euler_lookahead, given):
+        assert out.isnan().nonzero().tolist() == [[1, 3]]
+
+
+def test_opcheck(device):
+    g = inputs((2, 8), torch.float32, device)
+    x, v, t, l = (g[name] for name in ("x", "v", "t", "l"))
+    seed = torch.tensor(3, device=device)
+    torch.library.opcheck(lookahead._path_point, (x, v, t, l, None, 0, 0, False))
+    torch.library.opcheck(lookahead._path_point, (x, None, t, None, seed, 0, 0, True))
+    arguments = (x, v, t, l, g["v_null"], g["v_label"], g["dropped"], 2.0, 0.5, 0.3)
+    torch.library.opcheck(lookahead._euler_lookahead, arguments)
+
+
+def test_compile_equals_eager(device):
+    given = inputs((2, 40), torch.float32, device)
+
+    def both(given):
+        x, v = path_point(given["x"], None, given["t"], seed=3)
+        return x, v, *ahead(euler_lookahead, {**given, "x": x, "v": v})
+
+    torch.compiler.reset()
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    for got, wanted in zip(torch.compile(both, fullgraph=True, backend=backend)(given), both(given), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x0": [1.0]}, "x0 must be a tensor"),
+        ({"x1": torch.zeros(2, 7)}, r"x1 must have shape \[2, 8\]"),
+        ({"t": torch.zeros(3)}, r"t must have shape \[2\]"),
+        ({"l": torch.zeros(2, dtype=torch.int64)}, "l must be bfloat16"),
+        ({"x1": None}, "give either x1 or seed, got neither"),
+        ({"seed": 1}, "give either x1 or seed, got both"),
+        ({"x1": None, "seed": -1}, "seed must be an int in"),
+        ({"x1": None, "seed": 1.5}, "seed must be an int in"),
+        ({"x1": None, "seed": torch.tensor(1.0)}, "seed must be an int or an int64 tensor"),
+        ({"path": "straight"}, "path must be one of linear, trig, got 'straight'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_points_are_named(change, message):
+    arguments = {"x0": torch.zeros(2, 8), "x1": torch.zeros(2, 8), "t": torch.zeros(2)}
+    with pytest.raises(ValueError, match=f"^path_point: {message}"):
+        path_point(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_t": None}, "x_t must be a tensor"),
+        ({"v_t": torch.zeros(2, 7)}, r"v_t must have shape \[2, 8\]"),
+        ({"v_null": torch.zeros(8)}, r"v_null must have shape \[2, 8\]"),
+        ({"v_label": torch.zeros(2, 8).long()}, "v_label must be bfloat16"),
+        ({"l": torch.zeros(1)}, r"l must have shape \[2\]"),
+        ({"label_dropped": torch.zeros(2)}, r"label_dropped must be a bool tensor of shape \[2\] or None"),
+        ({"label_dropped": [True, False]}, r"label_dropped must be a bool tensor of shape \[2\] or None, got list"),
+        ({"v_null": None}, "v_label must come with v_null"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_lookaheads_are_named(change, message):
+    names = ("x_t", "v_t", "v_null", "v_label")
+    arguments = {name: torch.zeros(2, 8) for name in names} | {"t": torch.zeros(2), "l": torch.zeros(2)}
+    with pytest.raises(ValueError, match=f"^euler_lookahead: {message}"):
+        euler_lookahead(**{**arguments, **change})
