@@ -129,73 +129,95 @@ def _coefficients(t_ptr, l_ptr, s_ptr, b, TRIG: tl.constexpr):
 
 
 @jit
-def _kernel(
-    out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, t_ptr, l_ptr, s_ptr, direction_ptr, sample_ptr, partial_ptr,
-    n, B, chunks, rows, p, eps,
-    TRIG: tl.constexpr, VALUE: tl.constexpr, PHASE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+def _write_sample(sample_ptr, b, B, error, product, sign, p, eps):
+    """Store loss, mean q^2 and weight of a sample; returns sign times weight."""
+    weight = tl.exp(-p * tl.log(error + eps))
+    tl.store(sample_ptr + b, sign * weight * product)
+    tl.store(sample_ptr + B + b, error)
+    tl.store(sample_ptr + 2 * B + b, weight)
+    return sign * weight
+
+
+@jit
+def _sample_kernel(
+    out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, t_ptr, l_ptr, s_ptr, direction_ptr, sample_ptr, n, B, p, eps,
+    TRIG: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """PHASE 0: one program is one sample, in registers. Larger samples take two launches over their chunks of `rows`
-    blocks: 1 adds q^2 and output q up, 2 has the sums and writes the direction."""
-    program = tl.program_id(0).to(tl.int64)
-    b = program // chunks
-    chunk = program % chunks
+    """One program: one sample, in registers."""
+    b = tl.program_id(0).to(tl.int64)
     sign, by_target, by_x, by_value, by_inc = _coefficients(t_ptr, l_ptr, s_ptr, b, TRIG)
     cols = tl.arange(0, BLOCK)
-    base = b * n
-    if PHASE == 0:
+    at = b * n + cols
+    out, q = _quotient(
+        out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, at, cols < n, by_target, by_x, by_value, by_inc, TRIG, VALUE
+    )  # fmt: skip
+    error = tl.sum(q * q, axis=0) / n
+    scale = _write_sample(sample_ptr, b, B, error, tl.sum(out * q, axis=0) / n, sign, p, eps)
+    tl.store(direction_ptr + at, scale * q, mask=cols < n)
+
+
+@jit
+def _sums_kernel(
+    out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, t_ptr, l_ptr, s_ptr, partial_ptr, n, B, chunks, rows,
+    TRIG: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: the sums of q^2 and of output q over a chunk of `rows` blocks of a sample."""
+    program = tl.program_id(0).to(tl.int64)
+    b = program // chunks
+    _, by_target, by_x, by_value, by_inc = _coefficients(t_ptr, l_ptr, s_ptr, b, TRIG)
+    squares = tl.zeros([BLOCK], tl.float32)
+    products = tl.zeros([BLOCK], tl.float32)
+    for row in range(rows):
+        cols = (program % chunks * rows + row) * BLOCK + tl.arange(0, BLOCK)
         out, q = _quotient(
-            out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, base + cols, cols < n,
+            out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, b * n + cols, cols < n,
             by_target, by_x, by_value, by_inc, TRIG, VALUE,
         )  # fmt: skip
-        error = tl.sum(q * q, axis=0) / n
-        product = tl.sum(out * q, axis=0) / n
-    if PHASE == 1:
-        squares = tl.zeros([BLOCK], tl.float32)
-        products = tl.zeros([BLOCK], tl.float32)
-        for row in range(rows):
-            at = (chunk * rows + row) * BLOCK + cols
-            out, q = _quotient(
-                out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, base + at, at < n,
-                by_target, by_x, by_value, by_inc, TRIG, VALUE,
-            )  # fmt: skip
-            squares += q * q
-            products += out * q
-        tl.store(partial_ptr + program, tl.sum(squares, axis=0))
-        tl.store(partial_ptr + B * chunks + program, tl.sum(products, axis=0))
-    if PHASE == 2:
-        each = tl.arange(0, CHUNKS)
-        sums = partial_ptr + b * chunks + each
-        error = tl.sum(tl.load(sums, mask=each < chunks, other=0.0), axis=0) / n
-        product = tl.sum(tl.load(sums + B * chunks, mask=each < chunks, other=0.0), axis=0) / n
-    if PHASE != 1:
-        weight = tl.exp(-p * tl.log(error + eps))
-        if chunk == 0:
-            tl.store(sample_ptr + b, sign * weight * product)
-            tl.store(sample_ptr + B + b, error)
-            tl.store(sample_ptr + 2 * B + b, weight)
-        if PHASE == 0:
-            tl.store(direction_ptr + base + cols, sign * weight * q, mask=cols < n)
-        else:
-            for row in range(rows):
-                at = (chunk * rows + row) * BLOCK + cols
-                _, q = _quotient(
-                    out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, base + at, at < n,
-                    by_target, by_x, by_value, by_inc, TRIG, VALUE,
-                )  # fmt: skip
-                tl.store(direction_ptr + base + at, sign * weight * q, mask=at < n)
+        squares += q * q
+        products += out * q
+    tl.store(partial_ptr + program, tl.sum(squares, axis=0))
+    tl.store(partial_ptr + B * chunks + program, tl.sum(products, axis=0))
 
 
-def phases(B, n):
-    """[(phase, grid)], and the arguments chunks and rows and the options of their launches, for B samples of n."""
+@jit
+def _direction_kernel(
+    out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, t_ptr, l_ptr, s_ptr, direction_ptr, sample_ptr, partial_ptr,
+    n, B, chunks, rows, p, eps,
+    TRIG: tl.constexpr, VALUE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: the direction of a chunk, from the sums of all chunks of its sample."""
+    program = tl.program_id(0).to(tl.int64)
+    b = program // chunks
+    sign, by_target, by_x, by_value, by_inc = _coefficients(t_ptr, l_ptr, s_ptr, b, TRIG)
+    error = sum_chunks(partial_ptr + b * chunks, chunks, CHUNKS) / n
+    product = sum_chunks(partial_ptr + (B + b) * chunks, chunks, CHUNKS) / n
+    # Every chunk's program stores the same three numbers.
+    scale = _write_sample(sample_ptr, b, B, error, product, sign, p, eps)
+    for row in range(rows):
+        cols = (program % chunks * rows + row) * BLOCK + tl.arange(0, BLOCK)
+        _, q = _quotient(
+            out_ptr, value_ptr, inc_ptr, x_ptr, target_ptr, b * n + cols, cols < n,
+            by_target, by_x, by_value, by_inc, TRIG, VALUE,
+        )  # fmt: skip
+        tl.store(direction_ptr + b * n + cols, scale * q, mask=cols < n)
+
+
+@jit
+def sum_chunks(partial_ptr, chunks, CHUNKS: tl.constexpr):
+    """The sum of a sample's partial sums, in an order that depends on their number alone."""
+    each = tl.arange(0, CHUNKS)
+    return tl.sum(tl.load(partial_ptr + each, mask=each < chunks, other=0.0), axis=0)
+
+
+def split(n):
+    """(chunks, blocks a chunk, block, warps) of a sample of n elements; one chunk is the kernel of one launch."""
     if n <= BLOCK:
         block = power_of_two(max(n, 1))
-        return [(0, (B,))], (1, 1), {"CHUNKS": 1, "BLOCK": block, "num_warps": max(block // 256, 1)}
+        return 1, 1, block, max(block // 256, 1)
     block = BLOCK // 2
     blocks = -(-n // block)
     rows = -(-blocks // CHUNKS)
-    chunks = -(-blocks // rows)
-    options = {"CHUNKS": power_of_two(chunks), "BLOCK": block, "num_warps": 4}
-    return [(1, (B * chunks,)), (2, (B * chunks,))], (chunks, rows), options
+    return -(-blocks // rows), rows, block, 4
 
 
 @torch.library.custom_op("soflow::consistency_loss", mutates_args=())
@@ -205,16 +227,22 @@ def _consistency_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B = output.shape[0]
     n = math.prod(output.shape[1:])
+    has_value = value is not None
     output, increment, x, target = (v.contiguous() for v in (output, increment, x, target))
     direction = torch.empty(output.shape, dtype=output.dtype, device=output.device)
     samples = torch.empty(3, B, dtype=torch.float32, device=output.device)
-    steps, (chunks, rows), options = phases(B, n)
-    partials = torch.empty(2, B, chunks, dtype=torch.float32, device=output.device)
-    for phase, grid in steps:
+    value = output if value is None else value.contiguous()
+    given = (output, value, increment, x, target, t.contiguous(), l.contiguous(), s.contiguous())
+    chunks, rows, block, warps = split(n)
+    options = {"TRIG": trig, "VALUE": has_value, "BLOCK": block, "num_warps": warps}
+    if chunks == 1:
+        launch(_sample_kernel, (B,), *given, direction, samples, n, B, float(p), float(eps), **options)
+    else:
+        partials = torch.empty(2, B, chunks, dtype=torch.float32, device=output.device)
+        launch(_sums_kernel, (B * chunks,), *given, partials, n, B, chunks, rows, **options)
         launch(
-            _kernel, grid, output, output if value is None else value.contiguous(), increment, x, target,
-            t.contiguous(), l.contiguous(), s.contiguous(), direction, samples, partials, n, B, chunks, rows,
-            float(p), float(eps), TRIG=trig, VALUE=value is not None, PHASE=phase, **options,
+            _direction_kernel, (B * chunks,), *given, direction, samples, partials, n, B, chunks, rows,
+            float(p), float(eps), CHUNKS=power_of_two(chunks), **options,
         )  # fmt: skip
     return samples.mean(1), direction
 

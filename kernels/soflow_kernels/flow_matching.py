@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from soflow_kernels._dispatch import check_tensor, jit, launch, tl, use_kernel
-from soflow_kernels.consistency import phases
+from soflow_kernels._rows import power_of_two
+from soflow_kernels.consistency import split, sum_chunks
 from soflow_kernels.lookahead import check_mask, decay, guided, guided_target
 
 
@@ -40,67 +41,90 @@ def flow_matching_loss_reference(
 
 
 @jit
-def _delta(
-    out_ptr, v_ptr, null_ptr, at, mask, strength, mix_ratio, dropped, slope, GUIDED: tl.constexpr,
-):  # fmt: skip
-    v = slope * tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    target = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if GUIDED:
-        v_null = tl.load(null_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        target = guided(target, v_null, v, strength, mix_ratio, dropped, True)
-    return v - target
-
-
-@jit
-def _kernel(
-    out_ptr, v_ptr, null_ptr, dropped_ptr, t_ptr, direction_ptr, sample_ptr, partial_ptr,
-    n, B, chunks, rows, scale, t_d, mix_ratio, p, eps, slope,
-    GUIDED: tl.constexpr, DROPS: tl.constexpr, PHASE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The phases are those of the consistency loss: 0 is a whole sample, 1 the sums of a chunk, 2 its direction."""
-    program = tl.program_id(0).to(tl.int64)
-    b = program // chunks
-    chunk = program % chunks
+def _guidance(t_ptr, dropped_ptr, b, scale, t_d, GUIDED: tl.constexpr, DROPS: tl.constexpr):
+    """c(t) (w - 1), and whether the label was dropped, of a sample."""
     strength = 0.0
     dropped = 0
     if GUIDED:
         strength = decay(tl.load(t_ptr + b).to(tl.float32), t_d) * (scale - 1)
         if DROPS:
             dropped = tl.load(dropped_ptr + b).to(tl.int32)
+    return strength, dropped
+
+
+@jit
+def _delta(out_ptr, v_ptr, null_ptr, at, mask, strength, mix_ratio, dropped, slope, GUIDED: tl.constexpr):
+    v = slope * tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    target = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if GUIDED:
+        v_null = tl.load(null_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        target = guided(target, v_null, v, strength, mix_ratio, dropped)
+    return v - target
+
+
+@jit
+def _write_sample(sample_ptr, b, B, error, p, eps, slope):
+    """Store loss, mean delta^2 and weight of a sample; returns what delta is multiplied by in the gradient."""
+    weight = tl.exp(-p * tl.log(error + eps)) / tl.abs(slope)
+    tl.store(sample_ptr + b, weight * error)
+    tl.store(sample_ptr + B + b, error)
+    tl.store(sample_ptr + 2 * B + b, weight)
+    return 2 * slope * weight
+
+
+@jit
+def _sample_kernel(
+    out_ptr, v_ptr, null_ptr, dropped_ptr, t_ptr, direction_ptr, sample_ptr,
+    n, B, scale, t_d, mix_ratio, slope, p, eps, GUIDED: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: one sample, in registers."""
+    b = tl.program_id(0).to(tl.int64)
+    strength, dropped = _guidance(t_ptr, dropped_ptr, b, scale, t_d, GUIDED, DROPS)
     cols = tl.arange(0, BLOCK)
-    base = b * n
-    if PHASE == 0:
+    at = b * n + cols
+    delta = _delta(out_ptr, v_ptr, null_ptr, at, cols < n, strength, mix_ratio, dropped, slope, GUIDED)
+    by = _write_sample(sample_ptr, b, B, tl.sum(delta * delta, axis=0) / n, p, eps, slope)
+    tl.store(direction_ptr + at, by * delta, mask=cols < n)
+
+
+@jit
+def _sums_kernel(
+    out_ptr, v_ptr, null_ptr, dropped_ptr, t_ptr, partial_ptr, n, chunks, rows, scale, t_d, mix_ratio, slope,
+    GUIDED: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: the sum of delta^2 over a chunk of `rows` blocks of a sample."""
+    program = tl.program_id(0).to(tl.int64)
+    b = program // chunks
+    strength, dropped = _guidance(t_ptr, dropped_ptr, b, scale, t_d, GUIDED, DROPS)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for row in range(rows):
+        cols = (program % chunks * rows + row) * BLOCK + tl.arange(0, BLOCK)
         delta = _delta(
-            out_ptr, v_ptr, null_ptr, base + cols, cols < n, strength, mix_ratio, dropped, slope, GUIDED
+            out_ptr, v_ptr, null_ptr, b * n + cols, cols < n, strength, mix_ratio, dropped, slope, GUIDED
         )  # fmt: skip
-        error = tl.sum(delta * delta, axis=0) / n
-    if PHASE == 1:
-        squares = tl.zeros([BLOCK], tl.float32)
-        for row in range(rows):
-            at = (chunk * rows + row) * BLOCK + cols
-            delta = _delta(
-                out_ptr, v_ptr, null_ptr, base + at, at < n, strength, mix_ratio, dropped, slope, GUIDED
-            )  # fmt: skip
-            squares += delta * delta
-        tl.store(partial_ptr + program, tl.sum(squares, axis=0))
-    if PHASE == 2:
-        each = tl.arange(0, CHUNKS)
-        error = tl.sum(tl.load(partial_ptr + b * chunks + each, mask=each < chunks, other=0.0), axis=0) / n
-    if PHASE != 1:
-        weight = tl.exp(-p * tl.log(error + eps)) / tl.abs(slope)
-        if chunk == 0:
-            tl.store(sample_ptr + b, weight * error)
-            tl.store(sample_ptr + B + b, error)
-            tl.store(sample_ptr + 2 * B + b, weight)
-        if PHASE == 0:
-            tl.store(direction_ptr + base + cols, 2 * slope * weight * delta, mask=cols < n)
-        else:
-            for row in range(rows):
-                at = (chunk * rows + row) * BLOCK + cols
-                delta = _delta(
-                    out_ptr, v_ptr, null_ptr, base + at, at < n, strength, mix_ratio, dropped, slope, GUIDED
-                )  # fmt: skip
-                tl.store(direction_ptr + base + at, 2 * slope * weight * delta, mask=at < n)
+        squares += delta * delta
+    tl.store(partial_ptr + program, tl.sum(squares, axis=0))
+
+
+@jit
+def _direction_kernel(
+    out_ptr, v_ptr, null_ptr, dropped_ptr, t_ptr, direction_ptr, sample_ptr, partial_ptr,
+    n, B, chunks, rows, scale, t_d, mix_ratio, slope, p, eps,
+    GUIDED: tl.constexpr, DROPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: the direction of a chunk, from the sums of all chunks of its sample."""
+    program = tl.program_id(0).to(tl.int64)
+    b = program // chunks
+    strength, dropped = _guidance(t_ptr, dropped_ptr, b, scale, t_d, GUIDED, DROPS)
+    error = sum_chunks(partial_ptr + b * chunks, chunks, CHUNKS) / n
+    # Every chunk's program stores the same three numbers.
+    by = _write_sample(sample_ptr, b, B, error, p, eps, slope)
+    for row in range(rows):
+        cols = (program % chunks * rows + row) * BLOCK + tl.arange(0, BLOCK)
+        delta = _delta(
+            out_ptr, v_ptr, null_ptr, b * n + cols, cols < n, strength, mix_ratio, dropped, slope, GUIDED
+        )  # fmt: skip
+        tl.store(direction_ptr + b * n + cols, by * delta, mask=cols < n)
 
 
 @torch.library.custom_op("soflow::flow_matching_loss", mutates_args=())
@@ -112,15 +136,20 @@ def _flow_matching_loss(
     output, v_t = output.contiguous(), v_t.contiguous()
     direction = torch.empty(output.shape, dtype=output.dtype, device=output.device)
     samples = torch.empty(3, B, dtype=torch.float32, device=output.device)
-    steps, (chunks, rows), options = phases(B, n)
-    partials = torch.empty(B, chunks, dtype=torch.float32, device=output.device)
-    for phase, grid in steps:
+    null = v_t if v_null is None else v_null.contiguous()
+    dropped = t if label_dropped is None else label_dropped.contiguous().view(torch.uint8)
+    given = (output, v_t, null, dropped, t.contiguous())
+    guidance = (float(guidance_scale), float(guidance_decay_time), float(mix_ratio), float(velocity_slope))
+    chunks, rows, block, warps = split(n)
+    options = {"GUIDED": v_null is not None, "DROPS": label_dropped is not None, "BLOCK": block, "num_warps": warps}
+    if chunks == 1:
+        launch(_sample_kernel, (B,), *given, direction, samples, n, B, *guidance, float(p), float(eps), **options)
+    else:
+        partials = torch.empty(B, chunks, dtype=torch.float32, device=output.device)
+        launch(_sums_kernel, (B * chunks,), *given, partials, n, chunks, rows, *guidance, **options)
         launch(
-            _kernel, grid, output, v_t, v_t if v_null is None else v_null.contiguous(),
-            t if label_dropped is None else label_dropped.contiguous().view(torch.uint8), t.contiguous(), direction,
-            samples, partials, n, B, chunks, rows, float(guidance_scale), float(guidance_decay_time), float(mix_ratio),
-            float(p), float(eps), float(velocity_slope),
-            GUIDED=v_null is not None, DROPS=label_dropped is not None, PHASE=phase, **options,
+            _direction_kernel, (B * chunks,), *given, direction, samples, partials, n, B, chunks, rows, *guidance,
+            float(p), float(eps), CHUNKS=power_of_two(chunks), **options,
         )  # fmt: skip
     return samples.mean(1), direction
 

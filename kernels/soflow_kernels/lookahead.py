@@ -31,6 +31,17 @@ HALF_PI = math.pi / 2
 WORD = 0xFFFFFFFF
 
 
+class PathPoint(NamedTuple):
+    """What `path_point` returns, all like x0."""
+
+    x_t: Tensor
+    """The point at time t."""
+    v_t: Tensor
+    """Its velocity."""
+    x_l: Tensor | None
+    """x_t + (l - t) v_t, the look-ahead without guidance; None without l."""
+
+
 class Lookahead(NamedTuple):
     """What `euler_lookahead` returns, all like x_t."""
 
@@ -103,7 +114,7 @@ def path_point_reference(x0, x1, t, l=None, *, seed=None, first_sample=0, path="
         coefficients = cos, sin, -HALF_PI * sin, HALF_PI * cos
     alpha, beta, dalpha, dbeta = (per_sample(c, x0) for c in coefficients)
     x_t, v_t = alpha * x0 + beta * x1, dalpha * x0 + dbeta * x1
-    return (x_t, v_t) if l is None else (x_t, v_t, x_t + v_t * per_sample(l - t, x_t))
+    return PathPoint(x_t, v_t, None if l is None else x_t + v_t * per_sample(l - t, x_t))
 
 
 def euler_lookahead_reference(
@@ -155,11 +166,9 @@ def decay(t, t_d):
 
 
 @jit
-def guided(v_t, v_null, v_label, strength, mix_ratio, dropped, MIXED: tl.constexpr):
+def guided(v_t, v_null, v_label, strength, mix_ratio, dropped):
     """The target; `strength` is c(t) (w - 1)."""
-    target = v_t + strength * (v_t - v_null)
-    if MIXED:
-        target = mix_ratio * target + (1 - mix_ratio) * v_label
+    target = mix_ratio * (v_t + strength * (v_t - v_null)) + (1 - mix_ratio) * v_label
     return tl.where(dropped != 0, v_t, target)
 
 
@@ -214,13 +223,16 @@ def _lookahead_kernel(
     target = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if GUIDED:
         v_null = tl.load(null_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        v_label = target
         if MIXED:
             v_label = tl.load(label_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            mix = mix_ratio
+        else:
+            v_label = target
+            mix = 1.0
         dropped = 0
         if DROPS:
             dropped = tl.load(dropped_ptr + b).to(tl.int32)
-        target = guided(target, v_null, v_label, decay(t, t_d) * (scale - 1), mix_ratio, dropped, MIXED)
+        target = guided(target, v_null, v_label, decay(t, t_d) * (scale - 1), mix, dropped)
     dx = target * (l - t)
     tl.store(target_ptr + at, target, mask=mask)
     tl.store(dx_ptr + at, dx, mask=mask)
@@ -319,7 +331,7 @@ def path_point(x0, x1, t, l=None, *, seed=None, first_sample=0, path="linear"):
     x0, x1: [B, ...], bfloat16, float16, float32 or float64; t, l: [B] in [0, 1]. x1 None: standard normal noise drawn
     in the kernel from `seed` (an int, or an int64 tensor [] on the device, which a CUDA graph reads anew) for the
     samples first_sample, first_sample + 1, ...: the same numbers for the same seed, sample and element on every device,
-    to float32 rounding (`noise_reference`). Returns (x_t, v_t) or (x_t, v_t, x_l) in the dtype of x0.
+    to float32 rounding (`noise_reference`). Returns (x_t, v_t, x_l or None) in the dtype of x0.
     Differentiable, by the reference. Raises ValueError naming the argument that is wrong.
     """
     op = "path_point"
@@ -337,7 +349,7 @@ def path_point(x0, x1, t, l=None, *, seed=None, first_sample=0, path="linear"):
     tensor = seed if isinstance(seed, Tensor) else None
     number = 0 if seed is None or tensor is not None else seed
     x_t, v_t, x_l = _path_point(x0, x1, t, l, tensor, number, first_sample, path == "trig")
-    return (x_t, v_t) if l is None else (x_t, v_t, x_l)
+    return PathPoint(x_t, v_t, None if l is None else x_l)
 
 
 def euler_lookahead(
