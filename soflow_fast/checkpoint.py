@@ -45,6 +45,8 @@ def save(run_dir: Path, state: TrainState, keep: int = 2) -> Path:
         (folder / "state.json").write_text(json.dumps({"format": FORMAT, "step": state.step}) + "\n")
         _save_tensors(state.flow.state_dict(), folder / "network.safetensors")
         _save_tensors(state.ema.state_dict(), folder / "ema.safetensors")
+        if state.teacher is not None:
+            _save_tensors(state.teacher.state_dict(), folder / "teacher.safetensors")
         _save_tensors(_optimizer_tensors(state), folder / "optimizer.safetensors")
         for passed_over in list_checkpoints(run_dir):  # damaged ones: `resume` takes the newest that is whole
             if passed_over.name >= final.name:
@@ -99,14 +101,15 @@ def _newest_usable(found: list[Path], use: Callable[[Path], T], warn: Callable[[
 def restore(folder: Path, state: TrainState) -> None:
     """Put one checkpoint into `state`. Raises CheckpointError if it is damaged or of another model."""
     files = read_verified(folder)
-    network, ema = (_tensors(folder, files, f"{name}.safetensors") for name in ("network", "ema"))
+    weights = {"network": state.flow, "ema": state.ema} | ({"teacher": state.teacher} if state.teacher else {})
+    found = {name: _tensors(folder, files, f"{name}.safetensors") for name in weights}
     optimizer = _tensors(folder, files, "optimizer.safetensors")
     try:
         step = int(json.loads(files["state.json"])["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'state.json'}: {type(error).__name__}: {error}") from None
-    _load_weights(state.flow, network, folder)
-    _load_weights(state.ema, ema, folder)
+    for name, flow in weights.items():
+        _load_weights(flow, found[name], folder)
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in optimizer.items():
         index, name = key.split(".", 1)

@@ -17,6 +17,9 @@ COEFFICIENTS = ("euler", "trig")
 R_SCHEDULES = ("exponent", "cosine", "linear", "constant")
 LR_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+QUOTIENTS = ("auto", "increments", "pair")
+QUOTIENT_PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
+TEACHERS = ("student", "ema", "ema-literal")
 DATA_KINDS = ("digits", "images", "latents")
 
 # name: depth, hidden_size, num_heads, patch_size (Peebles & Xie 2023, arXiv 2212.09748; M: arXiv 2512.15657)
@@ -91,6 +94,12 @@ class ObjectiveConfig:
     """Mean and deviation of logit t, consistency."""
     sc_end_time: tuple[float, float] = (-1.0, 0.8)
     """Mean and deviation of logit s, consistency."""
+    teacher: str = "student"
+    """Whose increment the consistency loss takes: "student", the published stop-gradient target; "ema", both ends from
+    an average of the student's weights; "ema-literal", the end from that average and the start from the student, which
+    does not train: the difference between the two networks is divided by t - l as well."""
+    teacher_decay: float = 0.99
+    """Decay of that average, apart from the one that is sampled."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,8 @@ class RunConfig:
     log_every: int = 10
     sample_every: int = 500
     checkpoint_every: int = 500
+    check_quotient_every: int = 500
+    """Updates between measurements of the cosine of the quotient with its float32 value on a few samples; 0: never."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
 
@@ -155,6 +166,12 @@ class Config:
     """Samples per forward and backward on one rank; 0: the rank's whole batch."""
     precision: str = "auto"
     """"fp32", "tf32", "bf16" or "auto": bf16 on a GPU that has it, else fp32."""
+    quotient: str = "auto"
+    """"increments": value and increment side by side; "pair": two forwards and their difference; "auto": increments
+    where products are rounded, a pair in float32."""
+    quotient_precision: str = "auto"
+    """Of the products behind the quotient: "bf16", "fp16", "tf32" or "fp32"; "auto": as in the rest of the step for
+    increments, fp32 for a pair."""
     seed: int = 0
 
 
@@ -165,6 +182,10 @@ SHORT_NAMES = {
     "steps": "steps",
     "batch_size": "batch_size",
     "precision": "precision",
+    "quotient": "quotient",
+    "quotient_precision": "quotient_precision",
+    "teacher": "objective.teacher",
+    "teacher_decay": "objective.teacher_decay",
     "seed": "seed",
     "device": "run.device",
     "checkpoint_every": "run.checkpoint_every",
@@ -245,12 +266,20 @@ def validate(config: Config) -> Config:
     _require(optim.grad_clip >= 0, "optim.grad_clip", "at least 0", optim.grad_clip)
     _require(0 <= optim.ema_decay < 1, "optim.ema_decay", "in [0, 1)", optim.ema_decay)
     _one_of("data.kind", config.data.kind, DATA_KINDS)
-    for name, least in (("log_every", 1), ("sample_every", 0), ("checkpoint_every", 0), ("keep", 1)):
+    for name, least in (
+        ("log_every", 1),
+        ("sample_every", 0),
+        ("checkpoint_every", 0),
+        ("check_quotient_every", 0),
+        ("keep", 1),
+    ):
         _require(getattr(run, name) >= least, f"run.{name}", f"at least {least}", getattr(run, name))
     _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits
     _require(1 <= config.batch_size <= 2**20, "batch_size", "in [1, 2^20]", config.batch_size)
     _require(config.micro_batch >= 0, "micro_batch", "at least 0", config.micro_batch)
     _one_of("precision", config.precision, PRECISIONS)
+    _one_of("quotient", config.quotient, QUOTIENTS)
+    _one_of("quotient_precision", config.quotient_precision, QUOTIENT_PRECISIONS)
     _require(0 <= config.seed < 2**63, "seed", "in [0, 2^63)", config.seed)
     return config
 
@@ -303,6 +332,8 @@ def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
     _one_of(prefix + "r_schedule", objective.r_schedule, R_SCHEDULES)
     for name in ("r_init", "r_end"):
         _require(0 < getattr(objective, name) <= 1, prefix + name, "in (0, 1]", getattr(objective, name))
+    _one_of(prefix + "teacher", objective.teacher, TEACHERS)
+    _require(0 <= objective.teacher_decay < 1, prefix + "teacher_decay", "in [0, 1)", objective.teacher_decay)
     for name in ("fm_time", "sc_time", "sc_end_time"):
         _require(
             getattr(objective, name)[1] > 0, prefix + name, "a mean and a deviation above 0", getattr(objective, name)

@@ -33,7 +33,9 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
     consistency = 1 - split(config.batch_size, config.objective.fm_fraction, 0, config.batch_size) / config.batch_size
     guided = objective.guided and config.model.num_classes > 0
     guidance = guided * (1 + consistency * objective.mixed)
-    return guidance + 3 + consistency * (1 if state.precision == "fp32" else 2)
+    how = state.quotient
+    own_start = how.kind == "pair" and how.precision == state.precision and how.teacher != "ema"
+    return guidance + 3 + consistency * (1 if own_start else 2)
 
 
 def dry_run(config: Config) -> str:

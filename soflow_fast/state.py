@@ -1,4 +1,4 @@
-"""What training changes: network, its EMA, optimiser, step."""
+"""What training changes: network, its averages, optimiser, step."""
 
 import copy
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from .errors import ConfigError
 from .flow import SolutionFlow
 from .model import DiT
 from .objective import Objective
+from .quotient import Quotient, resolve_quotient
 from .rng import generator
 
 
@@ -25,6 +26,9 @@ class TrainState:
     device: torch.device
     precision: str
     """"fp32", "tf32" or "bf16": what `config.precision` resolved to on this device."""
+    quotient: Quotient
+    teacher: SolutionFlow | None = None
+    """The average of the weights behind the consistency target, if it is not the student's own."""
     step: int = 0
     rank: int = 0
     world: int = 1
@@ -43,6 +47,7 @@ class TrainState:
             raise ConfigError(f"batch_size must be a multiple of the {world} ranks, got {config.batch_size}")
         device = resolve_device(config.run.device)
         precision = resolve_precision(config.precision, device)
+        quotient = resolve_quotient(config, precision, device)
         flow = build_flow(config).to_empty(device="cpu")
         flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
         flow = flow.to(device)
@@ -56,7 +61,9 @@ class TrainState:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        return cls(config, flow, ema, optimizer, Objective(config.objective), device, precision, 0, rank, world)
+        teacher = None if quotient.teacher == "student" else copy.deepcopy(ema)
+        objective = Objective(config.objective)
+        return cls(config, flow, ema, optimizer, objective, device, precision, quotient, teacher, 0, rank, world)
 
     def parameter_count(self) -> int:
         """Trained numbers in the network."""

@@ -5,19 +5,17 @@
 3. without gradient: the look-ahead (x_l, l, s) of the consistency samples.
 
 In units of one forward of the whole batch that is 1.25 + 3 + 0.25 at the public recipe (backward: 2). Where the
-student's products are bf16 or TF32, the third call is a value-and-increment forward of its own, 0.5.
+quotient is taken by increments, the third call is a value-and-increment forward of its own, 0.5.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .increments import paired_forward
 from .objective import LossTerm, with_null
+from .quotient import Ends, cosine, products, value_and_increment
 from .rng import generator
 from .state import TrainState
 
@@ -64,7 +62,8 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     """One whole update of `state` on this rank's batch.
 
     x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Returns scalars as tensors on the
-    device: losses, `sc_mse` (mean q^2), weights, gradient norm, learning rate. Nothing is copied to the host.
+    device: losses, `sc_mse` (mean q^2), weights, gradient norm, learning rate; every `run.check_quotient_every` steps
+    `q_cosine`, of the quotient with its float32 value. Nothing is copied to the host.
     Raises ValueError if x0 and y do not fit the model.
     """
     config = state.config
@@ -79,11 +78,12 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     totals: dict[str, Tensor] = {}
     for k in range(parts):
         index, n_fm = _micro_batch(B, draws.n_fm, k, parts, x0.device)
-        fm, sc = _losses(state, x0, y, draws, index, n_fm)
+        checked = totals if k == 0 and _checks_quotient(state) else None
+        fm, sc = _losses(state, x0, y, draws, index, n_fm, checked)
         n_sc = (B // parts if index is None else len(index)) - n_fm
         loss = (n_fm * fm.loss if n_fm else 0) + (n_sc * sc.loss if n_sc else 0)
         assert isinstance(loss, Tensor)
-        with precision(state):
+        with products(state.precision, state.device):
             (loss / B).backward()
         for name, term, n, whole in (("fm", fm, n_fm, draws.n_fm), ("sc", sc, n_sc, B - draws.n_fm)):
             for part, value in zip(term._fields, term, strict=True) if n else ():
@@ -92,6 +92,11 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     totals["lr"] = torch.tensor(state.optimizer.param_groups[0]["lr"])
     state.step += 1
     return totals
+
+
+def _checks_quotient(state: TrainState) -> bool:
+    every = state.config.run.check_quotient_every
+    return bool(every) and (state.step + 1) % every == 0
 
 
 def _check_batch(state: TrainState, x0: Tensor, y: Tensor | None) -> None:
@@ -121,9 +126,18 @@ def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) ->
 
 
 def _losses(
-    state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws, index: Tensor | None, n_fm: int
+    state: TrainState,
+    x0: Tensor,
+    y: Tensor | None,
+    draws: Draws,
+    index: Tensor | None,
+    n_fm: int,
+    checked: dict[str, Tensor] | None,
 ) -> tuple[LossTerm, LossTerm]:
-    """Both losses of some samples, from the three network calls. A loss without samples is NaN without gradient."""
+    """Both losses of some samples, from the three network calls. A loss without samples is NaN without gradient.
+
+    checked: where the measured cosine of the quotient goes, None: it is not measured.
+    """
     flow, objective, network = state.flow, state.objective, state.flow.network
     x1, t, l, s, dropped = draws[:5]
     if index is not None:
@@ -139,11 +153,11 @@ def _losses(
         mixed = objective.mixed and n_fm < len(x0)
         x, times = (torch.cat([v, v[sc]]) if mixed else v for v in (x_t, t))
         labels = torch.cat([null, label[sc]]) if mixed and label is not None else null
-        with torch.no_grad(), precision(state):
+        with torch.no_grad(), products(state.precision, state.device):
             guidance = flow.to_velocity(network(x, times, times, labels).float())
         v_null, v_sc = guidance[: len(x0)], guidance[len(x0) :] if mixed else None
 
-    with precision(state):
+    with products(state.precision, state.device):
         output = network(x_t, t, s, label).float()
 
     fm_term = sc_term = LossTerm(*[x_t.new_full((), math.nan)] * 3)
@@ -156,32 +170,14 @@ def _losses(
         labels = None if label is None else label[sc]
         with torch.no_grad():
             target, dx, x_l = objective.look_ahead(x, v_t[sc], t, l, null_sc, v_sc, dropped[sc])
-            if state.precision == "fp32":
-                value = output[sc].detach()
-                increment = network(x_l, l, s, labels) - value
-            else:  # the quotient divides by t - l, and two rounded ends would leave it nothing but rounding error
-                operand = torch.bfloat16 if state.precision == "bf16" else torch.float32
-                with precision(state):
-                    value, increment = paired_forward(network, x, dx, t, l - t, s, labels, dtype=operand)
+            at = Ends(x, target, dx, x_l, t, l, s, labels)
+            own = state.precision == state.quotient.precision or state.quotient.teacher == "ema"
+            value, increment = value_and_increment(state.quotient, flow, state.teacher, at, output[sc] if own else None)
+            if checked is not None:
+                q = objective.quotient(flow, value, increment, x, target, t, l, s)
+                checked["q_cosine"] = cosine(state.quotient, objective, flow, state.teacher, at, q)
         sc_term = objective.consistency_term(flow, output[sc], value, increment, x, target, t, l, s)
     return fm_term, sc_term
-
-
-@contextlib.contextmanager
-def precision(state: TrainState) -> Iterator[None]:
-    """The precision of the products inside: bf16 autocast, TF32, or nothing for float32."""
-    if state.precision == "bf16":
-        with torch.autocast(state.device.type, torch.bfloat16):
-            yield
-    elif state.precision == "tf32":
-        matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
-        matmul.fp32_precision = "tf32"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
-    else:
-        yield
 
 
 def learning_rate(state: TrainState) -> float:
@@ -210,4 +206,7 @@ def _update(state: TrainState) -> Tensor:
     state.optimizer.step()
     averages: list[Tensor] = list(state.ema.parameters())
     torch._foreach_lerp_(averages, parameters, 1 - ema_decay(state))
+    if state.teacher is not None:
+        averages = list(state.teacher.parameters())
+        torch._foreach_lerp_(averages, parameters, 1 - state.config.objective.teacher_decay)
     return norm

@@ -35,6 +35,18 @@ def parser() -> Parser:
     p.add_argument("--steps", metavar="N", help="updates in the whole run")
     p.add_argument("--batch-size", metavar="N", help="images per update")
     p.add_argument("--precision", metavar="P", help="auto, fp32, tf32 or bf16")
+    p.add_argument("--quotient", metavar="Q", help="increments or pair: how the consistency quotient is taken (auto)")
+    p.add_argument(
+        "--quotient-precision", metavar="P", help="bf16, fp16, tf32 or fp32: of the products behind it (auto)"
+    )
+    p.add_argument(
+        "--teacher",
+        metavar="T",
+        help="student: the published stop-gradient target; ema: the increment of an average of the weights; "
+        "ema-literal: the average at one end only, for comparison: it does not train, as the difference between the "
+        "two networks is divided by t - l",
+    )
+    p.add_argument("--teacher-decay", metavar="D", help="decay of the teacher's average (default: 0.99)")
     p.add_argument("--seed", metavar="N", help="of initialisation, data order, noise and times")
     p.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--checkpoint-every", metavar="N", help="updates between checkpoints; 0: only the last")

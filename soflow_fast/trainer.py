@@ -18,6 +18,7 @@ from .config import Config, difference, from_json, to_json
 from .data import Source, open_source
 from .errors import ConfigError, Diverged, Interrupted, storage_error
 from .evaluation import DigitScores, describe, measure_digits
+from .quotient import resolve_quotient
 from .sampling import sample
 from .state import TrainState, resolve_device, resolve_precision
 from .step import train_step
@@ -44,7 +45,9 @@ def resolved(config: Config) -> Config:
     """The configuration with every "auto" and empty default replaced by what it comes to here."""
     device = resolve_device(config.run.device)
     run = replace(config.run, run_dir=config.run.run_dir or f"runs/{config.preset}", device=str(device))
-    return replace(config, run=run, precision=resolve_precision(config.precision, device))
+    precision = resolve_precision(config.precision, device)
+    how = resolve_quotient(config, precision, device)
+    return replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)
 
 
 def check_run_dir(run_dir: Path, config: Config) -> None:
@@ -112,6 +115,7 @@ class Run:
         state, config, every = self.state, self.state.config, self.state.config.run
         began, first = time.monotonic(), state.step
         before, before_step = began, first
+        checked: dict[str, torch.Tensor] = {}  # measured between two lines of the log
         with (
             closing(self.progress),
             closing(telemetry.MetricsLog(self.run_dir / "metrics.jsonl", first)) as log,
@@ -119,9 +123,11 @@ class Run:
         ):
             while state.step < config.steps:
                 metrics = train_step(state, *self.source.batch(state.step, state.rank, state.world))
+                checked |= {name: metrics[name] for name in metrics if name == "q_cosine"}
                 step, last, stop = state.step, state.step == config.steps, bool(pending)
                 if step % every.log_every == 0 or last:
-                    values = self._read(metrics)
+                    values = self._read(checked | metrics)
+                    checked.clear()
                     now = time.monotonic()
                     images = (step - before_step) * config.batch_size / (now - before)
                     before, before_step = now, step

@@ -40,7 +40,11 @@ def png_size(content: bytes) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("module", "flags"),
     [
-        (train, "help config run-dir data steps batch-size precision seed device checkpoint-every set dry-run env"),
+        (
+            train,
+            "help config run-dir data steps batch-size precision quotient quotient-precision teacher teacher-decay "
+            "seed device checkpoint-every set dry-run env",
+        ),
         (sample, "help out n nfe labels seed device"),
         (evaluate, "help n nfe seed device json"),
     ],

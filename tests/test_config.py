@@ -150,6 +150,8 @@ OUT_OF_RANGE = {
     "objective.fm_time": (0, 0),
     "objective.sc_time": (0, -1),
     "objective.sc_end_time": (0, 0),
+    "objective.teacher": "emaa",
+    "objective.teacher_decay": 1,
     "optim.lr": 0,
     "optim.lr_schedule": "linear",
     "optim.warmup_steps": -1,
@@ -162,11 +164,14 @@ OUT_OF_RANGE = {
     "run.log_every": 0,
     "run.sample_every": -1,
     "run.checkpoint_every": -1,
+    "run.check_quotient_every": -1,
     "run.keep": 0,
     "steps": 0,
     "batch_size": 0,
     "micro_batch": -1,
     "precision": "fp16",
+    "quotient": "triple",
+    "quotient_precision": "fp8",
     "seed": -1,
 }
 FREE = {"preset", "data.path", "data.flip", "run.run_dir", "run.device", "optim.ema_warmup"}

@@ -24,8 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.recipes import Recipe, plain_operations
 from soflow_fast.config import Config
 from soflow_fast.objective import Objective
+from soflow_fast.quotient import products
 from soflow_fast.state import TrainState, resolve_device
-from soflow_fast.step import draw, ema_decay, learning_rate, precision
+from soflow_fast.step import draw, ema_decay, learning_rate
 
 
 def build(config: Config) -> TrainState:
@@ -42,7 +43,7 @@ def build(config: Config) -> TrainState:
 def train_step(state: TrainState, x0: Tensor, y: Tensor) -> dict[str, Tensor]:
     """One whole update on a labelled batch x0 [B, C, H, W], y [B]; returns both mean squares and the gradient norm."""
     attention = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if x0.is_cuda else contextlib.nullcontext()
-    with plain_operations(), precision(state), attention:
+    with plain_operations(), products(state.precision, state.device), attention:
         metrics = _losses_and_gradients(state, x0, y)
     metrics["grad_norm"] = _update(state)
     state.step += 1
