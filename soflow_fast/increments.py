@@ -8,17 +8,19 @@ tensor of its own:
 * a product of two varying things (modulation, gate, attention scores): expanded, d(a b) = da (b + db) + a db;
 * everything else: g(h + dh) - g(h) by an identity without cancellation, in float32 (`silu`, `gelu`, `layernorm`, ...).
 
-Only products run in the low precision. Nothing here has a gradient; the value and the increment cost two forwards.
+Only products run in the low precision. Nothing here has a gradient. The value and the increment cost two forwards, or
+one if the values ride along on a forward that is made anyway (`tape`).
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model import FREQUENCIES, MAX_PERIOD, Attention, DiT
+from .model import FREQUENCIES, MAX_PERIOD, Attention, DiT, Tape
 
 Pair = tuple[Tensor, Tensor]
 """A value and its increment."""
@@ -37,6 +39,8 @@ def paired_forward(
     s: Tensor,
     y: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    tape: Tape | None = None,
 ) -> Pair:
     """(N(x, t, s; y), N(x + dx, t + dt, s; y) - N(x, t, s; y)), both [B, C, H, W], without gradient.
 
@@ -44,6 +48,8 @@ def paired_forward(
         net: a DiT, any size; its weights in float32 or float64.
         x, dx: [B, C, H, W]; t, dt, s: [B], dt of either sign; y: labels [B], None: the null label.
         dtype: of the operands of every product (accumulated in float32): bfloat16, float16, float32 or float64.
+        tape: of a forward at (x, t, s, y). Its values are taken for those of this pass, which then makes the products
+            of increments alone and costs one forward; the value that is returned is that forward's output.
 
     The relative error of the increment does not grow as dx and dt go to 0.
 
@@ -61,14 +67,17 @@ def paired_forward(
     work = torch.float64 if dtype == torch.float64 or work == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
         x, dx, t, dt, s = (v.to(work) for v in (x, dx, t, dt, s))
-        return _Walk(work, dtype).network(net, x, dx, t, dt, s, y)
+        return _Walk(work, dtype, {} if tape is None else tape.outputs).network(net, x, dx, t, dt, s, y)
 
 
 class _Walk:
-    """One pass: `work` is the dtype of everything but the operands of products, which are `operand`."""
+    """One pass: `work` is the dtype of everything but the operands of products, which are `operand`.
 
-    def __init__(self, work: torch.dtype, operand: torch.dtype) -> None:
-        self.work, self.operand = work, operand
+    known: layers whose value another forward has computed already, with the bias that this value lacks or None.
+    """
+
+    def __init__(self, work: torch.dtype, operand: torch.dtype, known: Mapping[nn.Module, tuple]) -> None:
+        self.work, self.operand, self.known = work, operand, known
 
     def network(self, net: DiT, x: Tensor, dx: Tensor, t: Tensor, dt: Tensor, s: Tensor, y: Tensor | None) -> Pair:
         c = silu(*self.conditioning(net, t, dt, s, y))
@@ -103,6 +112,10 @@ class _Walk:
         """W h + b and W dh, in one product."""
         weight, bias = layer.weight.flatten(1), layer.bias
         assert bias is not None
+        if layer in self.known:
+            value, missing = self.known[layer]
+            value = value.to(self.work)
+            return value if missing is None else value + missing.to(self.work), self.product(dh, weight.t())
         out, dout = self.product(torch.stack([h, dh]), weight.t()).unbind()
         return out + bias.to(self.work), dout
 
@@ -133,7 +146,8 @@ class _Walk:
         scores = self.product(q[0], k[0].transpose(-1, -2))
         dscores = self.product(q[1], k_end) + self.product(q[0], k[1].transpose(-1, -2))
         p, dp = softmax(scores, dscores)
-        out = self.product(p, v[0])
+        # Where the output projection's value is known, nobody asks for what goes into it.
+        out = torch.zeros_like(v[0]) if layer.proj in self.known else self.product(p, v[0])
         dout = self.product(dp, v[0]) + self.product(p + dp, v[1])
         out, dout = (value.transpose(1, 2).flatten(2) for value in (out, dout))
         return self.affine(out, dout, layer.proj)

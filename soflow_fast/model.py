@@ -12,13 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soflow_kernels import gate_residual_layernorm_modulate, layernorm_modulate, linear_gelu
+from soflow_kernels import bias_gelu, gate_residual_layernorm_modulate, layernorm_modulate, linear_gelu
 
 from .attention import attention
 from .config import DiTConfig, validate_model
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
+
+
+class Tape:
+    """What the products of a forward came to on some of its samples, for a pass that goes the same way once more."""
+
+    def __init__(self, rows: slice) -> None:
+        self.rows = rows
+        self.outputs: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+
+    def keep(self, layer: nn.Module, output: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Note the output of `layer`, without gradient, and the bias that it still lacks. Returns the output."""
+        self.outputs[layer] = (output.detach()[self.rows], None if bias is None else bias.detach())
+        return output
+
+
+def product(layer: Any, x: Tensor, tape: Tape | None) -> Tensor:
+    """layer(x), kept on the tape if there is one."""
+    out = layer(x)
+    return out if tape is None else tape.keep(layer, out)
 
 
 class PatchEmbed(nn.Module):
@@ -80,10 +99,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tape: Tape | None = None) -> Tensor:
         B, T, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+        qkv = product(self.qkv, x, tape)
+        q, k, v = qkv.reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        return product(self.proj, attention(q, k, v).transpose(1, 2).reshape(B, T, D), tape)
 
 
 class MLP(nn.Module):
@@ -94,8 +114,11 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(hidden_size, inner_size)
         self.fc2 = nn.Linear(inner_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+    def forward(self, x: Tensor, tape: Tape | None = None) -> Tensor:
+        if tape is None:
+            return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+        inner = tape.keep(self.fc1, F.linear(x, self.fc1.weight), self.fc1.bias)
+        return product(self.fc2, bias_gelu(inner, self.fc1.bias), tape)
 
 
 class Block(nn.Module):
@@ -167,25 +190,26 @@ class DiT(nn.Module):
             y = torch.full(t.shape, self.num_classes, device=t.device)
         return self.t_embedder(t) + self.s_embedder(t - s) + self.y_embedder(y)
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, tape: Tape | None = None) -> Tensor:
         """The network's output, [B, C, H, W], for x [B, C, H, W], times t and s [B], labels y [B] (None: null).
 
-        Computes in the dtype of the parameters. Raises ValueError for shapes that do not fit the configuration.
+        Computes in the dtype of the parameters; `tape` notes the products on the way.
+        Raises ValueError for shapes that do not fit the configuration.
         """
         self.check_input(x, t, s, y)
         c = F.silu(self.conditioning(t, s, y))
         x = self.x_embedder(x) + self.pos_embed
         # shift, scale and gate of the attention and of the MLP of each block, then shift and scale of the final layer
-        modulations = [block.adaLN_modulation[1](c).chunk(6, dim=1) for block in self.blocks]
-        final_shift, final_scale = self.final_layer.adaLN_modulation[1](c).chunk(2, dim=1)
+        modulations = [product(block.adaLN_modulation[1], c, tape).chunk(6, dim=1) for block in self.blocks]
+        final_shift, final_scale = product(self.final_layer.adaLN_modulation[1], c, tape).chunk(2, dim=1)
         entries = [m[:2] for m in modulations[1:]] + [(final_shift, final_scale)]
-        h = layernorm_modulate(x, *modulations[0][:2])
+        h = layernorm_modulate(x, modulations[0][0], modulations[0][1])
         for block, (_, _, gate_attn, shift, scale, gate_mlp), (next_shift, next_scale) in zip(
             self.blocks, modulations, entries, strict=True
         ):
-            x, h = gate_residual_layernorm_modulate(x, block.attn(h), gate_attn, shift, scale)
-            x, h = gate_residual_layernorm_modulate(x, block.mlp(h), gate_mlp, next_shift, next_scale)
-        return self.unpatchify(self.final_layer.linear(h))
+            x, h = gate_residual_layernorm_modulate(x, block.attn(h, tape), gate_attn, shift, scale)
+            x, h = gate_residual_layernorm_modulate(x, block.mlp(h, tape), gate_mlp, next_shift, next_scale)
+        return self.unpatchify(product(self.final_layer.linear, h, tape))
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Output patches [B, T, patch^2 C] -> images [B, C, H, W]."""

@@ -23,6 +23,7 @@ from .config import Config
 from .errors import ConfigError
 from .flow import SolutionFlow
 from .increments import paired_forward
+from .model import Tape
 from .objective import Objective
 
 OPERAND = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
@@ -39,6 +40,10 @@ class Quotient(NamedTuple):
     """Of the products behind it: "bf16", "fp16", "tf32" or "fp32"."""
     teacher: str
     """"student", "ema" or "ema-literal"."""
+
+    def rides_along(self, precision: str) -> bool:
+        """Whether a student's forward in `precision` computes the values that the increments need."""
+        return self.kind == "increments" and self.teacher == "student" and self.precision == precision
 
 
 class Ends(NamedTuple):
@@ -99,18 +104,26 @@ def products(precision: str, device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def value_and_increment(
-    how: Quotient, flow: SolutionFlow, teacher: SolutionFlow | None, at: Ends, output: Tensor | None
+    how: Quotient,
+    flow: SolutionFlow,
+    teacher: SolutionFlow | None,
+    at: Ends,
+    output: Tensor | None,
+    tape: Tape | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The value and the increment of the samples `at`, [B, C, H, W] each, in float32 or float64.
 
     output: the student's N(x_t, t, s) in the precision of the quotient, where the step has it; None: it is computed.
+    tape: of the forward that made this output, on which the student's increments ride along; None: a pass of their own.
     """
     student = flow.network
     network = student if how.teacher == "student" or teacher is None else teacher.network
     with products(how.precision, at.x.device):
         if how.kind == "increments":
             dt = at.l - at.t
-            start, increment = paired_forward(network, at.x, at.dx, at.t, dt, at.s, at.y, dtype=OPERAND[how.precision])
+            start, increment = paired_forward(
+                network, at.x, at.dx, at.t, dt, at.s, at.y, dtype=OPERAND[how.precision], tape=tape
+            )
         else:
             end = network(at.x_l, at.l, at.s, at.y).to(at.x.dtype)
             first = network if how.teacher == "ema" else student

@@ -5,7 +5,8 @@
 3. without gradient: the look-ahead (x_l, l, s) of the consistency samples.
 
 In units of one forward of the whole batch that is 1.25 + 3 + 0.25 at the public recipe (backward: 2). Where the
-quotient is taken by increments, the third call is a value-and-increment forward of its own, 0.5.
+quotient is taken by increments, the third call makes the products of increments alone: their values ride along on the
+second. A teacher, or another precision of the quotient, takes a value-and-increment pass or a pair of its own: 0.5.
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .model import Tape
 from .objective import LossTerm, with_null
 from .quotient import Ends, cosine, products, value_and_increment
 from .rng import generator
@@ -157,8 +159,10 @@ def _losses(
             guidance = flow.to_velocity(network(x, times, times, labels).float())
         v_null, v_sc = guidance[: len(x0)], guidance[len(x0) :] if mixed else None
 
+    # Without consistency samples there is nothing to ride along for.
+    tape = Tape(sc) if n_fm < len(x0) and state.quotient.rides_along(state.precision) else None
     with products(state.precision, state.device):
-        output = network(x_t, t, s, label).float()
+        output = (network(x_t, t, s, label) if tape is None else network(x_t, t, s, label, tape=tape)).float()
 
     fm_term = sc_term = LossTerm(*[x_t.new_full((), math.nan)] * 3)
     if n_fm:
@@ -172,7 +176,8 @@ def _losses(
             target, dx, x_l = objective.look_ahead(x, v_t[sc], t, l, null_sc, v_sc, dropped[sc])
             at = Ends(x, target, dx, x_l, t, l, s, labels)
             own = state.precision == state.quotient.precision or state.quotient.teacher == "ema"
-            value, increment = value_and_increment(state.quotient, flow, state.teacher, at, output[sc] if own else None)
+            given = output[sc] if own else None
+            value, increment = value_and_increment(state.quotient, flow, state.teacher, at, given, tape)
             if checked is not None:
                 q = objective.quotient(flow, value, increment, x, target, t, l, s)
                 checked["q_cosine"] = cosine(state.quotient, objective, flow, state.teacher, at, q)

@@ -7,8 +7,11 @@ import torch
 
 from soflow_fast import DiT, DiTConfig, Objective, TrainState, paired_forward, preset, train_step
 from soflow_fast import increments as inc
+from soflow_fast.attention import flop_counter
 from soflow_fast.data import open_source
 from soflow_fast.flow import per_sample
+from soflow_fast.model import Tape
+from soflow_fast.quotient import OPERAND, products
 
 RATIOS = (0.5, 0.1, 0.01, 0.002, 1e-4, 1e-5)
 SIZES = {
@@ -91,6 +94,38 @@ def test_float64_weights_stay_float64(nets, batch):
     start, difference = exact(net64, x, v * per_sample(dt, x), t, dt, s, y)
     value, increment = paired_forward(net64, x, v * per_sample(dt, x), t, dt, s, y, dtype=torch.float64)
     assert relative(value, start) < 1e-12 and relative(increment, difference) < 1e-11
+
+
+@pytest.mark.parametrize("r", RATIOS)
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 3e-2), ("fp32", 1e-4)])
+def test_rides_along_on_the_values_of_another_forward(nets, batch, r, precision, bound):
+    """The last three samples of a forward with gradient: the same exactness, and its output as the value."""
+    net, net64 = nets
+    x, v, t, s, y = batch
+    rows = slice(2, 5)
+    dt = (r * (s - t))[rows]
+    dx = v[rows] * per_sample(dt, x)
+    tape = Tape(rows)
+    with products(precision, torch.device("cpu")):
+        output = net(x, t, s, y, tape=tape)
+    plain = net(x, t, s, y)
+    assert relative(output.detach(), plain.detach().double()) < (1e-5 if precision == "fp32" else 5e-2)
+    given = (net, x[rows], dx, t[rows], dt, s[rows], y[rows])
+    value, increment = paired_forward(*given, dtype=OPERAND[precision], tape=tape)
+    assert torch.equal(value, output[rows].float()) and not value.requires_grad
+    assert relative(increment, exact(net64, *given[1:])[1]) < bound
+    with flop_counter() as one:
+        paired_forward(*given, dtype=OPERAND[precision], tape=tape)
+    with flop_counter() as two:
+        paired_forward(*given, dtype=OPERAND[precision])
+    assert one.get_total_flops() < 0.75 * two.get_total_flops()
+    output.sum().backward()
+    got = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    plain.sum().backward()
+    for (name, p), mine in zip(net.named_parameters(), got, strict=True):
+        assert relative(mine, p.grad.double()) < (1e-4 if precision == "fp32" else 0.1), name
+    net.zero_grad()
 
 
 @pytest.mark.parametrize("size", [30.0, 3.0, 0.3, 1e-3, 1e-6])

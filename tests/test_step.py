@@ -228,12 +228,28 @@ def test_bf16_takes_the_quotient_from_increments():
     torch.testing.assert_close(got["sc_weight"], wanted["sc_weight"], rtol=3e-2, atol=0)
 
 
-def test_bf16_step_counts_a_paired_forward():
-    state = build(precision="bf16", batch_size=16)
+@pytest.mark.parametrize(
+    ("changes", "least", "most"),
+    [
+        ({}, 4.45, 4.55),  # the increments ride along on the student's forward
+        ({"quotient_precision": "fp32"}, 4.7, 4.8),  # a pair of its own
+        ({"quotient": "increments", "quotient_precision": "fp32"}, 4.7, 4.8),  # a pass of its own
+        ({"quotient": "pair", "quotient_precision": "bf16"}, 4.45, 4.55),  # the student's own output is one end
+        ({"teacher": "ema"}, 4.7, 4.8),
+    ],
+    ids=str,
+)
+def test_bf16_step_counts_its_forwards(changes, least, most):
+    config = preset("digits", precision="bf16", device="cpu", batch_size=16, **changes)
+    teacher = config.objective.teacher
+    model = dataclasses.replace(TINY, hidden_size=256)  # products, not attention over 16 tokens, must rule the count
+    state = TrainState.build(dataclasses.replace(config, model=model, objective=ObjectiveConfig(teacher=teacher)))
     counter = flop_counter()
     with counter:
         train_step(state, *batch(16))
-    assert 4.4 < counter.get_total_flops() / 16 / forward_flops(state) <= 4.8
+    count = counter.get_total_flops() / 16 / forward_flops(state)
+    assert least < count <= most
+    assert forwards_per_image(state, state.config) == pytest.approx(count, abs=0.05)
 
 
 def test_wrong_settings_are_refused():
