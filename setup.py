@@ -34,10 +34,11 @@ EXTRAS = {
     "gpu": ["xformers", "flash-attn>=2.7; sys_platform == 'linux'"],
     "eval": ["torch-fidelity>=0.4"],
     "hub": ["huggingface_hub>=0.34", "diffusers>=0.35"],
-    "docs": ["mkdocs-material>=9.6", "matplotlib>=3.9"],
+    "bench": ["pytest-benchmark>=5", "matplotlib>=3.9"],
+    "docs": ["mkdocs-material>=9.6"],
 }
 # What installs anywhere from wheels; flash-attn compiles, so "gpu" stays out.
-EXTRAS["all"] = [requirement for name in ("test", "eval", "hub", "docs") for requirement in EXTRAS[name]]
+EXTRAS["all"] = [requirement for name in ("test", "bench", "eval", "hub", "docs") for requirement in EXTRAS[name]]
 
 setup(
     name="soflow-fast",

@@ -1,18 +1,18 @@
-"""`python -m benchmarks.report` puts the newest records' tables between their markers in README.md.
+"""`python -m benchmarks.report` puts the newest records' tables between their markers in README.md and docs/.
 
-With --check it writes nothing and exits 1 if README.md differs from the records.
+With --check it writes nothing and exits 1 if a page differs from the records. The plots need matplotlib.
 """
 
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import record
 from benchmarks.race import figures, speed_ups
 
-README = record.ROOT / "README.md"
 HEAD = (
     "network and batch", "recipe", "precision", "images/s", "ms per step (quartiles)", "time over ours",
     "network calls", "forwards per image", "GFLOP per image", "peak memory",
@@ -67,7 +67,84 @@ def digits(run: dict) -> str:
     return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, note)])
 
 
-BLOCKS = {"step": table, "digits": digits}
+def precision_errors(run: dict) -> str:
+    """A record of benchmarks.precision as Markdown: relative error and cosine of the quotient, by r and way."""
+    rows = [row for row in run["rows"] if row["kind"] == "error"]
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    found = {(row["r"], row["way"]): f"{row['error']:.1e} / {row['cosine']:.5f}" for row in rows}
+    lines = [" | ".join(["r", *ways]), " | ".join(["---:"] * (1 + len(ways)))]
+    lines += [" | ".join([f"{r:g}", *(found[r, way] for way in ways)]) for r in dict.fromkeys(r for r, _ in found)]
+    return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, f"`{run['command']}`.")])
+
+
+def precision_quality(run: dict) -> str:
+    """A record of benchmarks.precision as Markdown: what each recipe learned, mean and range over the seeds."""
+    rows = [row for row in run["rows"] if row["kind"] == "quality"]
+    head = ["recipe", "r_end", "Frechet, 1 step", "2 steps", "accuracy, 1 step", "2 steps", "mean q^2", "mean weight"]
+    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
+    for r, recipe in dict.fromkeys((row["r_end"], row["recipe"]) for row in rows):
+        group = [row for row in rows if (row["r_end"], row["recipe"]) == (r, recipe)]
+        cells = [recipe, f"{r:g}"]
+        for figure, digits in (("frechet", 1), ("accuracy", 4)):
+            cells += [spread([row["nfe"][nfe][figure] for row in group if row["nfe"]], digits) for nfe in ("1", "2")]
+        cells += [spread([row["last"][name] for row in group if row["nfe"]], 2) for name in ("sc_mse", "sc_weight")]
+        lines.append(" | ".join(cells))
+    seeds = len({row["seed"] for row in rows})
+    note = (
+        f"Mean over {seeds} seeds (lowest to highest). mean q^2 and mean weight over the last 100 steps. "
+        f"`{run['command']}`."
+    )
+    return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, note)])
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean (lowest to highest)."""
+    if not values:
+        return "not finite"
+    mean = sum(values) / len(values)
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def precision_plot(run: dict, path: Path) -> None:
+    """Frechet distance of one-step samples by recipe, a dot a seed, as SVG. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "precision"  # the same record gives the same file
+    from matplotlib import pyplot
+
+    rows = [row for row in run["rows"] if row["kind"] == "quality" and row["nfe"]]
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    ends = list(dict.fromkeys(row["r_end"] for row in rows))
+    figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.45 * len(recipes)), layout="constrained")
+    for k, r in enumerate(ends):
+        group = [row for row in rows if row["r_end"] == r]
+        heights = [recipes.index(row["recipe"]) + 0.2 * (k - (len(ends) - 1) / 2) for row in group]
+        axes.scatter([row["nfe"]["1"]["frechet"] for row in group], heights, label=f"r_end = {r:g}", alpha=0.8)
+    axes.set_yticks(range(len(recipes)), recipes)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("Frechet distance of one-step digits, pixel space (lower is better)")
+    axes.grid(axis="x", which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+class Block(NamedTuple):
+    """A part of a page that is made from the newest record of a benchmark."""
+
+    page: str
+    benchmark: str
+    render: Callable[[dict], str]
+
+
+BLOCKS = {
+    "step": Block("README.md", "step", table),
+    "digits": Block("README.md", "digits", digits),
+    "precision-errors": Block("docs/precision.md", "precision", precision_errors),
+    "precision-quality": Block("docs/precision.md", "precision", precision_quality),
+}
 
 
 def measured(run: dict, note: str) -> str:
@@ -102,28 +179,35 @@ def insert(text: str, block: str, name: str = "step") -> str:
     return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
 
-def main(argv: Sequence[str] | None = None, readme: Path = README, folder: Path = record.RECORDS) -> int:
+def main(argv: Sequence[str] | None = None, root: Path = record.ROOT, folder: Path = record.RECORDS) -> int:
     """The command; returns its exit code: 1 for a difference found by --check, 2 for no record or no markers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page differs")
     check = parser.parse_args(argv).check
-    runs = {name: run for name in BLOCKS if (run := record.newest(folder, name))}
+    runs = {name: run for name, block in BLOCKS.items() if (run := record.newest(folder, block.benchmark))}
     if not runs:
         print("no record in benchmarks/records: make one with pytest benchmarks/ --record", file=sys.stderr)
         return 2
-    try:
-        text = wanted = readme.read_text(encoding="utf-8")
-        for name, run in runs.items():
-            wanted = insert(wanted, BLOCKS[name](run), name)
-    except (OSError, ValueError) as error:
-        print(f"{readme.name}: {error}", file=sys.stderr)
-        return 2
-    if check and text != wanted:
-        print(f"{readme.name} differs from {', '.join(r['file'] for r in runs.values())}", file=sys.stderr)
-        return 1
-    if text != wanted:
-        readme.write_text(wanted, encoding="utf-8")
-    return 0
+    code = 0
+    for page in dict.fromkeys(BLOCKS[name].page for name in runs):
+        mine = {name: run for name, run in runs.items() if BLOCKS[name].page == page}
+        try:
+            text = wanted = (root / page).read_text(encoding="utf-8")
+            for name, run in mine.items():
+                wanted = insert(wanted, BLOCKS[name].render(run), name)
+        except (OSError, ValueError) as error:
+            print(f"{page}: {error}", file=sys.stderr)
+            return 2
+        if text == wanted:
+            continue
+        if check:
+            print(f"{page} differs from {', '.join(run['file'] for run in mine.values())}", file=sys.stderr)
+            code = 1
+        else:
+            (root / page).write_text(wanted, encoding="utf-8")
+    if not check and "precision-quality" in runs:
+        precision_plot(runs["precision-quality"], root / "docs" / "precision.svg")
+    return code
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The benchmarks' own machinery: the gate is green and red when it should be, reports round-trip."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import gates, record, report
+from benchmarks import gates, precision, record, report
 from benchmarks.baselines.authors import AUTHORS
 from benchmarks.cases import Case
 from benchmarks.race import Race, speed_ups
@@ -99,22 +100,22 @@ def test_report_round_trips(rows, tmp_path, capsys):
     readme, records = tmp_path / "README.md", tmp_path / "records"
     text = f"before\n{BEGIN}\n{END}\nafter\n"
     readme.write_text(text)
-    assert report.main([], readme, records) == 2  # no record yet
+    assert report.main([], tmp_path, records) == 2  # no record yet
 
     path = record.write(rows, "pytest benchmarks/ --record", records)
     newest = record.newest(records)
     assert newest is not None and newest["rows"] == rows and newest["file"] == path.name
-    assert report.main(["--check"], readme, records) == 1
+    assert report.main(["--check"], tmp_path, records) == 1
     assert readme.read_text() == text
-    assert report.main([], readme, records) == 0
-    assert report.main(["--check"], readme, records) == 0
+    assert report.main([], tmp_path, records) == 0
+    assert report.main(["--check"], tmp_path, records) == 0
     rendered = readme.read_text()
     assert rendered.startswith(f"before\n{BEGIN}\n| ") and rendered.endswith(f"{END}\nafter\n")
     assert f"{speed_ups(rows)[AUTHORS.name]:.2f}x" in rendered and path.name in rendered
     assert len({line.count("|") for line in rendered.splitlines() if line.startswith("|")}) == 1
 
     readme.write_text("no markers")
-    assert report.main([], readme, records) == 2
+    assert report.main([], tmp_path, records) == 2
     assert "README.md: needs one" in capsys.readouterr().err
 
 
@@ -129,7 +130,37 @@ def test_digits_table(tmp_path):
     assert "| 3 | 1 | 0.9912 | 29.0 | 0.0000 | 100 |" in text and run["file"] in text
     readme = tmp_path / "README.md"
     readme.write_text("<!-- benchmark:digits -->\n<!-- /benchmark:digits -->\n")
-    assert report.main([], readme, tmp_path) == 0 and text in readme.read_text()
+    assert report.main([], tmp_path, tmp_path) == 0 and text in readme.read_text()
+
+
+def test_precision_tables_and_plot(tmp_path):
+    scores = [{nfe: {"frechet": f, "accuracy": 0.9, "near_copies": 0.0} for nfe in ("1", "2")} for f in (30.0, 32.0)]
+    quality = {"kind": "quality", "r_end": 0.002, "seconds": 1.0}
+    last = {"sc_mse": 0.5, "sc_weight": 2.0}
+    rows = [{"kind": "error", "r": 0.1, "way": way, "error": 0.5, "cosine": 0.9} for way in ("a pair", "increments")]
+    rows += [{**quality, "recipe": "float32", "seed": k, "last": last, "nfe": scores[k]} for k in (0, 1)]
+    rows += [{**quality, "recipe": "literal", "seed": 0, "last": {"failed": "nan"}, "nfe": {}}]
+    record.write(rows, "python -m benchmarks.precision", tmp_path, "precision")
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "precision.md"
+    names = ("precision-errors", "precision-quality")
+    page.write_text("".join(f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->\n" for name in names))
+    with contextlib.suppress(ImportError):  # the plot comes last
+        assert report.main([], tmp_path, tmp_path) == 0
+        assert b"<svg" in (tmp_path / "docs" / "precision.svg").read_bytes()[:500]
+    text = page.read_text()
+    assert "| 0.1 | 5.0e-01 / 0.90000 | 5.0e-01 / 0.90000 |" in text
+    assert "| float32 | 0.002 | 31.0 (30.0 to 32.0) | 31.0 (30.0 to 32.0) | 0.9000 (0.9000 to 0.9000) |" in text
+    assert "| literal | 0.002 | not finite |" in text
+
+
+def test_precision_recipes_train_and_are_judged():
+    """Every recipe for a few steps: the step that it asks for is the step that it gets."""
+    for name in ("bf16, increments", "float32, literal EMA 0.99", "bf16, fp16 pair"):
+        row = precision.quality(name, 0.002, 0, 3)
+        assert row["recipe"] == name and set(row["nfe"]) == {1, 2} and row["last"]["sc_mse"] > 0
+    state, _ = precision.train(precision.configuration(0, 0.002, 1), precision.WAYS["fp16 pair"])
+    assert state.quotient == precision.WAYS["fp16 pair"]
 
 
 def test_readme_shows_the_newest_records():
