@@ -57,7 +57,17 @@ def save(run_dir: Path, state: TrainState, keep: int = 2) -> Path:
 
 
 def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike) -> Path:
-    """Write the weights of `flow` and its configuration to a directory that `load` reads; it must not exist yet."""
+    """Write the weights of `flow` and its configuration to a directory that `load` reads.
+
+    Raises ValueError if they do not belong together or the directory exists already.
+    """
+    wanted = {name: value.shape for name, value in build_flow(config).state_dict().items()}
+    got = {name: value.shape for name, value in flow.state_dict().items()}
+    for name in [*wanted, *got]:
+        if wanted.get(name) != got.get(name):
+            raise ValueError(f"flow and config do not belong together: {name} differs")
+    if Path(folder).exists():
+        raise ValueError(f"folder {folder} exists already")
     with whole_directory(Path(folder)) as temporary:
         (temporary / "config.json").write_text(to_json(config))
         _save_tensors(flow.state_dict(), temporary / "ema.safetensors")
@@ -104,10 +114,7 @@ def restore(folder: Path, state: TrainState) -> None:
     weights = {"network": state.flow, "ema": state.ema} | ({"teacher": state.teacher} if state.teacher else {})
     found = {name: _tensors(folder, files, f"{name}.safetensors") for name in weights}
     optimizer = _tensors(folder, files, "optimizer.safetensors")
-    try:
-        step = int(json.loads(files["state.json"])["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'state.json'}: {type(error).__name__}: {error}") from None
+    step = _read_state(folder, files)["step"]
     for name, flow in weights.items():
         _load_weights(flow, found[name], folder)
     entries: dict[int, dict[str, Tensor]] = {}
@@ -120,6 +127,20 @@ def restore(folder: Path, state: TrainState) -> None:
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: optimiser of another model: {error}") from None
     state.step = step
+
+
+def _read_state(folder: Path, files: dict[str, bytes]) -> dict[str, int]:
+    """The step and the format of a checkpoint. Raises CheckpointError if this version cannot read it."""
+    try:
+        values = json.loads(files["state.json"])
+        found = {name: int(values[name]) for name in ("format", "step")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'state.json'}: {type(error).__name__}: {error}") from None
+    if found["format"] > FORMAT:
+        raise CheckpointError(
+            f"{folder}: of format {found['format']}; this version reads up to {FORMAT}, use a later one"
+        )
+    return found
 
 
 def load(source: str | os.PathLike, device: str | torch.device = "cpu") -> SolutionFlow:
@@ -148,6 +169,8 @@ def load_with_config(source: str | os.PathLike, device: str | torch.device = "cp
 
 def _load_one(folder: Path, device: str | torch.device) -> tuple[SolutionFlow, Config]:
     files = read_verified(folder)
+    if "state.json" in files:  # an exported directory has none
+        _read_state(folder, files)
     try:
         config = validate(from_json(files["config.json"].decode()))
     except (ValueError, KeyError) as error:

@@ -250,7 +250,9 @@ def difference(old: Config, new: Config) -> list[str]:
 
 def validate(config: Config) -> Config:
     """Check the meaning of every field and return `config`. Raises ValueError naming the first wrong field."""
+    usual = flatten(Config())
     for name, value in flatten(config).items():
+        _require(_of_type(value, usual[name]), name, _TYPES[type(usual[name])], value)
         for number in value if isinstance(value, tuple) else (value,):
             _require(not isinstance(number, float) or math.isfinite(number), name, "finite", value)
     validate_model(config.model, "model.")
@@ -338,6 +340,19 @@ def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
         _require(
             getattr(objective, name)[1] > 0, prefix + name, "a mean and a deviation above 0", getattr(objective, name)
         )
+
+
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "two numbers"}
+
+
+def _of_type(value: Any, usual: Any) -> bool:
+    """Whether `value` has the type of a field whose usual value is given; whole numbers are numbers."""
+    if isinstance(usual, tuple):
+        fits = isinstance(value, tuple) and len(value) == len(usual)
+        return fits and all(map(_of_type, value, usual))
+    if isinstance(usual, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is type(usual)
 
 
 def _require(holds: bool, name: str, what: str, value: Any) -> None:

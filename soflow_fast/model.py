@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soflow_kernels import bias_gelu, gate_residual_layernorm_modulate, layernorm_modulate, linear_gelu
+from soflow_kernels import (
+    bias_gelu,
+    dual_time_embedding,
+    gate_residual_layernorm_modulate,
+    layernorm_modulate,
+    linear_gelu,
+)
 
 from .attention import attention
 from .config import DiTConfig, validate_model
@@ -59,24 +65,13 @@ class PatchEmbed(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """A time in [0, 1] -> [B, D]: 256 sinusoids [cos, sin] of max period 10000, then Linear, SiLU, Linear."""
+    """The parameters that take a time to [B, D]: 256 sinusoids [cos, sin] of max period 10000, Linear, SiLU, Linear."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.mlp: Any = nn.Sequential(
             nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
-
-    @staticmethod
-    def sinusoids(t: Tensor) -> Tensor:
-        """[B] -> [B, 256] in the dtype of t."""
-        half = FREQUENCIES // 2
-        exponent = torch.arange(half, device=t.device, dtype=t.dtype) / half
-        angle = t[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponent)
-        return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.sinusoids(t))
 
 
 class LabelEmbedder(nn.Module):
@@ -183,12 +178,9 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def conditioning(self, t: Tensor, s: Tensor, y: Tensor | None) -> Tensor:
-        """c = e_t(t) + e_s(t - s) + e_y(y), [B, D]; times [B] are not scaled, y None is the null label."""
-        dtype = self.x_embedder.proj.weight.dtype
-        t, s = t.to(dtype), s.to(dtype)
-        if y is None:
-            y = torch.full(t.shape, self.num_classes, device=t.device)
-        return self.t_embedder(t) + self.s_embedder(t - s) + self.y_embedder(y)
+        """SiLU(c), c = e_t(t) + e_s(t - s) + e_y(y), [B, D]; times [B] are not scaled, y None is the null label."""
+        of_t, of_s = (tuple(embedder.mlp.parameters()) for embedder in (self.t_embedder, self.s_embedder))
+        return dual_time_embedding(t, s, y, of_t, of_s, self.y_embedder.embedding_table.weight, max_period=MAX_PERIOD)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, tape: Tape | None = None) -> Tensor:
         """The network's output, [B, C, H, W], for x [B, C, H, W], times t and s [B], labels y [B] (None: null).
@@ -197,7 +189,7 @@ class DiT(nn.Module):
         Raises ValueError for shapes that do not fit the configuration.
         """
         self.check_input(x, t, s, y)
-        c = F.silu(self.conditioning(t, s, y))
+        c = self.conditioning(t, s, y)
         x = self.x_embedder(x) + self.pos_embed
         # shift, scale and gate of the attention and of the MLP of each block, then shift and scale of the final layer
         modulations = [product(block.adaLN_modulation[1], c, tape).chunk(6, dim=1) for block in self.blocks]

@@ -65,7 +65,7 @@ def preset(name: str, **changes: Any) -> Config:
     """The preset `name` with some fields replaced, by short name (`precision="fp32"`) or by full name given as
     `**{"objective.eps": 0.1}`. Raises ConfigError naming what is unknown."""
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, 1, 0.4)
+        close = difflib.get_close_matches(str(name), PRESETS, 1, 0.4)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ConfigError(f"unknown preset {name!r}{hint}; the presets are {', '.join(PRESETS)}")
     try:

@@ -47,8 +47,7 @@ def sample(
     parameter = next(flow.parameters())
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    labels = None if y is None else torch.as_tensor(y, device=parameter.device).long()
-    _check_labels(flow, labels)
+    labels = None if y is None else _checked_labels(flow, torch.as_tensor(y, device=parameter.device))
     if noise is not None:
         if len(noise) != nfe:
             raise ValueError(f"noise must hold one tensor per network call: {nfe}, got {len(noise)}")
@@ -83,12 +82,16 @@ def _solve(flow: SolutionFlow, noise: Sequence[Tensor], labels: Tensor | None) -
     return x
 
 
-def _check_labels(flow: SolutionFlow, labels: Tensor | None) -> None:
+def _checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
+    """Labels [B] as int64. Raises ValueError for others than the network's classes and its null label."""
+    whole = labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) or not labels.numel()
+    if labels.dim() != 1 or not whole:
+        raise ValueError(f"y must be [B] whole numbers, got {labels.dtype} {list(labels.shape)}")
     classes = getattr(flow.network, "num_classes", None)
-    if labels is None or classes is None or not labels.numel():
-        return
-    if labels.dim() != 1 or labels.min() < 0 or labels.max() > classes:
-        raise ValueError(f"y must be [B] labels in 0..{classes - 1} ({classes}: the null label)")
+    if classes is not None and labels.numel() and (labels.min() < 0 or labels.max() > classes):
+        known = f"in 0..{classes - 1} ({classes}: the null label)" if classes else "0 or left out: there are no classes"
+        raise ValueError(f"y must be {known}, got {int(labels.min())} to {int(labels.max())}")
+    return labels.long()
 
 
 def _shape(flow: SolutionFlow, labels: Tensor | None, shape: Sequence[int] | None) -> Sequence[int]:

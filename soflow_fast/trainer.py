@@ -195,7 +195,10 @@ def enough_memory(config: Config) -> Iterator[None]:
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not known and "can't allocate memory" not in str(error):  # what torch says on the CPU
             raise
-        what = f"--batch-size {config.batch_size}: out of memory; give a smaller one, or set micro_batch"
+        what = (
+            f"--batch-size {config.batch_size}: out of memory; give a smaller one, set micro_batch, "
+            f"or make the network smaller (model.hidden_size {config.model.hidden_size}, depth {config.model.depth})"
+        )
         raise ConfigError(what) from None
 
 

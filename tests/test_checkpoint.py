@@ -1,19 +1,22 @@
 """Checkpoints: whole or not there, every flipped bit noticed, the one before it used instead."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from soflow_fast import DiT, SolutionFlow, TrainState, checkpoint, load, preset, train_step
-from soflow_fast.config import Config
+from soflow_fast.config import Config, to_json
 from soflow_fast.errors import CheckpointError
 
 FIELDS: dict[str, Any] = {
@@ -215,10 +218,26 @@ def test_an_exported_directory_loads_to_the_same_bits(tmp_path: Path) -> None:
     flow, config = checkpoint.load_with_config(folder)
     assert config == state.config and (flow.path, flow.coefficients) == ("trig", "trig")
     assert all(torch.equal(v, state.ema.state_dict()[k]) for k, v in flow.state_dict().items())
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match=f"folder {folder} exists already"):
         checkpoint.export(state.ema, state.config, folder)
+    with pytest.raises(ValueError, match=r"do not belong together: network\.blocks\.1"):
+        wrong = replace(state.config, model=replace(state.config.model, depth=state.config.model.depth + 1))
+        checkpoint.export(state.ema, wrong, tmp_path / "out" / "wrong")
     assert os.listdir(tmp_path / "out") == ["model"]
     load(folder)
+
+
+def test_a_later_format_is_refused(run: Path) -> None:
+    newest, before = checkpoint.list_checkpoints(run)
+    later = json.loads((newest / "state.json").read_text()) | {"format": checkpoint.FORMAT + 1}
+    (newest / "state.json").write_text(json.dumps(later))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["sha256"]["state.json"] = hashlib.sha256((newest / "state.json").read_bytes()).hexdigest()
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    for use in (lambda: load(newest), lambda: checkpoint.restore(newest, build())):
+        with pytest.raises(CheckpointError, match=rf"{newest}: of format 2; this version reads up to 1"):
+            use()
+    assert checkpoint.load_with_config(before)[1] == build().config
 
 
 def test_nothing_to_load_is_said(tmp_path: Path) -> None:
@@ -235,17 +254,12 @@ def test_nothing_to_load_is_said(tmp_path: Path) -> None:
 
 
 def write(folder: Path, config: Config, flow: SolutionFlow, more: dict[str, str] | None = None) -> Path:
-    checkpoint.export(flow, config, folder)
-    if more:
-        checkpoint.export(flow, config, folder.parent / "aside")
-        shutil.rmtree(folder)
-        with checkpoint.whole_directory(folder) as temporary:
-            for file in (folder.parent / "aside").iterdir():
-                if file.name != "manifest.json":
-                    shutil.copy(file, temporary)
-            for name, text in more.items():
-                (temporary / name).write_text(text)
-        shutil.rmtree(folder.parent / "aside")
+    """A whole exported directory, whether or not its files belong together."""
+    with checkpoint.whole_directory(folder) as temporary:
+        (temporary / "config.json").write_text(to_json(config))
+        save_file(flow.state_dict(), temporary / "ema.safetensors")
+        for name, text in (more or {}).items():
+            (temporary / name).write_text(text)
     return folder
 
 

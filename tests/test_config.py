@@ -185,6 +185,25 @@ def test_a_value_out_of_range_is_refused_by_name(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 2.5), ("steps", True), ("batch_size", "8"), ("seed", 1.0), ("precision", None), ("optim.lr", "1"),
+        ("optim.betas", [0.9, 0.99]), ("optim.betas", (0.9,)), ("data.flip", 1), ("data.path", 3), ("run.keep", 2.0),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
+    """As a configuration made in Python can hold it."""
+    *path, last = name.split(".")
+    config = Config()
+    changed = replace(getattr(config, path[0]) if path else config, **{last: value})
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be (a whole number|a number|two numbers|true or false|text), "
+    ):
+        validate(replace(config, **{path[0]: changed}) if path else changed)
+    validate(replace(config, optim=replace(config.optim, lr=1)))  # a whole number is a number
+
+
 def test_every_field_has_its_range_tested() -> None:
     assert set(flatten(Config())) == set(OUT_OF_RANGE) | FREE
 

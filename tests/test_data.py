@@ -192,6 +192,15 @@ def test_a_batch_is_a_function_of_its_arguments() -> None:
     assert not torch.equal(numbers(37, 12, seed=1).indices(0), first.indices(0))
 
 
+def test_ranks_share_one_order_and_one_set_of_mirrored_images() -> None:
+    source = numbers(37, 12, flip=True)
+    for step in range(5):
+        whole = source.batch(step)
+        for world in (2, 3):
+            parts = [source.batch(step, rank, world) for rank in range(world)]
+            assert all(torch.equal(torch.cat(p), w) for p, w in zip(zip(*parts, strict=True), whole, strict=True))
+
+
 def test_images_keep_their_labels_and_half_are_mirrored() -> None:
     source = numbers(100, 50, flip=True)
     mirrored = 0

@@ -1,11 +1,13 @@
 """The DiT: sizes, initialisation, keys, shapes, dtypes."""
 
+import math
+
 import pytest
 import torch
 
 from soflow_fast import DiT, DiTConfig, SolutionFlow
 from soflow_fast.config import DIT_SIZES
-from soflow_fast.model import TimeEmbedder, sincos_positions
+from soflow_fast.model import sincos_positions
 
 TINY = DiTConfig(input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=3)
 
@@ -73,23 +75,16 @@ def test_label_free_input_is_the_null_label():
     assert not torch.equal(net(x, t, t), net(x, t, t, torch.tensor([3, 2])))
 
 
-def test_network_sees_t_and_its_distance_to_s_unscaled():
-    net = DiT(TINY)
-    seen = []
-    for embedder in (net.t_embedder, net.s_embedder):
-        embedder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-    net(torch.randn(1, 2, 4, 4), torch.tensor([0.75]), torch.tensor([0.25]))
-    assert [v.item() for v in seen] == [0.75, 0.5]
+def test_conditioning_sees_t_and_its_distance_to_s_unscaled():
+    net = DiT(TINY).double()
+    got = net.conditioning(torch.tensor([0.75]).double(), torch.tensor([0.25]).double(), None)
 
+    def embedded(mlp, time):
+        angle = time * torch.exp(-torch.arange(128).double() / 128 * math.log(10000))
+        return mlp(torch.cat([angle.cos(), angle.sin()])[None])
 
-def test_sinusoids():
-    t = torch.tensor([0.0, 0.3], dtype=torch.float64)
-    got = TimeEmbedder.sinusoids(t)
-    assert got.shape == (2, 256) and got.dtype == torch.float64
-    assert torch.equal(got[0], torch.cat([torch.ones(128), torch.zeros(128)]).double())
-    i = 5
-    angle = torch.tensor(0.3 * 10000 ** (-i / 128), dtype=torch.float64)
-    torch.testing.assert_close(got[1, [i, 128 + i]], torch.stack([angle.cos(), angle.sin()]))
+    c = embedded(net.t_embedder.mlp, 0.75) + embedded(net.s_embedder.mlp, 0.5) + net.y_embedder(torch.tensor([-1]) % 4)
+    torch.testing.assert_close(got, torch.nn.functional.silu(c))
 
 
 def test_positions_tell_rows_from_columns():

@@ -119,10 +119,10 @@ NOISE = torch.zeros(2, *SHAPE)
         ({"seed": 0}, "a seed needs a shape"),
         ({"y": [0], "seed": 0, "shape": [2, *SHAPE]}, "y must hold 2 labels, got 1"),
         ({"seed": 0, "shape": [1, 1, 8, 8]}, "x must be"),
-        ({"y": [4], "seed": 0}, "labels in 0..2"),
-        ({"y": [-1], "seed": 0}, "labels in 0..2"),
-        ({"y": 1, "seed": 0}, "labels in 0..2"),
-        ({"y": [[0, 1]], "seed": 0}, "labels in 0..2"),
+        ({"y": [4], "seed": 0}, "y must be in 0..2"),
+        ({"y": [-1], "seed": 0}, "y must be in 0..2"),
+        ({"y": 1, "seed": 0}, r"y must be \[B\] whole numbers"),
+        ({"y": [[0, 1]], "seed": 0}, r"y must be \[B\] whole numbers"),
         ({"y": [0], "seed": 0, "batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
@@ -142,3 +142,12 @@ def test_the_public_name_survives_the_command_line_of_the_same_name(flow: Soluti
 
     assert torch.equal(soflow_fast.sample(flow, [0], seed=0), sample(flow, [0], seed=0))
     assert torch.equal(module(flow, [0], seed=0), sample(flow, [0], seed=0))  # type: ignore[operator]
+
+
+def test_labels_that_are_none_are_refused(flow: SolutionFlow) -> None:
+    for wrong in ([0.5, 1.0], [True, False], [[1, 2]], [-1], [4]):
+        with pytest.raises(ValueError, match=r"^y must be "):
+            sample(flow, torch.tensor(wrong), seed=0, shape=(len(wrong), *SHAPE))
+    config = DiTConfig(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=1, num_heads=2, num_classes=0)
+    with pytest.raises(ValueError, match="y must be 0 or left out: there are no classes, got 1 to 1"):
+        sample(SolutionFlow(DiT(config)), torch.tensor([1]), seed=0)

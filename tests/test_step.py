@@ -182,6 +182,10 @@ def test_ema_follows_the_weights():
     state.config = dataclasses.replace(state.config, optim=warm)
     state.step = 0
     assert ema_decay(state) == pytest.approx(0.1)
+    before = [p.clone() for p in state.ema.parameters()]
+    train_step(state, *batch())
+    for old, new, p in zip(before, state.ema.parameters(), state.flow.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.1 * old + 0.9 * p)
     state.step = 10**6
     assert ema_decay(state) == 0.999
 

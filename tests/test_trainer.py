@@ -301,6 +301,14 @@ def test_a_run_without_labels_and_without_grids_on_the_way(tmp_path: Path) -> No
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
+def test_grids_are_drawn_by_the_average(tmp_path: Path, monkeypatch: Any) -> None:
+    drawn: list[SolutionFlow] = []
+    plain = trainer.sample
+    monkeypatch.setattr(trainer, "sample", lambda flow, *a, **k: drawn.append(flow) or plain(flow, *a, **k))
+    state = trainer.train(configuration(tmp_path / "run", **{"run.sample_every": 2}))
+    assert len(drawn) > 1 and all(flow is state.ema for flow in drawn)
+
+
 def test_resolved_says_what_auto_came_to() -> None:
     config = trainer.resolved(preset("digits", **{**FIELDS, "precision": "auto"}))
     assert (config.precision, config.run.device, config.run.run_dir) == ("fp32", "cpu", "runs/digits")

@@ -14,6 +14,7 @@ from soflow_kernels.flow_matching import flow_matching_loss, flow_matching_loss_
 from soflow_kernels.gate import gate_residual, gate_residual_reference
 from soflow_kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu, linear_gelu_reference
 from soflow_kernels.lookahead import euler_lookahead, euler_lookahead_reference, path_point, path_point_reference
+from soflow_kernels.time_embedding import dual_time_embedding, dual_time_embedding_reference
 from soflow_kernels.version import __version__
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "bias_gelu_reference",
     "consistency_loss",
     "consistency_loss_reference",
+    "dual_time_embedding",
+    "dual_time_embedding_reference",
     "euler_lookahead",
     "euler_lookahead_reference",
     "flow_matching_loss",

@@ -19,10 +19,10 @@ import tempfile
 
 import torch
 
-from soflow_kernels import _dispatch, adaln, consistency, flow_matching, gate, gelu, lookahead
+from soflow_kernels import _dispatch, adaln, consistency, flow_matching, gate, gelu, lookahead, time_embedding
 from soflow_kernels.version import __version__
 
-MODULES = (adaln, consistency, flow_matching, gate, gelu, lookahead)
+MODULES = (adaln, consistency, flow_matching, gate, gelu, lookahead, time_embedding)
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

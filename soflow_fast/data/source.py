@@ -41,8 +41,9 @@ class Source:
         x = self.images[index]
         x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
         if self.flip:
-            source = generator(self.seed, step, rank, "flip")
-            mirrored = torch.rand(len(x), generator=source) < 0.5
+            source = generator(self.seed, step, 0, "flip")  # of the whole batch: which image is mirrored is no rank's
+            start, stop = (self.batch_size * r // world for r in (rank, rank + 1))
+            mirrored = torch.rand(self.batch_size, generator=source)[start:stop] < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
         return x, self.labels[index]
 

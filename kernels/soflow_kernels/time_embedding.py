@@ -1,0 +1,441 @@
+"""SiLU of the conditioning of a DiT with two times (arXiv 2212.09748, 2512.15657): out = SiLU(c),
+
+    c = e_t(t) + e_s(t - s) + table[y],   e(u) = W2 SiLU(W1 phi(u) + b1) + b2,
+    phi(u) = [cos(u w_i), sin(u w_i)],  w_i = max_period^(-2 i / F),  i < F / 2.
+
+t, s: [B]; y: [B]; W1: [H, F]; b1: [H]; W2: [D, H]; b2: [D]; table: [classes + 1, D], its last row the null label;
+out: [B, D]. bfloat16, float16 or float32, float32 inside; the products are torch's.
+
+Launches, forward: phi of both times; two products; both b1 and SiLU, into one hidden tensor [B, 2 H]; the second
+weights side by side, and one product with them; both b2, the label's row and SiLU. Backward of the last: d(c), then the
+sums of d(c) over each label and over all samples, in a fixed order. With B = 256 and H = D = 1152 in bf16 the weights
+are 6.5 MB and an activation is 0.6 MB: what counts is the number of launches.
+
+phi: w_i is within 1 ulp, by 2^x with an exponent split into an exact and a small part. The angle is reduced to
+[-pi/4, pi/4] with pi/2 in three parts (Cody & Waite 1980), whose first two products are exact up to an angle of 12 800,
+and Taylor polynomials follow: within 1.1e-7 of float64 for u in [0, 1], and 1e-7 |u| beyond, as good as float32 can say
+u w_i.
+"""
+
+import itertools
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._reduce import finish
+
+COLUMNS = 128
+ROWS = 8
+# A sum over the samples of a label looks at 32 labels, one for each thread of a warp, and reads rows only where one
+# matches: most labels of a table have none.
+LABEL_TILE = 32
+MAX_FREQUENCIES = 8192
+"""F of the kernel: below it, the exponents of w_i are products of two 12-bit numbers."""
+MAX_PERIOD = 1e30
+
+
+def dual_time_embedding_reference(t, s, y, t_weights, s_weights, table, *, max_period=10_000.0):
+    """`dual_time_embedding` in plain PyTorch: any device and dtype, any order of differentiation."""
+    wide = torch.float64 if torch.float64 in (t.dtype, s.dtype, table.dtype, t_weights[0].dtype) else torch.float32
+    t, s = t.to(wide), s.to(wide)
+    if y is None:
+        y = torch.full(t.shape, table.shape[0] - 1, device=t.device)
+    c = _embed(t, *t_weights, max_period) + _embed(t - s, *s_weights, max_period) + F.embedding(y, table)
+    return F.silu(c)
+
+
+def _embed(u, W1, b1, W2, b2, max_period):
+    half = W1.shape[1] // 2
+    w = torch.exp(-math.log(max_period) * (torch.arange(half, device=u.device, dtype=u.dtype) / half))
+    angle = u[:, None] * w
+    phi = torch.cat([angle.cos(), angle.sin()], dim=1).to(W1.dtype)
+    return F.linear(F.silu(F.linear(phi, W1, b1)), W2, b2)
+
+
+@jit
+def _frequency(i, step, step_rest):
+    """2^(-i (step + step_rest)) for i below 2^12 and a step of 12 bits, so that i step is exact."""
+    exponent = i * step
+    n = tl.floor(exponent + 0.5)
+    r = (n - exponent) - i * step_rest  # in [-0.51, 0.51]: 2^r by the series of exp(r ln 2)
+    poly = 1.5252733804059840e-05 + r * 1.3215486790144307e-06
+    poly = 1.5403530393381610e-04 + r * poly
+    poly = 1.3333558146428443e-03 + r * poly
+    poly = 9.6181291076284770e-03 + r * poly
+    poly = 5.5504108664821580e-02 + r * poly
+    poly = 2.4022650695910072e-01 + r * poly
+    poly = 6.9314718055994530e-01 + r * poly
+    return (1 + r * poly) * ((127 - n.to(tl.int32)) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
+def _cos_sin(a):
+    k = tl.floor(a * 0.6366197723675814 + 0.5)
+    # pi/2 = 201 2^-7 + 2029 2^-22 + the rest
+    r = a - k * 1.5703125 - k * 0.00048375129699707031 - k * 7.549789948768648e-08
+    r = tl.where(tl.abs(r) > 1, 0.0, r)  # past 1e6 or so float32 holds no angle; keep phi in [-1, 1] all the same
+    y = r * r
+    sin = r + r * (y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880)))))
+    cos = 1 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320 + y * (-1 / 3628800)))))
+    quadrant = k - 4 * tl.floor(0.25 * k)
+    odd = (quadrant == 1) | (quadrant == 3)
+    turned_cos = tl.where(odd, sin, cos)
+    turned_sin = tl.where(odd, cos, sin)
+    cos = tl.where((quadrant == 1) | (quadrant == 2), -turned_cos, turned_cos)
+    sin = tl.where(quadrant >= 2, -turned_sin, turned_sin)
+    return cos, sin
+
+
+@jit
+def _sinusoids_kernel(
+    t_ptr, s_ptr, out_ptr, t_b, s_b, step, step_rest, B, blocks,
+    HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    rows = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
+    i = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows < B) & (i < HALF)
+    w = _frequency(i.to(tl.float32), step, step_rest)
+    t = tl.load(t_ptr + rows * t_b, mask=rows < B, other=0.0).to(tl.float32)
+    s = tl.load(s_ptr + rows * s_b, mask=rows < B, other=0.0).to(tl.float32)
+    out_row = out_ptr + rows * (2 * HALF)
+    cos, sin = _cos_sin(t * w)
+    tl.store(out_row + i, cos, mask=mask)
+    tl.store(out_row + HALF + i, sin, mask=mask)
+    out_row = out_ptr + (rows + B) * (2 * HALF)
+    cos, sin = _cos_sin((t - s) * w)
+    tl.store(out_row + i, cos, mask=mask)
+    tl.store(out_row + HALF + i, sin, mask=mask)
+
+
+@jit
+def _silu(u):
+    return u / (1 + tl.exp(-u))
+
+
+@jit
+def _silu_slope(u):
+    # The slope is 0 below -80, where the exponential would soon overflow; the comparison lets NaN through.
+    u = tl.where(u < -80, -80.0, u)
+    e = tl.exp(-u)
+    s = 1 / (1 + e)
+    return s * (1 + u * (e * s))
+
+
+@jit
+def _hidden_kernel(
+    ht_ptr, hs_ptr, bt_ptr, bs_ptr, out_ptr, ht_b, hs_b, B, blocks,
+    H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    rows = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows < B) & (cols < H)
+    bias = tl.load(bt_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+    u = tl.load(ht_ptr + rows * ht_b + cols, mask=mask, other=0.0).to(tl.float32) + bias
+    tl.store(out_ptr + rows * (2 * H) + cols, _silu(u), mask=mask)
+    bias = tl.load(bs_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+    u = tl.load(hs_ptr + rows * hs_b + cols, mask=mask, other=0.0).to(tl.float32) + bias
+    tl.store(out_ptr + rows * (2 * H) + H + cols, _silu(u), mask=mask)
+
+
+@jit
+def _hidden_backward_kernel(
+    dout_ptr, ht_ptr, hs_ptr, bt_ptr, bs_ptr, dht_ptr, dhs_ptr, partial_ptr, dout_b, ht_b, hs_b, B, blocks, plane,
+    H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    chunk = program // blocks
+    rows = chunk * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows < B) & (cols < H)
+    at = partial_ptr + chunk * H + cols
+    bias = tl.load(bt_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+    u = tl.load(ht_ptr + rows * ht_b + cols, mask=mask, other=0.0).to(tl.float32) + bias
+    dout = tl.load(dout_ptr + rows * dout_b + cols, mask=mask, other=0.0).to(tl.float32)
+    dh = dout * _silu_slope(u)
+    tl.store(dht_ptr + rows * H + cols, dh, mask=mask)
+    tl.store(at, tl.sum(dh, axis=0)[None, :], mask=cols < H)
+    bias = tl.load(bs_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+    u = tl.load(hs_ptr + rows * hs_b + cols, mask=mask, other=0.0).to(tl.float32) + bias
+    dout = tl.load(dout_ptr + rows * dout_b + H + cols, mask=mask, other=0.0).to(tl.float32)
+    dh = dout * _silu_slope(u)
+    tl.store(dhs_ptr + rows * H + cols, dh, mask=mask)
+    tl.store(at + plane, tl.sum(dh, axis=0)[None, :], mask=cols < H)
+
+
+@jit
+def _sum_of_three(
+    x_ptr, bt_ptr, bs_ptr, table_ptr, y_ptr, x_b, table_v, y_b, B, V, first, cols,
+    D: tl.constexpr, HAS_Y: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """c. A label outside the table reads nothing and makes its row NaN. Without labels `table_ptr` is the null row."""
+    rows = first + tl.arange(0, ROWS)[:, None]
+    mask = (rows < B) & (cols < D)
+    c = tl.load(x_ptr + rows * x_b + cols, mask=mask, other=0.0).to(tl.float32)
+    c += tl.load(bt_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    c += tl.load(bs_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    if HAS_Y:
+        b = first + tl.arange(0, ROWS)
+        label = tl.load(y_ptr + b * y_b, mask=b < B, other=0)[:, None]
+        known = (label >= 0) & (label < V)
+        c += tl.load(table_ptr + label * table_v + cols, mask=mask & known, other=float("nan")).to(tl.float32)
+    else:
+        c += tl.load(table_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    return c
+
+
+@jit
+def _tail_kernel(
+    x_ptr, bt_ptr, bs_ptr, table_ptr, y_ptr, dout_ptr, out_ptr, x_b, table_v, y_b, dout_b, B, V, blocks,
+    D: tl.constexpr, HAS_Y: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """SiLU(c), or d(c)."""
+    program = tl.program_id(0).to(tl.int64)
+    first = (program // blocks) * ROWS
+    rows = first + tl.arange(0, ROWS)[:, None]
+    cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows < B) & (cols < D)
+    c = _sum_of_three(x_ptr, bt_ptr, bs_ptr, table_ptr, y_ptr, x_b, table_v, y_b, B, V, first, cols, D, HAS_Y, ROWS)
+    if BACKWARD:
+        out = tl.load(dout_ptr + rows * dout_b + cols, mask=mask, other=0.0).to(tl.float32) * _silu_slope(c)
+    else:
+        out = _silu(c)
+    tl.store(out_ptr + rows * D + cols, out, mask=mask)
+
+
+@jit
+def _label_sums_kernel(
+    dc_ptr, y_ptr, dtable_ptr, dbias_ptr, y_b, B, V, blocks,
+    D: tl.constexpr, HAS_Y: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A program sums d(c) over the samples of label v; v = V stands for all samples, the gradient of the biases."""
+    program = tl.program_id(0).to(tl.int64)
+    v = program // blocks
+    cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, B, ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        hit = rows < B
+        if HAS_Y:
+            label = tl.load(y_ptr + rows * y_b, mask=rows < B, other=0)
+            hit = hit & ((label == v) | (v == V))
+        else:
+            hit = hit & (v >= V - 1)
+        if tl.max(hit.to(tl.int32)) > 0:
+            at = rows[:, None] * D + cols
+            total += tl.load(dc_ptr + at, mask=hit[:, None] & (cols < D), other=0.0).to(tl.float32)
+    total = tl.sum(total, axis=0)[None, :]
+    if v == V:
+        tl.store(dbias_ptr + cols, total, mask=cols < D)
+    else:
+        tl.store(dtable_ptr + v * D + cols, total, mask=cols < D)
+
+
+@torch.library.custom_op("soflow::time_sinusoids", mutates_args=())
+def _sinusoids(t: Tensor, s: Tensor, frequencies: int, max_period: float, dtype: torch.dtype) -> Tensor:
+    B, half = t.shape[0], frequencies // 2
+    out = torch.empty(2, B, frequencies, dtype=dtype, device=t.device)
+    step = math.log2(max_period) / half
+    mantissa, exponent = math.frexp(step)
+    exact = math.ldexp(round(mantissa * 4096), exponent - 12)
+    blocks = -(-half // COLUMNS)
+    launch(
+        _sinusoids_kernel, (-(-B // ROWS) * blocks,),
+        t, s, out, t.stride(0), s.stride(0), exact, step - exact, B, blocks,
+        HALF=half, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@_sinusoids.register_fake
+def _(t, s, frequencies, max_period, dtype):
+    return t.new_empty(2, t.shape[0], frequencies, dtype=dtype)
+
+
+@torch.library.custom_op("soflow::dual_bias_silu", mutates_args=())
+def _hidden(ht: Tensor, hs: Tensor, bt: Tensor, bs: Tensor) -> Tensor:
+    B, H = ht.shape
+    ht, hs = inner_unit(ht), inner_unit(hs)
+    out = torch.empty(B, 2 * H, dtype=ht.dtype, device=ht.device)
+    blocks = -(-H // COLUMNS)
+    launch(
+        _hidden_kernel, (-(-B // ROWS) * blocks,),
+        ht, hs, bt.contiguous(), bs.contiguous(), out, ht.stride(0), hs.stride(0), B, blocks,
+        H=H, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@_hidden.register_fake
+def _(ht, hs, bt, bs):
+    return ht.new_empty(ht.shape[0], 2 * ht.shape[1])
+
+
+@torch.library.custom_op("soflow::dual_bias_silu_backward", mutates_args=())
+def _hidden_backward(
+    dout: Tensor, ht: Tensor, hs: Tensor, bt: Tensor, bs: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, H = ht.shape
+    dout, ht, hs = inner_unit(dout), inner_unit(ht), inner_unit(hs)
+    dht, dhs = (torch.empty(B, H, dtype=h.dtype, device=h.device) for h in (ht, hs))
+    chunks, blocks = -(-B // ROWS), -(-H // COLUMNS)
+    partials = torch.empty(2, 1, chunks, H, dtype=torch.float32, device=ht.device)
+    launch(
+        _hidden_backward_kernel, (chunks * blocks,),
+        dout, ht, hs, bt.contiguous(), bs.contiguous(), dht, dhs, partials,
+        dout.stride(0), ht.stride(0), hs.stride(0), B, blocks, chunks * H,
+        H=H, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
+    dbt, dbs = finish(partials, [bt.dtype, bs.dtype])
+    return dht, dhs, dbt.view(H), dbs.view(H)
+
+
+@_hidden_backward.register_fake
+def _(dout, ht, hs, bt, bs):
+    return tuple(v.new_empty(v.shape) for v in (ht, hs, bt, bs))
+
+
+def _launch_tail(x, bt, bs, table, y, dout, out):
+    B, D = x.shape
+    x, given = inner_unit(x), inner_unit(x if dout is None else dout)
+    table = inner_unit(table if y is not None else table[-1:])
+    blocks = -(-D // COLUMNS)
+    launch(
+        _tail_kernel, (-(-B // ROWS) * blocks,),
+        x, bt.contiguous(), bs.contiguous(), table, x if y is None else y, given, out,
+        x.stride(0), table.stride(0), 0 if y is None else y.stride(0), given.stride(0), B, table.shape[0], blocks,
+        D=D, HAS_Y=y is not None, BACKWARD=dout is not None, ROWS=ROWS, COLUMNS=COLUMNS,
+        num_warps=2 * out.element_size(),  # one row and 16 bytes a thread
+    )  # fmt: skip
+
+
+@torch.library.custom_op("soflow::label_bias_silu", mutates_args=())
+def _tail(x: Tensor, bt: Tensor, bs: Tensor, table: Tensor, y: Tensor | None) -> Tensor:
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, table.dtype), device=x.device)
+    _launch_tail(x, bt, bs, table, y, None, out)
+    return out
+
+
+@_tail.register_fake
+def _(x, bt, bs, table, y):
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, table.dtype))
+
+
+@torch.library.custom_op("soflow::label_bias_silu_backward", mutates_args=())
+def _tail_backward(
+    dout: Tensor, x: Tensor, bt: Tensor, bs: Tensor, table: Tensor, y: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, D), V = x.shape, table.shape[0]
+    dc = torch.empty(B, D, dtype=dout.dtype, device=x.device)
+    _launch_tail(x, bt, bs, table, y, dout, dc)
+    dtable = torch.empty(V, D, dtype=table.dtype, device=x.device)
+    dbias = torch.empty(D, dtype=bt.dtype, device=x.device)
+    blocks = -(-D // LABEL_TILE)
+    launch(
+        _label_sums_kernel, ((V + 1) * blocks,),
+        dc, dc if y is None else y, dtable, dbias, 0 if y is None else y.stride(0), B, V, blocks,
+        D=D, HAS_Y=y is not None, ROWS=LABEL_TILE, COLUMNS=LABEL_TILE, num_warps=1,
+    )  # fmt: skip
+    return dc, dbias, dtable
+
+
+@_tail_backward.register_fake
+def _(dout, x, bt, bs, table, y):
+    return dout.new_empty(dout.shape), bt.new_empty(bt.shape), table.new_empty(table.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _hidden_grad(ctx, dout):
+    return _hidden_backward(dout, *ctx.saved_tensors)
+
+
+def _tail_grad(ctx, dout):
+    x, _, bs, _, _ = ctx.saved_tensors
+    dc, dbias, dtable = _tail_backward(dout, *ctx.saved_tensors)
+    return dc.to(x.dtype), dbias, dbias.to(bs.dtype), dtable, None
+
+
+_hidden.register_autograd(_hidden_grad, setup_context=_save)
+_tail.register_autograd(_tail_grad, setup_context=_save)
+
+
+def _check(op, t, s, y, t_weights, s_weights, table, max_period):
+    check_tensor(op, "t", t, ("B",))
+    check_tensor(op, "s", s, tuple(t.shape), t)
+    if y is not None:
+        if not isinstance(y, Tensor) or y.dtype != torch.int64:
+            raise ValueError(f"{op}: y must be an int64 tensor, got {getattr(y, 'dtype', type(y).__name__)}")
+        if y.shape != t.shape or y.device != t.device:
+            raise ValueError(f"{op}: y must be [{t.shape[0]}] on {t.device}, got {list(y.shape)} on {y.device}")
+    for name, weights in (("t_weights", t_weights), ("s_weights", s_weights)):
+        if not isinstance(weights, (tuple, list)) or len(weights) != 4:
+            raise ValueError(f"{op}: {name} must be a tuple (W1, b1, W2, b2), got {type(weights).__name__}")
+    check_tensor(op, "t_weights[0]", t_weights[0], ("H", "F"), t)
+    H, frequencies = t_weights[0].shape
+    if frequencies == 0 or frequencies % 2:
+        raise ValueError(f"{op}: t_weights[0] must be [H, F] with an even F above 0, got F = {frequencies}")
+    check_tensor(op, "t_weights[2]", t_weights[2], ("D", H), t)
+    D = t_weights[2].shape[0]
+    dtype = None if torch.is_autocast_enabled(t.device.type) else t_weights[0].dtype
+    for name, weights in (("t_weights", t_weights), ("s_weights", s_weights)):
+        for i, shape in enumerate(((H, frequencies), (H,), (D, H), (D,))):
+            check_tensor(op, f"{name}[{i}]", weights[i], shape, t)
+            if dtype not in (None, weights[i].dtype):
+                raise ValueError(f"{op}: {name}[{i}] must be {dtype} like t_weights[0], got {weights[i].dtype}")
+    check_tensor(op, "table", table, ("classes + 1", D), t)
+    if table.shape[0] == 0:
+        raise ValueError(f"{op}: table must have a row for the null label, got none")
+    if not isinstance(max_period, (int, float)) or not 1 <= max_period <= MAX_PERIOD:
+        raise ValueError(f"{op}: max_period must be a number from 1 to {MAX_PERIOD}, got {max_period!r}")
+
+
+def dual_time_embedding(t, s, y, t_weights, s_weights, table, *, max_period=10_000.0):
+    """SiLU(e_t(t) + e_s(t - s) + table[y]), the conditioning of a DiT with two times, [B, D].
+
+    t, s: [B], not scaled, taken in float32; y: [B] int64, None: the last row of the table, the null label. t_weights,
+    s_weights: (W1 [H, F], b1 [H], W2 [D, H], b2 [D]) as torch.nn.Linear holds them, of one dtype unless under autocast;
+    table: [classes + 1, D]. Returns the promoted dtype of products and table. Differentiable in all weights, biases
+    and the table; t or s that require a gradient take the reference, and so does float64.
+    On the kernel a label outside the table gives a row of NaN; the reference raises IndexError on a CPU.
+    Raises ValueError naming the argument whose type, shape, dtype, device or value is wrong.
+    """
+    _check("dual_time_embedding", t, s, y, t_weights, s_weights, table, max_period)
+    W1, b1, W2, b2 = t_weights
+    V1, a1, V2, a2 = s_weights
+    by_kernel = (
+        use_kernel(t, s, *t_weights, *s_weights, table)
+        and W1.shape[1] <= MAX_FREQUENCIES
+        and not (torch.is_grad_enabled() and (t.requires_grad or s.requires_grad))
+    )
+    if not by_kernel:
+        return dual_time_embedding_reference(t, s, y, t_weights, s_weights, table, max_period=max_period)
+    device = t.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W1.dtype
+    phi_t, phi_s = _sinusoids(t.detach(), s.detach(), W1.shape[1], float(max_period), dtype).unbind()
+    hidden = _hidden(F.linear(phi_t, W1), F.linear(phi_s, V1), b1, a1)
+    return _tail(F.linear(hidden, torch.cat([W2, V2], dim=1)), b2, a2, table, y)
+
+
+def inspect_cases():
+    """(label, call): every launch at the shipped shapes, for `python -m soflow_kernels.inspect`. "autocast": products
+    in bfloat16, parameters in float32."""
+    half, single = torch.bfloat16, torch.float32
+    kinds = (("bfloat16", half, half), ("float32", single, single), ("autocast", half, single))
+    for (kind, dtype, stored), D, B in itertools.product(kinds, (768, 1024, 1152), (32, 256)):
+        t, x, wide = torch.zeros(B), torch.zeros(B, D, dtype=dtype), torch.zeros(B, 2 * D, dtype=dtype)
+        b, table, out = (torch.zeros(shape, dtype=stored) for shape in ((D,), (1001, D), (B, D)))
+        size = f"{B} x {D} {kind}"
+        yield f"time_embedding sinusoids {size}", partial(_sinusoids, t, t, 256, 1e4, dtype)
+        yield f"time_embedding hidden {size}", partial(_hidden, x, x, b, b)
+        yield f"time_embedding hidden backward {size}", partial(_hidden_backward, wide, x, x, b, b)
+        for y, name in ((torch.zeros(B, dtype=torch.int64), ""), (None, "null ")):
+            yield f"time_embedding tail {name}{size}", partial(_tail, x, b, b, table, y)
+            yield f"time_embedding tail backward {name}{size}", partial(_tail_backward, out, x, b, b, table, y)
