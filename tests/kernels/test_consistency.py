@@ -174,6 +174,16 @@ def test_wrong_arguments_are_named(device):
         consistency.consistency_loss(**tensors, coefficients="eulr")
 
 
+@KINDS
+def test_reference_is_differentiated_rightly(coefficients):
+    """With a value of its own nothing that depends on the output is held fixed."""
+    given = {name: value.double() for name, value in inputs((2, 3), torch.float64, "cpu").items()}
+    output, value = given.pop("output").requires_grad_(), torch.randn(2, 3, dtype=torch.float64)
+    settings = {"value": value, "coefficients": coefficients}
+    loss = lambda out: consistency.consistency_loss_reference(out, **given, **settings)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (output,))
+
+
 def test_forward_mode_and_reference_mode(device):
     """A dual tensor takes the reference, whose tangent is exact, and so does everything in reference mode."""
     tensors = inputs((2, 8), torch.float32, device)

@@ -94,6 +94,14 @@ def test_only_the_output_has_a_gradient(device):
     assert [n for n, v in tensors.items() if v.grad is not None] == ["output"]
 
 
+def test_reference_is_differentiated_rightly():
+    """With p = 0 and m = 1 nothing that depends on the output is held fixed."""
+    given = inputs((2, 3), torch.float64, "cpu") | {"t": torch.tensor([0.3, 0.9]).double()}
+    output = given.pop("output").requires_grad_()
+    settings = {"guidance_scale": 3.0, "guidance_decay_time": 0.6, "p": 0.0, "velocity_slope": 1.5}
+    assert torch.autograd.gradcheck(lambda out: flow_matching_loss_reference(out, **given, **settings)[0], (output,))
+
+
 def test_forward_mode_and_reference_mode(device):
     """A dual tensor takes the reference, whose tangent is exact, and so does everything in reference mode."""
     tensors = inputs((2, 8), torch.float32, device)

@@ -179,6 +179,15 @@ def test_gradients_take_the_reference(device):
         assert not ahead(euler_lookahead, given).x_l.requires_grad
 
 
+@PATHS
+def test_references_are_differentiated_rightly(path):
+    given = double(inputs((2, 3), torch.float32, "cpu"))
+    leaves = [given[name].requires_grad_() for name in ("x", "v", "t", "l")]
+    assert torch.autograd.gradcheck(lambda x, v, t, l: path_point_reference(x, v, t, l, path=path), leaves)
+    rest = (given["v_null"], given["v_label"], given["dropped"])
+    assert torch.autograd.gradcheck(lambda *first: euler_lookahead_reference(*first, *rest, **GUIDANCE), leaves)
+
+
 def test_forward_mode_and_reference_mode(device):
     """A dual tensor takes the reference, whose tangent is exact, and so does everything in reference mode."""
     given = inputs((3, 8), torch.float32, device)
