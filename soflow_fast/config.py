@@ -99,7 +99,7 @@ class ObjectiveConfig:
     an average of the student's weights; "ema-literal", the end from that average and the start from the student, which
     does not train: the difference between the two networks is divided by t - l as well."""
     teacher_decay: float = 0.99
-    """Decay of that average, apart from the one that is sampled."""
+    """Decay of that average, apart from the one that is sampled; at first it is (1 + step) / (10 + step)."""
 
 
 @dataclass(frozen=True)

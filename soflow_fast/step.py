@@ -198,6 +198,12 @@ def ema_decay(state: TrainState) -> float:
     return min(decay, (1 + state.step) / (10 + state.step)) if state.config.optim.ema_warmup else decay
 
 
+def teacher_decay(state: TrainState) -> float:
+    """The decay of the teacher in the next update. It rises to the configured one as (1 + step) / (10 + step): an
+    average that still holds the initial weights would teach them."""
+    return min(state.config.objective.teacher_decay, (1 + state.step) / (10 + state.step))
+
+
 @torch.no_grad()
 def _update(state: TrainState) -> Tensor:
     """Clip, AdamW, EMA. Returns the gradient norm before clipping."""
@@ -213,5 +219,5 @@ def _update(state: TrainState) -> Tensor:
     torch._foreach_lerp_(averages, parameters, 1 - ema_decay(state))
     if state.teacher is not None:
         averages = list(state.teacher.parameters())
-        torch._foreach_lerp_(averages, parameters, 1 - state.config.objective.teacher_decay)
+        torch._foreach_lerp_(averages, parameters, 1 - teacher_decay(state))
     return norm

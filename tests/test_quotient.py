@@ -194,15 +194,15 @@ def test_step_takes_the_teachers_quotient(teacher):
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=0)
 
 
-def test_teacher_follows_the_student_with_its_own_decay():
-    state = build(teacher="ema", **{"objective.teacher_decay": 0.7})
-    state.config = dataclasses.replace(
-        state.config, objective=dataclasses.replace(state.config.objective, teacher_decay=0.7)
-    )
+@pytest.mark.parametrize(("step", "decay"), [(0, 0.1), (5, 0.4), (500, 0.7)])
+def test_teacher_follows_the_student_with_its_own_decay(step, decay):
+    state = build(teacher="ema")
+    objective = dataclasses.replace(state.config.objective, teacher_decay=0.7)
+    state.config, state.step = dataclasses.replace(state.config, objective=objective), step
     before = [p.clone() for p in state.teacher.parameters()]
     train_step(state, *batch())
     for old, new, p in zip(before, state.teacher.parameters(), state.flow.parameters(), strict=True):
-        torch.testing.assert_close(new, 0.7 * old + 0.3 * p, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(new, decay * old + (1 - decay) * p, rtol=1e-5, atol=1e-7)
         assert not new.requires_grad
 
 
