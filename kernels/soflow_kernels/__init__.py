@@ -9,6 +9,7 @@ from soflow_kernels.adaln import (
     layernorm_modulate,
     layernorm_modulate_reference,
 )
+from soflow_kernels.adamw import AdamWEMA, adamw_ema, adamw_ema_reference, clip_scale
 from soflow_kernels.consistency import consistency_loss, consistency_loss_reference
 from soflow_kernels.flow_matching import flow_matching_loss, flow_matching_loss_reference
 from soflow_kernels.gate import gate_residual, gate_residual_reference
@@ -18,10 +19,14 @@ from soflow_kernels.time_embedding import dual_time_embedding, dual_time_embeddi
 from soflow_kernels.version import __version__
 
 __all__ = [
+    "AdamWEMA",
     "Status",
     "__version__",
+    "adamw_ema",
+    "adamw_ema_reference",
     "bias_gelu",
     "bias_gelu_reference",
+    "clip_scale",
     "consistency_loss",
     "consistency_loss_reference",
     "dual_time_embedding",

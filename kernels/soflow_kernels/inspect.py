@@ -19,14 +19,25 @@ import tempfile
 
 import torch
 
-from soflow_kernels import _dispatch, adaln, consistency, flow_matching, gate, gelu, lookahead, time_embedding
+from soflow_kernels import (
+    _dispatch,
+    adaln,
+    adamw,
+    consistency,
+    flow_matching,
+    gate,
+    gelu,
+    lookahead,
+    time_embedding,
+)
 from soflow_kernels.version import __version__
 
-MODULES = (adaln, consistency, flow_matching, gate, gelu, lookahead, time_embedding)
+MODULES = (adaln, adamw, consistency, flow_matching, gate, gelu, lookahead, time_embedding)
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
@@ -99,7 +110,7 @@ def load_widths(ptx):
 
 def forced_narrow(ttgir, warps):
     """How many loads narrower than 16 bytes the shapes of the loaded tensors make unavoidable."""
-    sizes = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "i64": 8, "i8": 1, "u8": 1, "i1": 1}
+    sizes = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "i32": 4, "i64": 8, "i8": 1, "u8": 1, "i1": 1}
     count = 0
     for line in ttgir.splitlines():
         if "tt.load" not in line and "async_copy_global_to_local" not in line:

@@ -1,0 +1,334 @@
+"""adamw_ema and AdamWEMA against torch's AdamW, and the averages and copies against their formulas."""
+
+import io
+
+import pytest
+import torch
+
+from soflow_kernels import AdamWEMA, adamw, clip_scale, testing
+from soflow_kernels.adamw import adamw_ema, adamw_ema_reference
+
+SHAPES = ((7,), (1,), (33, 31), (1024,), (4097,), (2, 4, 8), (0,), (3, 1032))
+HYPER = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def parameters(device, seed=0, shapes=SHAPES):
+    source = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=source).to(device)) for shape in shapes]
+
+
+def set_gradients(params, k, dtype=torch.float32, scale=1.0):
+    for i, p in enumerate(params):
+        source = torch.Generator().manual_seed(1000 * k + i)
+        gradient = torch.randn(p.shape, generator=source).to(p.device, dtype)
+        if dtype == torch.float32:
+            p.grad = gradient * scale
+        else:
+            p.grad_dtype = dtype
+            p.grad = gradient
+
+
+def torch_adamw(params, **changes):
+    """The plain formula in torch's own words, in float64."""
+    doubles = [torch.nn.Parameter(p.detach().double()) for p in params]
+    return doubles, torch.optim.AdamW(doubles, **{**HYPER, **changes}, foreach=False)
+
+
+def averages_of(params, n):
+    return [[p.detach().clone() for p in params] for _ in range(n)]
+
+
+def errors(got, wanted):
+    """Of each tensor that is not empty, relative to its largest element."""
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(got, wanted, strict=True) if b.numel()]
+    return torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs])
+
+
+def close(got, wanted, tolerance=1e-6):
+    found = errors(got, wanted)
+    assert (found <= tolerance).all(), found
+
+
+def test_equals_torch_over_100_steps_with_a_moving_rate(device):
+    mine = parameters(device)
+    decays = (0.9, 0.99, 0.5)
+    emas = averages_of(mine, 3)
+    copies = [p.detach().bfloat16() for p in mine]
+    optimizer = AdamWEMA(mine, **HYPER, emas=emas, ema_decays=decays, copies=copies)
+    theirs, reference = torch_adamw(mine)
+    single = parameters(device)
+    eager = torch.optim.AdamW(single, **HYPER, foreach=False)
+    expected = averages_of(theirs, 3)
+    for k in range(100):
+        rate = HYPER["lr"] * (1 - k / 200)
+        for group in (*optimizer.param_groups, *reference.param_groups, *eager.param_groups):
+            group["lr"] = rate
+        set_gradients(mine, k)
+        set_gradients(single, k)
+        for p, q in zip(mine, theirs, strict=True):
+            q.grad = p.grad.double()
+        optimizer.step()
+        reference.step()
+        eager.step()
+        for average, decay in zip(expected, decays, strict=True):
+            torch._foreach_lerp_(average, [q.detach() for q in theirs], 1 - decay)
+    # torch's own float32 is not always within a millionth of the truth.
+    close(mine, theirs, (1.5 * errors(single, theirs)).clamp_min(1e-6))
+    for name in ("exp_avg", "exp_avg_sq"):
+        got, wanted, other = (
+            [o.state[p][name] for p in params]
+            for o, params in ((optimizer, mine), (reference, theirs), (eager, single))
+        )
+        close(got, wanted, (1.5 * errors(other, wanted)).clamp_min(1e-6))
+    for average, wanted in zip(emas, expected, strict=True):
+        close(average, wanted)
+    close(copies, mine, 2**-7)
+    assert all(optimizer.state[p]["step"] == 100 for p in mine)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_in_half_precision(dtype, device):
+    mine = parameters(device)
+    lists = [[torch.zeros_like(p) for p in mine] for _ in range(2)]
+    gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(device, dtype) for p in mine]
+    theirs, reference = torch_adamw(mine)
+    steps = [torch.ones((), device=device) for _ in mine]
+    lr = torch.tensor(HYPER["lr"], device=device)
+    rest = {name: HYPER[name] for name in ("betas", "eps", "weight_decay")}
+    adamw_ema([p.detach() for p in mine], gradients, *lists, steps, lr, **rest)
+    for q, gradient in zip(theirs, gradients, strict=True):
+        q.grad = gradient.double()
+    reference.step()
+    close(mine, theirs)
+
+
+def test_many_kinds_of_beta_and_the_first_steps(device):
+    """The bias corrections of the first steps do not cancel, however near 1 a beta is."""
+    for betas in ((0.9, 0.999), (0.0, 0.99999), (0.5, 0.0)):
+        mine = parameters(device, shapes=((40,),))
+        optimizer = AdamWEMA(mine, lr=0.1, betas=betas, eps=1e-12, weight_decay=0.0)
+        theirs, reference = torch_adamw(mine, lr=0.1, betas=betas, eps=1e-12, weight_decay=0.0)
+        for k in range(3):
+            set_gradients(mine, k)
+            theirs[0].grad = mine[0].grad.double()
+            optimizer.step()
+            reference.step()
+            close(mine, theirs, 2e-6)
+
+
+@pytest.mark.parametrize("norm", [0.5, 4.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+def test_clipping_and_the_finite_flag(norm, max_norm, device):
+    norm = torch.tensor(norm, device=device)
+    scale, finite = clip_scale(norm, max_norm)
+    mine, theirs = parameters(device), parameters(device)
+    emas, copies = averages_of(mine, 1), [p.detach().bfloat16() for p in mine]
+    optimizer = AdamWEMA(mine, **HYPER, emas=emas, ema_decays=(0.9,), copies=copies)
+    set_gradients(mine, -1)
+    optimizer.step()  # so that the state is not empty
+    before = [t.clone() for t in (*mine, *emas[0], *copies, *(optimizer.state[mine[3]].values()))]
+    set_gradients(mine, 0)
+    optimizer.step(grad_scale=scale, finite=finite)
+    after = [*mine, *emas[0], *copies, *(optimizer.state[mine[3]].values())]
+    if not norm.isfinite():
+        assert all(map(torch.equal, before, after))
+        return
+    reference = torch.optim.AdamW(theirs, **HYPER, foreach=False)
+    for k, factor in ((-1, 1.0), (0, min(1.0, max_norm / (norm.item() + 1e-6)) if max_norm else 1.0)):
+        set_gradients(theirs, k, scale=factor)
+        reference.step()
+    close(mine, theirs)
+
+
+def test_state_goes_both_ways_with_torch(device):
+    """Two steps by one, a save and a load, two by the other: as four by either."""
+
+    def train(first, second):
+        params = parameters(device)
+        optimizer = first(params)
+        for k in range(4):
+            if k == 2:
+                buffer = io.BytesIO()
+                torch.save(optimizer.state_dict(), buffer)
+                buffer.seek(0)
+                optimizer = second(params)
+                optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+            set_gradients(params, k)
+            optimizer.step()
+        assert set(optimizer.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+        return params
+
+    ours = lambda params: AdamWEMA(params, **HYPER)  # noqa: E731
+    theirs = lambda params: torch.optim.AdamW(params, **HYPER)  # noqa: E731
+    wanted = train(theirs, theirs)
+    for first, second in ((ours, theirs), (theirs, ours), (ours, ours)):
+        close(train(first, second), wanted)
+
+
+def test_groups_and_parameters_without_a_gradient(device):
+    mine, theirs = parameters(device), parameters(device)
+
+    def groups(params):
+        return [{"params": params[:3]}, {"params": params[3:], "lr": 1e-2, "weight_decay": 0.0}]
+
+    emas = averages_of(mine, 1)
+    optimizer = AdamWEMA(groups(mine), **HYPER, emas=emas, ema_decays=(0.5,))
+    reference = torch.optim.AdamW(groups(theirs), **HYPER, foreach=False)
+    still = mine[4].detach().clone()
+    for k in range(3):
+        for params in (mine, theirs):
+            set_gradients(params, k)
+            params[4].grad = None
+        optimizer.step()
+        reference.step()
+    close(mine, theirs)
+    assert torch.equal(mine[4], still) and torch.equal(emas[0][4], still) and not optimizer.state[mine[4]]
+
+
+def test_misaligned_tensors_and_gradients_that_move(device):
+    """No wide load fits; and the table follows the gradients to where they are now."""
+    flat = torch.randn(2 * 1035 + 1, device=device)
+    mine = [torch.nn.Parameter(flat[1:1036]), torch.nn.Parameter(flat[1036:])]
+    theirs, reference = torch_adamw(mine)
+    optimizer = AdamWEMA(mine, **HYPER)
+    for k in range(12):  # more tables than are kept
+        kept = [p.grad for p in mine]
+        set_gradients(mine, k)
+        for p, q in zip(mine, theirs, strict=True):
+            q.grad = p.grad.double()
+        optimizer.step()
+        reference.step()
+        del kept
+    close(mine, theirs)
+    assert len(adamw._tables) <= adamw.KEPT_TABLES
+
+
+def test_same_bits_every_time(device):
+    runs = []
+    for _ in range(3):
+        params = parameters(device)
+        optimizer = AdamWEMA(params, **HYPER)
+        for k in range(2):
+            set_gradients(params, k)
+            optimizer.step()
+        runs.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+
+def test_the_kernel_runs_and_nothing_waits_for_the_host(device, monkeypatch):
+    launches = []
+    plain = adamw.launch
+    monkeypatch.setattr(adamw, "launch", lambda *a, **k: launches.append(a[1]) or plain(*a, **k))
+
+    class NoReads(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default, "a tensor was read on the host"
+            return function(*args, **(kwargs or {}))
+
+    params = parameters(device)
+    optimizer = AdamWEMA(params, **HYPER, emas=averages_of(params, 1), ema_decays=(0.9,))
+    set_gradients(params, 0)
+    scale, finite = clip_scale(torch.tensor(2.0, device=device), 1.0)
+    with NoReads():
+        optimizer.step(grad_scale=scale, finite=finite)
+    assert len(launches) == 2  # tensors that wide loads fit, and the others
+    with testing.mode("reference"):
+        optimizer.step()
+    assert len(launches) == 2
+
+
+def test_reference_is_the_same_update(device):
+    mine, theirs = parameters(device), parameters(device)
+    results = []
+    for params, function in ((mine, adamw_ema), (theirs, adamw_ema_reference)):
+        state = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+        emas, copies = averages_of(params, 2), [p.detach().half() for p in params]
+        steps = [torch.ones((), device=device) for _ in params]
+        values = [p.detach() for p in params]
+        gradients = [torch.ones_like(p) * 0.3 for p in values]
+        function(
+            values, gradients, *state, steps, torch.tensor(0.01, device=device), betas=(0.8, 0.95), weight_decay=0.2,
+            grad_scale=torch.tensor(0.5, device=device), emas=emas, copies=copies,
+            ema_decays=torch.tensor([0.9, 0.3], dtype=torch.float64, device=device),
+            finite=torch.tensor(True, device=device),
+        )  # fmt: skip
+        results.append([*values, *state[0], *state[1], *emas[0], *emas[1], *copies])
+        assert all(torch.equal(g, torch.ones_like(g) * 0.3) for g in gradients)  # gradients are only read
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3 if got.dtype == torch.float16 else 1e-6, atol=1e-9)
+
+
+def test_opcheck(device):
+    params = [p.detach() for p in parameters(device, shapes=((8,), (3,)))]
+    lists = [[torch.rand_like(p) for p in params] for _ in range(4)]
+    one = torch.ones((), device=device)
+    decays = torch.tensor([0.9], dtype=torch.float64, device=device)
+    go = torch.ones((), dtype=torch.uint8, device=device)
+    copies = [p.bfloat16() for p in params]
+    steps = [one.clone(), one.clone()]
+    arguments = (params, *lists[:3], lists[3], copies, steps, one, one, go, decays, 0.9, 0.99, 1e-8, 0.1)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(adamw._adamw_ema, arguments, test_utils=utilities)
+
+
+def good(device="cpu"):
+    params = [torch.zeros(4, device=device), torch.zeros(2, 3, device=device)]
+    lists = [[torch.zeros_like(p) for p in params] for _ in range(3)]
+    return {
+        "params": params,
+        "grads": lists[0],
+        "exp_avgs": lists[1],
+        "exp_avg_sqs": lists[2],
+        "steps": [torch.ones(()), torch.ones(())],
+        "lr": torch.tensor(0.1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"params": torch.zeros(4)}, "params must be a list"),
+        ({"grads": [torch.zeros(4)]}, "grads must be a list of 2 tensors"),
+        ({"grads": [torch.zeros(4), torch.zeros(3, 2)]}, r"grads\[1\] must be a tensor of shape \[2, 3\]"),
+        ({"grads": [torch.zeros(4), torch.zeros(2, 3).long()]}, r"grads\[1\] must be float32, bfloat16, float16"),
+        ({"grads": [torch.zeros(4), torch.zeros(2, 3).half()]}, r"grads\[1\] must be .* all alike"),
+        ({"exp_avgs": [torch.zeros(4), torch.zeros(3, 2).t()]}, r"exp_avgs\[1\] must be contiguous"),
+        ({"exp_avg_sqs": [None, None]}, r"exp_avg_sqs\[0\] must be a tensor"),
+        ({"steps": [1, 1]}, r"steps\[0\] must be a tensor of shape \[\]"),
+        ({"lr": 0.1}, "lr must be a float32 tensor"),
+        ({"grad_scale": 1.0}, "grad_scale must be a float32 tensor"),
+        ({"finite": torch.tensor(1.0)}, "finite must be a bool tensor"),
+        ({"emas": [[torch.zeros(4), torch.zeros(2, 3)]]}, r"ema_decays must be a float64 tensor of shape \[1\]"),
+        ({"emas": [[]] * 4}, "emas must be at most 3 lists, got 4"),
+        ({"copies": [torch.zeros(4), torch.zeros(2, 3)]}, r"copies\[0\] must be bfloat16, float16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=f"^adamw_ema: {message}"):
+        adamw_ema(**{**good(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"emas": [[]], "ema_decays": ()}, "as many decays"),
+        ({"emas": [[torch.zeros(4)]], "ema_decays": (1.0,)}, r"ema_decays must be in \[0, 1\)"),
+        ({"emas": [[torch.zeros(4)] * 2], "ema_decays": (0.5,)}, "emas must hold 1 tensors, got 2"),
+        ({"copies": []}, "copies must hold 1 tensors, got 0"),
+        ({"lr": -1.0}, "Invalid learning rate"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_optimizers_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        AdamWEMA([torch.nn.Parameter(torch.zeros(4))], **change)
+
+
+def test_amsgrad_is_refused():
+    p = torch.nn.Parameter(torch.ones(4))
+    theirs, ours = torch.optim.AdamW([p], amsgrad=True), AdamWEMA([p])
+    ours.load_state_dict(theirs.state_dict())
+    p.grad = torch.ones(4)
+    with pytest.raises(ValueError, match="amsgrad and maximize are not supported"):
+        ours.step()
