@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from soflow_kernels import AdamWEMA
+
 from .config import Config, validate
 from .errors import ConfigError
 from .flow import SolutionFlow
@@ -21,7 +23,8 @@ class TrainState:
     config: Config
     flow: SolutionFlow
     ema: SolutionFlow
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamWEMA
+    """Updates the averages as well: `ema`, then `teacher` if there is one."""
     objective: Objective
     device: torch.device
     precision: str
@@ -52,16 +55,18 @@ class TrainState:
         flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
         flow = flow.to(device)
         ema = copy.deepcopy(flow).requires_grad_(False).eval()
+        teacher = None if quotient.teacher == "student" else copy.deepcopy(ema)
         optim = config.optim
-        optimizer = torch.optim.AdamW(
+        averages = [ema] if teacher is None else [ema, teacher]
+        optimizer = AdamWEMA(
             flow.parameters(),
             lr=optim.lr,
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
-            fused=True,
+            emas=[list(average.parameters()) for average in averages],
+            ema_decays=[0.0] * len(averages),  # the step sets them
         )
-        teacher = None if quotient.teacher == "student" else copy.deepcopy(ema)
         objective = Objective(config.objective)
         return cls(config, flow, ema, optimizer, objective, device, precision, quotient, teacher, 0, rank, world)
 

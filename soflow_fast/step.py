@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from soflow_kernels import clip_scale
+
 from .model import Tape
 from .objective import LossTerm, with_null
 from .quotient import Ends, cosine, products, value_and_increment
@@ -206,18 +208,14 @@ def teacher_decay(state: TrainState) -> float:
 
 @torch.no_grad()
 def _update(state: TrainState) -> Tensor:
-    """Clip, AdamW, EMA. Returns the gradient norm before clipping."""
-    parameters: list[Tensor] = list(state.flow.parameters())
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if state.config.optim.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, state.config.optim.grad_clip, norm)
-    for group in state.optimizer.param_groups:
+    """Clip, AdamW and the averages; nothing moves if a gradient is not finite. Returns the norm before clipping."""
+    optimizer, optim = state.optimizer, state.config.optim
+    norm = torch.nn.utils.get_total_norm([p.grad for p in state.flow.parameters() if p.grad is not None])
+    scale, finite = clip_scale(norm, optim.grad_clip)
+    for group in optimizer.param_groups:
         group["lr"] = learning_rate(state)
-    state.optimizer.step()
-    averages: list[Tensor] = list(state.ema.parameters())
-    torch._foreach_lerp_(averages, parameters, 1 - ema_decay(state))
-    if state.teacher is not None:
-        averages = list(state.teacher.parameters())
-        torch._foreach_lerp_(averages, parameters, 1 - teacher_decay(state))
+    decays = [ema_decay(state)] if state.teacher is None else [ema_decay(state), teacher_decay(state)]
+    for place, decay in zip(optimizer.ema_decays, decays, strict=True):
+        place.fill_(decay)
+    optimizer.step(grad_scale=scale if optim.grad_clip else None, finite=finite)
     return norm

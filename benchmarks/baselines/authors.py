@@ -34,7 +34,7 @@ def build(config: Config) -> TrainState:
     on_gpu = resolve_device(config.run.device).type == "cuda"
     state = TrainState.build(replace(config, precision="tf32" if on_gpu and config.precision != "fp32" else "fp32"))
     optim = config.optim
-    state.optimizer = torch.optim.AdamW(
+    state.optimizer = torch.optim.AdamW(  # pyright: ignore[reportAttributeAccessIssue]
         state.flow.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
     return state
