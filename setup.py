@@ -25,6 +25,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-benchmark>=5",
         "hypothesis>=6.100",
+        "diffusers>=0.35",  # whose DiT takes the kernels
         "triton>=3.6; sys_platform == 'linux'",
         "ruff>=0.12",
         "pyright[nodejs]>=1.1.400",

@@ -15,6 +15,7 @@ from soflow_kernels.flow_matching import flow_matching_loss, flow_matching_loss_
 from soflow_kernels.gate import gate_residual, gate_residual_reference
 from soflow_kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu, linear_gelu_reference
 from soflow_kernels.lookahead import euler_lookahead, euler_lookahead_reference, path_point, path_point_reference
+from soflow_kernels.patch import patch_dit
 from soflow_kernels.time_embedding import dual_time_embedding, dual_time_embedding_reference
 from soflow_kernels.version import __version__
 
@@ -43,6 +44,7 @@ __all__ = [
     "layernorm_modulate_reference",
     "linear_gelu",
     "linear_gelu_reference",
+    "patch_dit",
     "path_point",
     "path_point_reference",
     "status",

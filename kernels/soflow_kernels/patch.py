@@ -1,0 +1,258 @@
+"""The kernels in other people's diffusion transformers: `patch_dit(model)`.
+
+Recognised by structure, whatever the classes are called:
+
+* the block of DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740): norm1, attn, norm2, mlp, adaLN_modulation, called as
+  block(x, c); shift, scale and gate of the attention and of the MLP are the six parts of adaLN_modulation(c);
+* their final layer: norm_final, linear, adaLN_modulation, called as layer(x, c);
+* the block of diffusers' DiTTransformer2DModel: norm1 (with its embedding), attn1, norm3, ff.
+
+A block then makes four passes over its tokens besides products and attention: LayerNorm and modulation; gated residual,
+LayerNorm and modulation; bias and GELU, where the MLP is two products around a tanh GELU; gated residual. Parameters,
+buffers and the keys of the state_dict stay as they are.
+"""
+
+import functools
+import inspect
+
+import torch
+from torch import nn
+
+from soflow_kernels.adaln import gate_residual_layernorm_modulate, layernorm_modulate
+from soflow_kernels.gate import gate_residual
+from soflow_kernels.gelu import linear_gelu
+
+TOKENS = 16
+"""Of the input on which a block is compared before and after, where the model does not say how many it takes."""
+TOLERANCE = 0.05
+"""Relative, of that comparison: far above rounding, far below another order of shift, scale and gate."""
+
+
+class _Mismatch(Exception):
+    """Why a module that looks like a DiT block is none that we know."""
+
+
+# What the patched modules do.
+
+
+def _mlp(mlp, h):
+    """mlp(h), its first product and GELU by the kernel where nothing else happens in between."""
+    inner, outer = _layers(mlp)
+    if inner is None or outer is None or not _unwatched(mlp, *mlp.children()) or _drops(mlp):
+        return mlp(h)
+    return outer(linear_gelu(h, inner.weight, inner.bias))
+
+
+def _block(self, x, c):
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+    attended = self.attn(layernorm_modulate(x, shift, scale, self.norm1.eps))
+    x, h = gate_residual_layernorm_modulate(x, attended, gate, shift_mlp, scale_mlp, eps=self.norm2.eps)
+    return gate_residual(x, _mlp(self.mlp, h), gate_mlp)
+
+
+def _final(self, x, c):
+    shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    return self.linear(layernorm_modulate(x, shift, scale, self.norm_final.eps))
+
+
+def _diffusers_block(
+    self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, timestep=None,
+    cross_attention_kwargs=None, class_labels=None, added_cond_kwargs=None,
+):  # fmt: skip
+    x, options = hidden_states, dict(cross_attention_kwargs or {})
+    if self._chunk_size is not None or "gligen" in options or x.dim() != 3:
+        return self._soflow_base.forward(
+            self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+            cross_attention_kwargs, class_labels, added_cond_kwargs,
+        )  # fmt: skip
+    c = self.norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1.linear(self.norm1.silu(c)).chunk(6, dim=1)
+    h = layernorm_modulate(x, shift, scale, self.norm1.norm.eps)
+    attended = self.attn1(h, encoder_hidden_states=None, attention_mask=attention_mask, **options)
+    x, h = gate_residual_layernorm_modulate(x, attended, gate, shift_mlp, scale_mlp, eps=self.norm3.eps)
+    return gate_residual(x, _mlp(self.ff, h), gate_mlp)
+
+
+FORWARDS = {"block": _block, "final layer": _final, "diffusers block": _diffusers_block}
+
+
+# Which modules are what.
+
+
+def _layers(mlp):
+    """(first, second) product of an MLP of Linear, tanh GELU, Linear and nothing but dropout, else (None, None)."""
+    if {"fc1", "act", "fc2"} <= set(dict(mlp.named_children())):  # timm's
+        inner, gelu, outer = mlp.fc1, mlp.act, mlp.fc2
+        others = [m for name, m in mlp.named_children() if name not in ("fc1", "act", "fc2")]
+        tanh = isinstance(gelu, nn.GELU) and gelu.approximate == "tanh"
+    elif isinstance(getattr(mlp, "net", None), nn.ModuleList) and len(mlp.net) >= 3:  # diffusers'
+        gelu, *others, outer = mlp.net if isinstance(mlp.net[-1], nn.Linear) else mlp.net[:-1]
+        inner = getattr(gelu, "proj", None)
+        tanh = getattr(gelu, "approximate", None) == "tanh" and len(list(gelu.children())) == 1
+    else:
+        return None, None
+    fits = tanh and type(inner) is nn.Linear and isinstance(outer, nn.Linear) and inner.bias is not None
+    harmless = all(isinstance(m, (nn.Dropout, nn.Identity)) for m in others)
+    return (inner, outer) if fits and harmless else (None, None)
+
+
+def _drops(mlp):
+    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in mlp.modules())
+
+
+def _unwatched(*modules):
+    """Whether nobody has hooked into these modules, which would be passed over."""
+    watchers = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(m, name) for m in modules for name in watchers)
+
+
+def _check_norm(name, norm):
+    if type(norm) is not nn.LayerNorm:
+        raise _Mismatch(f"{name} is {type(norm).__name__}, not torch.nn.LayerNorm")
+    if norm.elementwise_affine:
+        raise _Mismatch(f"{name} has a weight of its own (elementwise_affine), which adaLN has not")
+    if len(norm.normalized_shape) != 1:
+        raise _Mismatch(f"{name} is over {len(norm.normalized_shape)} dimensions, not the last one alone")
+    return norm.normalized_shape[0]
+
+
+def _check_modulation(name, module, width, parts):
+    last = list(module.children())[-1] if isinstance(module, nn.Sequential) and len(module) else module
+    if not isinstance(last, nn.Linear) or last.out_features != parts * width:
+        raise _Mismatch(f"{name} does not end with a Linear to {parts} x {width}")
+
+
+def _check_call(module, names):
+    found = [p.name for p in list(inspect.signature(type(module).forward).parameters.values())[1:]]
+    if len(found) != names:
+        raise _Mismatch(f"its forward takes ({', '.join(found)}), not (x, c)")
+
+
+def _check_children(module, wanted):
+    extra = [name for name, _ in module.named_children() if name not in wanted]
+    extra += [name for name, _ in module.named_parameters(recurse=False)]
+    if extra:
+        raise _Mismatch(f"it also has {', '.join(extra)}")
+
+
+def _recognise(module):
+    """The kind of a module, None if it looks like no part of a DiT. Raises _Mismatch if it is of an unknown form."""
+    parts = dict(module.named_children())
+    if "adaLN_modulation" in parts:
+        if {"norm_final", "linear"} <= set(parts):
+            _check_children(module, ("norm_final", "linear", "adaLN_modulation"))
+            width = _check_norm("norm_final", module.norm_final)
+            _check_modulation("adaLN_modulation", module.adaLN_modulation, width, 2)
+            _check_call(module, 2)
+            return "final layer"
+        wanted = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
+        missing = [name for name in wanted if name not in parts]
+        if missing:
+            raise _Mismatch(f"it has no {', '.join(missing)}")
+        _check_children(module, wanted)
+        width = _check_norm("norm1", module.norm1)
+        _check_norm("norm2", module.norm2)
+        _check_modulation("adaLN_modulation", module.adaLN_modulation, width, 6)
+        _check_call(module, 2)
+        return "block"
+    if "attn1" in parts and "ff" in parts and hasattr(module, "norm_type"):
+        if module.norm_type != "ada_norm_zero":
+            raise _Mismatch(f"its norm_type is {module.norm_type!r}, not 'ada_norm_zero'")
+        _check_children(module, ("norm1", "attn1", "norm3", "ff"))
+        if getattr(module.norm1, "emb", None) is None:
+            raise _Mismatch("norm1 has no embedding of its own")
+        width = _check_norm("norm1.norm", module.norm1.norm)
+        _check_norm("norm3", module.norm3)
+        _check_modulation("norm1.linear", module.norm1.linear, width, 6)
+        if getattr(module, "pos_embed", None) is not None or getattr(module, "only_cross_attention", False):
+            raise _Mismatch("it has positions or cross-attention of its own")
+        return "diffusers block"
+    return None
+
+
+@functools.cache
+def _patched_class(base, kind):
+    """A subclass of `base` whose forward runs the kernels. Copies of its instances are rebuilt from `base`."""
+
+    def reduce(self, protocol):
+        return _rebuild, (base, kind), self.__dict__
+
+    names = {"forward": FORWARDS[kind], "__reduce_ex__": reduce, "_soflow_base": base, "__module__": base.__module__}
+    return type(base.__name__, (base,), names)
+
+
+def _rebuild(base, kind):
+    cls = _patched_class(base, kind)
+    return cls.__new__(cls)
+
+
+def _wave(like, *shape):
+    """Numbers in [-1, 1] that are all different, and no random generator's."""
+    n = torch.arange(1, 1 + torch.Size(shape).numel(), dtype=torch.float64)
+    return torch.sin(0.7391 * n).reshape(shape).to(like)
+
+
+def _compare(module, kind, tokens):
+    """Raise _Mismatch unless the kernels compute what the module's own forward does, where modulations are not 0."""
+    width = (module.norm1 if kind == "block" else module.norm_final).normalized_shape[0]
+    weights = {f"adaLN_modulation.{name}": p for name, p in module.adaLN_modulation.named_parameters()}
+    weight = next(iter(weights.values()))
+    replaced = {name: 0.3 * _wave(p, *p.shape) for name, p in weights.items()}
+    arguments = (_wave(weight, 2, tokens, width), _wave(weight, 2, weight.shape[1]))
+    training = {m: m.training for m in module.modules()}
+    base = type(module)
+    with torch.no_grad():
+        module.eval()
+        try:
+            wanted = torch.func.functional_call(module, replaced, arguments)
+            module.__class__ = _patched_class(base, kind)
+            got = torch.func.functional_call(module, replaced, arguments)
+        except Exception as error:
+            what = str(error).strip().splitlines() or [""]
+            raise _Mismatch(f"it cannot be tried on {tokens} tokens ({type(error).__name__}: {what[0]})") from None
+        finally:
+            module.__class__ = base
+            for m, was in training.items():
+                m.training = was
+    if got.shape != wanted.shape or not (got - wanted).norm() <= TOLERANCE * wanted.norm():
+        raise _Mismatch("it computes something else than a DiT's, from the same input and weights")
+
+
+def patch_dit(model):
+    """Put the kernels into the blocks of somebody else's DiT, in place; returns the model.
+
+    model: a torch.nn.Module with blocks of the forms in the module's docstring, anywhere inside. Their parameters, and
+    the keys of the state_dict, do not change; outputs and gradients are the same within rounding. One block of each
+    class with DiT's interface is run on a small input before and after, which must agree. Patching again changes
+    nothing.
+    Raises ValueError, and changes nothing, if there is no such block, or one that looks like it but is of another form:
+    its place, its class and what differs are named.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"patch_dit: model must be a torch.nn.Module, got {type(model).__name__}")
+    pos = getattr(model, "pos_embed", None)
+    tokens = pos.shape[1] if isinstance(pos, torch.Tensor) and pos.dim() == 3 else TOKENS
+    found, compared, patched = [], set(), 0
+    for path, module in model.named_modules():
+        if hasattr(type(module), "_soflow_base"):
+            patched += 1
+            continue
+        try:
+            kind = _recognise(module)
+            if kind is None:
+                continue
+            if kind != "diffusers block" and type(module) not in compared:
+                _compare(module, kind, tokens)
+                compared.add(type(module))
+        except _Mismatch as mismatch:
+            where = path or "the model itself"
+            raise ValueError(f"patch_dit: {where} ({type(module).__name__}) is no DiT block: {mismatch}") from None
+        found.append((module, kind))
+    if not patched and all(kind == "final layer" for _, kind in found):
+        raise ValueError(
+            f"patch_dit: found no DiT block in {type(model).__name__}: none has norm1, attn, norm2, mlp and "
+            "adaLN_modulation, or is a diffusers block of norm_type 'ada_norm_zero'"
+        )
+    for module, kind in found:
+        module.__class__ = _patched_class(type(module), kind)
+    return model
