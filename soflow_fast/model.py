@@ -185,12 +185,14 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, tape: Tape | None = None) -> Tensor:
         """The network's output, [B, C, H, W], for x [B, C, H, W], times t and s [B], labels y [B] (None: null).
 
-        Computes in the dtype of the parameters; `tape` notes the products on the way.
-        Raises ValueError for shapes that do not fit the configuration.
+        Computes in the dtype of the parameters. Under autocast the two ends stay in it as well: the conditioning, the
+        patches and the last product cost nothing beside the blocks, and what they round is lost in every token.
+        `tape` notes the products on the way. Raises ValueError for shapes that do not fit the configuration.
         """
         self.check_input(x, t, s, y)
-        c = self.conditioning(t, s, y)
-        x = self.x_embedder(x) + self.pos_embed
+        with torch.autocast(x.device.type, enabled=False):
+            c = self.conditioning(t, s, y)
+            x = self.x_embedder(x) + self.pos_embed
         # shift, scale and gate of the attention and of the MLP of each block, then shift and scale of the final layer
         modulations = [product(block.adaLN_modulation[1], c, tape).chunk(6, dim=1) for block in self.blocks]
         final_shift, final_scale = product(self.final_layer.adaLN_modulation[1], c, tape).chunk(2, dim=1)
@@ -201,7 +203,8 @@ class DiT(nn.Module):
         ):
             x, h = gate_residual_layernorm_modulate(x, block.attn(h, tape), gate_attn, shift, scale)
             x, h = gate_residual_layernorm_modulate(x, block.mlp(h, tape), gate_mlp, next_shift, next_scale)
-        return self.unpatchify(product(self.final_layer.linear, h, tape))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.unpatchify(product(self.final_layer.linear, h.to(x.dtype), tape))
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Output patches [B, T, patch^2 C] -> images [B, C, H, W]."""

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import soflow_kernels as kernels
 from soflow_fast import DiT, DiTConfig, Objective, TrainState, paired_forward, preset, train_step
 from soflow_fast import increments as inc
 from soflow_fast.attention import flop_counter
@@ -134,21 +136,27 @@ def test_pieces_do_not_cancel_or_overflow(size):
     source = torch.Generator().manual_seed(3)
     h, dh = torch.randn(2, 4, 6, 16, generator=source) * 3
     dh = dh * size
+    one = torch.zeros(2, 4, 16)
     pieces = {
-        "silu": lambda a: a * torch.sigmoid(a),
-        "gelu": lambda a: torch.nn.functional.gelu(a, approximate="tanh"),
-        "layernorm": lambda a: torch.nn.functional.layer_norm(a, a.shape[-1:], eps=1e-6),
-        "softmax": lambda a: torch.softmax(a, -1),
+        "silu": (lambda x: kernels.silu_increment(x), lambda a: a * torch.sigmoid(a)),
+        "gelu": (lambda x: kernels.bias_gelu_increment(x), lambda a: F.gelu(a, approximate="tanh")),
+        "layernorm": (
+            lambda x: kernels.layernorm_modulate_increment(x, one, one),
+            lambda a: F.layer_norm(a, a.shape[-1:], eps=1e-6),
+        ),
+        "softmax": (lambda x: inc.softmax(*x), lambda a: torch.softmax(a, -1)),
     }
-    for name, plain in pieces.items():
-        value, increment = getattr(inc, name)(h, dh)
+    for name, (paired, plain) in pieces.items():
+        value, increment = paired(torch.stack([h, dh]))
         wide, dwide = h.double(), dh.double()
         assert relative(value, plain(wide)) < 1e-6, name
         assert relative(increment, plain(wide + dwide) - plain(wide)) < 1e-5, name
     t, dt = torch.rand(50, generator=source), torch.randn(50, generator=source) * min(size, 0.5)
-    increment = inc.sinusoids(t, dt)[1]
-    difference = inc.sinusoids(t.double() + dt.double(), dt.double())[0] - inc.sinusoids(t.double(), dt.double())[0]
-    assert relative(increment, difference) < 1e-5
+    s = torch.rand(50, generator=source)
+    increment = kernels.time_embedding_increment(t, dt, s)[1]
+    t, dt, s = t.double(), dt.double(), s.double()
+    start, end = (kernels.time_embedding_increment(u, dt, s)[0] for u in (t, t + dt))
+    assert relative(increment, end - start) < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -235,7 +235,7 @@ def test_teacher_is_saved_and_resumed_to_the_bit(tmp_path):
 )
 def test_cosine_shows_the_trap(how, least, most):
     state = build(teacher=how.teacher)
-    at = ends(state, 0.0005)
+    at = ends(state, 0.0001)
     given = value_and_increment(how, state.flow, state.teacher, at, None)
     q = state.objective.quotient(state.flow, *given, at.x, at.target, at.t, at.l, at.s)
     assert least <= cosine(how, state.objective, state.flow, state.teacher, at, q) <= most

@@ -14,6 +14,18 @@ from soflow_kernels.consistency import consistency_loss, consistency_loss_refere
 from soflow_kernels.flow_matching import flow_matching_loss, flow_matching_loss_reference
 from soflow_kernels.gate import gate_residual, gate_residual_reference
 from soflow_kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu, linear_gelu_reference
+from soflow_kernels.increment import (
+    bias_gelu_increment,
+    bias_gelu_increment_reference,
+    gate_residual_layernorm_modulate_increment,
+    gate_residual_layernorm_modulate_increment_reference,
+    layernorm_modulate_increment,
+    layernorm_modulate_increment_reference,
+    silu_increment,
+    silu_increment_reference,
+    time_embedding_increment,
+    time_embedding_increment_reference,
+)
 from soflow_kernels.lookahead import euler_lookahead, euler_lookahead_reference, path_point, path_point_reference
 from soflow_kernels.patch import patch_dit
 from soflow_kernels.time_embedding import dual_time_embedding, dual_time_embedding_reference
@@ -26,6 +38,8 @@ __all__ = [
     "adamw_ema",
     "adamw_ema_reference",
     "bias_gelu",
+    "bias_gelu_increment",
+    "bias_gelu_increment_reference",
     "bias_gelu_reference",
     "clip_scale",
     "consistency_loss",
@@ -38,16 +52,24 @@ __all__ = [
     "flow_matching_loss_reference",
     "gate_residual",
     "gate_residual_layernorm_modulate",
+    "gate_residual_layernorm_modulate_increment",
+    "gate_residual_layernorm_modulate_increment_reference",
     "gate_residual_layernorm_modulate_reference",
     "gate_residual_reference",
     "layernorm_modulate",
+    "layernorm_modulate_increment",
+    "layernorm_modulate_increment_reference",
     "layernorm_modulate_reference",
     "linear_gelu",
     "linear_gelu_reference",
     "patch_dit",
     "path_point",
     "path_point_reference",
+    "silu_increment",
+    "silu_increment_reference",
     "status",
+    "time_embedding_increment",
+    "time_embedding_increment_reference",
 ]
 
 OPERATIONS = [name.removesuffix("_reference") for name in __all__ if name.endswith("_reference")]

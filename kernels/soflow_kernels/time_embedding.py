@@ -57,7 +57,7 @@ def _embed(u, W1, b1, W2, b2, max_period):
 
 
 @jit
-def _frequency(i, step, step_rest):
+def frequency(i, step, step_rest):
     """2^(-i (step + step_rest)) for i below 2^12 and a step of 12 bits, so that i step is exact."""
     exponent = i * step
     n = tl.floor(exponent + 0.5)
@@ -73,7 +73,7 @@ def _frequency(i, step, step_rest):
 
 
 @jit
-def _cos_sin(a):
+def cos_sin(a):
     k = tl.floor(a * 0.6366197723675814 + 0.5)
     # pi/2 = 201 2^-7 + 2029 2^-22 + the rest
     r = a - k * 1.5703125 - k * 0.00048375129699707031 - k * 7.549789948768648e-08
@@ -99,15 +99,15 @@ def _sinusoids_kernel(
     rows = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
     i = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (rows < B) & (i < HALF)
-    w = _frequency(i.to(tl.float32), step, step_rest)
+    w = frequency(i.to(tl.float32), step, step_rest)
     t = tl.load(t_ptr + rows * t_b, mask=rows < B, other=0.0).to(tl.float32)
     s = tl.load(s_ptr + rows * s_b, mask=rows < B, other=0.0).to(tl.float32)
     out_row = out_ptr + rows * (2 * HALF)
-    cos, sin = _cos_sin(t * w)
+    cos, sin = cos_sin(t * w)
     tl.store(out_row + i, cos, mask=mask)
     tl.store(out_row + HALF + i, sin, mask=mask)
     out_row = out_ptr + (rows + B) * (2 * HALF)
-    cos, sin = _cos_sin((t - s) * w)
+    cos, sin = cos_sin((t - s) * w)
     tl.store(out_row + i, cos, mask=mask)
     tl.store(out_row + HALF + i, sin, mask=mask)
 
@@ -236,17 +236,22 @@ def _label_sums_kernel(
         tl.store(dtable_ptr + v * D + cols, total, mask=cols < D)
 
 
+def split_step(max_period, half):
+    """log2(max_period) / half, the step of the exponents of w_i, as 12 exact bits and the rest."""
+    step = math.log2(max_period) / half
+    mantissa, exponent = math.frexp(step)
+    exact = math.ldexp(round(mantissa * 4096), exponent - 12)
+    return exact, step - exact
+
+
 @torch.library.custom_op("soflow::time_sinusoids", mutates_args=())
 def _sinusoids(t: Tensor, s: Tensor, frequencies: int, max_period: float, dtype: torch.dtype) -> Tensor:
     B, half = t.shape[0], frequencies // 2
     out = torch.empty(2, B, frequencies, dtype=dtype, device=t.device)
-    step = math.log2(max_period) / half
-    mantissa, exponent = math.frexp(step)
-    exact = math.ldexp(round(mantissa * 4096), exponent - 12)
     blocks = -(-half // COLUMNS)
     launch(
         _sinusoids_kernel, (-(-B // ROWS) * blocks,),
-        t, s, out, t.stride(0), s.stride(0), exact, step - exact, B, blocks,
+        t, s, out, t.stride(0), s.stride(0), *split_step(max_period, half), B, blocks,
         HALF=half, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     return out
