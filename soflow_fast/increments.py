@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from soflow_kernels import (
+    attention_increment,
     bias_gelu_increment,
     gate_residual_layernorm_modulate_increment,
     layernorm_modulate_increment,
@@ -27,9 +28,6 @@ from soflow_kernels import (
 )
 
 from .model import FREQUENCIES, MAX_PERIOD, Attention, DiT, Tape
-
-LARGE = 0.5
-"""Increments of an exponent above this are differenced directly: the identities would overflow, and nothing cancels."""
 
 
 @torch.no_grad()
@@ -138,23 +136,15 @@ class _Walk:
         a, b = a.to(operand), b.to(operand)
         if a.is_cuda and b.dim() == 2:
             return torch.mm(a.flatten(0, -2), b, out_dtype=self.work).unflatten(0, a.shape[:-1])
-        if a.is_cuda and a.dim() == b.dim() == 4:
-            out = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=self.work)
-            return out.unflatten(0, a.shape[:2])
         return a.to(self.work) @ b.to(self.work)  # the products of rounded operands are exact in float32
 
     def attention(self, n: Tensor, layer: Attention) -> Tensor:
         """softmax(q k' / sqrt(d)) v and its increment, then the output projection."""
         qkv = self.affine(n, layer.qkv).unflatten(-1, (3, layer.num_heads, -1))  # [2, B, T, 3, heads, d]
+        if self.operand == torch.bfloat16:  # increments lie below the range of float16
+            qkv = qkv.to(self.operand)
         q, k, v = (part.transpose(2, 3) for part in qkv.unbind(3))
-        q = q * q.shape[-1] ** -0.5
-        scores = self.product(q[0], k[0].transpose(-1, -2))
-        dscores = self.product(q[1], (k[0] + k[1]).transpose(-1, -2)) + self.product(q[0], k[1].transpose(-1, -2))
-        p, dp = softmax(scores, dscores)
-        # Where the output projection's value is known, nobody asks for what goes into it.
-        out = torch.zeros_like(v[0]) if layer.proj in self.known else self.product(p, v[0])
-        dout = self.product(dp, v[0]) + self.product(p + dp, v[1])
-        return self.affine(torch.stack([out, dout]).transpose(2, 3).flatten(3), layer.proj)
+        return self.affine(attention_increment(q, k, v).transpose(2, 3).flatten(3), layer.proj)
 
 
 def _plus(pair: Tensor, constant: Tensor) -> Tensor:
@@ -167,15 +157,3 @@ def _scaled(a: Tensor) -> tuple[Tensor, Tensor]:
     largest = a.abs().amax((-2, -1), keepdim=True)
     by = torch.exp2(torch.where(largest > 0, largest, 1).log2().floor())
     return a / by, by
-
-
-def softmax(scores: Tensor, dscores: Tensor) -> tuple[Tensor, Tensor]:
-    """P = softmax(S) and softmax(S + dS) - P = P (e^dS - Z) / Z with Z = sum P e^dS, by expm1."""
-    p = torch.softmax(scores, -1)
-    # softmax does not see a shift; the rest is as small as it gets
-    dscores = dscores - (p * dscores).sum(-1, keepdim=True)
-    growth = torch.expm1(dscores.clamp(-LARGE, LARGE))
-    mean = (p * growth).sum(-1, keepdim=True)
-    small = p * (growth - mean) / (1 + mean)
-    near = dscores.abs().amax(-1, keepdim=True) <= LARGE
-    return p, torch.where(near, small, torch.softmax(scores + dscores, -1) - p)

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 import soflow_kernels as kernels
 from soflow_fast import DiT, DiTConfig, Objective, TrainState, paired_forward, preset, train_step
-from soflow_fast import increments as inc
 from soflow_fast.attention import flop_counter
 from soflow_fast.data import open_source
 from soflow_fast.flow import per_sample
 from soflow_fast.model import Tape
 from soflow_fast.quotient import OPERAND, products
+from soflow_kernels.increment_attention import softmax_increment
 
 RATIOS = (0.5, 0.1, 0.01, 0.002, 1e-4, 1e-5)
 SIZES = {
@@ -144,7 +144,7 @@ def test_pieces_do_not_cancel_or_overflow(size):
             lambda x: kernels.layernorm_modulate_increment(x, one, one),
             lambda a: F.layer_norm(a, a.shape[-1:], eps=1e-6),
         ),
-        "softmax": (lambda x: inc.softmax(*x), lambda a: torch.softmax(a, -1)),
+        "softmax": (lambda x: softmax_increment(*x), lambda a: torch.softmax(a, -1)),
     }
     for name, (paired, plain) in pieces.items():
         value, increment = paired(torch.stack([h, dh]))

@@ -26,6 +26,7 @@ from soflow_kernels.increment import (
     time_embedding_increment,
     time_embedding_increment_reference,
 )
+from soflow_kernels.increment_attention import attention_increment, attention_increment_reference
 from soflow_kernels.lookahead import euler_lookahead, euler_lookahead_reference, path_point, path_point_reference
 from soflow_kernels.patch import patch_dit
 from soflow_kernels.time_embedding import dual_time_embedding, dual_time_embedding_reference
@@ -37,6 +38,8 @@ __all__ = [
     "__version__",
     "adamw_ema",
     "adamw_ema_reference",
+    "attention_increment",
+    "attention_increment_reference",
     "bias_gelu",
     "bias_gelu_increment",
     "bias_gelu_increment_reference",

@@ -101,7 +101,7 @@ def time_embedding_increment_reference(t, dt, s, frequencies=256, max_period=10_
 
 
 @jit
-def _expm1(x):
+def expm1(x):
     """e^x - 1 for |x| <= 1/2."""
     poly = 1 + x * (1 / 8) * (1 + x * (1 / 9))
     poly = 1 + x * (1 / 6) * (1 + x * (1 / 7) * poly)
@@ -120,7 +120,7 @@ def _gated(h, dh, z, dz):
     start = _sigmoid(z)
     end = _sigmoid(z + dz)
     near = tl.where(tl.abs(dz) <= 0.5, dz, 0.0)
-    small = -_expm1(-near) * end * _sigmoid(-z)
+    small = -expm1(-near) * end * _sigmoid(-z)
     # Comparisons that are false for NaN let it through by the difference.
     dsigma = tl.where(tl.abs(dz) <= 0.5, small, end - start)
     return h * start, dh * end + h * dsigma
@@ -327,7 +327,7 @@ def _(t, dt, s, frequencies, max_period, dtype):
     return t.new_empty(2, 2, t.shape[0], frequencies, dtype=dtype)
 
 
-def _check_pair(op, name, value, shape, like=None):
+def check_pair(op, name, value, shape, like=None):
     check_tensor(op, name, value, shape, like)
     if value.shape[0] != 2:
         raise ValueError(f"{op}: {name} must be a pair [2, ...], got {list(value.shape)}")
@@ -341,7 +341,7 @@ def silu_increment(x, *, dtype=None):
     bfloat16, float16, float32 or float64 (which takes the reference); no gradient.
     Raises ValueError naming the argument that is wrong or requires a gradient.
     """
-    _check_pair("silu_increment", "x", x, (..., "elements"))
+    check_pair("silu_increment", "x", x, (..., "elements"))
     if not use_kernel(x):
         return silu_increment_reference(x, dtype)
     return _pointwise(x, None, False, dtype or x.dtype)
@@ -354,7 +354,7 @@ def bias_gelu_increment(x, bias=None, *, dtype=None):
     Raises ValueError naming the argument that is wrong or requires a gradient.
     """
     op = "bias_gelu_increment"
-    _check_pair(op, "x", x, (..., "D"))
+    check_pair(op, "x", x, (..., "D"))
     if bias is not None:
         check_tensor(op, "bias", bias, (x.shape[-1],), x)
     if not use_kernel(x, bias):
@@ -370,10 +370,10 @@ def layernorm_modulate_increment(x, shift, scale, *, eps=1e-6, dtype=None):
     Raises ValueError naming the argument that is wrong or requires a gradient.
     """
     op = "layernorm_modulate_increment"
-    _check_pair(op, "x", x, ("2", "B", "T", "D"))
+    check_pair(op, "x", x, ("2", "B", "T", "D"))
     _, B, _, D = x.shape
     for name, value in (("shift", shift), ("scale", scale)):
-        _check_pair(op, name, value, (2, B, D), x)
+        check_pair(op, name, value, (2, B, D), x)
     if not use_kernel(x, shift, scale):
         return layernorm_modulate_increment_reference(x, shift, scale, eps, dtype)
     return _norm(x, shift, scale, eps, dtype or x.dtype)
@@ -388,11 +388,11 @@ def gate_residual_layernorm_modulate_increment(x, y, gate, shift, scale, bias=No
     Raises ValueError naming the argument that is wrong or requires a gradient.
     """
     op = "gate_residual_layernorm_modulate_increment"
-    _check_pair(op, "x", x, ("2", "B", "T", "D"))
+    check_pair(op, "x", x, ("2", "B", "T", "D"))
     _, B, _, D = x.shape
-    _check_pair(op, "y", y, tuple(x.shape), x)
+    check_pair(op, "y", y, tuple(x.shape), x)
     for name, value in (("gate", gate), ("shift", shift), ("scale", scale)):
-        _check_pair(op, name, value, (2, B, D), x)
+        check_pair(op, name, value, (2, B, D), x)
     if bias is not None:
         check_tensor(op, "bias", bias, (D,), x)
     if not use_kernel(x, y, gate, shift, scale, bias):

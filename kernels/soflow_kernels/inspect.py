@@ -28,12 +28,24 @@ from soflow_kernels import (
     gate,
     gelu,
     increment,
+    increment_attention,
     lookahead,
     time_embedding,
 )
 from soflow_kernels.version import __version__
 
-MODULES = (adaln, adamw, consistency, flow_matching, gate, gelu, increment, lookahead, time_embedding)
+MODULES = (
+    adaln,
+    adamw,
+    consistency,
+    flow_matching,
+    gate,
+    gelu,
+    increment,
+    increment_attention,
+    lookahead,
+    time_embedding,
+)
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

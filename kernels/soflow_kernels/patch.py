@@ -14,6 +14,7 @@ buffers and the keys of the state_dict stay as they are.
 
 import functools
 import inspect
+import math
 
 import torch
 from torch import nn
@@ -24,8 +25,11 @@ from soflow_kernels.gelu import linear_gelu
 
 TOKENS = 16
 """Of the input on which a block is compared before and after, where the model does not say how many it takes."""
-TOLERANCE = 0.05
-"""Relative, of that comparison: far above rounding, far below another order of shift, scale and gate."""
+
+
+def _tolerance(dtype):
+    """Relative, of that comparison: above rounding (TF32's in float32), far below another order of the modulation."""
+    return max(1e-3, 8 * torch.finfo(dtype).eps)
 
 
 class _Mismatch(Exception):
@@ -38,7 +42,7 @@ class _Mismatch(Exception):
 def _mlp(mlp, h):
     """mlp(h), its first product and GELU by the kernel where nothing else happens in between."""
     inner, outer = _layers(mlp)
-    if inner is None or outer is None or not _unwatched(mlp, *mlp.children()) or _drops(mlp):
+    if inner is None or outer is None or not _unwatched(mlp) or _drops(mlp):
         return mlp(h)
     return outer(linear_gelu(h, inner.weight, inner.bias))
 
@@ -81,29 +85,33 @@ FORWARDS = {"block": _block, "final layer": _final, "diffusers block": _diffuser
 
 def _layers(mlp):
     """(first, second) product of an MLP of Linear, tanh GELU, Linear and nothing but dropout, else (None, None)."""
-    if {"fc1", "act", "fc2"} <= set(dict(mlp.named_children())):  # timm's
-        inner, gelu, outer = mlp.fc1, mlp.act, mlp.fc2
-        others = [m for name, m in mlp.named_children() if name not in ("fc1", "act", "fc2")]
-        tanh = isinstance(gelu, nn.GELU) and gelu.approximate == "tanh"
-    elif isinstance(getattr(mlp, "net", None), nn.ModuleList) and len(mlp.net) >= 3:  # diffusers'
-        gelu, *others, outer = mlp.net if isinstance(mlp.net[-1], nn.Linear) else mlp.net[:-1]
+    children = dict(mlp.named_children())
+    if {"fc1", "act", "fc2"} <= set(children):  # timm's
+        inner, gelu = children.pop("fc1"), children.pop("act")
+        rest = list(children.values())
+    elif isinstance(children.get("net"), nn.ModuleList) and len(mlp.net) > 1:  # diffusers', whose GELU has the product
+        gelu, *rest = mlp.net
         inner = getattr(gelu, "proj", None)
-        tanh = getattr(gelu, "approximate", None) == "tanh" and len(list(gelu.children())) == 1
+    elif type(mlp) is nn.Sequential and len(mlp) > 2:
+        inner, gelu, *rest = mlp
     else:
         return None, None
-    fits = tanh and type(inner) is nn.Linear and isinstance(outer, nn.Linear) and inner.bias is not None
-    harmless = all(isinstance(m, (nn.Dropout, nn.Identity)) for m in others)
-    return (inner, outer) if fits and harmless else (None, None)
+    outer = [m for m in rest if isinstance(m, nn.Linear)]
+    harmless = all(isinstance(m, (nn.Linear, nn.Dropout, nn.Identity)) for m in rest)
+    tanh = getattr(gelu, "approximate", None) == "tanh" and all(m is inner for m in gelu.children())
+    if not (harmless and tanh and type(inner) is nn.Linear and inner.bias is not None and len(outer) == 1):
+        return None, None
+    return (inner, outer[0]) if inner.out_features == outer[0].in_features else (None, None)
 
 
 def _drops(mlp):
     return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in mlp.modules())
 
 
-def _unwatched(*modules):
-    """Whether nobody has hooked into these modules, which would be passed over."""
+def _unwatched(mlp):
+    """Whether nobody has hooked into these modules, most of which would be passed over."""
     watchers = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not any(getattr(m, name) for m in modules for name in watchers)
+    return not any(getattr(m, name) for m in mlp.modules() for name in watchers)
 
 
 def _check_norm(name, norm):
@@ -117,7 +125,7 @@ def _check_norm(name, norm):
 
 
 def _check_modulation(name, module, width, parts):
-    last = list(module.children())[-1] if isinstance(module, nn.Sequential) and len(module) else module
+    last = module[-1] if isinstance(module, nn.Sequential) and len(module) else module
     if not isinstance(last, nn.Linear) or last.out_features != parts * width:
         raise _Mismatch(f"{name} does not end with a Linear to {parts} x {width}")
 
@@ -129,6 +137,8 @@ def _check_call(module, names):
 
 
 def _check_children(module, wanted):
+    if "forward" in vars(module):
+        raise _Mismatch("its forward was replaced on the instance, as wrappers do: patch before they wrap")
     extra = [name for name, _ in module.named_children() if name not in wanted]
     extra += [name for name, _ in module.named_parameters(recurse=False)]
     if extra:
@@ -136,7 +146,7 @@ def _check_children(module, wanted):
 
 
 def _recognise(module):
-    """The kind of a module, None if it looks like no part of a DiT. Raises _Mismatch if it is of an unknown form."""
+    """(kind, width) of a module, None if it looks like no part of a DiT. Raises _Mismatch if its form is unknown."""
     parts = dict(module.named_children())
     if "adaLN_modulation" in parts:
         if {"norm_final", "linear"} <= set(parts):
@@ -144,7 +154,7 @@ def _recognise(module):
             width = _check_norm("norm_final", module.norm_final)
             _check_modulation("adaLN_modulation", module.adaLN_modulation, width, 2)
             _check_call(module, 2)
-            return "final layer"
+            return "final layer", width
         wanted = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
         missing = [name for name in wanted if name not in parts]
         if missing:
@@ -154,7 +164,7 @@ def _recognise(module):
         _check_norm("norm2", module.norm2)
         _check_modulation("adaLN_modulation", module.adaLN_modulation, width, 6)
         _check_call(module, 2)
-        return "block"
+        return "block", width
     if "attn1" in parts and "ff" in parts and hasattr(module, "norm_type"):
         if module.norm_type != "ada_norm_zero":
             raise _Mismatch(f"its norm_type is {module.norm_type!r}, not 'ada_norm_zero'")
@@ -166,7 +176,7 @@ def _recognise(module):
         _check_modulation("norm1.linear", module.norm1.linear, width, 6)
         if getattr(module, "pos_embed", None) is not None or getattr(module, "only_cross_attention", False):
             raise _Mismatch("it has positions or cross-attention of its own")
-        return "diffusers block"
+        return "diffusers block", width
     return None
 
 
@@ -187,35 +197,68 @@ def _rebuild(base, kind):
 
 
 def _wave(like, *shape):
-    """Numbers in [-1, 1] that are all different, and no random generator's."""
-    n = torch.arange(1, 1 + torch.Size(shape).numel(), dtype=torch.float64)
-    return torch.sin(0.7391 * n).reshape(shape).to(like)
+    """Numbers in [-1, 1] without a pattern, and no random generator's."""
+    n = torch.arange(1, 1 + math.prod(shape), dtype=torch.float64)
+    return torch.sin(0.7391 * n * n).reshape(shape).to(like)
 
 
-def _compare(module, kind, tokens):
-    """Raise _Mismatch unless the kernels compute what the module's own forward does, where modulations are not 0."""
-    width = (module.norm1 if kind == "block" else module.norm_final).normalized_shape[0]
-    weights = {f"adaLN_modulation.{name}": p for name, p in module.adaLN_modulation.named_parameters()}
-    weight = next(iter(weights.values()))
-    replaced = {name: 0.3 * _wave(p, *p.shape) for name, p in weights.items()}
-    arguments = (_wave(weight, 2, tokens, width), _wave(weight, 2, weight.shape[1]))
-    training = {m: m.training for m in module.modules()}
-    base = type(module)
-    with torch.no_grad():
-        module.eval()
-        try:
-            wanted = torch.func.functional_call(module, replaced, arguments)
-            module.__class__ = _patched_class(base, kind)
-            got = torch.func.functional_call(module, replaced, arguments)
-        except Exception as error:
-            what = str(error).strip().splitlines() or [""]
-            raise _Mismatch(f"it cannot be tried on {tokens} tokens ({type(error).__name__}: {what[0]})") from None
-        finally:
-            module.__class__ = base
-            for m, was in training.items():
-                m.training = was
-    if got.shape != wanted.shape or not (got - wanted).norm() <= TOLERANCE * wanted.norm():
-        raise _Mismatch("it computes something else than a DiT's, from the same input and weights")
+def _stand_in(parameter):
+    """Values that hide nothing: in a fresh DiT zeros make a block the identity, and the final layer zero."""
+    scale = math.sqrt(2 / parameter[0].numel()) if parameter.dim() > 1 else 0.3
+    return scale * _wave(parameter, *parameter.shape) if parameter.is_floating_point() else parameter
+
+
+def _try(module, cls, arguments, keywords):
+    """The module's output as an instance of `cls`. Parameters, buffers and random states stay as they are."""
+    values = {name: _stand_in(p) for name, p in module.named_parameters()}
+    values |= {name: b.clone() for name, b in module.named_buffers()}
+    device, base = arguments[0].device, type(module)
+    module.__class__ = cls
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.autocast(device.type, enabled=False),
+        ):
+            return torch.func.functional_call(module, values, arguments, keywords)
+    finally:
+        module.__class__ = base
+
+
+def _same(got, wanted):
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return False
+    return bool((got - wanted).float().norm() <= _tolerance(wanted.dtype) * wanted.float().norm())
+
+
+def _compare(module, kind, width, tokens):
+    """Raise _Mismatch unless the kernels compute what the module's own forward does, in evaluation and in training."""
+    last = module.norm1.linear if kind == "diffusers block" else module.adaLN_modulation
+    weight = next(last.parameters())
+    if weight.is_meta:
+        raise _Mismatch("its parameters have no values yet (device meta): patch when they have")
+    arguments, keywords = (_wave(weight, 2, tokens, width),), {}
+    if kind == "diffusers block":
+        times = torch.tensor([10, 700], device=weight.device)
+        keywords = {"timestep": times, "class_labels": torch.zeros_like(times)}
+    else:
+        arguments += (_wave(weight, 2, weight.shape[1]),)
+    classes = (_patched_class(type(module), kind), type(module))
+    modes = {m: m.training for m in module.modules()}
+    why = None
+    try:
+        with torch.no_grad():
+            for mode in ("evaluation", "training"):
+                module.train(mode == "training")
+                if why is None and not _same(*(_try(module, cls, arguments, keywords) for cls in classes)):
+                    why = f"in {mode} it computes something else than a DiT's, from the same input and weights"
+    except Exception as error:
+        what = (str(error).strip().splitlines() or [""])[0]
+        why = f"it cannot be tried on {tokens} tokens ({type(error).__name__}: {what})"
+    finally:
+        for m, training in modes.items():
+            m.training = training
+    if why is not None:
+        raise _Mismatch(why)
 
 
 def patch_dit(model):
@@ -223,8 +266,9 @@ def patch_dit(model):
 
     model: a torch.nn.Module with blocks of the forms in the module's docstring, anywhere inside. Their parameters, and
     the keys of the state_dict, do not change; outputs and gradients are the same within rounding. One block of each
-    class with DiT's interface is run on a small input before and after, which must agree. Patching again changes
-    nothing.
+    kind is run on a small input before and after, which must agree: so patch a model before it is wrapped, sharded or
+    compiled, on a device that computes. Patching again changes nothing. The norms are no longer called as modules, and
+    hooks on them no longer run.
     Raises ValueError, and changes nothing, if there is no such block, or one that looks like it but is of another form:
     its place, its class and what differs are named.
     """
@@ -238,12 +282,14 @@ def patch_dit(model):
             patched += 1
             continue
         try:
-            kind = _recognise(module)
-            if kind is None:
+            recognised = _recognise(module)
+            if recognised is None:
                 continue
-            if kind != "diffusers block" and type(module) not in compared:
-                _compare(module, kind, tokens)
-                compared.add(type(module))
+            kind, width = recognised
+            alike = tuple((name, type(m)) for name, m in module.named_modules())
+            if alike not in compared:
+                _compare(module, kind, width, tokens)
+                compared.add(alike)
         except _Mismatch as mismatch:
             where = path or "the model itself"
             raise ValueError(f"patch_dit: {where} ({type(module).__name__}) is no DiT block: {mismatch}") from None

@@ -75,7 +75,18 @@ def test_every_kernel_at_every_shipped_shape(run, arch):
     """No spill and no load narrower than its tensor allows, on any architecture; `inspect` exits with 1 for either."""
     result = run("-m", "soflow_kernels.inspect", "--arch", arch)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    for module in ("adaln", "consistency", "flow_matching", "gate", "gelu", "lookahead", "time_embedding"):
+    for module in (
+        "adaln",
+        "adamw",
+        "consistency",
+        "flow_matching",
+        "gate",
+        "gelu",
+        "increment",
+        "increment_attention",
+        "lookahead",
+        "time_embedding",
+    ):
         assert f" {module}._" in result.stdout
 
 
