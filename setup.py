@@ -26,6 +26,7 @@ EXTRAS = {
         "pytest-benchmark>=5",
         "hypothesis>=6.100",
         "diffusers>=0.35",  # whose DiT takes the kernels
+        "matplotlib>=3.9",  # the plots of the records
         "triton>=3.6; sys_platform == 'linux'",
         "ruff>=0.12",
         "pyright[nodejs]>=1.1.400",
@@ -35,11 +36,10 @@ EXTRAS = {
     "gpu": ["xformers", "flash-attn>=2.7; sys_platform == 'linux'"],
     "eval": ["torch-fidelity>=0.4"],
     "hub": ["huggingface_hub>=0.34", "diffusers>=0.35"],
-    "bench": ["pytest-benchmark>=5", "matplotlib>=3.9"],
     "docs": ["mkdocs-material>=9.6"],
 }
 # What installs anywhere from wheels; flash-attn compiles, so "gpu" stays out.
-EXTRAS["all"] = [requirement for name in ("test", "bench", "eval", "hub", "docs") for requirement in EXTRAS[name]]
+EXTRAS["all"] = [requirement for name in ("test", "eval", "hub", "docs") for requirement in EXTRAS[name]]
 
 setup(
     name="soflow-fast",

@@ -1,20 +1,18 @@
 """What a race is between: recipes, each a way to build a training state and to make one step of it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-import soflow_fast.model
-import soflow_kernels
 from soflow_fast.config import Config
 from soflow_fast.objective import Objective
 from soflow_fast.rng import generator
 from soflow_fast.state import TrainState
 from soflow_fast.step import train_step
+from soflow_kernels import testing
 
 
 class Recipe(NamedTuple):
@@ -45,13 +43,6 @@ def build(recipe: Recipe, config: Config) -> TrainState:
     return state
 
 
-@contextlib.contextmanager
-def plain_operations() -> Iterator[None]:
-    """Within the context the network runs on the kernels' plain PyTorch twins, on every device."""
-    twins = {}
-    for name, value in vars(soflow_fast.model).items():
-        twin = getattr(soflow_kernels, f"{name}_reference", None)
-        if twin is not None and value is getattr(soflow_kernels, name):
-            twins[name] = twin
-    with mock.patch.multiple(soflow_fast.model, **twins) if twins else contextlib.nullcontext():
-        yield
+def plain_operations() -> contextlib.AbstractContextManager[None]:
+    """Within the context the kernels' plain PyTorch twins run, on every device."""
+    return testing.mode("reference")

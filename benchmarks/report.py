@@ -131,6 +131,24 @@ def precision_plot(run: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def increments(run: dict) -> str:
+    """A record of benchmarks.increments as Markdown: a line per case and contestant."""
+    lines = ["network and batch | what | ms (quartiles) | ratio", "--- | --- | ---: | ---:"]
+    for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
+        found = {row["way"]: figures(row) for row in group}
+        for k, (way, f) in enumerate(found.items()):
+            against = "forward" if way == "paired forward" else "step, increments ride along"
+            ratio = f["median_ms"] / found[against]["median_ms"]
+            compared = way not in ("forward", "step, increments ride along")
+            ms = f"{number(f['median_ms'])} ({number(f['low_ms'])} to {number(f['high_ms'])})"
+            lines.append(f"{case if k == 0 else ''} | {way} | {ms} | {f'{ratio:.2f}x' if compared else ''}")
+    note = (
+        "bf16, everything in turn; steps against the first, the paired forward against one forward of the whole batch. "
+        f"`{run['command']}`."
+    )
+    return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, note)])
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -143,6 +161,7 @@ BLOCKS = {
     "step": Block("README.md", "step", table),
     "digits": Block("README.md", "digits", digits),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
+    "increments": Block("docs/precision.md", "increments", increments),
     "precision-quality": Block("docs/precision.md", "precision", precision_quality),
 }
 

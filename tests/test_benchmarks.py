@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gates, precision, record, report
+from benchmarks import gates, increments, precision, record, report
 from benchmarks.baselines.authors import AUTHORS
 from benchmarks.cases import Case
 from benchmarks.race import Race, speed_ups
@@ -152,6 +152,15 @@ def test_precision_tables_and_plot(tmp_path):
     assert "| 0.1 | 5.0e-01 / 0.90000 | 5.0e-01 / 0.90000 |" in text
     assert "| float32 | 0.002 | 31.0 (30.0 to 32.0) | 31.0 (30.0 to 32.0) | 0.9000 (0.9000 to 0.9000) |" in text
     assert "| literal | 0.002 | not finite |" in text
+
+
+def test_what_increments_cost(tmp_path):
+    rows = increments.measure(Case("tiny", CONFIG), 0.0)
+    assert [row["way"] for row in rows] == [*increments.WAYS, "forward", "paired forward"]
+    assert len({len(row["seconds"]) for row in rows}) == 1
+    record.write(rows, "python -m benchmarks.increments", tmp_path, "increments")
+    text = report.increments(record.newest(tmp_path, "increments"))
+    assert text.count("x |") == 3 and "| forward |" in text
 
 
 def test_precision_recipes_train_and_are_judged():

@@ -141,6 +141,15 @@ def test_dit_block_is_the_same_function(device, counted):
         near(run(model, torch.float32, device), wanted, 1e-5)
 
 
+def test_each_norm_keeps_its_eps(device):
+    model = off_zero(Model()).to(device)
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    for i, norm in enumerate(norms):
+        norm.eps = 0.1 * (i + 1)
+    wanted = run(model, torch.float32, device)
+    near(run(patch_dit(model), torch.float32, device), wanted, 1e-5)
+
+
 @pytest.mark.parametrize("where", ["kernels", "reference"])
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
 def test_rounds_no_worse_than_the_blocks_own_forward(how, where, device):

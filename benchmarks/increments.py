@@ -1,0 +1,99 @@
+"""`python -m benchmarks.increments`: what increments cost, as a record.
+
+In bf16, on each network of `pytest benchmarks/`: the training step with increments that ride along on the student's
+forward, with a pass of their own, and with a plain bf16 pair; and paired_forward over one plain forward of the same
+samples. Everything in turn, round after round, in one run. Nothing is asserted of the times.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from benchmarks import record
+from benchmarks.cases import Case, cases
+from benchmarks.race import figures, synchronize
+from benchmarks.recipes import OURS, build
+from soflow_fast import paired_forward
+from soflow_fast.quotient import Quotient, products
+from soflow_fast.state import TrainState
+from soflow_fast.step import train_step
+
+INCREMENTS = Quotient("increments", "bf16", "student")
+
+
+class Apart(Quotient):
+    """Increments in a pass of their own, even where they could ride along."""
+
+    def rides_along(self, precision: str) -> bool:
+        return False
+
+
+WAYS: dict[str, Quotient] = {
+    "step, increments ride along": INCREMENTS,
+    "step, increments in a pass of their own": Apart(*INCREMENTS),
+    "step, bf16 pair": Quotient("pair", "bf16", "student"),
+}
+
+
+def contestants(case: Case) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    config = replace(case.config, precision="bf16")
+    steps: dict[str, Callable[[], object]] = {}
+    for name, quotient in WAYS.items():
+        state = build(OURS, config)
+        state.quotient = quotient
+        steps[name] = partial(train_step, state, *case.batch(state.device))
+    x, y = case.batch(state.device)
+    t, dt, s = (torch.full((len(x),), value, device=x.device) for value in (0.8, -0.002, 0.2))
+    steps["forward"] = partial(_forward, state, x, t, s, y)
+    network = state.flow.network
+    steps["paired forward"] = partial(paired_forward, network, x, -0.002 * x, t, dt, s, y, dtype=torch.bfloat16)
+    return steps
+
+
+@torch.no_grad()
+def _forward(state: TrainState, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor, y: torch.Tensor) -> None:
+    with products("bf16", x.device):
+        state.flow.network(x, t, s, y)
+
+
+def measure(case: Case, seconds: float) -> list[dict]:
+    """A row a contestant, with the time of every round."""
+    steps = contestants(case)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    began, rounds = time.perf_counter(), 0
+    while rounds < 7 or time.perf_counter() - began < seconds:
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+        rounds += 1
+    warm = {name: values[2:] for name, values in times.items()}
+    return [
+        {"case": case.describe(), "way": name, "batch": case.config.batch_size, "seconds": values}
+        for name, values in warm.items()
+    ]
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.increments", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=40.0, help="about how long to time each network (40)")
+    seconds = parser.parse_args().seconds
+    rows = []
+    for case in cases():
+        rows += measure(case, seconds)
+        for row in rows[-len(WAYS) - 2 :]:
+            print(f"{row['case']}: {row['way']}: {figures(row)['median_ms']:.1f} ms", flush=True)
+    path = record.write(rows, "python -m benchmarks.increments", benchmark="increments")
+    print(f"recorded: {path.relative_to(record.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
