@@ -14,7 +14,8 @@ average and a copy. 675 M parameters of DiT-XL/2: 24.3 GB, 5.7 ms at 4.3 TB/s.
 
 The launch reads a table of addresses and one of chunks. They are made on the host and copied once for each set of
 tensors; gradients that are freed and made anew usually come back to the same addresses. Tensors that wide loads do not
-fit (an odd address, a number of elements that is no multiple of 8) are a second launch.
+fit (an odd address, a number of elements that is no multiple of 8) are a second launch. A CUDA graph replays the
+addresses of its capture: gradients must stay where they were then.
 """
 
 import math
@@ -27,11 +28,13 @@ from soflow_kernels._dispatch import jit, launch, tl, use_kernel
 
 BLOCK = 1024
 MAX_EMAS = 3
-KEPT_TABLES = 8
+KEPT_TABLES = 64
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COPY_DTYPES = (torch.bfloat16, torch.float16)
 
 _tables: dict[tuple, list[tuple[Tensor, Tensor, bool]]] = {}
+_chunks: dict[tuple, Tensor] = {}
+_captured: list = []  # what CUDA graphs read again at every replay
 
 
 def adamw_ema_reference(
@@ -41,13 +44,16 @@ def adamw_ema_reference(
     """`adamw_ema` by torch's own multi-tensor operations: any device; waits for the host where it reads a tensor."""
     if not params or (finite is not None and not bool(finite)):
         return
-    grads = [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
-    if grad_scale is not None:
-        grads = torch._foreach_mul(grads, grad_scale.to(params[0].dtype))
-    torch._fused_adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=float(lr), beta1=betas[0], beta2=betas[1],
-        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
-    )  # fmt: skip
+    scale = 1.0 if grad_scale is None else float(grad_scale)
+    whole = scale == 1 or params[0].is_cuda
+    # On a CPU the scaled gradients of all parameters at once are fresh memory, four times as slow as the update.
+    for part in [slice(None)] if whole else [slice(i, i + 1) for i in range(len(params))]:
+        chosen = [g.to(p.dtype) for g, p in zip(grads[part], params[part], strict=True)]
+        torch._fused_adamw_(
+            params[part], chosen if scale == 1 else torch._foreach_mul(chosen, scale), exp_avgs[part],
+            exp_avg_sqs[part], [], steps[part], lr=float(lr), beta1=betas[0], beta2=betas[1],
+            weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
     for average, decay in zip(emas, [] if ema_decays is None else ema_decays.tolist(), strict=True):
         torch._foreach_lerp_(average, params, 1 - decay)
     if copies is not None:
@@ -121,30 +127,63 @@ def _kernel(
         tl.store(ema_ptr + cols, ema + rest * (p - ema), mask=cols < n)
 
 
+def _to_device(values, device, captured):
+    """A copy on the device, from pinned memory, which nothing waits for."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+        captured.append(values)
+        values = values.to(device, non_blocking=True)
+    captured.append(values)
+    return values
+
+
+def _chunks_of(sizes, device, captured):
+    """[programs, 2]: a row's number and the block in it, for rows of these numbers of elements."""
+    key = (device, sizes)
+    made = _chunks.get(key)
+    if made is None:
+        counts = torch.tensor([-(-n // BLOCK) for n in sizes])
+        rows = torch.arange(len(sizes)).repeat_interleave(counts)
+        blocks = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+        made = _to_device(torch.stack([rows, blocks], dim=1), device, captured)
+    return made
+
+
+def _keep(cache, key, value):
+    """As the last used entry; the one that was not used for longest goes."""
+    cache.pop(key, None)
+    while len(cache) >= KEPT_TABLES:
+        del cache[next(iter(cache))]
+    cache[key] = value
+
+
 def _tables_of(lists, device):
     """[(table [tensors, slots], chunks [programs, 2], aligned)]: the tensors that wide loads fit, and the others.
 
     A row of a table is a tensor: its number of elements, and the addresses of its step, parameter, moments, gradient,
-    copy and averages. A chunk is a row's number and the block in it. The same tensors are looked up, not copied again.
+    copy and averages. The same tensors are looked up, not copied again; what a CUDA graph captures lives on, and what
+    is made in a capture is not looked up, as it is filled at the first replay only.
     """
     sizes = tuple(p.numel() for p in lists[1])
     columns = tuple(tuple(tensor.data_ptr() for tensor in tensors) or (0,) * len(sizes) for tensors in lists)
     key = (device, sizes, columns)
-    if key in _tables:
-        return _tables[key]
-    rows = [row for row in zip(sizes, *columns, strict=True) if row[0]]
-    made = []
-    for aligned in (True, False):
-        chosen = [r for r in rows if aligned == (r[0] % 8 == 0 and all(address % 16 == 0 for address in r[2:]))]
-        chunks = [[i, c] for i, row in enumerate(chosen) for c in range(-(-row[0] // BLOCK))]
-        if chunks:
-            tables = [torch.tensor(values, dtype=torch.int64) for values in (chosen, chunks)]
-            if device.type == "cuda":  # from pinned memory, which the copy does not wait for
-                tables = [values.pin_memory().to(device, non_blocking=True) for values in tables]
-            made.append((*tables, aligned))
-    while len(_tables) >= KEPT_TABLES:
-        del _tables[next(iter(_tables))]
-    _tables[key] = made
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    made, captured = _tables.get(key), []
+    if made is None:
+        rows = [row for row in zip(sizes, *columns, strict=True) if row[0]]
+        made = []
+        for aligned in (True, False):
+            chosen = [r for r in rows if aligned == (r[0] % 8 == 0 and all(address % 16 == 0 for address in r[2:]))]
+            if chosen:
+                counts = tuple(row[0] for row in chosen)
+                chunks = _chunks_of(counts, device, captured)
+                made.append((_to_device(torch.tensor(chosen), device, captured), chunks, aligned))
+                if not capturing:
+                    _keep(_chunks, (device, counts), chunks)
+    if capturing:
+        _captured.append((made, captured))
+    else:
+        _keep(_tables, key, made)
     return made
 
 
@@ -278,6 +317,7 @@ class AdamWEMA(torch.optim.AdamW):
     Arguments, states and state_dict are AdamW's: each loads the other's. emas: up to three lists of tensors, in the
     order of all parameters of all groups; ema_decays: as many numbers in [0, 1), later the tensor of that name; copies:
     a list of bfloat16 or float16 tensors in that order, or None.
+    A gradient scaler unscales the gradients itself and skips the step, as for an optimiser that is not fused.
     Raises ValueError for lists that do not fit and for AdamW's own reasons.
     """
 
@@ -298,6 +338,19 @@ class AdamWEMA(torch.optim.AdamW):
         self._emas = [{p: t for p, t in zip(everything, average, strict=True)} for average in emas]
         self._copies = None if copies is None else dict(zip(everything, copies, strict=True))
         self._lr = torch.zeros((), dtype=torch.float32, device=device)
+        # torch's fused AdamW reads the scale that a gradient scaler sets as its attribute; this step does not.
+        self._step_supports_amp_scaling = False
+
+    def __getstate__(self):
+        """For deepcopy and pickle, to which torch gives its own three attributes only."""
+        own = {name: getattr(self, name) for name in ("ema_decays", "_emas", "_copies", "_lr")}
+        return {**super().__getstate__(), **own, "_step_supports_amp_scaling": False}
+
+    def add_param_group(self, param_group):
+        """torch's; refused where there are averages or copies, which would lack the new parameters."""
+        if getattr(self, "_emas", ()) or getattr(self, "_copies", None) is not None:
+            raise ValueError("AdamWEMA: no group can be added: it has no averages or copies")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure=None, *, grad_scale=None, finite=None):
@@ -325,7 +378,9 @@ class AdamWEMA(torch.optim.AdamW):
         else:
             torch._foreach_add_(steps, [finite.float()] * len(steps))
         lr = group["lr"]
-        if not isinstance(lr, Tensor):
+        if isinstance(lr, Tensor):
+            lr = lr.reshape(()).to(self._lr, non_blocking=True)
+        else:
             lr = self._lr.fill_(lr)
         adamw_ema(
             params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],

@@ -1,5 +1,6 @@
 """adamw_ema and AdamWEMA against torch's AdamW, and the averages and copies against their formulas."""
 
+import copy
 import io
 
 import pytest
@@ -185,13 +186,116 @@ def test_groups_and_parameters_without_a_gradient(device):
     assert torch.equal(mine[4], still) and torch.equal(emas[0][4], still) and not optimizer.state[mine[4]]
 
 
-def test_misaligned_tensors_and_gradients_that_move(device):
+def test_steps_and_gradient_dtypes_of_their_own_and_a_large_eps(device):
+    """Parameters that join later have their own bias corrections; kinds of gradients do not share a launch."""
+    mine = parameters(device)
+    optimizer = AdamWEMA(mine, **{**HYPER, "eps": 0.5})
+    theirs, reference = torch_adamw(mine, eps=0.5)
+    for k in range(4):
+        set_gradients(mine, k)
+        for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
+            if i % 2 and k < 2:
+                p.grad = None
+            elif i % 3 == 0:
+                gradient = p.grad.bfloat16()
+                p.grad = None
+                p.grad_dtype = torch.bfloat16
+                p.grad = gradient
+            q.grad = None if p.grad is None else p.grad.double()
+            p.grad_dtype = None  # any, again
+        optimizer.step()
+        reference.step()
+    close(mine, theirs)
+    assert [int(optimizer.state[p]["step"]) for p in mine] == [4, 2] * 4
+
+
+def test_a_decay_near_one_is_not_rounded(device):
+    """1 - d to its last digits: of a float32 d it would be off by a thousandth here."""
+    (p,) = parameters(device, shapes=((16,),))
+    average = torch.zeros_like(p)
+    optimizer = AdamWEMA([p], lr=0.0, weight_decay=0.0, emas=[[average]], ema_decays=(0.99999,))
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(average, 1e-5 * p.detach(), rtol=1e-6, atol=0)
+
+
+def test_a_gradient_scaler_unscales(device):
+    found = []
+    for kind in (AdamWEMA, torch.optim.AdamW):
+        params = parameters(device)
+        optimizer = kind(params, **{**HYPER, "eps": 1.0})  # an eps at which the scale of gradients shows
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+        for overflow in (False, True):
+            optimizer.zero_grad()
+            scaler.scale(sum(p.square().sum() for p in params)).backward()
+            if overflow:
+                params[3].grad[0] = torch.inf
+            before = [p.detach().clone() for p in params]
+            scaler.step(optimizer)
+            assert all(map(torch.equal, before, params)) == overflow
+            scaler.update()
+        found.append(params)
+    close(*found)
+
+
+@pytest.mark.parametrize("kind", [(torch.float32, ()), (torch.float64, ()), (torch.float32, (1,))], ids=str)
+def test_learning_rate_is_a_tensor(kind, device):
+    dtype, shape = kind
+    mine, theirs = parameters(device), parameters(device)
+    lr = torch.full(shape, 0.1, dtype=dtype)  # on the CPU, where torch takes it too
+    for params, optimizer in ((mine, AdamWEMA(mine, lr=lr)), (theirs, torch.optim.AdamW(theirs, lr=0.1))):
+        set_gradients(params, 0)
+        optimizer.step()
+    close(mine, theirs)
+
+
+def test_deepcopy_goes_on_alone(device):
+    params = parameters(device)
+    emas = averages_of(params, 1)
+    optimizer = AdamWEMA(params, **HYPER, emas=emas, ema_decays=(0.9,), copies=[p.detach().half() for p in params])
+    set_gradients(params, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in (*params, *emas[0])]
+    other = copy.deepcopy(optimizer)
+    twins = other.param_groups[0]["params"]
+    set_gradients(twins, 1)
+    other.step()
+    assert all(map(torch.equal, before, (*params, *emas[0])))
+    set_gradients(params, 1)
+    optimizer.step()
+    assert all(map(torch.equal, params, twins))
+
+
+def test_no_group_joins_averages(device):
+    first, second, third = parameters(device, shapes=((8,), (8,), (8,)))
+    AdamWEMA([first]).add_param_group({"params": [second]})
+    with pytest.raises(ValueError, match="no group can be added"):
+        AdamWEMA([first], emas=averages_of([first], 1), ema_decays=(0.9,)).add_param_group({"params": [third]})
+
+
+def test_tables_of_many_groups_are_made_once(device, monkeypatch):
+    params = parameters(device, shapes=((8,),) * 12)
+    optimizer = AdamWEMA([{"params": [p]} for p in params], **HYPER)
+    set_gradients(params, 0)
+    optimizer.step()
+    monkeypatch.setattr(adamw, "_to_device", lambda *_: pytest.fail("a table was made again"))
+    optimizer.step()
+
+
+def test_chunks_cover_every_element_once():
+    sizes = (8, 1024, 1032, 5000, 1)
+    chunks = adamw._chunks_of(sizes, torch.device("cpu"), []).tolist()
+    assert chunks == [[i, c] for i, n in enumerate(sizes) for c in range(-(-n // adamw.BLOCK))]
+
+
+def test_misaligned_tensors_and_gradients_that_move(device, monkeypatch):
     """No wide load fits; and the table follows the gradients to where they are now."""
+    monkeypatch.setattr(adamw, "KEPT_TABLES", 3)
     flat = torch.randn(2 * 1035 + 1, device=device)
     mine = [torch.nn.Parameter(flat[1:1036]), torch.nn.Parameter(flat[1036:])]
     theirs, reference = torch_adamw(mine)
     optimizer = AdamWEMA(mine, **HYPER)
-    for k in range(12):  # more tables than are kept
+    for k in range(6):  # more tables than are kept
         kept = [p.grad for p in mine]
         set_gradients(mine, k)
         for p, q in zip(mine, theirs, strict=True):
