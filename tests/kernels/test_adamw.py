@@ -229,7 +229,7 @@ def test_a_gradient_scaler_unscales(device):
             optimizer.zero_grad()
             scaler.scale(sum(p.square().sum() for p in params)).backward()
             if overflow:
-                params[3].grad[0] = torch.inf
+                set_gradients(params, 0, scale=torch.inf)
             before = [p.detach().clone() for p in params]
             scaler.step(optimizer)
             assert all(map(torch.equal, before, params)) == overflow
