@@ -27,6 +27,7 @@ from soflow_kernels import (
     time_embedding_increment,
 )
 
+from .low_precision import operands
 from .model import FREQUENCIES, MAX_PERIOD, Attention, DiT, Tape
 
 
@@ -112,9 +113,11 @@ class _Walk:
 
     def affine(self, h: Tensor, layer: nn.Linear | nn.Conv2d, operand: torch.dtype | None = None) -> Tensor:
         """W h + b and W dh, with operands of a dtype (None: the low precision)."""
+        operand = operand or self.operand
         weight, bias = layer.weight.flatten(1), layer.bias
         assert bias is not None
-        operand = operand or self.operand
+        if isinstance(layer, nn.Linear) and operand == torch.bfloat16:
+            weight = operands(layer, operand).low
         if layer in self.known:
             value, missing = self.known[layer]
             value = value.to(self.work)

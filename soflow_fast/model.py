@@ -1,8 +1,7 @@
 """The Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748) with SoFlow's two times (arXiv 2512.15657).
 
-Block names and parameter keys are those of the public checkpoints. The norms, modulations and gated residuals go
-through `soflow_kernels`: a residual and the norm after it are one operation, so the blocks' boundaries are crossed
-in `DiT.forward`, not inside the blocks.
+Block names and parameter keys are those of the public checkpoints. A gated residual, the norm after it and the product
+after that are one operation (`products`), so a block hands its last residual on to the next block unfinished.
 """
 
 import math
@@ -11,17 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from soflow_kernels import (
-    bias_gelu,
-    dual_time_embedding,
-    gate_residual_layernorm_modulate,
-    layernorm_modulate,
-    linear_gelu,
-)
+from soflow_kernels import dual_time_embedding
 
 from .attention import attention
 from .config import DiTConfig, validate_model
+from .low_precision import Stack, keep_copies, operands, stack_in_place
+from .products import Entry, Weight, defers_bias, linear, normed_linear, normed_mlp, stacked_linear
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
@@ -38,12 +34,6 @@ class Tape:
         """Note the output of `layer`, without gradient, and the bias that it still lacks. Returns the output."""
         self.outputs[layer] = (output.detach()[self.rows], None if bias is None else bias.detach())
         return output
-
-
-def product(layer: Any, x: Tensor, tape: Tape | None) -> Tensor:
-    """layer(x), kept on the tape if there is one."""
-    out = layer(x)
-    return out if tape is None else tape.keep(layer, out)
 
 
 class PatchEmbed(nn.Module):
@@ -86,7 +76,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, tokens [B, T, D] -> [B, T, D]."""
+    """The parameters of multi-head self-attention on tokens [B, T, D]."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -94,30 +84,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, tape: Tape | None = None) -> Tensor:
-        B, T, D = x.shape
-        qkv = product(self.qkv, x, tape)
-        q, k, v = qkv.reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        return product(self.proj, attention(q, k, v).transpose(1, 2).reshape(B, T, D), tape)
+    def forward(self, qkv: Tensor) -> Tensor:
+        """What lies between its products: [B, T, 3 D] -> [B, T, D]."""
+        B, T, D = qkv.shape
+        q, k, v = qkv.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return attention(q, k, v).transpose(1, 2).reshape(B, T, D // 3)
 
 
 class MLP(nn.Module):
-    """Linear, tanh GELU, Linear on tokens [B, T, D]."""
+    """The parameters of Linear, tanh GELU, Linear on tokens [B, T, D]."""
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, inner_size)
         self.fc2 = nn.Linear(inner_size, hidden_size)
 
-    def forward(self, x: Tensor, tape: Tape | None = None) -> Tensor:
-        if tape is None:
-            return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
-        inner = tape.keep(self.fc1, F.linear(x, self.fc1.weight), self.fc1.bias)
-        return product(self.fc2, bias_gelu(inner, self.fc1.bias), tape)
-
 
 class Block(nn.Module):
-    """One DiT block's parameters; its norms and residuals are in `DiT.forward`."""
+    """One DiT block, from the gated residual that enters it to the one that leaves it."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -125,6 +109,33 @@ class Block(nn.Module):
         self.attn = Attention(D, config.num_heads)
         self.mlp = MLP(D, int(D * config.mlp_ratio))
         self.adaLN_modulation: Any = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+
+    def products(self) -> list[nn.Linear]:
+        """Its layers on tokens, in the order in which they are run."""
+        return [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
+
+    def forward(
+        self,
+        entry: Entry,
+        inner: tuple[Tensor, Tensor, Tensor],
+        weights: list[Weight],
+        keep_norms: bool = False,
+        keep_inner: bool = True,
+        taped: bool = False,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+        """(x, y): the residual [B, T, D] and the MLP's result that is still to be gated and added to it.
+
+        entry: what leads into the first norm; inner: the attention's gate, and shift and scale of the second norm, [B, D]
+        each; weights: of `products`. Third, what qkv, proj and fc1 came to. The others as in `products.normed_mlp`.
+        """
+        qkv_weight, proj, fc1, fc2 = weights
+        gate, shift, scale = inner
+        x, qkv = normed_linear(entry, qkv_weight, keep_norm=keep_norms)
+        later = defers_bias(x)
+        y = linear(self.attn(qkv), proj, bias=not later)
+        entry = Entry(x, y, gate, proj.master_bias if later else None, shift, scale)
+        x, out, u = normed_mlp(entry, fc1, fc2, keep_norm=keep_norms, keep_inner=keep_inner, taped=taped)
+        return x, out, (qkv, y, u)
 
 
 class FinalLayer(nn.Module):
@@ -142,6 +153,11 @@ class DiT(nn.Module):
 
     pos_embed: Tensor
     blocks: Any  # a ModuleList of Block
+    recompute = "none"
+    """What a backward makes again beside norms and GELUs: "none", "mlp" (the first product of each MLP), "block"."""
+    keep_norms = False
+    """Keep every product's input for the backward instead, as autograd would."""
+    stack: Stack | None = None
 
     def __init__(self, config: DiTConfig | None = None) -> None:
         super().__init__()
@@ -182,29 +198,84 @@ class DiT(nn.Module):
         of_t, of_s = (tuple(embedder.mlp.parameters()) for embedder in (self.t_embedder, self.s_embedder))
         return dual_time_embedding(t, s, y, of_t, of_s, self.y_embedder.embedding_table.weight, max_period=MAX_PERIOD)
 
+    def modulation_layers(self) -> list[nn.Linear]:
+        """The layers from SiLU(c) to shifts, scales and gates: six rows of D for each block, two for the last norm."""
+        return [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1]]
+
+    def keep_copies(self, dtype: torch.dtype) -> None:
+        """Keep copies of the blocks' weights in a dtype, which products under autocast to that dtype then take; in the
+        dtype of the weights: lay those of the modulations side by side. Either way they are one product."""
+        layers = self.modulation_layers()
+        if dtype == layers[0].weight.dtype:
+            self.stack = stack_in_place(layers)
+        else:
+            self.stack = keep_copies([layer for block in self.blocks for layer in block.products()], layers, dtype)
+
+    def copied_layers(self) -> list[Any]:
+        """The layers that keep copies of their weights."""
+        layers = [layer for block in self.blocks for layer in block.products()] + self.modulation_layers()
+        return [layer for layer in layers if hasattr(layer, "copy")]
+
+    def modulations(self, c: Tensor, dtype: torch.dtype, tape: Tape | None = None) -> list[Tensor]:
+        """Of SiLU(c) [B, D]: per block shift, scale and gate of attention and of the MLP, then shift and scale of the
+        last norm, [B, D] each, in one list."""
+        layers = self.modulation_layers()
+        weights = [operands(layer, dtype) for layer in layers]
+        stack = None
+        if self.stack is not None and self.stack.holds(weights):
+            stack = self.stack.weight, self.stack.bias
+        out = stacked_linear(c.to(dtype), weights, stack)
+        if tape is not None:
+            for layer, value in zip(layers, out, strict=True):
+                tape.keep(layer, value)
+        return [part for value in out for part in value.split(self.config.hidden_size, dim=1)]
+
     def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, tape: Tape | None = None) -> Tensor:
         """The network's output, [B, C, H, W], for x [B, C, H, W], times t and s [B], labels y [B] (None: null).
 
-        Computes in the dtype of the parameters. Under autocast the two ends stay in it as well: the conditioning, the
-        patches and the last product cost nothing beside the blocks, and what they round is lost in every token.
-        `tape` notes the products on the way. Raises ValueError for shapes that do not fit the configuration.
+        The blocks compute in the dtype of their weights, or of autocast where it is on, residual and modulations
+        included; the statistics of norms are float32 in any case. The two ends stay in the dtype of the weights under
+        autocast as well: the conditioning, the patches and the last product cost nothing beside the blocks, and what
+        they round is lost in every token. `tape` notes the products on the way.
+        Raises ValueError for shapes that do not fit the configuration.
         """
         self.check_input(x, t, s, y)
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        dtype = self.pos_embed.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
             c = self.conditioning(t, s, y)
-            x = self.x_embedder(x) + self.pos_embed
-        # shift, scale and gate of the attention and of the MLP of each block, then shift and scale of the final layer
-        modulations = [product(block.adaLN_modulation[1], c, tape).chunk(6, dim=1) for block in self.blocks]
-        final_shift, final_scale = product(self.final_layer.adaLN_modulation[1], c, tape).chunk(2, dim=1)
-        entries = [m[:2] for m in modulations[1:]] + [(final_shift, final_scale)]
-        h = layernorm_modulate(x, modulations[0][0], modulations[0][1])
-        for block, (_, _, gate_attn, shift, scale, gate_mlp), (next_shift, next_scale) in zip(
-            self.blocks, modulations, entries, strict=True
-        ):
-            x, h = gate_residual_layernorm_modulate(x, block.attn(h, tape), gate_attn, shift, scale)
-            x, h = gate_residual_layernorm_modulate(x, block.mlp(h, tape), gate_mlp, next_shift, next_scale)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.unpatchify(product(self.final_layer.linear, h.to(x.dtype), tape))
+            x = (self.x_embedder(x) + self.pos_embed).to(dtype)
+            m = self.modulations(c, dtype, tape)
+            branch = gate = bias = None
+            for k, block in enumerate(self.blocks):
+                shift, scale, gate1, shift2, scale2, next_gate = m[6 * k : 6 * k + 6]
+                entry = Entry(x, branch, gate, bias, shift, scale)
+                x, branch = self._block(block, entry, (gate1, shift2, scale2), tape)
+                gate = next_gate
+                bias = block.mlp.fc2.bias if defers_bias(x) else None
+            final = operands(self.final_layer.linear, self.pos_embed.dtype)
+            _, out = normed_linear(Entry(x, branch, gate, bias, m[-2], m[-1]), final, keep_norm=self.keep_norms)
+            if tape is not None:
+                tape.keep(self.final_layer.linear, out)
+            return self.unpatchify(out)
+
+    def _block(
+        self, block: Block, entry: Entry, inner: tuple[Tensor, Tensor, Tensor], tape: Tape | None
+    ) -> tuple[Tensor, Tensor]:
+        layers = block.products()
+        weights = [operands(layer, entry.x.dtype) for layer in layers]
+        how = (self.keep_norms, self.recompute == "none", tape is not None)
+        if self.recompute == "block" and torch.is_grad_enabled():
+            x, out, _ = checkpoint(block, entry, inner, weights, *how, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportGeneralTypeIssues]
+            return x, out
+        x, out, values = block(entry, inner, weights, *how)
+        if tape is not None:
+            later = defers_bias(x)
+            for k, (layer, value) in enumerate(zip(layers, (*values, out), strict=True)):
+                tape.keep(layer, value, layer.bias if later and k else None)
+        return x, out
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Output patches [B, T, patch^2 C] -> images [B, C, H, W]."""

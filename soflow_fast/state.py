@@ -55,6 +55,7 @@ class TrainState:
         flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
         flow = flow.to(device)
         ema = copy.deepcopy(flow).requires_grad_(False).eval()
+        flow.network.keep_copies(torch.bfloat16 if precision == "bf16" else torch.float32)
         teacher = None if quotient.teacher == "student" else copy.deepcopy(ema)
         optim = config.optim
         averages = [ema] if teacher is None else [ema, teacher]
@@ -66,13 +67,28 @@ class TrainState:
             weight_decay=optim.weight_decay,
             emas=[list(average.parameters()) for average in averages],
             ema_decays=[0.0] * len(averages),  # the step sets them
+            copies=copies_of(flow.network),
         )
         objective = Objective(config.objective)
         return cls(config, flow, ema, optimizer, objective, device, precision, quotient, teacher, 0, rank, world)
 
+    def sum_gradients_in(self, dtype: torch.dtype | None) -> None:
+        """The dtype of the weights' gradients: None, as products with the weights' copies give them, or a wider one in
+        which those of several micro-batches are added up."""
+        for layer in self.flow.network.copied_layers():
+            layer.weight.grad_dtype = layer.bias.grad_dtype = dtype
+
     def parameter_count(self) -> int:
         """Trained numbers in the network."""
         return sum(p.numel() for p in self.flow.parameters())
+
+
+def copies_of(network: DiT) -> list[torch.Tensor | None]:
+    """The copies in low precision that the network keeps of its parameters, in their order; None: there is none."""
+    kept = {}
+    for layer in network.copied_layers():
+        kept |= {layer.weight: layer.copy.weight, layer.bias: layer.copy.bias}
+    return [kept.get(parameter) for parameter in network.parameters()]
 
 
 def build_flow(config: Config) -> SolutionFlow:

@@ -79,6 +79,7 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     state.optimizer.zero_grad(set_to_none=True)
     micro = config.micro_batch or B
     parts = -(-B // micro)
+    state.sum_gradients_in(None if parts == 1 else torch.float32)
     totals: dict[str, Tensor] = {}
     for k in range(parts):
         index, n_fm = _micro_batch(B, draws.n_fm, k, parts, x0.device)
@@ -210,7 +211,8 @@ def teacher_decay(state: TrainState) -> float:
 def _update(state: TrainState) -> Tensor:
     """Clip, AdamW and the averages; nothing moves if a gradient is not finite. Returns the norm before clipping."""
     optimizer, optim = state.optimizer, state.config.optim
-    norm = torch.nn.utils.get_total_norm([p.grad for p in state.flow.parameters() if p.grad is not None])
+    gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
+    norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
     scale, finite = clip_scale(norm, optim.grad_clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(state)
@@ -218,4 +220,6 @@ def _update(state: TrainState) -> Tensor:
     for place, decay in zip(optimizer.ema_decays, decays, strict=True):
         place.fill_(decay)
     optimizer.step(grad_scale=scale if optim.grad_clip else None, finite=finite)
+    for layer in state.flow.network.copied_layers():
+        layer.copy.trust(layer)
     return norm

@@ -236,7 +236,7 @@ def test_bf16_takes_the_quotient_from_increments():
     objective = ObjectiveConfig(r_init=0.002, r_end=0.002, guidance_scale=1.0)
     exact, low = (off_zero(build(objective, precision=p)) for p in ("fp32", "bf16"))
     seen = []
-    low.flow.network.blocks[0].attn.proj.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    low.flow.network.blocks[0].attn.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
     x0, y = batch()
     got, wanted = (train_step(state, x0, y) for state in (low, exact))
     assert seen == [torch.bfloat16]

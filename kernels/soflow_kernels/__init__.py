@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from soflow_kernels._dispatch import INTERPRETED, why_reference
+from soflow_kernels._dispatch import INTERPRETED, transformed, use_kernel, why_reference
 from soflow_kernels.adaln import (
     gate_residual_layernorm_modulate,
     gate_residual_layernorm_modulate_reference,
@@ -73,6 +73,8 @@ __all__ = [
     "status",
     "time_embedding_increment",
     "time_embedding_increment_reference",
+    "transformed",
+    "use_kernel",
 ]
 
 OPERATIONS = [name.removesuffix("_reference") for name in __all__ if name.endswith("_reference")]

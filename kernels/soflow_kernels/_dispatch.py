@@ -62,14 +62,17 @@ def why_reference():
     return None
 
 
-def use_kernel(*tensors):
-    """Whether these arguments of an operation (tensors, or None for an optional one) go to its kernel."""
-    if _mode == "reference" or triton is None:
-        return False
+def transformed():
+    """Whether forward-mode AD or a torch.func transform is in action, which no kernel and no autograd node follows."""
     # A library operation has no forward-mode formula: a dual tensor would lose its tangent without a word.
     if forward_ad._current_level >= 0:
-        return False
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def use_kernel(*tensors):
+    """Whether these arguments of an operation (tensors, or None for an optional one) go to its kernel."""
+    if _mode == "reference" or triton is None or transformed():
         return False
     for tensor in tensors:
         if tensor is not None and not ((tensor.is_cuda or INTERPRETED) and tensor.dtype in KERNEL_DTYPES):

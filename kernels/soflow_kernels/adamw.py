@@ -312,11 +312,11 @@ def clip_scale(norm, max_norm):
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """torch's AdamW whose step is `adamw_ema`: one launch for each group and dtype of gradients, averages included.
+    """torch's AdamW whose step is `adamw_ema`: one launch for each group, dtype of gradients and kind of copy.
 
     Arguments, states and state_dict are AdamW's: each loads the other's. emas: up to three lists of tensors, in the
     order of all parameters of all groups; ema_decays: as many numbers in [0, 1), later the tensor of that name; copies:
-    a list of bfloat16 or float16 tensors in that order, or None.
+    a list of bfloat16 or float16 tensors in that order, None where a parameter has no copy.
     A gradient scaler unscales the gradients itself and skips the step, as for an optimiser that is not fused.
     Raises ValueError for lists that do not fit and for AdamW's own reasons.
     """
@@ -365,12 +365,13 @@ class AdamWEMA(torch.optim.AdamW):
             kinds = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    kinds.setdefault(p.grad.dtype, []).append(p)
-            for chosen in kinds.values():
-                self._step(group, chosen, grad_scale, finite)
+                    copied = self._copies is not None and self._copies[p] is not None
+                    kinds.setdefault((p.grad.dtype, copied), []).append(p)
+            for (_, copied), chosen in kinds.items():
+                self._step(group, chosen, copied, grad_scale, finite)
         return loss
 
-    def _step(self, group, params, grad_scale, finite):
+    def _step(self, group, params, copied, grad_scale, finite):
         states = [self._state(p) for p in params]
         steps = [state["step"] for state in states]
         if finite is None:
@@ -386,7 +387,7 @@ class AdamWEMA(torch.optim.AdamW):
             params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
             steps, lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
             grad_scale=grad_scale, emas=[[average[p] for p in params] for average in self._emas],
-            ema_decays=self.ema_decays, copies=None if self._copies is None else [self._copies[p] for p in params],
+            ema_decays=self.ema_decays, copies=[self._copies[p] for p in params] if copied else None,
             finite=finite,
         )  # fmt: skip
 

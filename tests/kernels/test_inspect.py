@@ -39,7 +39,7 @@ with _dispatch.recording() as launches:
     gate._gate_residual(x, x, m, m[0])
     gate._gate_residual_backward(x, x, m, m[0])
     gelu._bias_gelu(x, m[0])
-    gelu._bias_gelu_backward(x, x, m[0])
+    gelu._bias_gelu_backward(x, x, m[0], True)
 for launch in launches:
     inspect.compile_launch(*launch, 90)
 print(len(launches))

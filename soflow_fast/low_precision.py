@@ -1,0 +1,87 @@
+"""Weights as products take them: copies in low precision beside float32 masters, and stacks of weights in one piece.
+
+Neither is a parameter: `state_dict`, `parameters()` and the optimiser see the masters. A copy follows its master: where
+that was changed by anybody but the optimiser, which writes both, it is made again at its next use.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .products import Weight
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """The memory that a tensor begins at; unlike its address, known for tensors without data too."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+
+
+class Copy:
+    """A layer's weight and bias in another dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight, bias
+        self.seen: tuple | None = None
+
+    def follow(self, layer: nn.Linear) -> None:
+        """Copy the layer's parameters, unless they are those that were copied last."""
+        now = (layer.weight._version, layer.bias._version, _place(layer.weight), _place(layer.bias))
+        if now != self.seen:
+            with torch.no_grad():
+                self.weight.copy_(layer.weight)
+                self.bias.copy_(layer.bias)
+            self.seen = now
+
+    def trust(self, layer: nn.Linear) -> None:
+        """Take the copy for a true one: whoever changed the layer has written it too."""
+        self.seen = (layer.weight._version, layer.bias._version, _place(layer.weight), _place(layer.bias))
+
+
+def operands(layer: nn.Linear, dtype: torch.dtype) -> Weight:
+    """The layer's weight for products in a dtype: itself, its kept copy, or a copy made now."""
+    master, bias = layer.weight, layer.bias
+    if master.dtype == dtype:
+        return Weight(master, bias, master, bias)
+    copy: Any = getattr(layer, "copy", None)
+    if copy is None or copy.weight.dtype != dtype or copy.weight.device != master.device:
+        return Weight(master, bias, master.detach().to(dtype), bias.detach().to(dtype))
+    copy.follow(layer)
+    return Weight(master, bias, copy.weight, copy.bias)
+
+
+class Stack:
+    """Weights [N_i, K] and biases [N_i] of several layers in one piece [N, K] and [N], of one dtype."""
+
+    def __init__(self, layers: list[nn.Linear], dtype: torch.dtype) -> None:
+        like = layers[0].weight
+        rows = [len(layer.weight) for layer in layers]
+        self.weight = torch.empty(sum(rows), like.shape[1], dtype=dtype, device=like.device)
+        self.bias = torch.empty(sum(rows), dtype=dtype, device=like.device)
+        self.parts = list(zip(self.weight.split(rows), self.bias.split(rows), strict=True))
+        self.places = [_place(tensor) for part in self.parts for tensor in part]
+
+    def holds(self, weights: list[Weight]) -> bool:
+        """Whether these are its parts."""
+        return self.places == [_place(tensor) for weight in weights for tensor in weight[2:]]
+
+
+def keep_copies(layers: list[nn.Linear], stacked: list[nn.Linear], dtype: torch.dtype) -> Stack:
+    """Give all these layers copies in a dtype, those of the second list in the stack that is returned."""
+    for layer in layers:
+        layer.copy = Copy(torch.empty_like(layer.weight, dtype=dtype), torch.empty_like(layer.bias, dtype=dtype))  # pyright: ignore[reportAttributeAccessIssue]
+    stack = Stack(stacked, dtype)
+    for layer, part in zip(stacked, stack.parts, strict=True):
+        layer.copy = Copy(*part)  # pyright: ignore[reportAttributeAccessIssue]
+    return stack
+
+
+@torch.no_grad()
+def stack_in_place(layers: list[nn.Linear]) -> Stack:
+    """Move the layers' parameters into one piece; they stay the parameters that they are."""
+    stack = Stack(layers, layers[0].weight.dtype)
+    for layer, (weight, bias) in zip(layers, stack.parts, strict=True):
+        for parameter, place in ((layer.weight, weight), (layer.bias, bias)):
+            place.copy_(parameter)
+            parameter.data = place
+    return stack
