@@ -35,7 +35,7 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
     guidance = guided * (1 + consistency * objective.mixed)
     how = state.quotient
     own_start = how.kind == "pair" and how.precision == state.precision and how.teacher != "ema"
-    return guidance + 3 + consistency * (1 if own_start or how.rides_along(state.precision) else 2)
+    return guidance + 3 + consistency * (1 if own_start or state.rides_along() else 2)
 
 
 def dry_run(config: Config) -> str:

@@ -176,7 +176,13 @@ def normed_linear(entry: Entry, weight: Weight, *, keep_norm: bool = False) -> t
 
 
 def normed_mlp(
-    entry: Entry, first: Weight, second: Weight, *, keep_norm: bool = False, keep_inner: bool = True, taped: bool = False
+    entry: Entry,
+    first: Weight,
+    second: Weight,
+    *,
+    keep_norm: bool = False,
+    keep_inner: bool = True,
+    taped: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x', the MLP (product, tanh GELU, product) of its modulated norm, and the inner values before the GELU.
 

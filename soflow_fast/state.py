@@ -56,6 +56,7 @@ class TrainState:
         flow = flow.to(device)
         ema = copy.deepcopy(flow).requires_grad_(False).eval()
         flow.network.keep_copies(torch.bfloat16 if precision == "bf16" else torch.float32)
+        flow.network.recompute = config.run.recompute
         teacher = None if quotient.teacher == "student" else copy.deepcopy(ema)
         optim = config.optim
         averages = [ema] if teacher is None else [ema, teacher]
@@ -71,6 +72,11 @@ class TrainState:
         )
         objective = Objective(config.objective)
         return cls(config, flow, ema, optimizer, objective, device, precision, quotient, teacher, 0, rank, world)
+
+    def rides_along(self) -> bool:
+        """Whether the values behind the quotient are those of the student's own forward. A forward that keeps little
+        for its backward would have to keep them for this."""
+        return self.quotient.rides_along(self.precision) and self.flow.network.recompute == "none"
 
     def sum_gradients_in(self, dtype: torch.dtype | None) -> None:
         """The dtype of the weights' gradients: None, as products with the weights' copies give them, or a wider one in

@@ -163,7 +163,7 @@ def _losses(
         v_null, v_sc = guidance[: len(x0)], guidance[len(x0) :] if mixed else None
 
     # Without consistency samples there is nothing to ride along for.
-    tape = Tape(sc) if n_fm < len(x0) and state.quotient.rides_along(state.precision) else None
+    tape = Tape(sc) if n_fm < len(x0) and state.rides_along() else None
     with products(state.precision, state.device):
         output = (network(x_t, t, s, label) if tape is None else network(x_t, t, s, label, tape=tape)).float()
 

@@ -49,6 +49,9 @@ def parser() -> Parser:
     p.add_argument("--teacher-decay", metavar="D", help="decay of the teacher's average (default: 0.99)")
     p.add_argument("--seed", metavar="N", help="of initialisation, data order, noise and times")
     p.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument(
+        "--recompute", metavar="R", help="none, mlp or block: what the backward makes again to save memory (none)"
+    )
     p.add_argument("--checkpoint-every", metavar="N", help="updates between checkpoints; 0: only the last")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of config.json")
     p.add_argument("--dry-run", action="store_true", help="build everything, make one step, print what the run needs")

@@ -166,6 +166,7 @@ OUT_OF_RANGE = {
     "run.checkpoint_every": -1,
     "run.check_quotient_every": -1,
     "run.keep": 0,
+    "run.recompute": ["all", ""],
     "steps": 0,
     "batch_size": 0,
     "micro_batch": -1,

@@ -240,8 +240,11 @@ def test_bf16_takes_the_quotient_from_increments():
     x0, y = batch()
     got, wanted = (train_step(state, x0, y) for state in (low, exact))
     assert seen == [torch.bfloat16]
-    torch.testing.assert_close(got["sc_mse"], wanted["sc_mse"], rtol=3e-2, atol=0)
-    torch.testing.assert_close(got["sc_weight"], wanted["sc_weight"], rtol=3e-2, atol=0)
+    # These random weights amplify what bf16 makes of the values; a bf16 pair is off by more than its own size.
+    torch.testing.assert_close(got["sc_mse"], wanted["sc_mse"], rtol=6e-2, atol=0)
+    torch.testing.assert_close(got["sc_weight"], wanted["sc_weight"], rtol=6e-2, atol=0)
+    pair = train_step(off_zero(build(objective, precision="bf16", quotient="pair", quotient_precision="bf16")), x0, y)
+    assert pair["sc_mse"] > 2 * wanted["sc_mse"]
 
 
 @pytest.mark.parametrize(

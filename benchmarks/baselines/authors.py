@@ -33,6 +33,7 @@ def build(config: Config) -> TrainState:
     """A training state with the authors' optimiser; products in TF32 on a GPU, unless the configuration says "fp32"."""
     on_gpu = resolve_device(config.run.device).type == "cuda"
     state = TrainState.build(replace(config, precision="tf32" if on_gpu and config.precision != "fp32" else "fp32"))
+    state.flow.network.keep_norms = True  # autograd keeps the input of every product
     optim = config.optim
     state.optimizer = torch.optim.AdamW(  # pyright: ignore[reportAttributeAccessIssue]
         state.flow.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay

@@ -114,7 +114,9 @@ def test_wrong_arguments_are_named(device):
         "boundary: y": lambda: boundary.boundary(x, y[:, :2], gate, shift, scale),
         "boundary: gate": lambda: boundary.boundary(x, y, None, shift, scale),
         "boundary: bias": lambda: boundary.boundary(x, y, gate, shift, scale, bias=bias[1:]),
-        "boundary_backward: dout": lambda: boundary.boundary_backward(dout[1:], None, x, y, gate, scale, None, *made[2:]),
+        "boundary_backward: dout": lambda: boundary.boundary_backward(
+            dout[1:], None, x, y, gate, scale, None, *made[2:]
+        ),
         "boundary_backward: dsum": lambda: boundary.boundary_backward(dout, 1, x, y, gate, scale, None, *made[2:]),
         "bias_gelu_backward: dout": lambda: gelu.bias_gelu_backward(dout[1:], x, bias),
     }.items():
