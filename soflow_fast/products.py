@@ -166,7 +166,7 @@ def _norm(entry: Entry, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def normed_linear(entry: Entry, weight: Weight, *, keep_norm: bool = False) -> tuple[Tensor, Tensor]:
-    """x' and the product of its modulated norm, [B, T, D] and [B, T, N]. keep_norm: keep the product's input as well."""
+    """x' and the product of its modulated norm, [B, T, D] and [B, T, N]. keep_norm: keep the product's input too."""
     if keep_norm or _composed():
         x, h = _norm(entry, weight.low.dtype)
         return x, linear(h, weight)
