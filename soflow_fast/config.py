@@ -16,6 +16,7 @@ PATHS = ("linear", "trig")
 COEFFICIENTS = ("euler", "trig")
 R_SCHEDULES = ("exponent", "cosine", "linear", "constant")
 LR_SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("soflow", "torch", "apex")
 RECOMPUTE = ("none", "mlp", "block")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 QUOTIENTS = ("auto", "increments", "pair")
@@ -147,6 +148,8 @@ class RunConfig:
     """Updates between measurements of the cosine of the quotient with its float32 value on a few samples; 0: never."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
+    optimizer: str = "soflow"
+    """Whose AdamW: "soflow" (one pass with averages and copies), "torch" (its fused one) or "apex" (FusedAdam)."""
     recompute: str = "none"
     """What the backward makes again to save memory, beside norms and GELUs: "none", "mlp" (the first product of each
     MLP), "block" (all of each block)."""
@@ -192,6 +195,7 @@ SHORT_NAMES = {
     "teacher_decay": "objective.teacher_decay",
     "seed": "seed",
     "device": "run.device",
+    "optimizer": "run.optimizer",
     "recompute": "run.recompute",
     "checkpoint_every": "run.checkpoint_every",
 }
@@ -281,6 +285,7 @@ def validate(config: Config) -> Config:
         ("keep", 1),
     ):
         _require(getattr(run, name) >= least, f"run.{name}", f"at least {least}", getattr(run, name))
+    _one_of("run.optimizer", run.optimizer, OPTIMIZERS)
     _one_of("run.recompute", run.recompute, RECOMPUTE)
     _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits
     _require(1 <= config.batch_size <= 2**20, "batch_size", "in [1, 2^20]", config.batch_size)

@@ -126,7 +126,8 @@ class Block(nn.Module):
         """(x, y): the residual [B, T, D] and the MLP's result that is still to be gated and added to it.
 
         entry: what leads into the first norm; inner: the attention's gate, and shift and scale of the second norm,
-        [B, D] each; weights: of `products`. Third, what qkv, proj and fc1 came to. The others as in `products.normed_mlp`.
+        [B, D] each; weights: of `products`. Third, what qkv, proj and fc1 came to. The others as in
+        `products.normed_mlp`.
         """
         qkv_weight, proj, fc1, fc2 = weights
         gate, shift, scale = inner

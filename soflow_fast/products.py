@@ -76,6 +76,7 @@ class _NormedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, y, gate, y_bias, shift, scale, master, master_bias, low, bias):
+        low, bias = (master, master_bias) if low is None else (low, bias)
         x, h, mean, rstd = boundary(x, y, gate, shift, scale, EPS, y_bias, low.dtype)
         ctx.save_for_backward(x, y, gate, y_bias, shift, scale, mean, rstd, low)
         out = F.linear(h, low, bias)
@@ -102,6 +103,8 @@ class _NormedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, y, gate, y_bias, shift, scale, w1, b1, low1, bias1, w2, b2, low2, bias2, fused, keep):
+        low1, bias1 = (w1, b1) if low1 is None else (low1, bias1)
+        low2, bias2 = (w2, b2) if low2 is None else (low2, bias2)
         x, h, mean, rstd = boundary(x, y, gate, shift, scale, EPS, y_bias, low1.dtype)
         u = F.linear(h, low1, None if fused else bias1)
         inner = bias_gelu(u, b1) if fused else F.gelu(u, approximate="tanh")
@@ -133,6 +136,12 @@ class _NormedMLP(torch.autograd.Function):
         del h, du
         d = boundary_backward(dh, dsum, x, y, gate, scale, y_bias, mean, rstd, EPS)
         return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dw1, db1, None, None, dw2, db2, *[None] * 4
+
+
+def _apart(weight: Weight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """A weight as the nodes take it: no copies where it is multiplied itself (torch.compile refuses one twice)."""
+    master, bias, low, low_bias = weight
+    return (master, bias, None, None) if low is master else (master, bias, low, low_bias)
 
 
 def _composed() -> bool:
@@ -171,7 +180,7 @@ def normed_linear(entry: Entry, weight: Weight, *, keep_norm: bool = False) -> t
         x, h = _norm(entry, weight.low.dtype)
         return x, linear(h, weight)
     x, y, gate, bias, shift, scale = entry
-    out = _NormedLinear.apply(x, y, gate, bias, shift, scale, *weight)
+    out = _NormedLinear.apply(x, y, gate, bias, shift, scale, *_apart(weight))
     return out if isinstance(out, tuple) else (x, out)
 
 
@@ -193,7 +202,7 @@ def normed_mlp(
     fused = defers_bias(entry.x)
     if not keep_norm and not _composed():
         x, y, gate, bias, shift, scale = entry
-        return _NormedMLP.apply(x, y, gate, bias, shift, scale, *first, *second, fused, keep_inner)
+        return _NormedMLP.apply(x, y, gate, bias, shift, scale, *_apart(first), *_apart(second), fused, keep_inner)
     x, h = _norm(entry, first.low.dtype)
     w, b = _operand(first.master, first.low), _operand(first.master_bias, first.bias)
     if taped or (fused and torch.is_grad_enabled()):

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from soflow_kernels import AdamWEMA
-
 from .config import Config, validate
 from .errors import ConfigError
 from .flow import SolutionFlow
 from .model import DiT
 from .objective import Objective
+from .optimizer import Optimizer, build_optimizer
 from .quotient import Quotient, resolve_quotient
 from .rng import generator
 
@@ -23,7 +22,7 @@ class TrainState:
     config: Config
     flow: SolutionFlow
     ema: SolutionFlow
-    optimizer: AdamWEMA
+    optimizer: Optimizer
     """Updates the averages as well: `ema`, then `teacher` if there is one."""
     objective: Objective
     device: torch.device
@@ -58,18 +57,8 @@ class TrainState:
         flow.network.keep_copies(torch.bfloat16 if precision == "bf16" else torch.float32)
         flow.network.recompute = config.run.recompute
         teacher = None if quotient.teacher == "student" else copy.deepcopy(ema)
-        optim = config.optim
-        averages = [ema] if teacher is None else [ema, teacher]
-        optimizer = AdamWEMA(
-            flow.parameters(),
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            emas=[list(average.parameters()) for average in averages],
-            ema_decays=[0.0] * len(averages),  # the step sets them
-            copies=copies_of(flow.network),
-        )
+        averages = [average.network for average in (ema, teacher) if average is not None]
+        optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, averages)
         objective = Objective(config.objective)
         return cls(config, flow, ema, optimizer, objective, device, precision, quotient, teacher, 0, rank, world)
 
@@ -87,14 +76,6 @@ class TrainState:
     def parameter_count(self) -> int:
         """Trained numbers in the network."""
         return sum(p.numel() for p in self.flow.parameters())
-
-
-def copies_of(network: DiT) -> list[torch.Tensor | None]:
-    """The copies in low precision that the network keeps of its parameters, in their order; None: there is none."""
-    kept = {}
-    for layer in network.copied_layers():
-        kept |= {layer.weight: layer.copy.weight, layer.bias: layer.copy.bias}
-    return [kept.get(parameter) for parameter in network.parameters()]
 
 
 def build_flow(config: Config) -> SolutionFlow:

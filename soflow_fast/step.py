@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from soflow_kernels import clip_scale
+from soflow_kernels import AdamWEMA, clip_scale
 
 from .model import Tape
 from .objective import LossTerm, with_null
@@ -79,7 +79,8 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     state.optimizer.zero_grad(set_to_none=True)
     micro = config.micro_batch or B
     parts = -(-B // micro)
-    state.sum_gradients_in(None if parts == 1 else torch.float32)
+    low = parts == 1 and isinstance(state.optimizer, AdamWEMA)  # the others take gradients of the weights' dtype
+    state.sum_gradients_in(None if low else torch.float32)
     totals: dict[str, Tensor] = {}
     for k in range(parts):
         index, n_fm = _micro_batch(B, draws.n_fm, k, parts, x0.device)
@@ -94,7 +95,7 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
             for part, value in zip(term._fields, term, strict=True) if n else ():
                 totals[f"{name}_{part}"] = totals.get(f"{name}_{part}", 0) + value.detach() * (n / whole)
     totals["grad_norm"] = _update(state)
-    totals["lr"] = torch.tensor(state.optimizer.param_groups[0]["lr"])
+    totals["lr"] = torch.tensor(learning_rate(state))
     state.step += 1
     return totals
 
@@ -215,11 +216,17 @@ def _update(state: TrainState) -> Tensor:
     norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
     scale, finite = clip_scale(norm, optim.grad_clip)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(state)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate(state))
+        else:
+            group["lr"] = learning_rate(state)
     decays = [ema_decay(state)] if state.teacher is None else [ema_decay(state), teacher_decay(state)]
     for place, decay in zip(optimizer.ema_decays, decays, strict=True):
         place.fill_(decay)
     optimizer.step(grad_scale=scale if optim.grad_clip else None, finite=finite)
     for layer in state.flow.network.copied_layers():
-        layer.copy.trust(layer)
+        if isinstance(optimizer, AdamWEMA):
+            layer.copy.trust(layer)
+        else:
+            layer.copy.forget()
     return norm

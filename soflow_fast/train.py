@@ -49,6 +49,7 @@ def parser() -> Parser:
     p.add_argument("--teacher-decay", metavar="D", help="decay of the teacher's average (default: 0.99)")
     p.add_argument("--seed", metavar="N", help="of initialisation, data order, noise and times")
     p.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--optimizer", metavar="O", help="soflow, torch or apex: whose fused AdamW (soflow)")
     p.add_argument(
         "--recompute", metavar="R", help="none, mlp or block: what the backward makes again to save memory (none)"
     )

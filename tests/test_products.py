@@ -61,7 +61,7 @@ def test_gradients_are_those_of_autograd(B, recompute, copies):
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 @pytest.mark.parametrize("copies", [None, torch.bfloat16], ids=["copied at each use", "copied once"])
 def test_low_precision_gradients(recompute, copies):
-    """Under autocast: as near to float64 as the plain composition in the same precision, in the dtype of the weights."""
+    """As near to float64 as the plain composition in the same precision, in the dtype of the weights."""
     exact = gradients(network(torch.float64))
     plain = gradients(network(keep_norms=True), autocast=True)
     got = gradients(network(copies=copies, recompute=recompute), autocast=True)
