@@ -21,10 +21,11 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import Config, from_json, to_json, validate
+from .config import Config, from_json, to_json
 from .errors import CheckpointError
 from .flow import SolutionFlow
 from .state import TrainState, build_flow
+from .validation import validate
 
 T = TypeVar("T")
 

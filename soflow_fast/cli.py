@@ -5,8 +5,9 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from .config import SHORT_NAMES, Config, override, validate
+from .config import SHORT_NAMES, Config, override
 from .errors import ConfigError, UserError
+from .validation import validate
 
 T = TypeVar("T")
 

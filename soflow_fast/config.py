@@ -1,6 +1,6 @@
-"""The configuration of a run: frozen dataclasses, their validation, JSON in and out.
+"""The configuration of a run: frozen dataclasses, JSON in and out.
 
-A configuration is plain data. Building one never fails on meaning; `validate` says what is wrong, by field.
+A configuration is plain data. Building one never fails on meaning; `validation.validate` says what is wrong, by field.
 """
 
 import dataclasses
@@ -11,18 +11,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
-
-PATHS = ("linear", "trig")
-COEFFICIENTS = ("euler", "trig")
-R_SCHEDULES = ("exponent", "cosine", "linear", "constant")
-LR_SCHEDULES = ("constant", "cosine")
-OPTIMIZERS = ("soflow", "torch", "apex")
-RECOMPUTE = ("none", "mlp", "block")
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")
-QUOTIENTS = ("auto", "increments", "pair")
-QUOTIENT_PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
-TEACHERS = ("student", "ema", "ema-literal")
-DATA_KINDS = ("digits", "images", "latents")
 
 # name: depth, hidden_size, num_heads, patch_size (Peebles & Xie 2023, arXiv 2212.09748; M: arXiv 2512.15657)
 DIT_SIZES = {
@@ -56,7 +44,7 @@ class DiTConfig:
         key = size.removeprefix("DiT-")
         if key not in DIT_SIZES:
             raise ValueError(
-                f"unknown DiT size {size!r}{_nearest(key, DIT_SIZES)}; the sizes are {', '.join(DIT_SIZES)}"
+                f"unknown DiT size {size!r}{nearest(key, DIT_SIZES)}; the sizes are {', '.join(DIT_SIZES)}"
             )
         depth, hidden_size, num_heads, patch_size = DIT_SIZES[key]
         return cls(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size, **others)
@@ -257,126 +245,8 @@ def difference(old: Config, new: Config) -> list[str]:
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]
 
 
-def validate(config: Config) -> Config:
-    """Check the meaning of every field and return `config`. Raises ValueError naming the first wrong field."""
-    usual = flatten(Config())
-    for name, value in flatten(config).items():
-        _require(_of_type(value, usual[name]), name, _TYPES[type(usual[name])], value)
-        for number in value if isinstance(value, tuple) else (value,):
-            _require(not isinstance(number, float) or math.isfinite(number), name, "finite", value)
-    validate_model(config.model, "model.")
-    validate_flow(config.flow, "flow.")
-    validate_objective(config.objective, "objective.")
-    optim, run = config.optim, config.run
-    _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
-    _one_of("optim.lr_schedule", optim.lr_schedule, LR_SCHEDULES)
-    _require(optim.warmup_steps >= 0, "optim.warmup_steps", "at least 0", optim.warmup_steps)
-    _require(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
-    _require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
-    _require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
-    _require(optim.grad_clip >= 0, "optim.grad_clip", "at least 0", optim.grad_clip)
-    _require(0 <= optim.ema_decay < 1, "optim.ema_decay", "in [0, 1)", optim.ema_decay)
-    _one_of("data.kind", config.data.kind, DATA_KINDS)
-    for name, least in (
-        ("log_every", 1),
-        ("sample_every", 0),
-        ("checkpoint_every", 0),
-        ("check_quotient_every", 0),
-        ("keep", 1),
-    ):
-        _require(getattr(run, name) >= least, f"run.{name}", f"at least {least}", getattr(run, name))
-    _one_of("run.optimizer", run.optimizer, OPTIMIZERS)
-    _one_of("run.recompute", run.recompute, RECOMPUTE)
-    _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits
-    _require(1 <= config.batch_size <= 2**20, "batch_size", "in [1, 2^20]", config.batch_size)
-    _require(config.micro_batch >= 0, "micro_batch", "at least 0", config.micro_batch)
-    _one_of("precision", config.precision, PRECISIONS)
-    _one_of("quotient", config.quotient, QUOTIENTS)
-    _one_of("quotient_precision", config.quotient_precision, QUOTIENT_PRECISIONS)
-    _require(0 <= config.seed < 2**63, "seed", "in [0, 2^63)", config.seed)
-    return config
-
-
-def validate_model(model: DiTConfig, prefix: str = "") -> None:
-    """Check a DiTConfig. Raises ValueError naming the field."""
-    for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-        value = getattr(model, name)
-        least = 0 if name == "num_classes" else 1
-        _require(isinstance(value, int) and value >= least, prefix + name, f"a whole number of at least {least}", value)
-    for name, most in (("hidden_size", 2**16), ("depth", 1000)):
-        _require(getattr(model, name) <= most, prefix + name, f"at most {most}", getattr(model, name))
-    _require(0 < model.mlp_ratio <= 64, prefix + "mlp_ratio", "above 0 and at most 64", model.mlp_ratio)
-    _require(
-        model.hidden_size * model.mlp_ratio >= 1, prefix + "mlp_ratio", "at least 1 / hidden_size", model.mlp_ratio
-    )
-    _require(
-        model.input_size % model.patch_size == 0,
-        prefix + "patch_size",
-        f"a divisor of input_size {model.input_size}",
-        model.patch_size,
-    )
-    _require(
-        model.hidden_size % model.num_heads == 0,
-        prefix + "num_heads",
-        f"a divisor of hidden_size {model.hidden_size}",
-        model.num_heads,
-    )
-    _require(
-        model.hidden_size % 4 == 0, prefix + "hidden_size", "a multiple of 4 (2-D sin-cos positions)", model.hidden_size
-    )
-
-
-def validate_flow(flow: FlowConfig, prefix: str = "") -> None:
-    """Check a FlowConfig. Raises ValueError naming the field."""
-    _one_of(prefix + "path", flow.path, PATHS)
-    _one_of(prefix + "coefficients", flow.coefficients, COEFFICIENTS)
-
-
-def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
-    """Check an ObjectiveConfig. Raises ValueError naming the field."""
-    _require(objective.guidance_scale >= 1, prefix + "guidance_scale", "at least 1", objective.guidance_scale)
-    _require(
-        objective.guidance_decay_time >= 0, prefix + "guidance_decay_time", "at least 0", objective.guidance_decay_time
-    )
-    for name in ("mix_ratio", "fm_fraction", "label_drop"):
-        _require(0 <= getattr(objective, name) <= 1, prefix + name, "in [0, 1]", getattr(objective, name))
-    _require(objective.p >= 0, prefix + "p", "at least 0", objective.p)
-    _require(objective.eps > 0, prefix + "eps", "above 0", objective.eps)
-    _one_of(prefix + "r_schedule", objective.r_schedule, R_SCHEDULES)
-    for name in ("r_init", "r_end"):
-        _require(0 < getattr(objective, name) <= 1, prefix + name, "in (0, 1]", getattr(objective, name))
-    _one_of(prefix + "teacher", objective.teacher, TEACHERS)
-    _require(0 <= objective.teacher_decay < 1, prefix + "teacher_decay", "in [0, 1)", objective.teacher_decay)
-    for name in ("fm_time", "sc_time", "sc_end_time"):
-        _require(
-            getattr(objective, name)[1] > 0, prefix + name, "a mean and a deviation above 0", getattr(objective, name)
-        )
-
-
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "two numbers"}
-
-
-def _of_type(value: Any, usual: Any) -> bool:
-    """Whether `value` has the type of a field whose usual value is given; whole numbers are numbers."""
-    if isinstance(usual, tuple):
-        fits = isinstance(value, tuple) and len(value) == len(usual)
-        return fits and all(map(_of_type, value, usual))
-    if isinstance(usual, float):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is type(usual)
-
-
-def _require(holds: bool, name: str, what: str, value: Any) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {what}, got {value!r}")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{_nearest(str(value), allowed)}")
-
-
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Any) -> str:
+    """ " (did you mean ...?)" for a misspelt name, or nothing."""
     close = difflib.get_close_matches(name, list(known), 1, 0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -387,7 +257,7 @@ def _replace(node: Any, path: list[str], value: Any, full_name: str) -> Any:
     inner = getattr(node, head, None) if head in names else None
     if head not in names or bool(rest) != is_dataclass(inner):
         known = [*flatten(Config()), *SHORT_NAMES]
-        raise ValueError(f"unknown field {full_name!r}{_nearest(full_name, known)}")
+        raise ValueError(f"unknown field {full_name!r}{nearest(full_name, known)}")
     if rest:
         return replace(node, **{head: _replace(inner, rest, value, full_name)})
     return replace(node, **{head: _coerce(value, get_type_hints(type(node))[head], full_name)})
@@ -400,7 +270,7 @@ def _build(base: Any, values: Any, prefix: str) -> Any:
     arguments = {}
     for name, value in values.items():
         if name not in hints:
-            raise ValueError(f"unknown field {prefix + str(name)!r}{_nearest(str(name), hints)}")
+            raise ValueError(f"unknown field {prefix + str(name)!r}{nearest(str(name), hints)}")
         inner = getattr(base, name)
         if is_dataclass(inner):
             arguments[name] = _build(inner, value, f"{prefix}{name}.")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from soflow_kernels import path_point
 
-from .config import FlowConfig, validate_flow
+from .config import FlowConfig
+from .validation import validate_flow
 
 HALF_PI = math.pi / 2
 

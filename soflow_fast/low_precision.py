@@ -1,7 +1,8 @@
 """Weights as products take them: copies in low precision beside float32 masters, and stacks of weights in one piece.
 
 Neither is a parameter: `state_dict`, `parameters()` and the optimiser see the masters. A copy follows its master: where
-that was changed by anybody but the optimiser, which writes both, it is made again at its next use.
+that was changed by anybody but the optimiser, which writes both, it is made again at its next use. Changes
+show in torch's version counters, which torch's fused optimisers do not move: after their step, `forget`.
 """
 
 from typing import Any
@@ -32,6 +33,10 @@ class Copy:
                 self.weight.copy_(layer.weight)
                 self.bias.copy_(layer.bias)
             self.seen = now
+
+    def forget(self) -> None:
+        """Copy anew at the next use. For optimisers that leave no trace of what they change, as torch's fused ones."""
+        self.seen = None
 
     def trust(self, layer: nn.Linear) -> None:
         """Take the copy for a true one: whoever changed the layer has written it too."""

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from soflow_kernels import dual_time_embedding
 
 from .attention import attention
-from .config import DiTConfig, validate_model
+from .config import DiTConfig
 from .low_precision import Stack, keep_copies, operands, stack_in_place
 from .products import Entry, Weight, defers_bias, linear, normed_linear, normed_mlp, stacked_linear
+from .validation import validate_model
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import Config, validate
+from .config import Config
 from .errors import ConfigError
 from .flow import SolutionFlow
 from .model import DiT
@@ -13,6 +13,7 @@ from .objective import Objective
 from .optimizer import Optimizer, build_optimizer
 from .quotient import Quotient, resolve_quotient
 from .rng import generator
+from .validation import validate
 
 
 @dataclass

@@ -21,12 +21,12 @@ from soflow_fast.config import (
     override,
     to_dict,
     to_json,
-    validate,
 )
 from soflow_fast.errors import ConfigError
 from soflow_fast.presets import PRESETS, preset
 from soflow_fast.state import TrainState
 from soflow_fast.step import train_step
+from soflow_fast.validation import validate
 
 
 @pytest.mark.parametrize("name", PRESETS)
