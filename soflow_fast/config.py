@@ -138,6 +138,10 @@ class RunConfig:
     """How many of the newest checkpoints stay."""
     optimizer: str = "soflow"
     """Whose AdamW: "soflow" (one pass with averages and copies), "torch" (its fused one) or "apex" (FusedAdam)."""
+    compile: str = "auto"
+    """torch.compile for the blocks: "on", "off" or "auto": off until a record shows that it wins."""
+    cuda_graph: str = "auto"
+    """The step as one CUDA graph: "on", "off" or "auto", as above."""
     recompute: str = "none"
     """What the backward makes again to save memory, beside norms and GELUs: "none", "mlp" (the first product of each
     MLP), "block" (all of each block)."""
@@ -184,6 +188,8 @@ SHORT_NAMES = {
     "seed": "seed",
     "device": "run.device",
     "optimizer": "run.optimizer",
+    "compile": "run.compile",
+    "cuda_graph": "run.cuda_graph",
     "recompute": "run.recompute",
     "checkpoint_every": "run.checkpoint_every",
 }

@@ -10,6 +10,7 @@ COEFFICIENTS = ("euler", "trig")
 R_SCHEDULES = ("exponent", "cosine", "linear", "constant")
 LR_SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("soflow", "torch", "apex")
+SWITCH = ("auto", "on", "off")
 RECOMPUTE = ("none", "mlp", "block")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 QUOTIENTS = ("auto", "increments", "pair")
@@ -47,6 +48,8 @@ def validate(config: Config) -> Config:
     ):
         _require(getattr(run, name) >= least, f"run.{name}", f"at least {least}", getattr(run, name))
     _one_of("run.optimizer", run.optimizer, OPTIMIZERS)
+    _one_of("run.compile", run.compile, SWITCH)
+    _one_of("run.cuda_graph", run.cuda_graph, SWITCH)
     _one_of("run.recompute", run.recompute, RECOMPUTE)
     _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits
     _require(1 <= config.batch_size <= 2**20, "batch_size", "in [1, 2^20]", config.batch_size)
