@@ -164,7 +164,8 @@ class Config:
     micro_batch: int = 0
     """Samples per forward and backward on one rank; 0: the rank's whole batch."""
     precision: str = "auto"
-    """"fp32", "tf32", "bf16" or "auto": bf16 on a GPU that has it, else fp32."""
+    """"fp32", "tf32", "bf16", "fp8" (the blocks' products, by torchao) or "auto": bf16 on a GPU that has it, else
+    fp32."""
     quotient: str = "auto"
     """"increments": value and increment side by side; "pair": two forwards and their difference; "auto": increments
     where products are rounded, a pair in float32."""

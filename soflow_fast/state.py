@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import float8
 from .capture import Captured
 from .config import Config
 from .errors import ConfigError
@@ -29,7 +30,7 @@ class TrainState:
     objective: Objective
     device: torch.device
     precision: str
-    """"fp32", "tf32" or "bf16": what `config.precision` resolved to on this device."""
+    """"fp32", "tf32", "bf16" or "fp8": what `config.precision` resolved to on this device."""
     quotient: Quotient
     teacher: SolutionFlow | None = None
     """The average of the weights behind the consistency target, if it is not the student's own."""
@@ -60,7 +61,10 @@ class TrainState:
         flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
         flow = flow.to(device)
         ema = copy.deepcopy(flow).requires_grad_(False).eval()
-        flow.network.keep_copies(torch.bfloat16 if precision == "bf16" else torch.float32)
+        flow.network.keep_copies(torch.bfloat16 if precision in ("bf16", "fp8") else torch.float32)
+        if precision == "fp8":
+            float8.require(config.model, device)
+            float8.use_float8([layer for block in flow.network.blocks for layer in block.products()])
         flow.network.recompute = config.run.recompute
         teacher = None if quotient.teacher == "student" else copy.deepcopy(ema)
         if config.run.compile == "on":

@@ -36,7 +36,7 @@ def parser() -> Parser:
     p.add_argument("--data", metavar="PATH", help="folder or zip of images, CLASS/NAME")
     p.add_argument("--steps", metavar="N", help="updates in the whole run")
     p.add_argument("--batch-size", metavar="N", help="images per update")
-    p.add_argument("--precision", metavar="P", help="auto, fp32, tf32 or bf16")
+    p.add_argument("--precision", metavar="P", help="auto, fp32, tf32, bf16 or fp8 (the blocks' products, by torchao)")
     p.add_argument("--quotient", metavar="Q", help="increments or pair: how the consistency quotient is taken (auto)")
     p.add_argument(
         "--quotient-precision", metavar="P", help="bf16, fp16, tf32 or fp32: of the products behind it (auto)"
