@@ -88,7 +88,8 @@ class Status(NamedTuple):
 def status():
     """{operation: Status(kernel, why)}: what float16, bfloat16 and float32 tensors on the GPU get in this process.
 
-    Calls with float64 tensors, under forward-mode AD or under torch.func transforms take the reference in any case.
+    Calls with float64 tensors, under forward-mode AD or under torch.func transforms take the reference in any case, and
+    so do sizes and dtypes that an operation's docstring leaves to it.
     """
     why = why_reference()
     return {name: Status(why is None, why or ("interpreted" if INTERPRETED else "GPU found")) for name in OPERATIONS}

@@ -95,6 +95,26 @@ def check_tensor(op, name, value, shape, like=None):
         raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
 
 
+def check_pair(op, name, value, shape, like=None):
+    """`check_quiet`, of a pair [2, ...]: a value and its increment."""
+    check_quiet(op, name, value, shape, like)
+    if value.shape[0] != 2 or value.dim() < 2:
+        raise ValueError(f"{op}: {name} must be a pair [2, ...], got {list(value.shape)}")
+
+
+def check_quiet(op, name, value, shape, like=None):
+    """`check_tensor`, of a tensor that must not ask for a gradient either."""
+    check_tensor(op, name, value, shape, like)
+    if torch.is_grad_enabled() and value.requires_grad:
+        raise ValueError(f"{op}: {name} must not require a gradient: increments have none")
+
+
+def check_dtype(op, name, dtype):
+    """Raise ValueError unless `dtype` is None or a floating dtype of the operations."""
+    if dtype is not None and dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise ValueError(f"{op}: {name} must be bfloat16, float16, float32 or float64, got {dtype}")
+
+
 def _fits(given, shape):
     if shape[0] is ...:
         shape = shape[1:]

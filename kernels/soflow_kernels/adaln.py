@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_dtype, check_tensor, inner_unit, jit, launch, tl, use_kernel
 from soflow_kernels._reduce import finish, split_rows
 from soflow_kernels._rows import backward_layout, forward_layout, load, stages, store
 
@@ -394,6 +394,7 @@ def layernorm_modulate(x, shift, scale, eps=1e-6, out_dtype=None):
     B, _, D = x.shape
     check_tensor(op, "shift", shift, (B, D), x)
     check_tensor(op, "scale", scale, (B, D), x)
+    check_dtype(op, "out_dtype", out_dtype)
     if not 0 < D <= MAX_D or not use_kernel(x, shift, scale):
         return layernorm_modulate_reference(x, shift, scale, eps, out_dtype)
     return _layernorm_modulate(x, shift, scale, eps, out_dtype or x.dtype)[0]
@@ -414,6 +415,7 @@ def gate_residual_layernorm_modulate(x, y, gate, shift, scale, eps=1e-6, bias=No
     check_tensor(op, "gate", gate, (B, D), x)
     check_tensor(op, "shift", shift, (B, D), x)
     check_tensor(op, "scale", scale, (B, D), x)
+    check_dtype(op, "out_dtype", out_dtype)
     if bias is not None:
         check_tensor(op, "bias", bias, (D,), x)
     if not 0 < D <= MAX_D or not use_kernel(x, y, gate, shift, scale, bias):

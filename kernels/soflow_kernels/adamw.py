@@ -24,13 +24,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from soflow_kernels._adamw_checks import MAX_EMAS, check_update
 from soflow_kernels._dispatch import jit, launch, tl, use_kernel
 
 BLOCK = 1024
-MAX_EMAS = 3
 KEPT_TABLES = 64
-GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-COPY_DTYPES = (torch.bfloat16, torch.float16)
 
 _tables: dict[tuple, list[tuple[Tensor, Tensor, bool]]] = {}
 _chunks: dict[tuple, Tensor] = {}
@@ -251,34 +249,6 @@ def _(params, *rest):
     return None
 
 
-def _check_list(name, tensors, params, dtypes):
-    op = "adamw_ema"
-    if not isinstance(tensors, (list, tuple)) or len(tensors) != len(params):
-        raise ValueError(f"{op}: {name} must be a list of {len(params)} tensors, got {type(tensors).__name__}")
-    for i, (tensor, p) in enumerate(zip(tensors, params, strict=True)):
-        shape = torch.Size([]) if name == "steps" else p.shape
-        if not isinstance(tensor, Tensor) or tensor.shape != shape:
-            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{op}: {name}[{i}] must be a tensor of shape {list(shape)}, got {got}")
-        if tensor.dtype not in dtypes or tensor.dtype != tensors[0].dtype:
-            known = ", ".join(str(dtype)[6:] for dtype in dtypes)
-            raise ValueError(f"{op}: {name}[{i}] must be {known}, all alike, got {tensor.dtype}")
-        if tensor.device != p.device or p.device != params[0].device:
-            raise ValueError(f"{op}: {name}[{i}] must be on {params[0].device}, got {tensor.device}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{op}: {name}[{i}] must be contiguous, got strides {tensor.stride()}")
-
-
-def _check_scalar(name, value, shape, like, dtypes=(torch.float32,)):
-    if value is None:
-        return
-    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype not in dtypes:
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"adamw_ema: {name} must be a {str(dtypes[0])[6:]} tensor of shape {list(shape)}, got {got}")
-    if value.device != like.device:
-        raise ValueError(f"adamw_ema: {name} must be on {like.device}, got {value.device}")
-
-
 @torch.no_grad()
 def adamw_ema(
     params, grads, exp_avgs, exp_avg_sqs, steps, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
@@ -298,26 +268,9 @@ def adamw_ema(
         raise ValueError(f"adamw_ema: params must be a list of tensors, got {type(params).__name__}")
     if not params:
         return
-    wide = isinstance(params[0], Tensor) and params[0].dtype == torch.float64
-    single = (torch.float64,) if wide else (torch.float32,)
-    for name, tensors in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        _check_list(name, tensors, params, single)
-    _check_list("grads", grads, params, single if wide else GRAD_DTYPES)
-    _check_list("steps", steps, params, (torch.float32,))
-    if len(emas) > MAX_EMAS:
-        raise ValueError(f"adamw_ema: emas must be at most {MAX_EMAS} lists, got {len(emas)}")
-    for j, average in enumerate(emas):
-        _check_list(f"emas[{j}]", average, params, single)
-    if copies is not None:
-        _check_list("copies", copies, params, COPY_DTYPES)
-    if emas and ema_decays is None:
-        raise ValueError(f"adamw_ema: ema_decays must be a float64 tensor of shape [{len(emas)}], got NoneType")
-    if not isinstance(lr, Tensor):
-        raise ValueError(f"adamw_ema: lr must be a float32 tensor of shape [], got {type(lr).__name__}")
-    _check_scalar("lr", lr, (), params[0])
-    _check_scalar("grad_scale", grad_scale, (), params[0])
-    _check_scalar("ema_decays", ema_decays, (len(emas),), params[0], (torch.float64,))
-    _check_scalar("finite", finite, (), params[0], (torch.bool,))
+    wide = check_update(
+        params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, grad_scale, emas, ema_decays, copies, finite
+    )
     settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     if wide or not use_kernel(params[0], grads[0]):
         adamw_ema_reference(
@@ -366,6 +319,11 @@ class AdamWEMA(torch.optim.AdamW):
         for name, tensors in [("emas", average) for average in emas] + ([] if copies is None else [("copies", copies)]):
             if len(tensors) != len(everything):
                 raise ValueError(f"AdamWEMA: {name} must hold {len(everything)} tensors, got {len(tensors)}")
+            for p, t in zip(everything, tensors, strict=True):
+                if t is not None and t.shape != p.shape:
+                    raise ValueError(
+                        f"AdamWEMA: {name} must have the parameters' shapes, got {list(t.shape)} for {list(p.shape)}"
+                    )
         device = everything[0].device
         self.ema_decays = torch.tensor([float(d) for d in ema_decays], dtype=torch.float64, device=device)
         self._emas = [{p: t for p, t in zip(everything, average, strict=True)} for average in emas]
@@ -406,23 +364,24 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _step(self, group, params, copied, grad_scale, finite):
         states = [self._state(p) for p in params]
-        steps = [state["step"] for state in states]
-        if finite is None:
-            torch._foreach_add_(steps, 1)
-        else:
-            torch._foreach_add_(steps, [finite.float()] * len(steps))
         lr = group["lr"]
         if isinstance(lr, Tensor):
             lr = lr.reshape(()).to(self._lr, non_blocking=True)
         else:
             lr = self._lr.fill_(lr)
-        adamw_ema(
-            params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
-            steps, lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-            grad_scale=grad_scale, emas=[[average[p] for p in params] for average in self._emas],
-            ema_decays=self.ema_decays, copies=[self._copies[p] for p in params] if copied else None,
-            finite=finite,
-        )  # fmt: skip
+        lists = [[p.grad for p in params], *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))]
+        others = {
+            "betas": group["betas"],
+            "grad_scale": grad_scale,
+            "emas": [[average[p] for p in params] for average in self._emas],
+            "ema_decays": self.ema_decays,
+            "copies": [self._copies[p] for p in params] if copied else None,
+            "finite": finite,
+        }
+        check_update(params, *lists, lr, **others)  # before the steps are counted
+        steps = lists[-1]
+        torch._foreach_add_(steps, 1 if finite is None else [finite.float()] * len(steps))
+        adamw_ema(params, *lists, lr, eps=group["eps"], weight_decay=group["weight_decay"], **others)
 
     def _state(self, p):
         state = self.state[p]

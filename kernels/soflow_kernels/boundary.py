@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, use_kernel
+from soflow_kernels._dispatch import check_dtype, check_tensor, use_kernel
 from soflow_kernels.adaln import (
     MAX_D,
     _gate_residual_layernorm_modulate,
@@ -84,6 +84,7 @@ def boundary(x, y, gate, shift, scale, eps=1e-6, bias=None, out_dtype=None):
         check_tensor(op, "bias", bias, (D,), x)
     check_tensor(op, "shift", shift, (B, D), x)
     check_tensor(op, "scale", scale, (B, D), x)
+    check_dtype(op, "out_dtype", out_dtype)
     if not 0 < D <= MAX_D or not use_kernel(x, y, gate, shift, scale, bias):
         return boundary_reference(x, y, gate, shift, scale, eps, bias, out_dtype)
     out_dtype = out_dtype or x.dtype

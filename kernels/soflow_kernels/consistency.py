@@ -51,13 +51,36 @@ def consistency_loss_reference(
 ):
     """`consistency_loss` in plain PyTorch: any device and dtype."""
     images = (v.to(_wide(v)) for v in (output if value is None else value, increment, x, target))
+    t, l, s = t.detach(), l.detach(), s.detach()
     q = quotient(*images, t, l, s, coefficients)
-    error = q.square().flatten(1).mean(1)
-    weight = (error + eps) ** -p
+    error = per_sample_mean(q.square())
+    weight = weight_of(error, eps, p)
     b = s - t if coefficients == "euler" else torch.sin(math.pi / 2 * (s - t))
     direction = per_sample(torch.sign(b) * weight, q) * q
-    loss = (output.to(q.dtype) * direction).flatten(1).mean(1).mean()
+    loss = per_sample_mean(output.to(q.dtype) * direction).mean()
     return loss, error.mean(), weight.mean()
+
+
+@torch.library.custom_op("soflow::scaled_direction", mutates_args=())
+def scaled_direction(direction: Tensor, output: Tensor, dloss: Tensor) -> Tensor:
+    """The gradient of a loss with respect to `output`, from its stored direction. It has no formula of its own, so that
+    a second derivative, of which the direction knows nothing, is refused."""
+    return (direction.float() * (dloss / max(direction.numel(), 1))).to(direction.dtype)
+
+
+@scaled_direction.register_fake
+def _(direction, output, dloss):
+    return torch.empty_like(direction)
+
+
+def weight_of(error, eps, p):
+    """1 / (error + eps)^p, without gradient; 1 for p = 0, whatever the error."""
+    return torch.ones_like(error) if p == 0 else (error.detach() + eps) ** -p
+
+
+def per_sample_mean(values):
+    """[B, ...] -> [B]."""
+    return values.reshape(len(values), -1).mean(1) if values.numel() else values.new_zeros(len(values))
 
 
 def _wide(tensor):
@@ -129,9 +152,15 @@ def _coefficients(t_ptr, l_ptr, s_ptr, b, TRIG: tl.constexpr):
 
 
 @jit
+def power(a, p):
+    """a^-p for a >= 0; 1 for p = 0, whatever a is."""
+    return tl.where(p == 0, 1.0, tl.exp(-p * tl.log(a)))
+
+
+@jit
 def _write_sample(sample_ptr, b, B, error, product, sign, p, eps):
     """Store loss, mean q^2 and weight of a sample; returns sign times weight."""
-    weight = tl.exp(-p * tl.log(error + eps))
+    weight = power(error + eps, p)
     tl.store(sample_ptr + b, sign * weight * product)
     tl.store(sample_ptr + B + b, error)
     tl.store(sample_ptr + 2 * B + b, weight)
@@ -253,7 +282,7 @@ def _(output, value, increment, x, target, t, l, s, p, eps, trig):
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -261,9 +290,7 @@ def _save(ctx, inputs, output):
 def _grad(ctx, dmeans, _direction):
     if dmeans is None:
         return (None,) * 11
-    (direction,) = ctx.saved_tensors
-    grad = (direction.float() * (dmeans[0] / max(direction.numel(), 1))).to(direction.dtype)
-    return grad, *(None,) * 10
+    return scaled_direction(*ctx.saved_tensors, dmeans[0]), *(None,) * 10
 
 
 _consistency_loss.register_autograd(_grad, setup_context=_save)
@@ -275,8 +302,8 @@ def consistency_loss(output, increment, x, target, t, l, s, *, value=None, p=1.0
     output: N(x_t, t, s), [B, ...], the only argument with a gradient. Of its shape: increment,
     N(x_l, l, s) - N(x_t, t, s); x, the point x_t; target, the velocity target; value, what q
     takes for N(x_t, t, s), None: output. t, l, s: [B] in [0, 1], s <= l < t.
-    float64 takes the reference. The scalars are float32 (float64 for float64) and only the loss has a gradient; its
-    value means nothing, it is a surrogate.
+    float64 takes the reference. The scalars are float32 (float64 for float64) and only the loss has a gradient, once;
+    its value means nothing, it is a surrogate.
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
     op = "consistency_loss"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from soflow_kernels._dispatch import check_tensor, jit, launch, tl, use_kernel
 from soflow_kernels._rows import power_of_two
-from soflow_kernels.consistency import split, sum_chunks
+from soflow_kernels.consistency import per_sample_mean, power, scaled_direction, split, sum_chunks, weight_of
 from soflow_kernels.lookahead import check_mask, decay, guided, guided_target
 
 
@@ -32,11 +32,11 @@ def flow_matching_loss_reference(
 ):  # fmt: skip
     """`flow_matching_loss` in plain PyTorch: any device and dtype."""
     wide = torch.float64 if output.dtype == torch.float64 else torch.float32
-    v, v_t = velocity_slope * output.to(wide), v_t.detach().to(wide)
+    v, v_t, t = velocity_slope * output.to(wide), v_t.detach().to(wide), t.detach()
     v_null, v_label = (None, None) if v_null is None else (v_null.to(wide), v)
     target = guided_target(v_t, v_null, v_label, t, label_dropped, guidance_scale, guidance_decay_time, mix_ratio)
-    error = (v - target).square().flatten(1).mean(1)
-    weight = 1 / (abs(velocity_slope) * (error.detach() + eps) ** p)
+    error = per_sample_mean((v - target).square())
+    weight = weight_of(error, eps, p) / abs(velocity_slope)
     return (weight * error).mean(), error.detach().mean(), weight.mean()
 
 
@@ -65,7 +65,7 @@ def _delta(out_ptr, v_ptr, null_ptr, at, mask, strength, mix_ratio, dropped, slo
 @jit
 def _write_sample(sample_ptr, b, B, error, p, eps, slope):
     """Store loss, mean delta^2 and weight of a sample; returns what delta is multiplied by in the gradient."""
-    weight = tl.exp(-p * tl.log(error + eps)) / tl.abs(slope)
+    weight = power(error + eps, p) / tl.abs(slope)
     tl.store(sample_ptr + b, weight * error)
     tl.store(sample_ptr + B + b, error)
     tl.store(sample_ptr + 2 * B + b, weight)
@@ -160,7 +160,7 @@ def _(output, *rest):
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -168,9 +168,7 @@ def _save(ctx, inputs, output):
 def _grad(ctx, dmeans, _direction):
     if dmeans is None:
         return (None,) * 11
-    (direction,) = ctx.saved_tensors
-    grad = (direction.float() * (dmeans[0] / max(direction.numel(), 1))).to(direction.dtype)
-    return grad, *(None,) * 10
+    return scaled_direction(*ctx.saved_tensors, dmeans[0]), *(None,) * 10
 
 
 _flow_matching_loss.register_autograd(_grad, setup_context=_save)
@@ -185,7 +183,7 @@ def flow_matching_loss(
     output: N(x_t, t, t), [B, ...], the only argument with a gradient. Of its shape: v_t, the path's velocity; v_null,
     the velocity without a label, None: no guidance, the target is v_t. t: [B]; label_dropped: bool [B], where the
     target stays v_t, None: nowhere. velocity_slope: db/ds(t, t), not 0; the velocity is this times output.
-    float64 takes the reference. The scalars are float32 (float64 for float64) and only the loss has a gradient.
+    float64 takes the reference. The scalars are float32 (float64 for float64) and only the loss has a gradient, once.
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
     op = "flow_matching_loss"

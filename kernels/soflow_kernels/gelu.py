@@ -185,6 +185,9 @@ def linear_gelu(x, weight, bias):
     check_tensor(op, "x", x, (..., "K"))
     check_tensor(op, "weight", weight, ("D", x.shape[-1]), x)
     check_tensor(op, "bias", bias, (weight.shape[0],), x)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{op}: {name} must be {x.dtype} like x, got {value.dtype}")
     if not use_kernel(x, weight, bias):
         return linear_gelu_reference(x, weight, bias)
     epilogue = (

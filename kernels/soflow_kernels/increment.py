@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_dtype, check_pair, check_quiet, inner_unit, jit, launch, tl, use_kernel
 from soflow_kernels._rows import power_of_two
 from soflow_kernels.time_embedding import cos_sin, frequency, split_step
 
@@ -92,6 +92,7 @@ def gate_residual_layernorm_modulate_increment_reference(x, y, gate, shift, scal
 def time_embedding_increment_reference(t, dt, s, frequencies=256, max_period=10_000.0, dtype=torch.float32):
     """`time_embedding_increment` in plain PyTorch: any device and dtype."""
     half = frequencies // 2
+    t, dt, s = _wide(t), _wide(dt), _wide(s)
     w = torch.exp(-math.log(max_period) * (torch.arange(half, device=t.device, dtype=t.dtype) / half))
     angle = torch.stack([t, t - s])[..., None] * w
     step = dt[:, None] * w / 2
@@ -327,14 +328,6 @@ def _(t, dt, s, frequencies, max_period, dtype):
     return t.new_empty(2, 2, t.shape[0], frequencies, dtype=dtype)
 
 
-def check_pair(op, name, value, shape, like=None):
-    check_tensor(op, name, value, shape, like)
-    if value.shape[0] != 2:
-        raise ValueError(f"{op}: {name} must be a pair [2, ...], got {list(value.shape)}")
-    if torch.is_grad_enabled() and value.requires_grad:
-        raise ValueError(f"{op}: {name} must not require a gradient: increments have none")
-
-
 def silu_increment(x, *, dtype=None):
     """SiLU of a pair [2, ...], as a pair of `dtype` (None: that of x). Source and identities: the module's docstring.
 
@@ -342,6 +335,7 @@ def silu_increment(x, *, dtype=None):
     Raises ValueError naming the argument that is wrong or requires a gradient.
     """
     check_pair("silu_increment", "x", x, (..., "elements"))
+    check_dtype("silu_increment", "dtype", dtype)
     if not use_kernel(x):
         return silu_increment_reference(x, dtype)
     return _pointwise(x, None, False, dtype or x.dtype)
@@ -356,10 +350,11 @@ def bias_gelu_increment(x, bias=None, *, dtype=None):
     op = "bias_gelu_increment"
     check_pair(op, "x", x, (..., "D"))
     if bias is not None:
-        check_tensor(op, "bias", bias, (x.shape[-1],), x)
+        check_quiet(op, "bias", bias, (x.shape[-1],), x)
+    check_dtype(op, "dtype", dtype)
     if not use_kernel(x, bias):
         return bias_gelu_increment_reference(x, bias, dtype)
-    return _pointwise(x, None if bias is None else bias.detach(), True, dtype or x.dtype)
+    return _pointwise(x, bias, True, dtype or x.dtype)
 
 
 def layernorm_modulate_increment(x, shift, scale, *, eps=1e-6, dtype=None):
@@ -374,6 +369,7 @@ def layernorm_modulate_increment(x, shift, scale, *, eps=1e-6, dtype=None):
     _, B, _, D = x.shape
     for name, value in (("shift", shift), ("scale", scale)):
         check_pair(op, name, value, (2, B, D), x)
+    check_dtype(op, "dtype", dtype)
     if not use_kernel(x, shift, scale):
         return layernorm_modulate_increment_reference(x, shift, scale, eps, dtype)
     return _norm(x, shift, scale, eps, dtype or x.dtype)
@@ -394,27 +390,31 @@ def gate_residual_layernorm_modulate_increment(x, y, gate, shift, scale, bias=No
     for name, value in (("gate", gate), ("shift", shift), ("scale", scale)):
         check_pair(op, name, value, (2, B, D), x)
     if bias is not None:
-        check_tensor(op, "bias", bias, (D,), x)
+        check_quiet(op, "bias", bias, (D,), x)
+    check_dtype(op, "dtype", dtype)
     if not use_kernel(x, y, gate, shift, scale, bias):
         return gate_residual_layernorm_modulate_increment_reference(x, y, gate, shift, scale, bias, eps, dtype)
-    return _boundary(x, y, gate, shift, scale, None if bias is None else bias.detach(), eps, dtype or x.dtype)
+    return _boundary(x, y, gate, shift, scale, bias, eps, dtype or x.dtype)
 
 
 def time_embedding_increment(t, dt, s, *, frequencies=256, max_period=10_000.0, dtype=None):
     """Sinusoids [cos, sin] of t and of t - s, and their increments for t -> t + dt: [2, 2, B, F], the pair first.
 
-    t, dt, s: [B], not scaled; dtype: of the result, None: that of t. float64 takes the reference.
-    Raises ValueError naming the argument that is wrong.
+    t, dt, s: [B], not scaled; dtype: of the result, None: that of t. float64 takes the reference; no gradient.
+    Raises ValueError naming the argument that is wrong or requires a gradient.
     """
     op = "time_embedding_increment"
-    check_tensor(op, "t", t, ("B",))
+    check_quiet(op, "t", t, ("B",))
     for name, value in (("dt", dt), ("s", s)):
-        check_tensor(op, name, value, tuple(t.shape), t)
+        check_quiet(op, name, value, tuple(t.shape), t)
+    check_dtype(op, "dtype", dtype)
+    if isinstance(max_period, bool) or not isinstance(max_period, (int, float)) or not 1 <= max_period <= 1e30:
+        raise ValueError(f"{op}: max_period must be a number in [1, 1e30], got {max_period!r}")
     if not isinstance(frequencies, int) or frequencies < 2 or frequencies % 2:
         raise ValueError(f"{op}: frequencies must be an even number above 0, got {frequencies!r}")
     if not use_kernel(t, dt, s):
         return time_embedding_increment_reference(t, dt, s, frequencies, max_period, dtype or t.dtype)
-    return _times(t.detach(), dt.detach(), s.detach(), frequencies, float(max_period), dtype or t.dtype)
+    return _times(t, dt, s, frequencies, float(max_period), dtype or t.dtype)
 
 
 def inspect_cases():

@@ -23,9 +23,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import INTERPRETED, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import INTERPRETED, check_pair, inner_unit, jit, launch, tl, use_kernel
 from soflow_kernels._rows import power_of_two
-from soflow_kernels.increment import LARGE, check_pair, expm1
+from soflow_kernels.increment import LARGE, expm1
 
 MAX_HEAD_DIM = 128
 
@@ -225,9 +225,9 @@ def attention_increment(q, k, v, *, scale=None):
         check_pair(op, name, value, tuple(q.shape), q)
         if value.dtype != q.dtype:
             raise ValueError(f"{op}: {name} must be {q.dtype} like q, got {value.dtype}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if 0 in q.shape:
         return v.new_empty(v.shape).transpose(2, 3).contiguous().transpose(2, 3)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     fits = q.dtype != torch.float16 and q.shape[-1] <= MAX_HEAD_DIM
     if not (fits and use_kernel(q, k, v)):
         return attention_increment_reference(q, k, v, scale)

@@ -114,7 +114,8 @@ def path_point_reference(x0, x1, t, l=None, *, seed=None, first_sample=0, path="
         coefficients = cos, sin, -HALF_PI * sin, HALF_PI * cos
     alpha, beta, dalpha, dbeta = (per_sample(c, x0) for c in coefficients)
     x_t, v_t = alpha * x0 + beta * x1, dalpha * x0 + dbeta * x1
-    return PathPoint(x_t, v_t, None if l is None else x_t + v_t * per_sample(l - t, x_t))
+    x_l = None if l is None else (x_t + v_t * per_sample(l - t, x_t)).to(x0.dtype)
+    return PathPoint(x_t.to(x0.dtype), v_t.to(x0.dtype), x_l)
 
 
 def euler_lookahead_reference(
@@ -124,7 +125,7 @@ def euler_lookahead_reference(
     """`euler_lookahead` in plain PyTorch: any device and dtype, differentiable in x_t and v_t."""
     target = guided_target(v_t, v_null, v_label, t, label_dropped, guidance_scale, guidance_decay_time, mix_ratio)
     dx = target * per_sample(l - t, x_t)
-    return Lookahead(target, dx, x_t + dx)
+    return Lookahead(target.to(x_t.dtype), dx.to(x_t.dtype), (x_t + dx).to(x_t.dtype))
 
 
 @jit
@@ -342,6 +343,8 @@ def path_point(x0, x1, t, l=None, *, seed=None, first_sample=0, path="linear"):
         if name == "t" or value is not None:
             check_tensor(op, name, value, (x0.shape[0],), x0)
     _check_seed(op, x1, seed, x0)
+    if isinstance(first_sample, bool) or not isinstance(first_sample, int) or first_sample < 0:
+        raise ValueError(f"{op}: first_sample must be a whole number of at least 0, got {first_sample!r}")
     if path not in PATHS:
         raise ValueError(f"{op}: path must be one of {', '.join(PATHS)}, got {path!r}")
     if not (use_kernel(x0, x1, t, l) and _plain(x0, x1, t, l)):

@@ -47,15 +47,28 @@ def _mlp(mlp, h):
     return outer(linear_gelu(h, inner.weight, inner.bias))
 
 
+def _rows(x, m):
+    """Tokens and modulations of as many samples each; one row of either serves all."""
+    if len(x) == len(m):
+        return x, m
+    return (x, m.expand(len(x), -1)) if len(m) == 1 else (x.expand(len(m), -1, -1), m)
+
+
 def _block(self, x, c):
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+    if x.dim() != 3 or c.dim() != 2:  # a condition for every token, say
+        return self._soflow_base.forward(self, x, c)
+    x, modulation = _rows(x, self.adaLN_modulation(c))
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
     attended = self.attn(layernorm_modulate(x, shift, scale, self.norm1.eps))
     x, h = gate_residual_layernorm_modulate(x, attended, gate, shift_mlp, scale_mlp, eps=self.norm2.eps)
     return gate_residual(x, _mlp(self.mlp, h), gate_mlp)
 
 
 def _final(self, x, c):
-    shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    if x.dim() != 3 or c.dim() != 2:
+        return self._soflow_base.forward(self, x, c)
+    x, modulation = _rows(x, self.adaLN_modulation(c))
+    shift, scale = modulation.chunk(2, dim=1)
     return self.linear(layernorm_modulate(x, shift, scale, self.norm_final.eps))
 
 
@@ -109,9 +122,12 @@ def _drops(mlp):
 
 
 def _unwatched(mlp):
-    """Whether nobody has hooked into these modules, most of which would be passed over."""
+    """Whether nobody has hooked into these modules, most of which would be passed over, or wrapped their forward."""
     watchers = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not any(getattr(m, name) for m in mlp.modules() for name in watchers)
+    everywhere = any(getattr(nn.modules.module, f"_global{name}", None) for name in watchers)
+    return not everywhere and not any(
+        "forward" in vars(m) or any(getattr(m, name) for name in watchers) for m in mlp.modules()
+    )
 
 
 def _check_norm(name, norm):
@@ -187,8 +203,28 @@ def _patched_class(base, kind):
     def reduce(self, protocol):
         return _rebuild, (base, kind), self.__dict__
 
-    names = {"forward": FORWARDS[kind], "__reduce_ex__": reduce, "_soflow_base": base, "__module__": base.__module__}
+    names = {
+        "forward": _named(FORWARDS[kind], base, kind),
+        "__reduce_ex__": reduce,
+        "_soflow_base": base,
+        "__module__": base.__module__,
+    }
     return type(base.__name__, (base,), names)
+
+
+def _named(forward, base, kind):
+    """`forward` of (x, c) under the names that the base's own forward gives its arguments."""
+    names = [p.name for p in list(inspect.signature(base.forward).parameters.values())[1:]]
+    if kind == "diffusers block" or names == ["x", "c"]:
+        return forward
+
+    def renamed(self, *arguments, **keywords):
+        found = dict(zip(names, arguments, strict=False))
+        if len(arguments) > 2 or set(keywords) != set(names) - set(found):
+            raise TypeError(f"forward takes ({', '.join(names)})")
+        return forward(self, *((found | keywords)[name] for name in names))
+
+    return renamed
 
 
 def _rebuild(base, kind):
@@ -230,6 +266,18 @@ def _same(got, wanted):
     return bool((got - wanted).float().norm() <= _tolerance(wanted.dtype) * wanted.float().norm())
 
 
+def _recomputes(module, arguments, keywords):
+    """Whether the module keeps next to nothing for its backward, as one that checkpoints its own forward does."""
+    saved = []
+    arguments = tuple(a.clone().requires_grad_() for a in arguments)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda packed: packed):
+        try:
+            out = _try(module, type(module), arguments, keywords)
+        except Exception:  # the comparison will say why
+            return False
+    return isinstance(out, torch.Tensor) and out.requires_grad and len(saved) < 4
+
+
 def _compare(module, kind, width, tokens):
     """Raise _Mismatch unless the kernels compute what the module's own forward does, in evaluation and in training."""
     last = module.norm1.linear if kind == "diffusers block" else module.adaLN_modulation
@@ -242,6 +290,8 @@ def _compare(module, kind, width, tokens):
         keywords = {"timestep": times, "class_labels": torch.zeros_like(times)}
     else:
         arguments += (_wave(weight, 2, weight.shape[1]),)
+    if _recomputes(module, arguments, keywords):
+        raise _Mismatch("it recomputes itself in the backward, which would be lost: checkpoint around the block")
     classes = (_patched_class(type(module), kind), type(module))
     modes = {m: m.training for m in module.modules()}
     why = None
@@ -265,8 +315,8 @@ def patch_dit(model):
     """Put the kernels into the blocks of somebody else's DiT, in place; returns the model.
 
     model: a torch.nn.Module with blocks of the forms in the module's docstring, anywhere inside. Their parameters, and
-    the keys of the state_dict, do not change; outputs and gradients are the same within rounding. One block of each
-    kind is run on a small input before and after, which must agree: so patch a model before it is wrapped, sharded or
+    the keys of the state_dict, do not change; outputs and gradients are the same within rounding. Every
+    block is run on a small input before and after, which must agree: so patch a model before it is wrapped, sharded or
     compiled, on a device that computes. Patching again changes nothing. The norms are no longer called as modules, and
     hooks on them no longer run.
     Raises ValueError, and changes nothing, if there is no such block, or one that looks like it but is of another form:
@@ -276,7 +326,7 @@ def patch_dit(model):
         raise ValueError(f"patch_dit: model must be a torch.nn.Module, got {type(model).__name__}")
     pos = getattr(model, "pos_embed", None)
     tokens = pos.shape[1] if isinstance(pos, torch.Tensor) and pos.dim() == 3 else TOKENS
-    found, compared, patched = [], set(), 0
+    found, patched = [], 0
     for path, module in model.named_modules():
         if hasattr(type(module), "_soflow_base"):
             patched += 1
@@ -286,10 +336,7 @@ def patch_dit(model):
             if recognised is None:
                 continue
             kind, width = recognised
-            alike = tuple((name, type(m)) for name, m in module.named_modules())
-            if alike not in compared:
-                _compare(module, kind, width, tokens)
-                compared.add(alike)
+            _compare(module, kind, width, tokens)
         except _Mismatch as mismatch:
             where = path or "the model itself"
             raise ValueError(f"patch_dit: {where} ({type(module).__name__}) is no DiT block: {mismatch}") from None

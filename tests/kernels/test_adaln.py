@@ -201,3 +201,11 @@ def test_more_than_two_to_the_31_elements(device):
     shift, scale = torch.randn(2, 2, 64, device=device).half()
     got = adaln.layernorm_modulate(x, shift, scale)
     torch.testing.assert_close(got, adaln.layernorm_modulate(values, shift, scale), rtol=0, atol=0)
+
+
+def test_a_result_of_whole_numbers_is_refused(device):
+    x, m = torch.randn(2, 3, 8).to(device), torch.randn(2, 8).to(device)
+    with pytest.raises(ValueError, match="out_dtype must be"):
+        adaln.layernorm_modulate(x, m, m, out_dtype=torch.int32)
+    with pytest.raises(ValueError, match="out_dtype must be"):
+        adaln.gate_residual_layernorm_modulate(x, x, m, m, m, out_dtype=torch.int32)

@@ -323,6 +323,8 @@ def test_the_kernel_runs_and_nothing_waits_for_the_host(device, monkeypatch):
     launches = []
     plain = adamw.launch
     monkeypatch.setattr(adamw, "launch", lambda *a, **k: launches.append(a[1]) or plain(*a, **k))
+    operation = adamw._adamw_ema._init_fn  # itself: a dispatch mode does not look into a library operation
+    monkeypatch.setattr(adamw, "_adamw_ema", operation)
 
     class NoReads(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -438,3 +440,25 @@ def test_amsgrad_is_refused():
     p.grad = torch.ones(4)
     with pytest.raises(ValueError, match="amsgrad and maximize are not supported"):
         ours.step()
+
+
+@pytest.mark.parametrize("wrong", [{"grad_scale": 0.5}, {"finite": True}, {"finite": torch.tensor(1)}], ids=str)
+def test_a_refused_step_counts_nothing(wrong, device):
+    params = parameters(device, shapes=((8,),))
+    optimizer = AdamWEMA(params, **HYPER)
+    set_gradients(params, 0)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        optimizer.step(**wrong)
+    assert float(optimizer.state[params[0]]["step"]) == 0
+
+
+@pytest.mark.parametrize("betas", [(1.0, 1.0), 0.9, (0.9,), (-0.1, 0.9)], ids=str)
+def test_wrong_betas_are_named(betas, device):
+    arguments = good(device)
+    with pytest.raises(ValueError, match="betas must be two numbers"):
+        adamw_ema(**arguments | {"betas": betas})
+
+
+def test_averages_must_fit_when_the_optimiser_is_made(device):
+    with pytest.raises(ValueError, match="emas must have the parameters"):
+        AdamWEMA([torch.nn.Parameter(torch.ones(4))], emas=[[torch.ones(3)]], ema_decays=[0.5])

@@ -124,6 +124,10 @@ def test_is_the_engines_loss(coefficients, device):
     found = consistency.consistency_loss(**tensors, p=0.75, eps=0.02, coefficients=coefficients)
     torch.testing.assert_close(torch.stack(found), torch.stack(tuple(term)))
     torch.testing.assert_close(torch.autograd.grad(found[0], output)[0], wanted)
+    # And the formula once more: 1 / (mean q^2 + eps)^p weighs q, whose sign in the gradient is that of b(t, s) < 0.
+    q = consistency.quotient(output, *(tensors[k] for k in ("increment", "x", "target", "t", "l", "s")), coefficients)
+    weight = (q.square().mean((1, 2, 3)) + 0.02) ** -0.75
+    torch.testing.assert_close(wanted, -weight[:, None, None, None] * q / q.numel())
 
 
 def test_only_the_output_has_a_gradient(device):
@@ -198,3 +202,43 @@ def test_forward_mode_and_reference_mode(device):
     with testing.mode("reference"):
         got = consistency.consistency_loss(**tensors)
     assert all(map(torch.equal, got, consistency.consistency_loss_reference(**tensors)))
+
+
+def test_a_second_derivative_is_refused(device):
+    tensors = inputs((2, 8), torch.float32, device)
+    output = tensors["output"].requires_grad_()
+    loss = consistency.consistency_loss(**tensors)[0]
+    (first,) = torch.autograd.grad(loss, output, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first.square().sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_only_the_output_has_a_gradient_in_any_mode(mode, device):
+    tensors = {n: v.requires_grad_() for n, v in inputs((2, 8), torch.float32, device).items()}
+    with testing.mode(mode):
+        consistency.consistency_loss(**tensors)[0].backward()
+    assert [n for n, v in tensors.items() if v.grad is not None] == ["output"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_plain_squared_error_of_nothing(mode, device):
+    """p = 0 and eps = 0: the weight is 1 even where q is 0."""
+    tensors = inputs((2, 8), torch.float32, device)
+    zeros = {name: torch.zeros_like(v) if v.dim() > 1 else v for name, v in tensors.items()}
+    with testing.mode(mode):
+        found = consistency.consistency_loss(**zeros, p=0.0, eps=0.0)
+    assert [float(v) for v in found] == [0, 0, 1]
+
+
+def test_one_number_a_sample(device):
+    tensors = {n: v[:, 0].contiguous() if v.dim() > 1 else v for n, v in inputs((3, 8), torch.float32, device).items()}
+    got = consistency.consistency_loss(**tensors)
+    with testing.mode("reference"):
+        torch.testing.assert_close(got, consistency.consistency_loss(**tensors))
+
+
+def test_a_value_that_does_not_fit_is_named(device):
+    tensors = inputs((2, 8), torch.float32, device)
+    with pytest.raises(ValueError, match="value must have shape"):
+        consistency.consistency_loss(**tensors, value=torch.zeros(2, 7, device=device))

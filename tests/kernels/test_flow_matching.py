@@ -161,3 +161,38 @@ def test_wrong_arguments_are_named(name, device):
 def test_a_slope_of_zero_is_refused(device):
     with pytest.raises(ValueError, match="velocity_slope must not be 0"):
         flow_matching_loss(**inputs((2, 8), torch.float32, device), velocity_slope=0.0)
+
+
+def test_a_second_derivative_is_refused(device):
+    output = torch.full((2, 6), 0.7, device=device, requires_grad=True)
+    zeros, t = torch.zeros(2, 6, device=device), torch.full((2,), 0.5, device=device)
+    loss = flow_matching.flow_matching_loss(output, zeros, t)[0]
+    (first,) = torch.autograd.grad(loss, output, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first.square().sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_only_the_output_has_a_gradient_in_any_mode(mode, device):
+    output, v_t, v_null = (torch.full((2, 6), v, device=device, requires_grad=True) for v in (0.7, 0.1, -0.2))
+    t = torch.full((2,), 0.8, device=device, requires_grad=True)
+    with testing.mode(mode):
+        flow_matching.flow_matching_loss(
+            output, v_t, t, v_null, guidance_scale=3.0, guidance_decay_time=0.5, mix_ratio=0.5
+        )[0].backward()
+    assert output.grad is not None and v_t.grad is None and t.grad is None and v_null.grad is None
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_plain_squared_error_of_nothing(mode, device):
+    ones, t = torch.ones(2, 3, device=device), torch.rand(2).to(device)
+    with testing.mode(mode):
+        found = flow_matching.flow_matching_loss(ones, ones, t, p=0.0, eps=0.0)
+    assert [float(v) for v in found] == [0, 0, 1]
+
+
+def test_one_number_a_sample(device):
+    given = torch.ones(3, device=device), torch.zeros(3, device=device), torch.full((3,), 0.5, device=device)
+    got = flow_matching.flow_matching_loss(*given)
+    with testing.mode("reference"):
+        torch.testing.assert_close(got, flow_matching.flow_matching_loss(*given))

@@ -116,3 +116,11 @@ def test_linear_gelu(dtype, device):
     with torch.no_grad():
         actual = {"output 0": gelu.linear_gelu(**tensors)}
     testing.assert_matches(actual, eager, {"output 0": exact["output 0"]})
+
+
+def test_dtypes_that_differ_are_named(device):
+    x, weight, bias = torch.randn(2, 8).to(device), torch.randn(4, 8).to(device), torch.randn(4).to(device)
+    with pytest.raises(ValueError, match=r"weight must be torch\.float32 like x"):
+        gelu.linear_gelu(x, weight.bfloat16(), bias)
+    with pytest.raises(ValueError, match=r"bias must be torch\.float32 like x"):
+        gelu.linear_gelu(x, weight, bias.bfloat16())

@@ -276,3 +276,42 @@ def test_other_wrong_arguments_are_named():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_gradient_that_would_be_lost_is_refused(device):
+    t = torch.rand(2).to(device)
+    asks = t.clone().requires_grad_()
+    for name, given in (("t", (asks, t, t)), ("dt", (t, asks, t)), ("s", (t, t, asks))):
+        with pytest.raises(ValueError, match=f": {name} must not require a gradient"):
+            increment.time_embedding_increment(*given, frequencies=8)
+    bias, pair = torch.zeros(4, device=device, requires_grad=True), torch.randn(2, 3, 4).to(device)
+    with pytest.raises(ValueError, match="bias must not require a gradient"):
+        increment.bias_gelu_increment(pair, bias)
+    with torch.no_grad():
+        assert not increment.bias_gelu_increment(pair, bias).requires_grad
+
+
+@pytest.mark.parametrize("period", [0, -1, None, 1e-30, True, "10"])
+def test_periods_out_of_range_are_named(period, device):
+    t = torch.tensor([0.5], device=device)
+    with pytest.raises(ValueError, match="max_period must be a number in"):
+        increment.time_embedding_increment(t, -0.01 * t, 0.1 * t, frequencies=64, max_period=period)
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_times_in_half_precision(dtype, mode, device):
+    t, dt, s = (torch.tensor(v, device=device, dtype=dtype) for v in ([0.5, 0.7], [-0.01, -0.01], [0.1, 0.2]))
+    exact = increment.time_embedding_increment(t.double(), dt.double(), s.double(), frequencies=64)
+    with testing.mode(mode):
+        got = increment.time_embedding_increment(t, dt, s, frequencies=64, dtype=torch.float32)
+    for part, wanted in zip(got.double(), exact, strict=True):
+        assert (part - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+def test_single_tensors_and_odd_dtypes_are_named(device):
+    pair = torch.randn(2, 4).to(device)
+    with pytest.raises(ValueError, match="must be a pair"):
+        increment.bias_gelu_increment(pair[0, :2].contiguous())
+    with pytest.raises(ValueError, match="dtype must be bfloat16"):
+        increment.silu_increment(pair, dtype=torch.int32)

@@ -175,3 +175,7 @@ def test_wrong_arguments_are_named(name):
     if name != "q":
         with pytest.raises(ValueError, match=rf"{name} must be torch\.float32 like q"):
             attention_increment(**{**given, name: good.half()})
+
+
+def test_heads_of_no_dimension(device):
+    assert attention_increment(*(torch.zeros(2, 1, 1, 3, 0, device=device),) * 3).shape == (2, 1, 1, 3, 0)

@@ -272,3 +272,21 @@ def test_wrong_lookaheads_are_named(change, message):
     arguments = {name: torch.zeros(2, 8) for name in names} | {"t": torch.zeros(2), "l": torch.zeros(2)}
     with pytest.raises(ValueError, match=f"^euler_lookahead: {message}"):
         euler_lookahead(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_mixed_dtypes_come_out_in_that_of_the_first(mode, device):
+    x0, x1 = torch.randn(2, 3).to(device, torch.bfloat16), torch.randn(2, 3).to(device)
+    t = torch.rand(2).to(device)
+    with testing.mode(mode):
+        found = [*lookahead.path_point(x0, x1, t, 0.5 * t), *lookahead.euler_lookahead(x0, x1, t, 0.5 * t)]
+        found += lookahead.path_point(x0, x1.clone().requires_grad_(), t, 0.5 * t)
+    assert {value.dtype for value in found} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("first", [1.5, -1, True, None])
+def test_a_first_sample_that_is_no_place_is_named(first, device):
+    with pytest.raises(ValueError, match="first_sample must be a whole number"):
+        lookahead.path_point(
+            torch.zeros(2, 3, device=device), None, torch.rand(2).to(device), seed=1, first_sample=first
+        )

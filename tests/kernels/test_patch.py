@@ -434,3 +434,111 @@ def test_diffusers_blocks_of_another_form_are_refused(diffusers):
         patch_dit(transformer(diffusers, norm_elementwise_affine=True))
     with pytest.raises(ValueError, match="its norm_type is 'layer_norm', not 'ada_norm_zero'"):
         patch_dit(BasicTransformerBlock(48, 2, 24))
+
+
+class Sometimes(Block):
+    """The same class and the same children, but another function where an attribute says so."""
+
+    def __init__(self, twice):
+        super().__init__()
+        self.twice = twice
+
+    def forward(self, x, c):
+        return (1 + self.twice) * super().forward(x, c)
+
+
+class OtherNames(Block):
+    def forward(self, x, cond):
+        return super().forward(x, cond)
+
+
+class LastDimension(Block):
+    """Takes a condition for every token too."""
+
+    def forward(self, x, c):
+        parts = self.adaLN_modulation(c).chunk(6, dim=-1)
+        a, b, g, a2, b2, g2 = (part if part.dim() == 3 else part.unsqueeze(1) for part in parts)
+        x = x + g * self.attn(self.norm1(x) * (1 + b) + a)
+        return x + g2 * self.mlp(self.norm2(x) * (1 + b2) + a2)
+
+
+class Checkpointed(Block):
+    def forward(self, x, c):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, c, use_reentrant=False)
+
+
+def tokens(B, T, device, condition=None):
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(B, T, WIDTH, generator=source).to(device)
+    return x, torch.randn(condition or (B, WIDTH), generator=source).to(device)
+
+
+def test_every_block_is_compared(device):
+    model = nn.ModuleList([Sometimes(False), Sometimes(True)]).to(device)
+    with pytest.raises(ValueError, match=r"patch_dit: 1 \(Sometimes\) is no DiT block: in evaluation it computes"):
+        patch_dit(model)
+    assert all(type(block) is Sometimes for block in model)
+    wrapped = nn.ModuleList([Block(), Block()]).to(device)
+    plain = wrapped[1].mlp.forward
+    wrapped[1].mlp.forward = lambda h: 2 * plain(h)
+    given = tokens(2, 4, device)
+    wanted = wrapped[1](*given)
+    torch.testing.assert_close(patch_dit(wrapped)[1](*given), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_replaced_later_is_run(device):
+    model = patch_dit(nn.ModuleList([Block()]).to(device))
+    given = tokens(2, 4, device)
+    before = model[0](*given)
+    plain = model[0].mlp.forward
+    model[0].mlp.forward = lambda h: 0 * plain(h)
+    assert not torch.allclose(model[0](*given), before)
+
+
+def test_global_hooks_see_the_mlp(device):
+    model = patch_dit(nn.ModuleList([Block()]).to(device))
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, a, out: seen.append(type(module).__name__))
+    try:
+        model[0](*tokens(2, 4, device))
+    finally:
+        handle.remove()
+    assert seen.count("Linear") >= 5  # modulation, qkv, projection and both products of the MLP
+
+
+def test_arguments_keep_their_names(device):
+    block = OtherNames().to(device)
+    x, c = tokens(2, 4, device)
+    wanted = block(x, cond=c)
+    patch_dit(nn.ModuleList([block]))
+    for got in (block(x, cond=c), block(x=x, cond=c), block(x, c)):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for wrong in (lambda: block(x, c=c), lambda: block(x), lambda: block(x, c, c)):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+@pytest.mark.parametrize("rows", [(4, 1), (1, 3)], ids=str)
+def test_one_row_serves_all(rows, device):
+    block = Block().to(device)
+    x, _ = tokens(rows[0], 6, device)
+    c = tokens(rows[1], 6, device)[1]
+    wanted = block(x, c)
+    torch.testing.assert_close(patch_dit(nn.ModuleList([block]))[0](x, c), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_condition_for_every_token_goes_to_the_block_itself(device):
+    block = LastDimension().to(device)
+    given = tokens(2, 4, device, condition=(2, 4, WIDTH))
+    wanted = block(*given)
+    torch.testing.assert_close(patch_dit(nn.ModuleList([block]))[0](*given), wanted)
+
+
+def test_a_block_that_checkpoints_itself_is_refused(device):
+    with pytest.raises(ValueError, match=r"recomputes itself in the backward.*checkpoint around the block"):
+        patch_dit(nn.ModuleList([Checkpointed()]).to(device))
+
+
+def test_autocast_does_not_disturb_the_comparison(device):
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        patch_dit(nn.ModuleList([Block()]).to(device))
