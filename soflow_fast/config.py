@@ -141,6 +141,9 @@ class RunConfig:
     recompute: str = "none"
     """What the backward makes again to save memory, beside norms and GELUs: "none", "mlp" (the first product of each
     MLP), "block" (all of each block)."""
+    attention: str = "auto"
+    """Whose attention: "flash4", "flash3", "flash2", "xformers", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient",
+    "sdpa-math", "sdpa" (torch picks) or "auto": the one that is measured to be the fastest."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,7 @@ SHORT_NAMES = {
     "device": "run.device",
     "optimizer": "run.optimizer",
     "recompute": "run.recompute",
+    "attention": "run.attention",
     "checkpoint_every": "run.checkpoint_every",
 }
 

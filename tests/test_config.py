@@ -168,6 +168,7 @@ OUT_OF_RANGE = {
     "run.keep": 0,
     "run.optimizer": "adam",
     "run.recompute": "all",
+    "run.attention": "flash5",
     "steps": 0,
     "batch_size": 0,
     "micro_batch": -1,
