@@ -123,7 +123,9 @@ def require(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
 def _not_importable(backend: str) -> str | None:
     package = PACKAGES[backend]
     try:
-        _imported(backend)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _imported(backend)
     except Exception as error:  # whatever a package raises that was built for another torch or CUDA
         if isinstance(error, ImportError) and version(package.name) is None:
             return f"{package.name} is not installed ({package.install})"

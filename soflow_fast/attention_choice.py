@@ -7,6 +7,7 @@ and forward with backward, as a step makes both. The choice is kept in a file, b
 import json
 import os
 import platform
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,9 +58,12 @@ def choose(
     head_dim: int,
     clock: Callable[[], float],
     cache: Path | None = None,
+    *,
+    compiled: bool = False,
 ) -> str:
     """The fastest right backend for q, k, v [B, heads, T, head_dim] of a dtype; `clock` gives seconds.
 
+    compiled: it is to be part of compiled blocks, so one that torch.compile cannot take whole is not right.
     On the CPU it is "sdpa". Elsewhere it is what the file `cache` (None: the user's) holds, or is measured and put
     there; a file that cannot be read or written only costs the measurement.
     """
@@ -67,28 +71,42 @@ def choose(
         return "sdpa"
     path = cache_path() if cache is None else cache
     shape = Shape(B, heads, T, head_dim)
-    key = _key(device, dtype, shape)
+    key = _key(device, dtype, shape, compiled)
     known = _read(path).get(key)
     backend = known.get("backend") if isinstance(known, dict) else None
     if isinstance(backend, str) and backend in BACKENDS and why_not(backend, device, dtype, head_dim) is None:
         return backend
-    found = compare(device, dtype, shape, clock)
+    found = compare(device, dtype, shape, clock, compiled)
     entry = {"backend": found.fastest(), **found._asdict()}
     _write(path, _read(path) | {key: entry})
     return found.fastest()
 
 
-def try_out(backend: str, device: torch.device, dtype: torch.dtype, B: int, heads: int, T: int, head_dim: int) -> None:
+def try_out(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    B: int,
+    heads: int,
+    T: int,
+    head_dim: int,
+    *,
+    compiled: bool = False,
+) -> None:
     """Raise ConfigError if a backend that was asked for cannot be used here, raises at this shape or is wrong."""
     require(backend, device, dtype, head_dim)
-    fault = None if backend == "sdpa" else Case(device, dtype, Shape(min(B, 2), heads, T, head_dim)).fault(backend)
+    if backend == "sdpa":
+        return
+    fault = Case(device, dtype, Shape(min(B, 2), heads, T, head_dim), compiled).fault(backend)
     if fault:
         raise ConfigError(f"--attention {backend}: {fault}")
 
 
-def compare(device: torch.device, dtype: torch.dtype, shape: Shape, clock: Callable[[], float]) -> Comparison:
+def compare(
+    device: torch.device, dtype: torch.dtype, shape: Shape, clock: Callable[[], float], compiled: bool = False
+) -> Comparison:
     """Try and time every backend. One that cannot be used, raises or is wrong is passed over."""
-    case = Case(device, dtype, shape)
+    case = Case(device, dtype, shape, compiled)
     seconds, passed_over = {}, {}
     for backend in BACKENDS:
         reason = why_not(backend, device, dtype, shape.head_dim) or case.fault(backend)
@@ -106,13 +124,19 @@ def compare(device: torch.device, dtype: torch.dtype, shape: Shape, clock: Calla
     return Comparison(seconds, passed_over)
 
 
+def mixed(qkv: Tensor, backend: str) -> Tensor:
+    """[B, T, 3, heads, d] -> [B, T, heads d], as in a DiT block."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return attention(q, k, v, backend).transpose(1, 2).flatten(2)
+
+
 class Case:
     """Operands of one shape, and the right results in float64 for the first and the last sample."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, shape: Shape, compiled: bool = False) -> None:
         B, heads, T, d = shape
         source = generator(0, 0, 0, "attention", device)
-        self.device = device
+        self.device, self.compiled = device, compiled
         self.tolerance = 2 * unit(device, dtype)
         self.qkv = torch.randn(B, T, 3, heads, d, generator=source, device=device).to(dtype).requires_grad_()
         self.dout = torch.randn(B, T, heads * d, generator=source, device=device).to(dtype)
@@ -124,9 +148,11 @@ class Case:
         self.right = out.detach(), gradient
 
     def forward(self, backend: str) -> Tensor:
-        """[B, T, 3, heads, d] -> [B, T, heads d], as in a DiT block."""
-        q, k, v = self.qkv.permute(2, 0, 3, 1, 4)
-        return attention(q, k, v, backend).transpose(1, 2).reshape(self.dout.shape)
+        """The output. Compiled, it is recorded but left to eager kernels: what surrounds attention is not compared."""
+        if not self.compiled:
+            return mixed(self.qkv, backend)
+        with torch._dynamo.config.patch(recompile_limit=64):  # one variant for each backend, and without gradient
+            return torch.compile(mixed, backend="eager", fullgraph=True, dynamic=False)(self.qkv, backend)
 
     def both(self, backend: str) -> tuple[Tensor, Tensor]:
         """The output, and the gradient of the operands."""
@@ -137,7 +163,9 @@ class Case:
     def fault(self, backend: str) -> str | None:
         """Why a backend must not be used, after trying it. The errors are relative to the norm of the right result."""
         try:
-            results = self.both(backend)
+            with warnings.catch_warnings():  # a kernel of torch that gives up says why in warnings as well
+                warnings.simplefilter("ignore")
+                results = self.both(backend)
             for what, found, right in zip(("result", "gradient"), results, self.right, strict=True):
                 error = float((found[self.checked] - right).norm() / right.norm())
                 if not error <= self.tolerance:
@@ -198,14 +226,15 @@ def _worth_timing(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _key(device: torch.device, dtype: torch.dtype, shape: Shape) -> str:
+def _key(device: torch.device, dtype: torch.dtype, shape: Shape, compiled: bool) -> str:
     """Everything that the choice depends on."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     packages = [f"{p.name} {version(p.name)}" for p in PACKAGES.values()]
     precision = "tf32" if _in_tf32(device, dtype) else str(dtype).removeprefix("torch.")
     torches = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     sizes = " ".join(f"{name}={size}" for name, size in shape._asdict().items())
-    return "; ".join([gpu, f"soflow-fast {__version__}", torches, *packages, precision, sizes])
+    how = ["compiled"] if compiled else []
+    return "; ".join([gpu, f"soflow-fast {__version__}", torches, *packages, precision, sizes, *how])
 
 
 def _read(path: Path) -> dict[str, Any]:

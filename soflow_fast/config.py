@@ -138,6 +138,10 @@ class RunConfig:
     """How many of the newest checkpoints stay."""
     optimizer: str = "soflow"
     """Whose AdamW: "soflow" (one pass with averages and copies), "torch" (its fused one) or "apex" (FusedAdam)."""
+    compile: str = "auto"
+    """torch.compile for the blocks: "on", "off" or "auto": off until a record shows that it wins."""
+    cuda_graph: str = "auto"
+    """The step as one CUDA graph: "on", "off" or "auto", as above."""
     recompute: str = "none"
     """What the backward makes again to save memory, beside norms and GELUs: "none", "mlp" (the first product of each
     MLP), "block" (all of each block)."""
@@ -163,7 +167,8 @@ class Config:
     micro_batch: int = 0
     """Samples per forward and backward on one rank; 0: the rank's whole batch."""
     precision: str = "auto"
-    """"fp32", "tf32", "bf16" or "auto": bf16 on a GPU that has it, else fp32."""
+    """"fp32", "tf32", "bf16", "fp8" (the blocks' products, by torchao) or "auto": bf16 on a GPU that has it, else
+    fp32."""
     quotient: str = "auto"
     """"increments": value and increment side by side; "pair": two forwards and their difference; "auto": increments
     where products are rounded, a pair in float32."""
@@ -187,6 +192,8 @@ SHORT_NAMES = {
     "seed": "seed",
     "device": "run.device",
     "optimizer": "run.optimizer",
+    "compile": "run.compile",
+    "cuda_graph": "run.cuda_graph",
     "recompute": "run.recompute",
     "attention": "run.attention",
     "checkpoint_every": "run.checkpoint_every",

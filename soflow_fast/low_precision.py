@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import float8
 from .products import Weight
 
 
@@ -48,11 +49,12 @@ def operands(layer: nn.Linear, dtype: torch.dtype) -> Weight:
     master, bias = layer.weight, layer.bias
     if master.dtype == dtype:
         return Weight(master, bias, master, bias)
+    multiply = float8.product(layer) if dtype == torch.bfloat16 else None
     copy: Any = getattr(layer, "copy", None)
     if copy is None or copy.weight.dtype != dtype or copy.weight.device != master.device:
-        return Weight(master, bias, master.detach().to(dtype), bias.detach().to(dtype))
+        return Weight(master, bias, master.detach().to(dtype), bias.detach().to(dtype), multiply)
     copy.follow(layer)
-    return Weight(master, bias, copy.weight, copy.bias)
+    return Weight(master, bias, copy.weight, copy.bias, multiply)
 
 
 class Stack:
@@ -68,7 +70,7 @@ class Stack:
 
     def holds(self, weights: list[Weight]) -> bool:
         """Whether these are its parts."""
-        return self.places == [_place(tensor) for weight in weights for tensor in weight[2:]]
+        return self.places == [_place(tensor) for weight in weights for tensor in weight[2:4]]
 
 
 def keep_copies(layers: list[nn.Linear], stacked: list[nn.Linear], dtype: torch.dtype) -> Stack:

@@ -225,6 +225,19 @@ class DiT(nn.Module):
         layers = [layer for block in self.blocks for layer in block.products()] + self.modulation_layers()
         return [layer for layer in layers if hasattr(layer, "copy")]
 
+    def refresh_copies(self) -> None:
+        """Bring the copies up to date now, for a forward in which Python does not look."""
+        for layer in self.copied_layers():
+            layer.copy.follow(layer)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the blocks by torch.compile, one graph each without breaks; equal blocks share their code."""
+        # One variant for the first block and one for the others, with and without gradient, for each size of batch.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 64)
+        for block in self.blocks:
+            block.compile(backend=backend, fullgraph=True, dynamic=False)
+
     def modulations(self, c: Tensor, dtype: torch.dtype, tape: Tape | None = None) -> list[Tensor]:
         """Of SiLU(c) [B, D]: per block shift, scale and gate of attention and of the MLP, then shift and scale of the
         last norm, [B, D] each, in one list."""

@@ -42,7 +42,8 @@ class TorchAdamW(torch.optim.AdamW):
     """torch's fused AdamW with the interface of `AdamWEMA`. Gradients must be of the parameters' dtype."""
 
     def __init__(self, params: list[Tensor], emas: list[list[Tensor]], **settings: Any) -> None:
-        super().__init__(params, fused=True, **settings)
+        # `capturable` says that a CUDA graph may record the step.
+        super().__init__(params, fused=True, capturable=params[0].is_cuda, **settings)
         self._averages = _Averages(params, emas)
         self.ema_decays = self._averages.decays
 

@@ -9,6 +9,7 @@ Weights may have copies in the dtype of the activations (`low_precision`): produ
 goes to the weights. Without gradient, and under forward-mode AD or torch.func, plain compositions run instead.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ class Weight(NamedTuple):
     master_bias: Tensor
     low: Tensor
     bias: Tensor
+    product: Callable[[Tensor], Tensor] | None = None
+    """How to multiply with it, bias included, where that is not a plain product."""
 
 
 class Entry(NamedTuple):
@@ -140,7 +143,7 @@ class _NormedMLP(torch.autograd.Function):
 
 def _apart(weight: Weight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """A weight as the nodes take it: no copies where it is multiplied itself (torch.compile refuses one twice)."""
-    master, bias, low, low_bias = weight
+    master, bias, low, low_bias, _ = weight
     return (master, bias, None, None) if low is master else (master, bias, low, low_bias)
 
 
@@ -161,7 +164,9 @@ def defers_bias(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Weight, *, bias: bool = True) -> Tensor:
     """x W' + b (or without b), [..., K] -> [..., N], in the dtype of the copy."""
-    master, master_bias, low, low_bias = weight
+    master, master_bias, low, low_bias, product = weight
+    if product is not None:
+        return product(x)
     if low is master or _composed():
         return F.linear(x, _operand(master, low), _operand(master_bias, low_bias) if bias else None)
     return _Linear.apply(x, master, master_bias if bias else None, low, low_bias if bias else None)
@@ -176,7 +181,7 @@ def _norm(entry: Entry, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def normed_linear(entry: Entry, weight: Weight, *, keep_norm: bool = False) -> tuple[Tensor, Tensor]:
     """x' and the product of its modulated norm, [B, T, D] and [B, T, N]. keep_norm: keep the product's input too."""
-    if keep_norm or _composed():
+    if keep_norm or weight.product or _composed():
         x, h = _norm(entry, weight.low.dtype)
         return x, linear(h, weight)
     x, y, gate, bias, shift, scale = entry
@@ -200,6 +205,10 @@ def normed_mlp(
     keep_inner False: make the inner values again in the backward.
     """
     fused = defers_bias(entry.x)
+    if first.product and second.product:
+        x, h = _norm(entry, first.low.dtype)
+        u = linear(h, first)
+        return x, linear(F.gelu(u, approximate="tanh"), second), u.detach()
     if not keep_norm and not _composed():
         x, y, gate, bias, shift, scale = entry
         return _NormedMLP.apply(x, y, gate, bias, shift, scale, *_apart(first), *_apart(second), fused, keep_inner)

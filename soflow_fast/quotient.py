@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .config import Config
 from .errors import ConfigError
+from .float8 import float8_products
 from .flow import SolutionFlow
 from .increments import paired_forward
 from .model import Tape
@@ -70,7 +71,7 @@ def resolve_quotient(config: Config, precision: str, device: torch.device) -> Qu
         exact = (precision if products == "auto" else products) == "fp32"
         kind = "pair" if teacher == "ema-literal" or exact else "increments"
     if products == "auto":
-        products = precision if kind == "increments" else "fp32"
+        products = ("bf16" if precision == "fp8" else precision) if kind == "increments" else "fp32"
     if products == "fp16" and not has_float16(device):
         raise ConfigError(f"--quotient-precision fp16: this {device.type} has no float16 products")
     if products == "tf32" and device.type != "cuda":
@@ -87,9 +88,10 @@ def has_float16(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def products(precision: str, device: torch.device) -> Iterator[None]:
-    """The precision of the products inside: "bf16" or "fp16" autocast, "tf32", or "fp32"."""
-    if precision in ("bf16", "fp16"):
-        with torch.autocast(device.type, OPERAND[precision]):
+    """The precision of the products inside: "bf16", "fp16" (autocast), "fp8" (in blocks, else bf16), "tf32", "fp32"."""
+    if precision in ("bf16", "fp16", "fp8"):
+        low = float8_products() if precision == "fp8" else contextlib.nullcontext()
+        with torch.autocast(device.type, OPERAND.get(precision, torch.bfloat16)), low:
             yield
         return
     matmul = torch.backends.cuda.matmul

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import float8
+from .capture import Captured
 from .config import Config
 from .errors import ConfigError
 from .flow import SolutionFlow
@@ -28,10 +30,12 @@ class TrainState:
     objective: Objective
     device: torch.device
     precision: str
-    """"fp32", "tf32" or "bf16": what `config.precision` resolved to on this device."""
+    """"fp32", "tf32", "bf16" or "fp8": what `config.precision` resolved to on this device."""
     quotient: Quotient
     teacher: SolutionFlow | None = None
     """The average of the weights behind the consistency target, if it is not the student's own."""
+    captured: Captured | None = None
+    """What a step does on the device, as a CUDA graph."""
     step: int = 0
     rank: int = 0
     world: int = 1
@@ -49,19 +53,27 @@ class TrainState:
         if config.batch_size % world:
             raise ConfigError(f"batch_size must be a multiple of the {world} ranks, got {config.batch_size}")
         device = resolve_device(config.run.device)
+        if config.run.cuda_graph == "on" and device.type != "cuda":
+            raise ConfigError(f"--cuda-graph: needs a GPU, the device is {device.type}")
         precision = resolve_precision(config.precision, device)
         quotient = resolve_quotient(config, precision, device)
         flow = build_flow(config).to_empty(device="cpu")
         flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
         flow = flow.to(device)
         ema = copy.deepcopy(flow).requires_grad_(False).eval()
-        flow.network.keep_copies(torch.bfloat16 if precision == "bf16" else torch.float32)
+        flow.network.keep_copies(torch.bfloat16 if precision in ("bf16", "fp8") else torch.float32)
+        if precision == "fp8":
+            float8.require(config.model, device)
+            float8.use_float8([layer for block in flow.network.blocks for layer in block.products()])
         flow.network.recompute = config.run.recompute
         teacher = None if quotient.teacher == "student" else copy.deepcopy(ema)
+        if config.run.compile == "on":
+            for network in (flow.network, *([teacher.network] if teacher else [])):
+                network.compile_blocks()
         averages = [average.network for average in (ema, teacher) if average is not None]
         optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, averages)
         objective = Objective(config.objective)
-        return cls(config, flow, ema, optimizer, objective, device, precision, quotient, teacher, 0, rank, world)
+        return cls(config, flow, ema, optimizer, objective, device, precision, quotient, teacher, None, 0, rank, world)
 
     def rides_along(self) -> bool:
         """Whether the values behind the quotient are those of the student's own forward. A forward that keeps little

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from soflow_kernels import AdamWEMA, clip_scale
 
+from .capture import Captured
 from .model import Tape
 from .objective import LossTerm, with_null
 from .quotient import Ends, cosine, products, value_and_increment
@@ -74,8 +75,36 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     _check_batch(state, x0, y)
     x0 = x0.to(state.device, state.flow.network.pos_embed.dtype, non_blocking=True)
     y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
-    B = len(x0)
     draws = draw(state, x0.shape)
+    _set_rates(state)
+    if state.captured is None and config.run.cuda_graph == "on":
+        capture(state)
+    if state.captured is not None and not _checks_quotient(state):
+        state.flow.network.refresh_copies()
+        totals = state.captured(x0, y, *draws[:-1])
+    else:
+        totals = update(state, x0, y, draws)
+    totals["lr"] = torch.tensor(learning_rate(state))
+    state.step += 1
+    return totals
+
+
+def capture(state: TrainState) -> None:
+    """Make the next steps of `state` a CUDA graph, once some have been made as they are."""
+    for group in state.optimizer.param_groups:  # read from the device, as a number would be recorded
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=state.device).clone()
+
+    def function(x0: Tensor, y: Tensor | None, *drawn: Tensor) -> dict[str, Tensor]:
+        first = len(x0) * state.rank
+        n_fm = split(len(x0) * state.world, state.config.objective.fm_fraction, first, first + len(x0))
+        return update(state, x0, y, Draws(*drawn, n_fm))
+
+    state.captured = Captured(function)
+
+
+def update(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws) -> dict[str, Tensor]:
+    """What a step does on the device, from its draws to the weights; nothing of it is copied to the host."""
+    config, B = state.config, len(x0)
     state.optimizer.zero_grad(set_to_none=True)
     micro = config.micro_batch or B
     parts = -(-B // micro)
@@ -95,8 +124,6 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
             for part, value in zip(term._fields, term, strict=True) if n else ():
                 totals[f"{name}_{part}"] = totals.get(f"{name}_{part}", 0) + value.detach() * (n / whole)
     totals["grad_norm"] = _update(state)
-    totals["lr"] = torch.tensor(learning_rate(state))
-    state.step += 1
     return totals
 
 
@@ -127,8 +154,8 @@ def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) ->
         return None, n_fm
     start, stop = B * k // parts, B * (k + 1) // parts
     a, b = n_fm * start // B, n_fm * stop // B
-    first, last = start - a, stop - b
-    return torch.cat([torch.arange(a, b), torch.arange(n_fm + first, n_fm + last)]).to(device), b - a
+    flow_matching = torch.arange(a, b, device=device)
+    return torch.cat([flow_matching, torch.arange(n_fm + start - a, n_fm + stop - b, device=device)]), b - a
 
 
 def _losses(
@@ -209,12 +236,9 @@ def teacher_decay(state: TrainState) -> float:
 
 
 @torch.no_grad()
-def _update(state: TrainState) -> Tensor:
-    """Clip, AdamW and the averages; nothing moves if a gradient is not finite. Returns the norm before clipping."""
-    optimizer, optim = state.optimizer, state.config.optim
-    gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
-    scale, finite = clip_scale(norm, optim.grad_clip)
+def _set_rates(state: TrainState) -> None:
+    """The learning rate and the decays of the next update, to where the optimiser reads them."""
+    optimizer = state.optimizer
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(learning_rate(state))
@@ -223,6 +247,15 @@ def _update(state: TrainState) -> Tensor:
     decays = [ema_decay(state)] if state.teacher is None else [ema_decay(state), teacher_decay(state)]
     for place, decay in zip(optimizer.ema_decays, decays, strict=True):
         place.fill_(decay)
+
+
+@torch.no_grad()
+def _update(state: TrainState) -> Tensor:
+    """Clip, AdamW and the averages; nothing moves if a gradient is not finite. Returns the norm before clipping."""
+    optimizer, optim = state.optimizer, state.config.optim
+    gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
+    norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
+    scale, finite = clip_scale(norm, optim.grad_clip)
     optimizer.step(grad_scale=scale if optim.grad_clip else None, finite=finite)
     for layer in state.flow.network.copied_layers():
         if isinstance(optimizer, AdamWEMA):

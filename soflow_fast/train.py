@@ -8,9 +8,11 @@
 The same command again resumes.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Before torch loads OpenMP: by default its idle threads spin for milliseconds, which on busy cores takes the core from
 # the thread that they wait for. Beside one other process on two cores a step took six times as long, with brief
@@ -34,7 +36,7 @@ def parser() -> Parser:
     p.add_argument("--data", metavar="PATH", help="folder or zip of images, CLASS/NAME")
     p.add_argument("--steps", metavar="N", help="updates in the whole run")
     p.add_argument("--batch-size", metavar="N", help="images per update")
-    p.add_argument("--precision", metavar="P", help="auto, fp32, tf32 or bf16")
+    p.add_argument("--precision", metavar="P", help="auto, fp32, tf32, bf16 or fp8 (the blocks' products, by torchao)")
     p.add_argument("--quotient", metavar="Q", help="increments or pair: how the consistency quotient is taken (auto)")
     p.add_argument(
         "--quotient-precision", metavar="P", help="bf16, fp16, tf32 or fp32: of the products behind it (auto)"
@@ -50,6 +52,9 @@ def parser() -> Parser:
     p.add_argument("--seed", metavar="N", help="of initialisation, data order, noise and times")
     p.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--optimizer", metavar="O", help="soflow, torch or apex: whose fused AdamW (soflow)")
+    switch: Any = {"action": argparse.BooleanOptionalAction, "default": None}
+    p.add_argument("--compile", **switch, help="torch.compile for the blocks (off)")
+    p.add_argument("--cuda-graph", **switch, help="the whole step as one CUDA graph (off)")
     p.add_argument(
         "--recompute", metavar="R", help="none, mlp or block: what the backward makes again to save memory (none)"
     )
@@ -73,6 +78,7 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, bool, boo
         raise ConfigError(f"--config {values.config} and preset {values.preset}: give one of the two")
     config = _read(values.config) if values.config else preset(values.preset or "digits")
     changes = {name: getattr(values, name) for name in SHORT_NAMES if getattr(values, name) is not None}
+    changes |= {name: "on" if value else "off" for name, value in changes.items() if isinstance(value, bool)}
     for text in values.set:
         name, equals, value = text.partition("=")
         if not equals:

@@ -60,7 +60,8 @@ def resolve_attention(state: TrainState) -> str:
     """
     config, model, device = state.config, state.config.model, state.device
     name = config.run.attention
-    dtype = torch.bfloat16 if state.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if state.precision in ("bf16", "fp8") else torch.float32
+    compiled = config.run.compile == "on"
     B = config.batch_size // state.world
     B = min(config.micro_batch, B) or B
     T, head_dim = (model.input_size // model.patch_size) ** 2, model.hidden_size // model.num_heads
@@ -68,8 +69,8 @@ def resolve_attention(state: TrainState) -> str:
         "tf32" if state.precision == "tf32" else "fp32", device
     ):  # as in the DiT, which has no autocast inside
         if name == "auto":
-            return choose(device, dtype, B, model.num_heads, T, head_dim, time.perf_counter)
-        try_out(name, device, dtype, B, model.num_heads, T, head_dim)
+            return choose(device, dtype, B, model.num_heads, T, head_dim, time.perf_counter, compiled=compiled)
+        try_out(name, device, dtype, B, model.num_heads, T, head_dim, compiled=compiled)
         return name
 
 

@@ -10,12 +10,13 @@ COEFFICIENTS = ("euler", "trig")
 R_SCHEDULES = ("exponent", "cosine", "linear", "constant")
 LR_SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("soflow", "torch", "apex")
+SWITCH = ("auto", "on", "off")
 RECOMPUTE = ("none", "mlp", "block")
 ATTENTION = (
     *("auto", "flash4", "flash3", "flash2", "xformers"),
     *("sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math", "sdpa"),
 )
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp8")
 QUOTIENTS = ("auto", "increments", "pair")
 QUOTIENT_PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 TEACHERS = ("student", "ema", "ema-literal")
@@ -51,6 +52,8 @@ def validate(config: Config) -> Config:
     ):
         _require(getattr(run, name) >= least, f"run.{name}", f"at least {least}", getattr(run, name))
     _one_of("run.optimizer", run.optimizer, OPTIMIZERS)
+    _one_of("run.compile", run.compile, SWITCH)
+    _one_of("run.cuda_graph", run.cuda_graph, SWITCH)
     _one_of("run.recompute", run.recompute, RECOMPUTE)
     _one_of("run.attention", run.attention, ATTENTION)
     _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits

@@ -44,7 +44,8 @@ def png_size(content: bytes) -> tuple[int, int]:
         (
             train,
             "help config run-dir data steps batch-size precision quotient quotient-precision teacher teacher-decay "
-            "seed device optimizer recompute attention checkpoint-every set dry-run env",
+            "seed device optimizer compile no-compile cuda-graph no-cuda-graph recompute attention checkpoint-every "
+            "set dry-run env",
         ),
         (sample, "help out n nfe labels seed device"),
         (evaluate, "help n nfe seed device json"),

@@ -167,6 +167,8 @@ OUT_OF_RANGE = {
     "run.check_quotient_every": -1,
     "run.keep": 0,
     "run.optimizer": "adam",
+    "run.compile": "yes",
+    "run.cuda_graph": "yes",
     "run.recompute": "all",
     "run.attention": "flash5",
     "steps": 0,

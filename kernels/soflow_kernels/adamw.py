@@ -41,13 +41,20 @@ def adamw_ema_reference(
     params, grads, exp_avgs, exp_avg_sqs, steps, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
     grad_scale=None, emas=(), ema_decays=None, copies=None, finite=None,
 ):  # fmt: skip
-    """`adamw_ema` by torch's own multi-tensor operations: any device; waits for the host where it reads a tensor."""
-    if not params or (finite is not None and not bool(finite)):
+    """`adamw_ema` by torch's own multi-tensor operations: any device."""
+    if not params:
+        return
+    if not _on_host(params[0]):
+        _reference_on_device(
+            params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, grad_scale, emas, ema_decays,
+            copies, finite,
+        )  # fmt: skip
+        return
+    if finite is not None and not bool(finite):
         return
     scale = 1.0 if grad_scale is None else float(grad_scale)
-    whole = scale == 1 or params[0].is_cuda
-    # On a CPU the scaled gradients of all parameters at once are fresh memory, four times as slow as the update.
-    for part in [slice(None)] if whole else [slice(i, i + 1) for i in range(len(params))]:
+    # The scaled gradients of all parameters at once are fresh memory, four times as slow as the update.
+    for part in [slice(None)] if scale == 1 else [slice(i, i + 1) for i in range(len(params))]:
         chosen = [g.to(p.dtype) for g, p in zip(grads[part], params[part], strict=True)]
         torch._fused_adamw_(
             params[part], chosen if scale == 1 else torch._foreach_mul(chosen, scale), exp_avgs[part],
@@ -56,6 +63,32 @@ def adamw_ema_reference(
         )  # fmt: skip
     for average, decay in zip(emas, [] if ema_decays is None else ema_decays.tolist(), strict=True):
         torch._foreach_lerp_(average, params, 1 - decay)
+    if copies is not None:
+        torch._foreach_copy_(copies, params)
+
+
+def _on_host(tensor):
+    """Whether reading a tensor costs nothing."""
+    return not tensor.is_cuda
+
+
+def _reference_on_device(
+    params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, grad_scale, emas, ema_decays, copies,
+    finite,
+):  # fmt: skip
+    """The same without a look at any number: a CUDA graph may record it."""
+    chosen = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
+    if grad_scale is not None:
+        chosen = torch._foreach_mul(chosen, grad_scale)
+    torch._fused_adamw_(
+        params, chosen, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=betas[0], beta2=betas[1],
+        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+        found_inf=None if finite is None else (~finite).float(),
+    )  # fmt: skip
+    for average, decay in zip(emas, [] if ema_decays is None else ema_decays.unbind(), strict=True):
+        change = torch._foreach_sub(params, average)
+        torch._foreach_mul_(change, 1 - decay if finite is None else (1 - decay) * finite)
+        torch._foreach_add_(average, change)
     if copies is not None:
         torch._foreach_copy_(copies, params)
 

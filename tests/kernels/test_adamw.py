@@ -341,7 +341,10 @@ def test_the_kernel_runs_and_nothing_waits_for_the_host(device, monkeypatch):
     assert len(launches) == 2
 
 
-def test_reference_is_the_same_update(device):
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("finite", [True, False])
+def test_reference_is_the_same_update(on_host, finite, device, monkeypatch):
+    monkeypatch.setattr(adamw, "_on_host", lambda tensor: on_host and not tensor.is_cuda)
     mine, theirs = parameters(device), parameters(device)
     results = []
     for params, function in ((mine, adamw_ema), (theirs, adamw_ema_reference)):
@@ -354,7 +357,7 @@ def test_reference_is_the_same_update(device):
             values, gradients, *state, steps, torch.tensor(0.01, device=device), betas=(0.8, 0.95), weight_decay=0.2,
             grad_scale=torch.tensor(0.5, device=device), emas=emas, copies=copies,
             ema_decays=torch.tensor([0.9, 0.3], dtype=torch.float64, device=device),
-            finite=torch.tensor(True, device=device),
+            finite=torch.tensor(finite, device=device),
         )  # fmt: skip
         results.append([*values, *state[0], *state[1], *emas[0], *emas[1], *copies])
         assert all(torch.equal(g, torch.ones_like(g) * 0.3) for g in gradients)  # gradients are only read
