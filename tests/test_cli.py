@@ -255,7 +255,7 @@ errors.run(main)
 
 # --dry-run and --env
 
-ROWS = ["preset", "data", "parameters", "FLOPs", "memory", "speed", "time needed", "first losses"]
+ROWS = ["preset", "attention", "data", "parameters", "FLOPs", "memory", "speed", "time needed", "first losses"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
