@@ -145,6 +145,9 @@ class RunConfig:
     recompute: str = "none"
     """What the backward makes again to save memory, beside norms and GELUs: "none", "mlp" (the first product of each
     MLP), "block" (all of each block)."""
+    attention: str = "auto"
+    """Whose attention: "flash4", "flash3", "flash2", "xformers", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient",
+    "sdpa-math", "sdpa" (torch picks) or "auto": the one that is measured to be the fastest."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,7 @@ SHORT_NAMES = {
     "compile": "run.compile",
     "cuda_graph": "run.cuda_graph",
     "recompute": "run.recompute",
+    "attention": "run.attention",
     "checkpoint_every": "run.checkpoint_every",
 }
 

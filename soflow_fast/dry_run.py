@@ -10,7 +10,7 @@ from .data import open_source
 from .state import TrainState
 from .step import split, train_step
 from .telemetry import duration
-from .trainer import enough_memory, memory_mb, resolved, seconds_per_step
+from .trainer import enough_memory, memory_mb, resolve_attention, resolved, seconds_per_step, set_attention
 
 CPU_TFLOP_A_STEP = 0.25
 """On a CPU the step is made on fewer images once a whole batch would need more than this."""
@@ -47,6 +47,7 @@ def dry_run(config: Config) -> str:
 def _dry_run(config: Config) -> str:
     config = resolved(config)
     state = TrainState.build(config)
+    backend = resolve_attention(state)
     model = config.model
     synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
     source = None if synthetic else open_source(config)
@@ -63,6 +64,7 @@ def _dry_run(config: Config) -> str:
     counter = flop_counter()
     with counter:
         metrics = train_step(state, x, y)
+    set_attention(state, backend)  # not before: only torch's own can be counted
     flops = counter.get_total_flops() / batch if batch == config.batch_size else forwards_per_image(state, config) * one
     seconds = seconds_per_step(state, x, y) * config.batch_size / batch
     data = f"{len(source)} images" if source else "random numbers (no data was given or read)"
@@ -73,6 +75,7 @@ def _dry_run(config: Config) -> str:
             f"{config.preset}: DiT of hidden size {model.hidden_size}, depth {model.depth}, "
             f"{(model.input_size // model.patch_size) ** 2} tokens; {state.precision} on {state.device}",
         ),
+        ("attention", f"{backend}{' (the fastest here)' if config.run.attention == 'auto' else ''}"),
         ("data", data),
         ("parameters", f"{state.parameter_count() / 1e6:.2f} M"),
         ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one:.2f} forwards"),

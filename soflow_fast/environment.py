@@ -9,7 +9,12 @@ from . import attention
 from .state import resolve_device, resolve_precision
 from .version import __version__
 
-PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "flash-attn", "xformers", "apex", "diffusers")
+PACKAGES = (
+    *("torch", "triton", "numpy", "scikit-learn", "safetensors"),
+    *("flash-attn", "flash_attn_3", "flash-attn-4", "xformers", "apex", "diffusers"),
+)
+HEAD_DIM = 64
+"""Of the networks whose attention the table is about; only DiT-XL has another, 72, which asks for no more."""
 
 
 def report(device_name: str = "auto") -> str:
@@ -24,10 +29,13 @@ def report(device_name: str = "auto") -> str:
         rows.append(
             (f"cuda:{i}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {capability}, CUDA {torch.version.cuda}")
         )
-    rows.append(("device", f"{device}, precision {resolve_precision('auto', device)}"))
+    precision = resolve_precision("auto", device)
+    rows.append(("device", f"{device}, precision {precision}"))
     lines = [f"{name:<14} {value}" for name, value in rows]
     lines += ["", "attention"]
-    lines += [f"  {name:<12} {'in use' if used else 'off':<7} {why}" for name, used, why in attention.status()]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    table = attention.status(device, dtype, HEAD_DIM)
+    lines += [f"  {name:<14} {'usable' if usable else 'off':<7} {why}" for name, usable, why in table]
     lines += ["", "kernels"]
     lines += [f"  {line}" for line in _kernels(device)]
     return "\n".join(lines)

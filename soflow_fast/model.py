@@ -79,6 +79,8 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """The parameters of multi-head self-attention on tokens [B, T, D]."""
 
+    backend = "sdpa"
+
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -89,7 +91,7 @@ class Attention(nn.Module):
         """What lies between its products: [B, T, 3 D] -> [B, T, D]."""
         B, T, D = qkv.shape
         q, k, v = qkv.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        return attention(q, k, v).transpose(1, 2).reshape(B, T, D // 3)
+        return attention(q, k, v, self.backend).transpose(1, 2).reshape(B, T, D // 3)
 
 
 class MLP(nn.Module):
@@ -203,6 +205,11 @@ class DiT(nn.Module):
     def modulation_layers(self) -> list[nn.Linear]:
         """The layers from SiLU(c) to shifts, scales and gates: six rows of D for each block, two for the last norm."""
         return [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1]]
+
+    def set_attention(self, backend: str) -> None:
+        """Let all blocks take the attention of a backend, one of `attention.BACKENDS`."""
+        for block in self.blocks:
+            block.attn.backend = backend
 
     def keep_copies(self, dtype: torch.dtype) -> None:
         """Keep copies of the blocks' weights in a dtype, which products under autocast to that dtype then take; in the

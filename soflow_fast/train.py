@@ -58,6 +58,12 @@ def parser() -> Parser:
     p.add_argument(
         "--recompute", metavar="R", help="none, mlp or block: what the backward makes again to save memory (none)"
     )
+    p.add_argument(
+        "--attention",
+        metavar="NAME",
+        help="auto (the fastest here), sdpa (torch picks), sdpa-cudnn, sdpa-flash, sdpa-efficient, sdpa-math, flash2, "
+        "flash3, flash4 or xformers; --env says which are usable",
+    )
     p.add_argument("--checkpoint-every", metavar="N", help="updates between checkpoints; 0: only the last")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of config.json")
     p.add_argument("--dry-run", action="store_true", help="build everything, make one step, print what the run needs")

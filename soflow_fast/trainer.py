@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from . import checkpoint, telemetry
+from .attention_choice import choose, try_out
 from .config import Config, difference, from_json, to_json
 from .data import Source, open_source
 from .errors import ConfigError, Diverged, Interrupted, storage_error
 from .evaluation import DigitScores, describe, measure_digits
-from .quotient import resolve_quotient
+from .quotient import products, resolve_quotient
 from .sampling import sample
 from .state import TrainState, resolve_device, resolve_precision
 from .step import train_step
@@ -38,7 +39,9 @@ def train(config: Config) -> TrainState:
         run_dir = Path(config.run.run_dir)
         check_run_dir(run_dir, config)
         source = open_source(config)
-        return Run(TrainState.build(config), source, run_dir).go()
+        state = TrainState.build(config)
+        set_attention(state, resolve_attention(state))
+        return Run(state, source, run_dir).go()
 
 
 def resolved(config: Config) -> Config:
@@ -48,6 +51,34 @@ def resolved(config: Config) -> Config:
     precision = resolve_precision(config.precision, device)
     how = resolve_quotient(config, precision, device)
     return replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)
+
+
+def resolve_attention(state: TrainState) -> str:
+    """The attention backend of a run on this machine: the one that it asks for, or the fastest one at its shape.
+
+    Raises ConfigError if the one that it asks for cannot be used.
+    """
+    config, model, device = state.config, state.config.model, state.device
+    name = config.run.attention
+    dtype = torch.bfloat16 if state.precision in ("bf16", "fp8") else torch.float32
+    compiled = config.run.compile == "on"
+    B = config.batch_size // state.world
+    B = min(config.micro_batch, B) or B
+    T, head_dim = (model.input_size // model.patch_size) ** 2, model.hidden_size // model.num_heads
+    with products(
+        "tf32" if state.precision == "tf32" else "fp32", device
+    ):  # as in the DiT, which has no autocast inside
+        if name == "auto":
+            return choose(device, dtype, B, model.num_heads, T, head_dim, time.perf_counter, compiled=compiled)
+        try_out(name, device, dtype, B, model.num_heads, T, head_dim, compiled=compiled)
+        return name
+
+
+def set_attention(state: TrainState, backend: str) -> None:
+    """Let the network and its averages take the attention of a backend."""
+    for flow in (state.flow, state.ema, state.teacher):
+        if flow is not None:
+            flow.network.set_attention(backend)
 
 
 def check_run_dir(run_dir: Path, config: Config) -> None:
@@ -97,7 +128,8 @@ class Run:
             millions = state.parameter_count() / 1e6
             say(
                 f"training {config.preset} in {self.run_dir}: {millions:.2f} M parameters, {len(self.source)} images, "
-                f"{config.steps} steps of {config.batch_size}, {state.precision} on {state.device}"
+                f"{config.steps} steps of {config.batch_size}, {state.precision} on {state.device}, "
+                f"attention {state.flow.network.blocks[0].attn.backend}"
             )
         if state.step < config.steps:
             with signals() as pending:  # elsewhere they act at once: there is nothing to save

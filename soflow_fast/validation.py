@@ -12,6 +12,10 @@ LR_SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("soflow", "torch", "apex")
 SWITCH = ("auto", "on", "off")
 RECOMPUTE = ("none", "mlp", "block")
+ATTENTION = (
+    *("auto", "flash4", "flash3", "flash2", "xformers"),
+    *("sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math", "sdpa"),
+)
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp8")
 QUOTIENTS = ("auto", "increments", "pair")
 QUOTIENT_PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
@@ -51,6 +55,7 @@ def validate(config: Config) -> Config:
     _one_of("run.compile", run.compile, SWITCH)
     _one_of("run.cuda_graph", run.cuda_graph, SWITCH)
     _one_of("run.recompute", run.recompute, RECOMPUTE)
+    _one_of("run.attention", run.attention, ATTENTION)
     _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits
     _require(1 <= config.batch_size <= 2**20, "batch_size", "in [1, 2^20]", config.batch_size)
     _require(config.micro_batch >= 0, "micro_batch", "at least 0", config.micro_batch)

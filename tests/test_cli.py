@@ -22,6 +22,7 @@ from PIL import Image
 
 from soflow_fast.config import from_json
 from soflow_fast.presets import PRESETS
+from soflow_fast.validation import ATTENTION
 
 train, sample, evaluate = (importlib.import_module(f"soflow_fast.{name}") for name in ("train", "sample", "evaluate"))
 Call = Callable[..., Any]
@@ -43,8 +44,8 @@ def png_size(content: bytes) -> tuple[int, int]:
         (
             train,
             "help config run-dir data steps batch-size precision quotient quotient-precision teacher teacher-decay "
-            "seed device optimizer compile no-compile cuda-graph no-cuda-graph recompute checkpoint-every set dry-run "
-            "env",
+            "seed device optimizer compile no-compile cuda-graph no-cuda-graph recompute attention checkpoint-every "
+            "set dry-run env",
         ),
         (sample, "help out n nfe labels seed device"),
         (evaluate, "help n nfe seed device json"),
@@ -254,7 +255,7 @@ errors.run(main)
 
 # --dry-run and --env
 
-ROWS = ["preset", "data", "parameters", "FLOPs", "memory", "speed", "time needed", "first losses"]
+ROWS = ["preset", "attention", "data", "parameters", "FLOPs", "memory", "speed", "time needed", "first losses"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -299,8 +300,10 @@ def test_env_says_what_is_here_and_what_is_in_use(call: Call, tmp_path: Path, mo
     assert rows["torch"].startswith(torch.__version__.split("+")[0]) and rows["device"].startswith("cpu")
     assert {"soflow-fast", "python", "triton", "flash-attn", "xformers", "apex"} <= rows.keys()
     attention, kernels = lines.index("attention"), lines.index("kernels")
-    assert any("in use" in line for line in lines[attention:kernels])
-    assert all(re.search(r" (in use|off) +\S", line) for line in lines[attention + 1 : kernels] if line)
+    backends = [line for line in lines[attention + 1 : kernels] if line]
+    assert [line.split()[0] for line in backends] == list(ATTENTION[1:])
+    assert all(re.search(r" (usable|off) +\S", line) for line in backends)
+    assert re.search(r"^  sdpa +usable  torch picks", backends[-1])
     for name, (on, why) in soflow_kernels.status().items():
         row = next(line for line in lines[kernels:] if line.split()[0] == name)
         assert ("kernel" if on else "reference") in row and row.endswith(why)

@@ -170,6 +170,7 @@ OUT_OF_RANGE = {
     "run.compile": "yes",
     "run.cuda_graph": "yes",
     "run.recompute": "all",
+    "run.attention": "flash5",
     "steps": 0,
     "batch_size": 0,
     "micro_batch": -1,
