@@ -136,12 +136,13 @@ def _unknown(tensor: Tensor) -> bool | int | float:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = owner.__dict__[name] if name in owner.__dict__ else None
+    inherited = name not in owner.__dict__
+    before = None if inherited else owner.__dict__[name]
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if before is None:
+        if inherited:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
@@ -185,9 +186,9 @@ def _without_data(device: str) -> Iterator[None]:
             stack.enter_context(_replaced(_dispatch, "triton", _dispatch.triton or object()))
             stack.enter_context(_replaced(F, "scaled_dot_product_attention", _fused_attention))
             stack.enter_context(
-                _replaced(state_module, "resolve_quotient", lambda *known: resolve_quotient(*known[:2], gpu))
+                _replaced(state_module, "resolve_quotient", lambda c, p, _: resolve_quotient(c, p, gpu))
             )
-            stack.enter_context(_replaced(state_module, "resolve_precision", lambda name, device: _precision(name)))
+            stack.enter_context(_replaced(state_module, "resolve_precision", lambda name, _: _precision(name)))
         yield
 
 
@@ -202,13 +203,18 @@ def ledger(config: Config, *, device: str = "cuda", batch: int | None = None) ->
     """What one step of `config` on `batch` images (by default all of its batch) needs on a GPU, or on the CPU.
 
     At its peak over a run: the moments are there, and the quotient is checked. Needs no GPU and makes no number.
+    fp8 is counted as bf16, compiled blocks and a recorded step as the plain one.
     Raises ConfigError naming a wrong field.
     """
-    if batch is not None and batch < 1:
-        raise ConfigError(f"batch must be at least 1, got {batch}")
-    config = replace(config, batch_size=batch or config.batch_size, run=replace(config.run, device="cpu"))
+    # What needs a GPU or a compiler, by what is like it: torch's optimiser has the state of apex's.
+    optimizer = "torch" if config.run.optimizer == "apex" else config.run.optimizer
+    run = replace(config.run, device="cpu", optimizer=optimizer, compile="off", cuda_graph="off")
+    precision = "bf16" if config.precision == "fp8" else config.precision
+    B = config.batch_size if batch is None else batch
     with _without_data(device), Storages() as storages:
-        return measure(TrainState.build(config), storages)
+        state = TrainState.build(replace(config, batch_size=B, precision=precision, run=run))
+        found = measure(state, storages)
+    return replace(found, precision="fp8") if config.precision == "fp8" else found
 
 
 def measure(state: TrainState, storages: Storages) -> Ledger:
@@ -260,12 +266,47 @@ def _static(state: TrainState, storages: Storages) -> dict[str, set[int]]:
     def all_of(*modules: nn.Module | None) -> list[Tensor]:
         return [tensor for module in modules if module for tensor in (*module.parameters(), *module.buffers())]
 
+    optimizer: Any = state.optimizer
     copies = copies_of(state.flow.network)
     pairs = list(zip(state.flow.network.parameters(), copies, strict=True))
     plain = [parameter for parameter, copy in pairs if copy is None]
     return {
         "weights": numbers([*copies, *plain, *state.flow.buffers()]),
         "masters": numbers(parameter for parameter, copy in pairs if copy is not None),
-        "moments": numbers(value for kept in state.optimizer.state.values() for value in tree_leaves(kept)),
+        "moments": numbers(value for kept in optimizer.state.values() for value in tree_leaves(kept)),
         "averages": numbers(all_of(state.ema, state.teacher)),
     }
+
+
+def largest_micro_batch(config: Config, memory: int) -> int:
+    """The largest micro-batch whose step is predicted to stay within the usable part of so many bytes on a GPU.
+
+    A batch is cut into as few parts as fit, near-equal ones: what is predicted grows nearly evenly with their size, so
+    that a few ledgers suffice. Raises ConfigError where not even single images fit.
+    """
+    limit, B = USABLE * memory, config.batch_size
+    known: dict[int, int] = {}
+
+    def peak(size: int) -> int:
+        if size not in known:
+            known[size] = ledger(replace(config, micro_batch=size)).peak
+        return known[size]
+
+    if peak(B) <= limit:
+        return B
+    over, fits = (1, B), (B, 1)  # parts of a batch, and their size
+    if peak(1) > limit:
+        raise ConfigError(
+            f"--micro-batch auto: single images need {peak(1) / 1e9:.1f} GB, and {limit / 1e9:.1f} GB are usable, "
+            f"{USABLE:.0%} of what is free; take a smaller network"
+        )
+    while fits[0] - over[0] > 1:
+        slope = (peak(over[1]) - peak(fits[1])) / (over[1] - fits[1])
+        guess = int(fits[1] + (limit - peak(fits[1])) / slope)
+        parts = min(max(-(-B // max(guess, 1)), over[0] + 1), fits[0] - 1)
+        tried = parts, -(-B // parts)
+        if peak(tried[1]) <= limit:
+            fits = tried
+        else:
+            over = tried
+    return fits[1]

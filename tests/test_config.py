@@ -172,7 +172,7 @@ OUT_OF_RANGE = {
     "run.recompute": "all",
     "steps": 0,
     "batch_size": 0,
-    "micro_batch": -1,
+    "micro_batch": -2,
     "precision": "fp16",
     "quotient": "triple",
     "quotient_precision": "fp8",
