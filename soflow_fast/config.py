@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
+AUTO = -1
+"""The micro-batch that is found at start-up."""
+
 # name: depth, hidden_size, num_heads, patch_size (Peebles & Xie 2023, arXiv 2212.09748; M: arXiv 2512.15657)
 DIT_SIZES = {
     "S/2": (12, 384, 6, 2),
@@ -165,7 +168,8 @@ class Config:
     batch_size: int = 256
     """Global: over all ranks and micro-batches."""
     micro_batch: int = 0
-    """Samples per forward and backward on one rank; 0: the rank's whole batch."""
+    """Samples per forward and backward on one rank; 0: the rank's whole batch; -1, typed "auto": as many as the memory
+    of the GPU is predicted to hold when the run starts. What is learnt is the same up to rounding."""
     precision: str = "auto"
     """"fp32", "tf32", "bf16", "fp8" (the blocks' products, by torchao) or "auto": bf16 on a GPU that has it, else
     fp32."""
@@ -184,6 +188,7 @@ SHORT_NAMES = {
     "data": "data.path",
     "steps": "steps",
     "batch_size": "batch_size",
+    "micro_batch": "micro_batch",
     "precision": "precision",
     "quotient": "quotient",
     "quotient_precision": "quotient_precision",
@@ -250,9 +255,10 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def difference(old: Config, new: Config) -> list[str]:
-    """The fields that make two runs different, as lines "objective.eps: 0.01 -> 0.1"; `run` does not count."""
+    """The fields that make two runs different, as lines "objective.eps: 0.01 -> 0.1"; `run` and the
+    micro-batch do not count."""
     before, after = flatten(old), flatten(new)
-    changed = [name for name in before if before[name] != after[name] and not name.startswith("run.")]
+    changed = [name for name in before if before[name] != after[name] and not name.startswith(("run.", "micro_batch"))]
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]
 
 
@@ -308,6 +314,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         if isinstance(value, bool) or value is None:
             raise ValueError
         if kind is int:
+            if name == "micro_batch" and value == "auto":
+                return AUTO
             number = float(value) if isinstance(value, str) and not value.strip().lstrip("+-").isdigit() else value
             if isinstance(number, float) and not number.is_integer():
                 raise ValueError
@@ -322,7 +330,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         raise ValueError
     except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
         what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        wanted = what.get(kind, f"{len(parts)} numbers")
+        wanted = what.get(kind, f"{len(parts)} numbers") + (" or auto" if name == "micro_batch" else "")
         raise ValueError(f"{name} must be {wanted}, got {_shown(value)}") from None
 
 

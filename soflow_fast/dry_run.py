@@ -7,6 +7,7 @@ import torch
 from .attention import flop_counter
 from .config import Config
 from .data import open_source
+from .ledger import ledger, summary
 from .state import TrainState
 from .step import split, train_step
 from .telemetry import duration
@@ -45,17 +46,20 @@ def dry_run(config: Config) -> str:
 
 
 def _dry_run(config: Config) -> str:
-    config = resolved(config)
+    wanted, config = config, resolved(config)
+    predicted = ledger(wanted if config.run.device == "cpu" else config)  # the precision is another on the CPU
     state = TrainState.build(config)
     backend = resolve_attention(state)
     model = config.model
     synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
     source = None if synthetic else open_source(config)
     one = forward_flops(state)
-    batch = config.micro_batch or config.batch_size
+    batch = config.batch_size
     if state.device.type == "cpu":
         batch = max(1, min(batch, int(CPU_TFLOP_A_STEP * 1e12 / (4.5 * one))))
-    state.config = replace(config, batch_size=batch, micro_batch=0)
+        state.config = replace(config, batch_size=batch)
+    else:
+        torch.cuda.reset_peak_memory_stats(state.device)
     if source is None:
         x = torch.randn(batch, model.in_channels, model.input_size, model.input_size)
         y = torch.randint(max(model.num_classes, 1), (batch,))
@@ -83,6 +87,7 @@ def _dry_run(config: Config) -> str:
             "memory",
             f"{memory_mb(state.device):.0f} MB at its peak{'' if batch == config.batch_size else f', batch {batch}'}",
         ),
+        ("on a GPU", f"predicted: {summary(predicted)}"),
         (
             "speed",
             f"{1 / seconds:.3g} steps/s, {config.batch_size / seconds:.4g} images/s at batch {config.batch_size}{part}",

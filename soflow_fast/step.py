@@ -106,7 +106,7 @@ def update(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws) -> dic
     """What a step does on the device, from its draws to the weights; nothing of it is copied to the host."""
     config, B = state.config, len(x0)
     state.optimizer.zero_grad(set_to_none=True)
-    micro = config.micro_batch or B
+    micro = config.micro_batch if config.micro_batch > 0 else B
     parts = -(-B // micro)
     low = parts == 1 and isinstance(state.optimizer, AdamWEMA)  # the others take gradients of the weights' dtype
     state.sum_gradients_in(None if low else torch.float32)
@@ -256,7 +256,10 @@ def _update(state: TrainState) -> Tensor:
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
     scale, finite = clip_scale(norm, optim.grad_clip)
-    optimizer.step(grad_scale=scale if optim.grad_clip else None, finite=finite)
+    try:
+        optimizer.step(grad_scale=scale if optim.grad_clip else None, finite=finite)
+    except torch.OutOfMemoryError as error:  # some weights may have moved: not to be repeated
+        raise MemoryError(str(error)) from error
     for layer in state.flow.network.copied_layers():
         if isinstance(optimizer, AdamWEMA):
             layer.copy.trust(layer)

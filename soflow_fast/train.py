@@ -36,6 +36,9 @@ def parser() -> Parser:
     p.add_argument("--data", metavar="PATH", help="folder or zip of images, CLASS/NAME")
     p.add_argument("--steps", metavar="N", help="updates in the whole run")
     p.add_argument("--batch-size", metavar="N", help="images per update")
+    p.add_argument(
+        "--micro-batch", metavar="N", help="images per forward and backward; auto: as many as fit (default: the batch)"
+    )
     p.add_argument("--precision", metavar="P", help="auto, fp32, tf32, bf16 or fp8 (the blocks' products, by torchao)")
     p.add_argument("--quotient", metavar="Q", help="increments or pair: how the consistency quotient is taken (auto)")
     p.add_argument(

@@ -15,7 +15,7 @@ import torch
 
 from . import checkpoint, telemetry
 from .attention_choice import choose, try_out
-from .config import Config, difference, from_json, to_json
+from .config import AUTO, Config, difference, from_json, to_json
 from .data import Source, open_source
 from .errors import ConfigError, Diverged, Interrupted, storage_error
 from .evaluation import DigitScores, describe, measure_digits
@@ -50,7 +50,17 @@ def resolved(config: Config) -> Config:
     run = replace(config.run, run_dir=config.run.run_dir or f"runs/{config.preset}", device=str(device))
     precision = resolve_precision(config.precision, device)
     how = resolve_quotient(config, precision, device)
-    return replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)
+    config = replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)
+    return config if config.micro_batch != AUTO else replace(config, micro_batch=_micro_batch(config, device))
+
+
+def _micro_batch(config: Config, device: torch.device) -> int:
+    """What a micro-batch of "auto" comes to with the memory that is free now. Raises ConfigError if none fits."""
+    if device.type != "cuda":
+        return 0
+    from .ledger import largest_micro_batch
+
+    return largest_micro_batch(config, torch.cuda.mem_get_info(device)[0])
 
 
 def resolve_attention(state: TrainState) -> str:
@@ -154,7 +164,7 @@ class Run:
             closing(telemetry.TensorBoard(self.run_dir / "tensorboard", first)) as board,
         ):
             while state.step < config.steps:
-                metrics = train_step(state, *self.source.batch(state.step, state.rank, state.world))
+                metrics = self._step(*self.source.batch(state.step, state.rank, state.world))
                 checked |= {name: metrics[name] for name in metrics if name == "q_cosine"}
                 step, last, stop = state.step, state.step == config.steps, bool(pending)
                 if step % every.log_every == 0 or last:
@@ -175,6 +185,27 @@ class Run:
                     board.flush()
                 if stop:
                     break
+
+    def _step(self, x0: torch.Tensor, y: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The next step, in smaller micro-batches from now on where memory runs out: it has changed nothing then."""
+        state = self.state
+        while True:
+            parts = -(-len(x0) // (state.config.micro_batch or len(x0)))
+            size = -(-len(x0) // parts)
+            try:
+                return train_step(state, x0, y)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            # Outside of the handler: the exception holds on to everything that the step had made.
+            state.optimizer.zero_grad(set_to_none=True)
+            state.captured = None  # a recording has its micro-batches in it
+            if state.device.type == "cuda":
+                torch.cuda.empty_cache()
+            state.config = replace(state.config, micro_batch=size - size // 2)
+            self.progress.say(
+                f"out of memory at step {state.step + 1}: again, in micro-batches of {state.config.micro_batch}"
+            )
 
     def _read(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
         """The metrics on the host. Raises Diverged if one is not finite."""
@@ -228,7 +259,7 @@ def enough_memory(config: Config) -> Iterator[None]:
         if not known and "can't allocate memory" not in str(error):  # what torch says on the CPU
             raise
         what = (
-            f"--batch-size {config.batch_size}: out of memory; give a smaller one, set micro_batch, "
+            f"--batch-size {config.batch_size}: out of memory; give a smaller one, --micro-batch auto, "
             f"or make the network smaller (model.hidden_size {config.model.hidden_size}, depth {config.model.depth})"
         )
         raise ConfigError(what) from None

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from .config import Config, DiTConfig, FlowConfig, ObjectiveConfig, flatten, nearest
+from .config import AUTO, Config, DiTConfig, FlowConfig, ObjectiveConfig, flatten, nearest
 
 PATHS = ("linear", "trig")
 COEFFICIENTS = ("euler", "trig")
@@ -58,7 +58,7 @@ def validate(config: Config) -> Config:
     _one_of("run.attention", run.attention, ATTENTION)
     _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits
     _require(1 <= config.batch_size <= 2**20, "batch_size", "in [1, 2^20]", config.batch_size)
-    _require(config.micro_batch >= 0, "micro_batch", "at least 0", config.micro_batch)
+    _require(config.micro_batch >= AUTO, "micro_batch", "at least 0, or auto", config.micro_batch)
     _one_of("precision", config.precision, PRECISIONS)
     _one_of("quotient", config.quotient, QUOTIENTS)
     _one_of("quotient_precision", config.quotient_precision, QUOTIENT_PRECISIONS)

@@ -43,9 +43,9 @@ def png_size(content: bytes) -> tuple[int, int]:
     [
         (
             train,
-            "help config run-dir data steps batch-size precision quotient quotient-precision teacher teacher-decay "
-            "seed device optimizer compile no-compile cuda-graph no-cuda-graph recompute attention checkpoint-every "
-            "set dry-run env",
+            "help config run-dir data steps batch-size micro-batch precision quotient quotient-precision teacher "
+            "teacher-decay seed device optimizer compile no-compile cuda-graph no-cuda-graph recompute attention "
+            "checkpoint-every set dry-run env",
         ),
         (sample, "help out n nfe labels seed device"),
         (evaluate, "help n nfe seed device json"),
@@ -255,7 +255,9 @@ errors.run(main)
 
 # --dry-run and --env
 
-ROWS = ["preset", "attention", "data", "parameters", "FLOPs", "memory", "speed", "time needed", "first losses"]
+ROWS = [
+    "preset", "attention", "data", "parameters", "FLOPs", "memory", "on a GPU", "speed", "time needed", "first losses",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -275,6 +277,7 @@ def test_dry_run_says_what_a_run_needs_and_writes_nothing(
     forwards = re.search(r"GFLOP per image and step, ([\d.]+) forwards$", rows["FLOPs"])
     assert forwards and 3.2 < float(forwards[1]) < 5
     assert re.search(r"\d MB at its peak", rows["memory"])
+    assert re.search(r"^predicted: \d+\.\d\d GB at its peak, bf16, batch 16.*: weights .*moments", rows["on a GPU"])
     assert re.search(r"steps/s, [\d.e+]+ images/s at batch 16$", rows["speed"])
     assert re.search(r"^\d+:\d\d(:\d\d)? for \d+ steps$", rows["time needed"])
     assert "nan" not in result.out

@@ -21,6 +21,7 @@ Call = Callable[..., Any]
 OUT_OF_RANGE = {
     "--steps": ["0", "-5", "ten", "1.5", "1e9", ""],
     "--batch-size": ["0", "-1", "many", "9999999999"],
+    "--micro-batch": ["-2", "most", "1.5", ""],
     "--precision": ["fp17", "tf32", ""],
     "--quotient": ["pairs", ""],
     "--quotient-precision": ["fp8", "tf32", ""],

@@ -173,7 +173,7 @@ OUT_OF_RANGE = {
     "run.attention": "flash5",
     "steps": 0,
     "batch_size": 0,
-    "micro_batch": -1,
+    "micro_batch": -2,
     "precision": "fp16",
     "quotient": "triple",
     "quotient_precision": "fp8",
