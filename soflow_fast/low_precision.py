@@ -14,7 +14,7 @@ from . import float8
 from .products import Weight
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
+def _place(tensor: Tensor) -> tuple[Any, Any]:
     """The memory that a tensor begins at; unlike its address, known for tensors without data too."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
@@ -75,11 +75,13 @@ class Stack:
 
 def keep_copies(layers: list[nn.Linear], stacked: list[nn.Linear], dtype: torch.dtype) -> Stack:
     """Give all these layers copies in a dtype, those of the second list in the stack that is returned."""
-    for layer in layers:
-        layer.copy = Copy(torch.empty_like(layer.weight, dtype=dtype), torch.empty_like(layer.bias, dtype=dtype))  # pyright: ignore[reportAttributeAccessIssue]
+    each: list[Any] = layers
+    for layer in each:
+        layer.copy = Copy(torch.empty_like(layer.weight, dtype=dtype), torch.empty_like(layer.bias, dtype=dtype))
     stack = Stack(stacked, dtype)
-    for layer, part in zip(stacked, stack.parts, strict=True):
-        layer.copy = Copy(*part)  # pyright: ignore[reportAttributeAccessIssue]
+    each = stacked
+    for layer, part in zip(each, stack.parts, strict=True):
+        layer.copy = Copy(*part)
     return stack
 
 

@@ -124,7 +124,7 @@ Optimizer = AdamWEMA | TorchAdamW | ApexAdamW
 
 def build_optimizer(kind: str, settings: OptimConfig, network: DiT, averages: list[nn.Module]) -> Optimizer:
     """The optimiser of a network and its averages, whose decays the step sets. Raises ConfigError if it is not here."""
-    params = list(network.parameters())
+    params: list[Any] = list(network.parameters())
     emas: Any = [list(average.parameters()) for average in averages]
     options: Any = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
     if kind == "torch":

@@ -71,7 +71,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_product_backward(dout, *ctx.saved_tensors, ctx.has_bias), None, None
+        x, weight = ctx.saved_tensors
+        return *_product_backward(dout, x, weight, ctx.has_bias), None, None
 
 
 class _NormedLinear(torch.autograd.Function):
@@ -233,7 +234,8 @@ class _Stacked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        dx, dweight, dbias = _product_backward(dout, *ctx.saved_tensors, True)
+        x, weight = ctx.saved_tensors
+        dx, dweight, dbias = _product_backward(dout, x, weight, True)
         assert dbias is not None
         each = zip(dweight.split(ctx.rows), dbias.split(ctx.rows), strict=True)
         return dx, None, None, None, *[gradient for pair in each for gradient in pair]

@@ -10,7 +10,7 @@ second. A teacher, or another precision of the quotient, takes a value-and-incre
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,12 @@ def split(batch_size: int, fraction: float, start: int, stop: int) -> int:
     return total * stop // batch_size - total * start // batch_size
 
 
+def _n_fm(state: TrainState, B: int) -> int:
+    """How many of this rank's B samples take the flow-matching loss."""
+    first = B * state.rank
+    return split(B * state.world, state.config.objective.fm_fraction, first, first + B)
+
+
 def draw(state: TrainState, shape: torch.Size) -> Draws:
     """The noise, times and dropped labels of the next step on this rank, for a batch of `shape` [B, C, H, W]."""
     config, objective, B = state.config, state.objective, shape[0]
@@ -52,8 +58,7 @@ def draw(state: TrainState, shape: torch.Size) -> Draws:
     def source(purpose: str) -> torch.Generator:
         return generator(config.seed, state.step, state.rank, purpose, state.device)
 
-    first = B * state.rank
-    n_fm = split(B * state.world, config.objective.fm_fraction, first, first + B)
+    n_fm = _n_fm(state, B)
     x1 = torch.randn(shape, generator=source("noise"), device=state.device)
     times = source("time")
     t_fm = objective.flow_matching_times(n_fm, times)
@@ -94,10 +99,8 @@ def capture(state: TrainState) -> None:
     for group in state.optimizer.param_groups:  # read from the device, as a number would be recorded
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=state.device).clone()
 
-    def function(x0: Tensor, y: Tensor | None, *drawn: Tensor) -> dict[str, Tensor]:
-        first = len(x0) * state.rank
-        n_fm = split(len(x0) * state.world, state.config.objective.fm_fraction, first, first + len(x0))
-        return update(state, x0, y, Draws(*drawn, n_fm))
+    def function(x0: Tensor, y: Tensor | None, *drawn: Any) -> dict[str, Tensor]:
+        return update(state, x0, y, Draws._make([*drawn, _n_fm(state, len(x0))]))
 
     state.captured = Captured(function)
 

@@ -375,7 +375,7 @@ class AdamWEMA(torch.optim.AdamW):
             "grad_scale": grad_scale,
             "emas": [[average[p] for p in params] for average in self._emas],
             "ema_decays": self.ema_decays,
-            "copies": [self._copies[p] for p in params] if copied else None,
+            "copies": [self._copies[p] for p in params] if copied and self._copies is not None else None,
             "finite": finite,
         }
         check_update(params, *lists, lr, **others)  # before the steps are counted
