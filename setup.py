@@ -28,11 +28,13 @@ EXTRAS = {
         "diffusers>=0.35",  # whose DiT takes the kernels
         "matplotlib>=3.9",  # the plots of the records
         "triton>=3.6; sys_platform == 'linux'",
+        "torchao>=0.14; sys_platform == 'linux'",  # whose float8 products --precision fp8 takes
         "ruff>=0.12",
         "pyright[nodejs]>=1.1.400",
     ],
     # Apex is left out on purpose: it is built from NVIDIA's source, and the package called "apex" on the index is an
     # unrelated project.
+    "fp8": ["torchao>=0.14; sys_platform == 'linux'"],
     "gpu": ["xformers", "flash-attn>=2.7; sys_platform == 'linux'"],
     "eval": ["torch-fidelity>=0.4"],
     "hub": ["huggingface_hub>=0.34", "diffusers>=0.35"],

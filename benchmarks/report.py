@@ -149,6 +149,18 @@ def increments(run: dict) -> str:
     return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, note)])
 
 
+def sampling(run: dict) -> str:
+    """A record of benchmarks.sampling as Markdown: a line per network, batch and way."""
+    lines = ["network | batch | one network call | ms (quartiles) | images/s", "--- | ---: | --- | ---: | ---:"]
+    for (case, batch), group in itertools.groupby(run["rows"], key=lambda row: (row["case"], row["batch"])):
+        for k, row in enumerate(group):
+            f = figures(row)
+            ms = f"{number(f['median_ms'])} ({number(f['low_ms'])} to {number(f['high_ms'])})"
+            start = f"{case} | {batch}" if k == 0 else " | "
+            lines.append(f"{start} | {row['way']} | {ms} | {number(f['images_per_s'])}")
+    return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, f"In turn, one run. `{run['command']}`.")])
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -159,6 +171,7 @@ class Block(NamedTuple):
 
 BLOCKS = {
     "step": Block("README.md", "step", table),
+    "sampling": Block("README.md", "sampling", sampling),
     "digits": Block("README.md", "digits", digits),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
     "increments": Block("docs/precision.md", "increments", increments),

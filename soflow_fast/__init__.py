@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .increments import paired_forward
     from .model import DiT
     from .objective import LossTerm, Objective
+    from .one_step import OneStep
     from .official import load_official
     from .presets import preset
     from .rng import generator
@@ -26,6 +27,7 @@ _HOMES = {
     "LossTerm": "objective",
     "Objective": "objective",
     "ObjectiveConfig": "config",
+    "OneStep": "one_step",
     "SolutionFlow": "flow",
     "TrainState": "state",
     "export": "checkpoint",
@@ -45,6 +47,7 @@ __all__ = [
     "LossTerm",
     "Objective",
     "ObjectiveConfig",
+    "OneStep",
     "SolutionFlow",
     "TrainState",
     "__version__",

@@ -1,0 +1,52 @@
+"""One-step sampling for latency: the whole way from noise to images as few launches, at one size of batch."""
+
+import torch
+from torch import Tensor
+
+from .capture import Captured
+from .errors import ConfigError
+from .flow import SolutionFlow
+from .quotient import products
+from .state import resolve_precision
+
+
+class OneStep:
+    """x_0 = f(x_1, 1, 0; y) in one network call (arXiv 2512.15657): `images = OneStep(flow)(noise, labels)`.
+
+    The flow is taken over: its network gets copies of its weights in low precision or compiled blocks where these are
+    asked for, and is not to be trained meanwhile. Its parameters stay as they are.
+
+    Args:
+        flow: a trained flow on its device, in float32.
+        precision: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "tf32" or "fp32".
+        compile: the blocks by torch.compile; the first call of each size of batch takes its time.
+        cuda_graph: record the call and replay it; calls of another size than the first run as they are.
+
+    Raises ConfigError for what the device lacks.
+    """
+
+    def __init__(
+        self, flow: SolutionFlow, *, precision: str = "auto", compile: bool = False, cuda_graph: bool = False
+    ) -> None:
+        self.flow = flow.requires_grad_(False).eval()
+        self.device = next(flow.parameters()).device
+        self.precision = resolve_precision(precision, self.device)
+        if self.precision == "fp8":
+            raise ConfigError("precision fp8: OneStep has bf16, tf32 and fp32")
+        if cuda_graph and self.device.type != "cuda":
+            raise ConfigError(f"cuda_graph: needs a GPU, the device is {self.device.type}")
+        flow.network.keep_copies(torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        if compile:
+            flow.network.compile_blocks()
+        self.call = Captured(self._call) if cuda_graph else self._call
+
+    @torch.no_grad()
+    def __call__(self, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W] in the scale of the training data, from standard normal noise [B, C, H, W] and labels
+        [B] (None: the null label) on the flow's device."""
+        return self.call(noise, y)
+
+    def _call(self, noise: Tensor, y: Tensor | None) -> Tensor:
+        t = torch.ones(len(noise), device=noise.device, dtype=noise.dtype)
+        with products(self.precision, self.device):
+            return self.flow.solution(noise, t, torch.zeros_like(t), y)
