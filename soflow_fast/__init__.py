@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .increments import paired_forward
     from .model import DiT
     from .objective import LossTerm, Objective
-    from .one_step import OneStep
     from .official import load_official
+    from .one_step import OneStep
     from .presets import preset
     from .rng import generator
     from .sampling import sample
