@@ -69,7 +69,7 @@ def _forward_kernel(
     x_ptr, y_ptr, gate_ptr, bias_ptr, shift_ptr, scale_ptr, sum_ptr, out_ptr, mean_ptr, rstd_ptr,
     x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, T, chunks, rows, eps,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    HAS_Y: tl.constexpr, HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,
+    HAS_Y: tl.constexpr, HAS_BIAS: tl.constexpr, STATS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: `rows` tokens of one sample, whose modulation stays in registers."""
     PAD: tl.constexpr = MAIN > D
@@ -108,8 +108,9 @@ def _forward_kernel(
             x_tail = _centre(x_tail, mean, tail, D, PAD_TAIL)
             square += tl.sum(x_tail * x_tail, axis=0)
         rstd = 1 / tl.sqrt(square / D + eps)
-        tl.store(mean_ptr + row, mean)
-        tl.store(rstd_ptr + row, rstd)
+        if STATS:
+            tl.store(mean_ptr + row, mean)
+            tl.store(rstd_ptr + row, rstd)
         store(out_ptr + row * D, cols, x * rstd * scale + shift, D, PAD)
         if TAIL:
             store(out_ptr + row * D, tail, x_tail * rstd * scale_tail + shift_tail, D, PAD_TAIL)
@@ -226,14 +227,14 @@ def _backward_kernel(
         )
 
 
-def _forward(x, y, gate, shift, scale, bias, eps, out_dtype):
+def _forward(x, y, gate, shift, scale, bias, eps, out_dtype, stats):
     B, T, D = x.shape
     x, shift, scale = inner_unit(x), inner_unit(shift), inner_unit(scale)
     has_y, has_bias = y is not None, bias is not None
     y, gate = (inner_unit(y), inner_unit(gate)) if has_y else (x, scale)
     sums = torch.empty(B, T, D, dtype=x.dtype, device=x.device) if has_y else x
     out = torch.empty(B, T, D, dtype=out_dtype, device=x.device)
-    mean = torch.empty(B, T, dtype=torch.float32, device=x.device)
+    mean = torch.empty((B, T) if stats else 0, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     # 8 tokens a program spread the loads of the modulation; fewer where that would leave the GPU idle.
     rows = min(8, max(1, B * T // 4096))
@@ -244,7 +245,8 @@ def _forward(x, y, gate, shift, scale, bias, eps, out_dtype):
         x, y, gate, bias.contiguous() if has_bias else x, shift, scale, sums, out, mean, rstd,
         x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), shift.stride(0), scale.stride(0),
         T, chunks, rows, eps,
-        D=D, MAIN=main, TAIL=tail, HAS_Y=has_y, HAS_BIAS=has_bias, STAGES=stages(D), num_warps=warps,
+        D=D, MAIN=main, TAIL=tail, HAS_Y=has_y, HAS_BIAS=has_bias, STATS=stats, STAGES=stages(D),
+        num_warps=warps,
     )  # fmt: skip
     return sums, out, mean, rstd
 
@@ -276,15 +278,15 @@ def _backward(dout, dsum, x, y, gate, scale, bias, mean, rstd):
 
 @torch.library.custom_op("soflow::layernorm_modulate", mutates_args=())
 def _layernorm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype, stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, None, None, shift, scale, None, eps, out_dtype)[1:]
+    return _forward(x, None, None, shift, scale, None, eps, out_dtype, stats)[1:]
 
 
 @_layernorm_modulate.register_fake
-def _(x, shift, scale, eps, out_dtype):
-    stats = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=out_dtype), stats, torch.empty_like(stats)
+def _(x, shift, scale, eps, out_dtype, stats):
+    mean = x.new_empty(x.shape[:2] if stats else 0, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=out_dtype), mean, torch.empty_like(mean)
 
 
 @torch.library.custom_op("soflow::layernorm_modulate_backward", mutates_args=())
@@ -310,14 +312,15 @@ def _gate_residual_layernorm_modulate(
     bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
+    stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward(x, y, gate, shift, scale, bias, eps, out_dtype)
+    return _forward(x, y, gate, shift, scale, bias, eps, out_dtype, stats)
 
 
 @_gate_residual_layernorm_modulate.register_fake
-def _(x, y, gate, shift, scale, bias, eps, out_dtype):
-    stats = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), stats, torch.empty_like(stats)
+def _(x, y, gate, shift, scale, bias, eps, out_dtype, stats):
+    mean = x.new_empty(x.shape[:2] if stats else 0, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), mean, torch.empty_like(mean)
 
 
 @torch.library.custom_op("soflow::gate_residual_layernorm_modulate_backward", mutates_args=())
@@ -338,7 +341,7 @@ def _(dout, dsum, x, y, gate, scale, bias, mean, rstd):
 
 
 def _save_layernorm_modulate(ctx, inputs, output):
-    x, shift, scale, _, _ = inputs
+    x, shift, scale, _, _, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, scale, mean, rstd)
     ctx.shift_dtype = shift.dtype
@@ -349,13 +352,13 @@ def _save_layernorm_modulate(ctx, inputs, output):
 
 def _layernorm_modulate_grad(ctx, dout, _mean, _rstd):
     if dout is None:
-        return (None,) * 5
+        return (None,) * 6
     dx, dshift, dscale = _layernorm_modulate_backward(dout, *ctx.saved_tensors)
-    return dx, dshift.to(ctx.shift_dtype), dscale, None, None
+    return dx, dshift.to(ctx.shift_dtype), dscale, None, None, None
 
 
 def _save_gate_residual_layernorm_modulate(ctx, inputs, output):
-    _, y, gate, shift, scale, bias, _, _ = inputs
+    _, y, gate, shift, scale, bias, _, _, _ = inputs
     x, _, mean, rstd = output
     ctx.save_for_backward(x, y, gate, scale, bias, mean, rstd)
     ctx.shift_dtype, ctx.out_dtype = shift.dtype, output[1].dtype
@@ -365,14 +368,14 @@ def _save_gate_residual_layernorm_modulate(ctx, inputs, output):
 
 def _gate_residual_layernorm_modulate_grad(ctx, dsum, dout, _mean, _rstd):
     if dsum is None and dout is None:
-        return (None,) * 8
+        return (None,) * 9
     x, y, gate, scale, bias, mean, rstd = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(x, dtype=ctx.out_dtype)
     dx, dy, dgate, dshift, dscale, dbias = _gate_residual_layernorm_modulate_backward(
         dout, dsum, x, y, gate, scale, bias, mean, rstd
     )
-    return dx, dy, dgate, dshift.to(ctx.shift_dtype), dscale, None if bias is None else dbias, None, None
+    return dx, dy, dgate, dshift.to(ctx.shift_dtype), dscale, None if bias is None else dbias, None, None, None
 
 
 _layernorm_modulate.register_autograd(_layernorm_modulate_grad, setup_context=_save_layernorm_modulate)
@@ -397,7 +400,7 @@ def layernorm_modulate(x, shift, scale, eps=1e-6, out_dtype=None):
     check_dtype(op, "out_dtype", out_dtype)
     if not 0 < D <= MAX_D or not use_kernel(x, shift, scale):
         return layernorm_modulate_reference(x, shift, scale, eps, out_dtype)
-    return _layernorm_modulate(x, shift, scale, eps, out_dtype or x.dtype)[0]
+    return _layernorm_modulate(x, shift, scale, eps, out_dtype or x.dtype, torch.is_grad_enabled())[0]
 
 
 def gate_residual_layernorm_modulate(x, y, gate, shift, scale, eps=1e-6, bias=None, out_dtype=None):
@@ -420,7 +423,8 @@ def gate_residual_layernorm_modulate(x, y, gate, shift, scale, eps=1e-6, bias=No
         check_tensor(op, "bias", bias, (D,), x)
     if not 0 < D <= MAX_D or not use_kernel(x, y, gate, shift, scale, bias):
         return gate_residual_layernorm_modulate_reference(x, y, gate, shift, scale, eps, bias, out_dtype)
-    return _gate_residual_layernorm_modulate(x, y, gate, shift, scale, bias, eps, out_dtype or x.dtype)[:2]
+    stats = torch.is_grad_enabled()  # a pass without gradient has no use for them
+    return _gate_residual_layernorm_modulate(x, y, gate, shift, scale, bias, eps, out_dtype or x.dtype, stats)[:2]
 
 
 def inspect_cases():
@@ -430,9 +434,9 @@ def inspect_cases():
         stats = torch.zeros(2, 16)
         size = f"{D} {str(dtype)[6:]}"
         op = "layernorm_modulate"
-        yield f"{op} {size}", partial(_forward, x, None, None, m, m, None, 1e-6, dtype)
+        yield f"{op} {size}", partial(_forward, x, None, None, m, m, None, 1e-6, dtype, True)
         yield f"{op} backward {size}", partial(_backward, x, None, x, None, None, m, None, stats, stats)
         for b, name in ((None, ""), (bias, "+bias ")):
             op = "gate_residual_layernorm_modulate"
-            yield f"{op} {name}{size}", partial(_forward, x, x, m, m, m, b, 1e-6, dtype)
+            yield f"{op} {name}{size}", partial(_forward, x, x, m, m, m, b, 1e-6, dtype, True)
             yield f"{op} backward {name}{size}", partial(_backward, x, x, x, x, m, m, b, stats, stats)

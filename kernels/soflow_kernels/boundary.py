@@ -89,8 +89,8 @@ def boundary(x, y, gate, shift, scale, eps=1e-6, bias=None, out_dtype=None):
         return boundary_reference(x, y, gate, shift, scale, eps, bias, out_dtype)
     out_dtype = out_dtype or x.dtype
     if y is None:
-        return Boundary(x, *_layernorm_modulate(x, shift, scale, eps, out_dtype))
-    return Boundary(*_gate_residual_layernorm_modulate(x, y, gate, shift, scale, bias, eps, out_dtype))
+        return Boundary(x, *_layernorm_modulate(x, shift, scale, eps, out_dtype, True))
+    return Boundary(*_gate_residual_layernorm_modulate(x, y, gate, shift, scale, bias, eps, out_dtype, True))
 
 
 def boundary_backward(dout, dsum, x, y, gate, scale, bias, mean, rstd, eps=1e-6):

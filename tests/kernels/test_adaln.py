@@ -168,12 +168,15 @@ def test_opcheck(op, device):
     tensors, _ = inputs(op, 2, 3, 72, torch.float32, device)
     t = {name: testing.lay_out(tensor, "chunk").requires_grad_() for name, tensor in tensors.items()}
     if op == "layernorm_modulate":
-        torch.library.opcheck(adaln._layernorm_modulate, (t["x"], t["shift"], t["scale"], 1e-6, torch.bfloat16))
+        for stats in (True, False):
+            given = {name: value if stats else value.detach() for name, value in t.items()}
+            args = (given["x"], given["shift"], given["scale"], 1e-6, torch.bfloat16, stats)
+            torch.library.opcheck(adaln._layernorm_modulate, args)
     for bias in (None, tensors["bias"].requires_grad_()) if "bias" in t else ():
         if op == "gate_residual":
             torch.library.opcheck(gate._gate_residual, (t["x"], t["y"], t["gate"], bias))
         else:
-            args = (t["x"], t["y"], t["gate"], t["shift"], t["scale"], bias, 1e-6, torch.float32)
+            args = (t["x"], t["y"], t["gate"], t["shift"], t["scale"], bias, 1e-6, torch.float32, True)
             torch.library.opcheck(adaln._gate_residual_layernorm_modulate, args)
 
 
@@ -209,3 +212,18 @@ def test_a_result_of_whole_numbers_is_refused(device):
         adaln.layernorm_modulate(x, m, m, out_dtype=torch.int32)
     with pytest.raises(ValueError, match="out_dtype must be"):
         adaln.gate_residual_layernorm_modulate(x, x, m, m, m, out_dtype=torch.int32)
+
+
+@pytest.mark.parametrize("op", ["layernorm_modulate", "gate_residual_layernorm_modulate"])
+def test_without_gradient_no_statistics_are_written(op, device, monkeypatch):
+    tensors, _ = inputs(op, 2, 3, 72, torch.float32, device)
+    launched = []
+    plain = adaln.launch
+    monkeypatch.setattr(adaln, "launch", lambda *a, **k: launched.append((a, k)) or plain(*a, **k))
+    kept = OPS[op][0](**tensors)
+    with torch.no_grad():
+        quiet = OPS[op][0](**tensors)
+    torch.testing.assert_close(quiet, kept, rtol=0, atol=0)
+    assert [k["STATS"] for _, k in launched] == [True, False]
+    # mean and rstd
+    assert [[value.numel() for value in a[10:12]] for a, _ in launched] == [[6, 6], [0, 0]]

@@ -34,7 +34,7 @@ from soflow_kernels import _dispatch, adaln, gate, gelu, inspect
 
 x, m, stats = torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1)
 with _dispatch.recording() as launches:
-    adaln._forward(x, x, m, m, m, m[0], 1e-6, x.dtype)
+    adaln._forward(x, x, m, m, m, m[0], 1e-6, x.dtype, True)
     adaln._backward(x, x, x, x, m, m, m[0], stats, stats)
     gate._gate_residual(x, x, m, m[0])
     gate._gate_residual_backward(x, x, m, m[0])
