@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.cases import Case, cases
+from benchmarks.gates import check_precision
 from benchmarks.race import figures, synchronize
 from benchmarks.recipes import OURS, build
 from soflow_fast import paired_forward
@@ -42,6 +43,7 @@ WAYS: dict[str, Quotient] = {
 def contestants(case: Case) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     config = replace(case.config, precision="bf16")
+    check_precision(config)
     steps: dict[str, Callable[[], object]] = {}
     for name, quotient in WAYS.items():
         state = build(OURS, config)

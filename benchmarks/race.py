@@ -47,6 +47,7 @@ class Race:
     def __init__(self, case: Case, baselines: list[Recipe]) -> None:
         self.case = case
         self.gates = {recipe.name: gates.check(case.config, recipe) for recipe in baselines}
+        self.gates[OURS.name] = gates.check_precision(case.config)
         recipes = [OURS, *baselines]
         self.rows = {recipe.name: account(case, recipe) for recipe in recipes}
         self.steps = {recipe.name: self._prepare(recipe) for recipe in recipes}

@@ -84,7 +84,8 @@ def precision_quality(run: dict) -> str:
     lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
     for r, recipe in dict.fromkeys((row["r_end"], row["recipe"]) for row in rows):
         group = [row for row in rows if (row["r_end"], row["recipe"]) == (r, recipe)]
-        cells = [recipe, f"{r:g}"]
+        lost = sum(not row["nfe"] for row in group)
+        cells = [f"{recipe} ({lost} of {len(group)} not finite, left out)" if lost else recipe, f"{r:g}"]
         for figure, digits in (("frechet", 1), ("accuracy", 4)):
             cells += [spread([row["nfe"][nfe][figure] for row in group if row["nfe"]], digits) for nfe in ("1", "2")]
         cells += [spread([row["last"][name] for row in group if row["nfe"]], 2) for name in ("sc_mse", "sc_weight")]

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def contestants(case: Case, batch: int) -> dict[str, Callable[[], object]]:
     model, device = case.config.model, resolve_device(case.config.run.device)
     noise = torch.randn(batch, model.in_channels, model.input_size, model.input_size, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
-    ways = {"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}}
+    ways: dict[str, dict[str, Any]] = {"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}}
     if shutil.which("g++"):
         ways["bf16, compiled"] = {"precision": "bf16", "compile": True}
     if device.type == "cuda":

@@ -232,8 +232,12 @@ class Objective:
 
         teacher None: the published target, the stop-gradient student at (x_l, l). With a teacher (an EMA of the
         student) the difference between the two ends is the teacher's at both and the value is the student's:
-        `N_ema(x_l, l, s) - N_ema(x_t, t, s)` takes the increment's place, which keeps the quotient bounded as l -> t.
+        `N_ema(x_l, l, s) - N_ema(x_t, t, s)` takes the increment's place, which keeps the quotient bounded as l -> t;
+        with `config.teacher` "ema-literal" it is the teacher's at (x_l, l) alone, which does not.
+        Raises ValueError if `config.teacher` asks for a teacher and none is given.
         """
+        if teacher is None and self.config.teacher != "student":
+            raise ValueError(f"teacher must be given: config.teacher is {self.config.teacher!r}")
         x_t, v_t = flow.point(x0, x1, t)
         label = with_null(flow, y, label_dropped)
         v_null = v_label = None
@@ -244,7 +248,8 @@ class Objective:
             target, _, x_l = self.look_ahead(x_t, v_t, t, l, v_null, v_label, label_dropped)
         output = flow.network(x_t, t, s, label)
         with torch.no_grad():
-            start = output.detach() if teacher is None else teacher.network(x_t, t, s, label)
+            literal = self.config.teacher == "ema-literal"
+            start = output.detach() if teacher is None or literal else teacher.network(x_t, t, s, label)
             increment = (flow if teacher is None else teacher).network(x_l, l, s, label) - start
         return self.consistency_term(flow, output, output, increment, x_t, target, t, l, s)
 

@@ -140,11 +140,17 @@ def value_and_increment(
         return value, increment
 
 
+def comparable(how: Quotient) -> bool:
+    """Whether there is a float32 evaluation of a quotient that is not the same once more."""
+    return how.teacher != "ema-literal" or how.precision != "fp32"
+
+
 @torch.no_grad()
 def cosine(
     how: Quotient, objective: Objective, flow: SolutionFlow, teacher: SolutionFlow | None, at: Ends, q: Tensor
 ) -> Tensor:
-    """The cosine of the first quotients in `q` with a float32 evaluation of them, by the other of the two ways."""
+    """The cosine of the first quotients in `q` with a float32 evaluation of them, by the other of the two ways where
+    there are two: the literal EMA has a pair only, and a float32 pair of it is compared with nothing (`comparable`)."""
     n = min(CHECKED_SAMPLES, len(q))
     at = Ends(*(None if v is None else v[:n] for v in at))  # pyright: ignore[reportArgumentType]
     other = "increments" if how.kind == "pair" and how.precision == "fp32" and how.teacher != "ema-literal" else "pair"

@@ -20,7 +20,7 @@ from soflow_kernels import AdamWEMA, clip_scale
 from .capture import Captured
 from .model import Tape
 from .objective import LossTerm, with_null
-from .quotient import Ends, cosine, products, value_and_increment
+from .quotient import Ends, comparable, cosine, products, value_and_increment
 from .rng import generator
 from .state import TrainState
 
@@ -132,7 +132,7 @@ def update(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws) -> dic
 
 def _checks_quotient(state: TrainState) -> bool:
     every = state.config.run.check_quotient_every
-    return bool(every) and (state.step + 1) % every == 0
+    return bool(every) and comparable(state.quotient) and (state.step + 1) % every == 0
 
 
 def _check_batch(state: TrainState, x0: Tensor, y: Tensor | None) -> None:

@@ -31,7 +31,11 @@ def parser() -> Parser:
     """The command line."""
     p = Parser(prog="python -m soflow_fast.train", description=__doc__)
     p.add_argument("preset", nargs="?", metavar="PRESET", help=f"{', '.join(PRESETS)} (default: digits)")
-    p.add_argument("--config", metavar="FILE", help="start from a config.json instead of a preset")
+    p.add_argument(
+        "--config",
+        metavar="FILE",
+        help="start from a config.json instead of a preset; another --precision or --teacher chooses the quotient anew",
+    )
     p.add_argument("--run-dir", metavar="DIR", help="where everything is written (default: runs/PRESET)")
     p.add_argument("--data", metavar="PATH", help="folder or zip of images, CLASS/NAME")
     p.add_argument("--steps", metavar="N", help="updates in the whole run")
@@ -87,6 +91,9 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, bool, boo
         if not equals:
             raise ConfigError(f"--set {text}: must be FIELD=VALUE")
         changes[name] = value
+    named = {SHORT_NAMES.get(name, name) for name in changes}
+    if values.config and named & {"precision", "objective.teacher"}:  # what followed from them follows anew
+        changes |= {name: "auto" for name in ("quotient", "quotient_precision") if name not in named}
     return configure(config, changes), values.dry_run, values.env
 
 

@@ -15,7 +15,7 @@ import torch
 
 from . import checkpoint, telemetry
 from .attention_choice import choose, try_out
-from .config import AUTO, Config, difference, from_json, to_json
+from .config import AUTO, Config, difference, flatten, from_json, override, to_json
 from .data import Source, open_source
 from .errors import ConfigError, Diverged, Interrupted, storage_error
 from .evaluation import DigitScores, describe, measure_digits
@@ -104,7 +104,9 @@ def check_run_dir(run_dir: Path, config: Config) -> None:
         old = from_json(known.read_text())
     except ValueError as error:
         raise ConfigError(f"{known}: {error}") from None
-    changed = difference(old, config)
+    # A field that the file does not know yet, or that was left open, is what it comes to now.
+    open_fields = {name: value for name, value in flatten(config).items() if flatten(old)[name] == "auto"}
+    changed = difference(override(old, open_fields), config)
     if changed:
         raise ConfigError(
             f"--run-dir {run_dir}: holds a run with another configuration ({'; '.join(changed)}); "
@@ -167,7 +169,7 @@ class Run:
                 metrics = self._step(*self.source.batch(state.step, state.rank, state.world))
                 checked |= {name: metrics[name] for name in metrics if name == "q_cosine"}
                 step, last, stop = state.step, state.step == config.steps, bool(pending)
-                if step % every.log_every == 0 or last:
+                if step % every.log_every == 0 or last or "q_cosine" in metrics:  # measured: it must not be lost
                     values = self._read(checked | metrics)
                     checked.clear()
                     now = time.monotonic()

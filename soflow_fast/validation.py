@@ -116,6 +116,13 @@ def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
         _require(0 < getattr(objective, name) <= 1, prefix + name, "in (0, 1]", getattr(objective, name))
     _one_of(prefix + "teacher", objective.teacher, TEACHERS)
     _require(0 <= objective.teacher_decay < 1, prefix + "teacher_decay", "in [0, 1)", objective.teacher_decay)
+    usual = ObjectiveConfig().teacher_decay
+    _require(
+        objective.teacher != "student" or objective.teacher_decay == usual,
+        prefix + "teacher_decay",
+        f"left at {usual} with the teacher student, which is no average",
+        objective.teacher_decay,
+    )
     for name in ("fm_time", "sc_time", "sc_end_time"):
         _require(
             getattr(objective, name)[1] > 0, prefix + name, "a mean and a deviation above 0", getattr(objective, name)

@@ -11,6 +11,7 @@ from benchmarks.baselines.authors import AUTHORS
 from benchmarks.cases import Case
 from benchmarks.race import Race, speed_ups
 from benchmarks.recipes import OURS
+from soflow_fast import increments as walk
 from soflow_fast.config import Config, DataConfig, DiTConfig, ObjectiveConfig, RunConfig, override
 
 CONFIG = Config(
@@ -151,7 +152,7 @@ def test_precision_tables_and_plot(tmp_path):
     text = page.read_text()
     assert "| 0.1 | 5.0e-01 / 0.90000 | 5.0e-01 / 0.90000 |" in text
     assert "| float32 | 0.002 | 31.0 (30.0 to 32.0) | 31.0 (30.0 to 32.0) | 0.9000 (0.9000 to 0.9000) |" in text
-    assert "| literal | 0.002 | not finite |" in text
+    assert "| literal (1 of 1 not finite, left out) | 0.002 | not finite |" in text
 
 
 def test_what_increments_cost(tmp_path):
@@ -174,3 +175,59 @@ def test_precision_recipes_train_and_are_judged():
 
 def test_readme_shows_the_newest_records():
     assert report.main(["--check"]) == 0
+
+
+def test_gate_compares_the_precision_that_is_timed(monkeypatch):
+    """bf16 with increments is what a GPU races in: broken increments must not pass."""
+    low = replace(CONFIG, precision="bf16")
+    assert gates.check_precision(CONFIG) == {}
+    assert set(gates.check_precision(low)) == {"fm_mse", "sc_mse", "increments", "direction of the gradient"}
+    plain = walk._Walk.product
+    monkeypatch.setattr(walk._Walk, "product", lambda self, a, b, operand=None: 0 * plain(self, a, b, operand))
+    with pytest.raises(gates.RedGate, match="bf16 against float32"):
+        gates.check_precision(low)
+
+
+def test_a_pass_of_increments_counts_as_a_call():
+    state = OURS.build(replace(CONFIG, precision="bf16"))
+    assert gates.count_calls(OURS, state, *gates.random_batch(CONFIG, state.device))[0] == 3
+
+
+def test_the_gate_takes_no_notice_of_the_quotient_that_is_asked_for():
+    assert gates.check(override(CONFIG, {"quotient": "pair", "quotient_precision": "bf16"}), AUTHORS)
+
+
+def test_gate_sees_a_single_gradient():
+    def step(state, x0, y):
+        metrics = AUTHORS.step(state, x0, y)
+        state.flow.network.blocks[0].attn.proj.bias.grad.mul_(1.01)
+        return metrics
+
+    with pytest.raises(gates.RedGate, match="gradient of"):
+        gates.check(CONFIG, AUTHORS._replace(step=step))
+
+
+def test_the_ways_of_increments_are_three(monkeypatch):
+    seen = []
+    monkeypatch.setattr(increments, "train_step", lambda state, x, y: seen.append(state.quotient))
+    small = Case("tiny", CONFIG)
+    steps = increments.contestants(small)
+    for name in increments.WAYS:
+        steps[name]()
+    assert seen == list(increments.WAYS.values()) and len({type(how) for how in seen}) == 2
+
+
+def test_errors_are_of_each_way():
+    threads = torch.get_num_threads()
+    try:
+        rows = precision.errors(seed=0, steps=3, samples=16)
+    finally:
+        torch.set_num_threads(threads)
+    found = {row["way"]: row["error"] for row in rows if row["r"] == 0.002}
+    assert found["float32 increments"] < found["float32 pair"] < found["bf16 pair"]
+    assert found["bf16 increments"] < found["bf16 pair"]
+
+
+def test_every_block_of_the_pages_has_a_record():
+    kept = {run.get("benchmark") for run in map(record.read, record.RECORDS.glob("*.json"))}
+    assert {block.benchmark for block in report.BLOCKS.values()} <= kept

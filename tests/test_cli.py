@@ -20,8 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from soflow_fast.config import from_json
-from soflow_fast.presets import PRESETS
+from soflow_fast.config import from_json, to_json
+from soflow_fast.presets import PRESETS, preset
 from soflow_fast.validation import ATTENTION
 
 train, sample, evaluate = (importlib.import_module(f"soflow_fast.{name}") for name in ("train", "sample", "evaluate"))
@@ -372,3 +372,17 @@ def test_sample_passes_over_a_damaged_checkpoint_with_a_warning(
     result = call("sample", run_dir, "--out", tmp_path / "out", "--n", "2")
     assert result.code == 0 and result.err.count("\n") == 1
     assert "soflow: warning: " in result.err and "using step-00000015 instead" in result.err
+
+
+def test_another_precision_chooses_the_quotient_of_a_config_anew(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(to_json(preset("digits", precision="bf16", quotient="increments", quotient_precision="bf16")))
+
+    def asked(*flags):
+        config = train.configuration(["--config", str(path), *flags])[0]
+        return config.quotient, config.quotient_precision
+
+    assert asked() == ("increments", "bf16")
+    assert asked("--precision", "fp32") == asked("--set", "objective.teacher=ema-literal") == ("auto", "auto")
+    assert asked("--teacher", "ema", "--quotient", "pair") == ("pair", "auto")
+    assert asked("--seed", "3") == ("increments", "bf16")

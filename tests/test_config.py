@@ -301,3 +301,10 @@ def test_a_partial_file_is_completed_from_the_preset_that_it_names(tmp_path: Pat
     path.write_text('{"preset": "cifar10", "objective": {"eps": 0.5}}')
     config, _, _ = configuration(["--config", str(path)])
     assert config == override(preset("cifar10"), {"objective.eps": 0.5})
+
+
+def test_a_teachers_decay_needs_a_teacher() -> None:
+    config = Config()
+    with pytest.raises(ValueError, match=r"^objective\.teacher_decay must be left at 0\.99 with the teacher student"):
+        validate(override(config, {"teacher_decay": 0.5}))
+    validate(override(config, {"teacher_decay": 0.5, "teacher": "ema"}))

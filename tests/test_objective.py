@@ -219,3 +219,10 @@ def test_unconditional_ignores_guidance():
 def test_wrong_settings_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         Objective(ObjectiveConfig(**{field: value}))
+
+
+def test_a_teacher_that_is_asked_for_must_be_given(flow):
+    x, t = torch.randn(2, 1, 2, 2), torch.full((2,), 0.8)
+    for teacher in ("ema", "ema-literal"):
+        with pytest.raises(ValueError, match=f"teacher must be given: config.teacher is '{teacher}'"):
+            Objective(ObjectiveConfig(teacher=teacher)).consistency(flow, x, x, t, 0.5 * t, 0.1 * t, None)

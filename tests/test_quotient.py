@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from soflow_fast import ObjectiveConfig, TrainState, checkpoint, preset, quotient, train_step
+from soflow_fast import ObjectiveConfig, TrainState, checkpoint, preset, quotient, step, train_step
 from soflow_fast.config import DiTConfig
 from soflow_fast.errors import ConfigError
 from soflow_fast.quotient import Ends, Quotient, cosine, value_and_increment
@@ -250,13 +250,42 @@ def test_step_measures_the_cosine_now_and_then():
     assert all("q_cosine" not in train_step(state, *batch(i)) for i in range(3))
 
 
+def test_a_float32_pair_is_compared_with_increments(monkeypatch):
+    """Not with itself, whose cosine would be 1 whatever is wrong."""
+    asked = []
+    plain = quotient.value_and_increment
+    monkeypatch.setattr(quotient, "value_and_increment", lambda how, *a: asked.append(how) or plain(how, *a))
+    for teacher in ("student", "ema"):
+        state = build(teacher=teacher)
+        at = ends(state, 0.01)
+        how = Quotient("pair", "fp32", teacher)
+        cosine(how, state.objective, state.flow, state.teacher, at, torch.ones_like(at.x))
+    assert [how.kind for how in asked] == ["increments", "increments"]
+    assert not quotient.comparable(Quotient("pair", "fp32", "ema-literal"))
+
+
+def test_a_quotient_that_has_no_other_way_is_not_measured():
+    state = build(precision="fp32", teacher="ema-literal", **{"run.check_quotient_every": 1})
+    assert "q_cosine" not in train_step(state, *batch(0))
+
+
+def test_the_cosine_is_measured_once_a_step(monkeypatch):
+    measured = []
+    plain = step.cosine
+    monkeypatch.setattr(step, "cosine", lambda *a: measured.append(len(a[-1])) or plain(*a))
+    state = build(precision="bf16", **{"run.check_quotient_every": 1, "micro_batch": 3})
+    train_step(state, *batch(0))
+    assert len(measured) == 1
+
+
 def test_cosine_reaches_the_log(tmp_path, capsys):
     sizes = ["model.hidden_size=16", "model.depth=1", "model.num_heads=1", "run.log_every=4", "run.sample_every=0"]
     sets = [word for field in [*sizes, "run.check_quotient_every=3", "data.kind=digits"] for word in ("--set", field)]
     flags = ["--run-dir", str(tmp_path / "run"), "--steps", "8", "--batch-size", "8", "--precision", "bf16"]
     train(["digits", *flags, "--checkpoint-every", "0", *sets])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert ["q_cosine" in line for line in lines] == [True, True]
-    assert all(line["q_cosine"] > 0.99 for line in lines)
+    # Where it is measured there is a line: at steps 3 and 6, beside those of 4 and 8.
+    assert [(line["step"], "q_cosine" in line) for line in lines] == [(3, True), (4, False), (6, True), (8, False)]
+    assert all(line["q_cosine"] > 0.99 for line in lines if "q_cosine" in line)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["quotient"], config["quotient_precision"]) == ("increments", "bf16")

@@ -324,3 +324,17 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path, kind: str) -> Non
     with pytest.raises(ConfigError, match=str(place)):
         trainer.train(configuration(place))
     assert len(list(tmp_path.rglob("*"))) == (1 if kind == "file" else 2)
+
+
+def test_a_run_from_before_a_field_was_known_goes_on(whole: tuple[Path, TrainState], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole[0], run_dir)
+    path = run_dir / "config.json"
+    values = json.loads(path.read_text())
+    del values["quotient"], values["quotient_precision"]
+    path.write_text(json.dumps(values))
+    trainer.check_run_dir(run_dir, whole[1].config)
+    values["precision"] = "bf16"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="another configuration"):
+        trainer.check_run_dir(run_dir, whole[1].config)
