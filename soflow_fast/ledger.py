@@ -7,6 +7,7 @@ kernels: tens of MB), the CUDA context, and what the allocator loses between its
 """
 
 import contextlib
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -183,6 +184,8 @@ def _without_data(device: str) -> Iterator[None]:
         if torch.device(device).type == "cuda":
             gpu = torch.device("cuda")
             stack.enter_context(_replaced(FakeTensor, "is_cuda", property(lambda tensor: True)))
+            # As in a process of its own, whatever has been switched off in this one.
+            stack.enter_context(_replaced(_dispatch, "_mode", os.environ.get("SOFLOW_KERNELS", "auto")))
             stack.enter_context(_replaced(_dispatch, "triton", _dispatch.triton or object()))
             stack.enter_context(_replaced(F, "scaled_dot_product_attention", _fused_attention))
             stack.enter_context(

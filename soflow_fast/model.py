@@ -159,8 +159,9 @@ class DiT(nn.Module):
     blocks: Any  # a ModuleList of Block
     recompute = "none"
     """What a backward makes again beside norms and GELUs: "none", "mlp" (the first product of each MLP), "block"."""
-    keep_norms = False
-    """Keep every product's input for the backward instead, as autograd would."""
+    keep_norms: bool | None = None
+    """Keep every product's input for the backward instead, as autograd would. None: on a CPU, where memory is not what
+    is short, unless `recompute` asks for less."""
     stack: Stack | None = None
 
     def __init__(self, config: DiTConfig | None = None) -> None:
@@ -270,25 +271,28 @@ class DiT(nn.Module):
             c = self.conditioning(t, s, y)
             x = (self.x_embedder(x) + self.pos_embed).to(dtype)
             m = self.modulations(c, dtype, tape)
+            keep_norms = self.keep_norms
+            if keep_norms is None:
+                keep_norms = not x.is_cuda and self.recompute == "none"
             branch = gate = bias = None
             for k, block in enumerate(self.blocks):
                 shift, scale, gate1, shift2, scale2, next_gate = m[6 * k : 6 * k + 6]
                 entry = Entry(x, branch, gate, bias, shift, scale)
-                x, branch = self._block(block, entry, (gate1, shift2, scale2), tape)
+                x, branch = self._block(block, entry, (gate1, shift2, scale2), keep_norms, tape)
                 gate = next_gate
                 bias = block.mlp.fc2.bias if defers_bias(x) else None
             final = operands(self.final_layer.linear, self.pos_embed.dtype)
-            _, out = normed_linear(Entry(x, branch, gate, bias, m[-2], m[-1]), final, keep_norm=self.keep_norms)
+            _, out = normed_linear(Entry(x, branch, gate, bias, m[-2], m[-1]), final, keep_norm=keep_norms)
             if tape is not None:
                 tape.keep(self.final_layer.linear, out)
             return self.unpatchify(out)
 
     def _block(
-        self, block: Block, entry: Entry, inner: tuple[Tensor, Tensor, Tensor], tape: Tape | None
+        self, block: Block, entry: Entry, inner: tuple[Tensor, Tensor, Tensor], keep_norms: bool, tape: Tape | None
     ) -> tuple[Tensor, Tensor]:
         layers = block.products()
         weights = [operands(layer, entry.x.dtype) for layer in layers]
-        how = (self.keep_norms, self.recompute == "none", tape is not None)
+        how = (keep_norms, self.recompute == "none", tape is not None)
         if self.recompute == "block" and torch.is_grad_enabled():
             x, out, _ = checkpoint(block, entry, inner, weights, *how, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportGeneralTypeIssues]
             return x, out

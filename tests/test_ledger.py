@@ -14,19 +14,12 @@ from soflow_fast import TrainState, ledger, preset, train_step, trainer
 from soflow_fast.config import AUTO, Config, DiTConfig, difference, from_json, override, to_json
 from soflow_fast.errors import ConfigError
 from soflow_fast.presets import PRESETS
-from soflow_kernels import testing, use_kernel
+from soflow_kernels import use_kernel
 
 TINY = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
 GIB = 2**30
 # The cards that presets are named after.
 CARDS = {name: int(name.rpartition("-")[2][:-2]) for name in PRESETS if name.endswith("gb")}
-
-
-@pytest.fixture(autouse=True)
-def kernels_on():
-    """A GPU would run kernels, whatever the tests of this process that need none have switched off."""
-    with testing.mode("auto"):
-        yield
 
 
 def tiny(**changes: Any) -> Config:

@@ -18,6 +18,7 @@ SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=2, hidden_size=40, dep
 def network(dtype=torch.float32, copies=None, **attributes):
     """A DiT off its initial zeros, where half of the gradients vanish."""
     net = DiT(SIZES).to(dtype)
+    net.keep_norms = False
     net.initialize(torch.Generator().manual_seed(0))
     with torch.no_grad():
         for i, p in enumerate(net.parameters()):
@@ -128,7 +129,7 @@ def test_kept_for_the_backward_at_xl_sizes(recompute, least, most):
         for depth in (2, 6):  # the difference leaves out what is kept once
             net = DiT(dataclasses.replace(config, depth=depth))
             net.keep_copies(torch.bfloat16)
-            net.recompute = recompute
+            net.recompute, net.keep_norms = recompute, False
             x, t, y = torch.empty(B, 4, 32, 32), torch.empty(B), torch.zeros(B, dtype=torch.int64)
 
             def forward(net=net, given=(x, t, t, y)):
@@ -162,3 +163,14 @@ def test_tape_holds_what_the_products_came_to():
     final, missing = tape.outputs[net.final_layer.linear]
     assert missing is None and not final.requires_grad
     assert torch.equal(net.unpatchify(final), out[1:3].detach())
+
+
+@pytest.mark.parametrize(("recompute", "kept"), [("none", True), ("mlp", False)])
+def test_a_cpu_keeps_what_it_would_have_to_make_again(recompute, kept):
+    count = {}
+    for name, keep in (("plain", True), ("least", False), ("usual", None)):
+        net = network(recompute=recompute, keep_norms=keep)
+        *given, _ = inputs()
+        count[name] = kept_bytes(lambda net=net, given=given: net(*given))
+    assert count["least"] < count["plain"]
+    assert count["usual"] == count["plain" if kept else "least"]
