@@ -215,7 +215,7 @@ def normed_mlp(
         return _NormedMLP.apply(x, y, gate, bias, shift, scale, *_apart(first), *_apart(second), fused, keep_inner)
     x, h = _norm(entry, first.low.dtype)
     w, b = _operand(first.master, first.low), _operand(first.master_bias, first.bias)
-    if taped or (fused and torch.is_grad_enabled()):
+    if taped or (torch.is_grad_enabled() and (fused or first.low is not first.master)):
         u = linear(h, first, bias=not fused)
         inner = bias_gelu(u, first.master_bias) if fused else F.gelu(u, approximate="tanh")
         return x, linear(inner, second, bias=not fused), u.detach()

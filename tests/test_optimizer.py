@@ -11,6 +11,7 @@ import torch
 from soflow_fast import DiTConfig, ObjectiveConfig, TrainState, checkpoint, preset, train_step
 from soflow_fast.errors import ConfigError
 from soflow_fast.optimizer import ApexAdamW, TorchAdamW
+from soflow_kernels import adamw as kernels
 
 SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
 
@@ -155,3 +156,24 @@ def test_a_missing_apex_is_refused_in_one_line():
 def test_torch_is_torchs():
     run = state("torch")
     assert isinstance(run.optimizer, TorchAdamW) and run.optimizer.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize(("averages", "most"), [("student", 40), ("ema", 48)])
+def test_bytes_a_parameter(averages, most, monkeypatch):
+    """What the update reads and writes, and the norm reads, in a bf16 step: by the tensors that it is given."""
+    run = state("soflow", "bf16", teacher=averages)
+    model = dataclasses.replace(SIZES, hidden_size=256)  # as at shipped sizes, the blocks are nearly everything
+    run = TrainState.build(dataclasses.replace(run.config, model=model))
+    moved = []
+    plain = kernels.adamw_ema
+
+    def noted(params, grads, exp_avgs, exp_avg_sqs, steps, lr, **rest):
+        both_ways = [*params, *exp_avgs, *exp_avg_sqs, *(t for average in rest["emas"] for t in average)]
+        once = [*(rest["copies"] or []), *grads, *grads]  # gradients: for the norm, and for the update
+        moved.append(sum(2 * t.nbytes for t in both_ways) + sum(t.nbytes for t in once))
+        return plain(params, grads, exp_avgs, exp_avg_sqs, steps, lr, **rest)
+
+    monkeypatch.setattr(kernels, "adamw_ema", noted)
+    train_step(run, *batch())
+    assert len(moved) == 2  # parameters with and without a copy
+    assert 30 < sum(moved) / run.parameter_count() <= most
