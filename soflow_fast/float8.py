@@ -37,6 +37,7 @@ def use_float8(layers: list[nn.Linear], *, emulate: bool = False) -> None:
 
     for layer in layers:
         twin = Float8Linear.from_float(layer, config=Float8LinearConfig(emulate=emulate))
+        twin.bias = None  # goes where the other products' biases go
         layer.__dict__["float8"] = twin  # past nn.Module, which would list its parameters twice
 
 
@@ -52,8 +53,8 @@ def float8_products() -> Iterator[None]:
 
 
 def product(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
-    """How the layer multiplies here, bias included, if that is in float8."""
+    """How the layer multiplies here, without its bias, if that is in float8."""
     twin: Any = layer.__dict__.get("float8") if _on else None
     if twin is not None and twin.weight is not layer.weight:
-        twin.weight, twin.bias = layer.weight, layer.bias
+        twin.weight = layer.weight
     return twin

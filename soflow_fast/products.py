@@ -40,7 +40,7 @@ class Weight(NamedTuple):
     low: Tensor
     bias: Tensor
     product: Callable[[Tensor], Tensor] | None = None
-    """How to multiply with it, bias included, where that is not a plain product."""
+    """How to multiply with it, without the bias, where that is not a plain product."""
 
 
 class Entry(NamedTuple):
@@ -167,7 +167,7 @@ def linear(x: Tensor, weight: Weight, *, bias: bool = True) -> Tensor:
     """x W' + b (or without b), [..., K] -> [..., N], in the dtype of the copy."""
     master, master_bias, low, low_bias, product = weight
     if product is not None:
-        return product(x)
+        return product(x) + (master_bias.to(low.dtype) if bias else 0)
     if low is master or _composed():
         return F.linear(x, _operand(master, low), _operand(master_bias, low_bias) if bias else None)
     return _Linear.apply(x, master, master_bias if bias else None, low, low_bias if bias else None)
@@ -206,16 +206,12 @@ def normed_mlp(
     keep_inner False: make the inner values again in the backward.
     """
     fused = defers_bias(entry.x)
-    if first.product and second.product:
-        x, h = _norm(entry, first.low.dtype)
-        u = linear(h, first)
-        return x, linear(F.gelu(u, approximate="tanh"), second), u.detach()
-    if not keep_norm and not _composed():
+    if not (keep_norm or first.product or _composed()):
         x, y, gate, bias, shift, scale = entry
         return _NormedMLP.apply(x, y, gate, bias, shift, scale, *_apart(first), *_apart(second), fused, keep_inner)
     x, h = _norm(entry, first.low.dtype)
     w, b = _operand(first.master, first.low), _operand(first.master_bias, first.bias)
-    if taped or (torch.is_grad_enabled() and (fused or first.low is not first.master)):
+    if taped or first.product or (torch.is_grad_enabled() and (fused or first.low is not first.master)):
         u = linear(h, first, bias=not fused)
         inner = bias_gelu(u, first.master_bias) if fused else F.gelu(u, approximate="tanh")
         return x, linear(inner, second, bias=not fused), u.detach()

@@ -65,3 +65,26 @@ def test_every_precision_trains_on_a_gpu(precision):
     y = torch.randint(5, (64,), device="cuda")
     losses = [float(train_step(state, x0, y)["fm_mse"]) for _ in range(30)]
     assert all(loss == loss for loss in losses) and losses[-1] < losses[0]
+
+
+def test_float8_products_leave_their_biases_to_the_kernels(device, monkeypatch):
+    """Where a kernel adds a product's bias, the product must not."""
+    pytest.importorskip("torchao.float8")
+    from soflow_fast import float8
+
+    state = build(device)
+    network = state.flow.network
+    layers = [layer for block in network.blocks for layer in block.products()]
+    float8.use_float8(layers, emulate=True)
+    with torch.no_grad():
+        for layer in layers:  # biases that cannot be overlooked
+            layer.bias.mul_(10)
+    (x, y), t = batch(device), torch.tensor([0.9, 0.5, 0.7, 0.3], device=device)
+    found = {}
+    for mode in ("auto", "reference"):
+        for enabled in (True, False):
+            low = torch.autocast(torch.device(device).type, torch.bfloat16)
+            with testing.mode(mode), torch.set_grad_enabled(enabled), float8.float8_products(), low:
+                found[mode, enabled] = network(x, t, 0.5 * t, y).detach()
+    for out in found.values():
+        assert (out - found["reference", True]).norm() <= 0.1 * out.norm()
