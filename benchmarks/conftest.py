@@ -1,4 +1,4 @@
-"""`--record`, the rows of this session, and their table at the end of the run."""
+"""`--record`, the rows of this session, and their tables at the end of the run."""
 
 import itertools
 
@@ -6,8 +6,10 @@ import pytest
 
 from benchmarks import record
 from benchmarks.race import figures, speed_ups
+from benchmarks.tables import kernel_table
 
 ROWS = pytest.StashKey[list[dict]]()
+KERNEL_ROWS = pytest.StashKey[list[dict]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,10 +18,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds", type=float, default=45.0, help="about how long to time each network, at least 5 rounds"
     )
+    group.addoption(
+        "--kernel-seconds", type=float, default=0.5, help="about how long to time each operation, at least 7 rounds"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[KERNEL_ROWS] = []
 
 
 @pytest.fixture
@@ -28,10 +34,32 @@ def rows(request: pytest.FixtureRequest) -> list[dict]:
     return request.config.stash[ROWS]
 
 
+@pytest.fixture(scope="session")
+def kernel_rows(request: pytest.FixtureRequest) -> list[dict]:
+    """The same for the operations of soflow_kernels."""
+    return request.config.stash[KERNEL_ROWS]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    found = config.stash[ROWS]
-    if not found:
+    steps, kernels = config.stash[ROWS], config.stash[KERNEL_ROWS]
+    if steps:
+        _summarize_steps(terminalreporter, steps)
+    if len(kernels) > 1:  # more than the copy
+        terminalreporter.section("operations, ways in turn")
+        terminalreporter.line(kernel_table(kernels))
+    if not config.getoption("--record"):
         return
+    if exitstatus != 0:
+        terminalreporter.line("not recorded: not everything passed")
+        return
+    words = [str(word).replace(f"{config.rootpath}/", "") for word in config.invocation_params.args]
+    for benchmark, rows in (("step", steps), ("kernels", kernels)):
+        if len(rows) > 1:
+            path = record.write(rows, " ".join(["pytest", *words]), benchmark=benchmark)
+            terminalreporter.line(f"recorded: {record.shown(path)}")
+
+
+def _summarize_steps(terminalreporter: pytest.TerminalReporter, found: list[dict]) -> None:
     terminalreporter.section("a training step, recipes in turn")
     for case, group in itertools.groupby(found, key=lambda row: row["case"]):
         terminalreporter.line(case)
@@ -45,10 +73,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
                 f"{row['network_calls']} calls, {len(row['seconds'])} rounds"
                 + (f"; ours is {ratio:.2f}x as fast" if ratio else "")
             )
-    if config.getoption("--record"):
-        if exitstatus != 0:
-            terminalreporter.line("not recorded: not everything passed")
-            return
-        words = [str(word).replace(f"{config.rootpath}/", "") for word in config.invocation_params.args]
-        path = record.write(found, " ".join(["pytest", *words]))
-        terminalreporter.line(f"recorded: {path.relative_to(config.rootpath)}")

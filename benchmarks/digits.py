@@ -32,7 +32,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [run(seed, Path(folder)) for seed in seeds]
     command = f"python -m benchmarks.digits --seeds {' '.join(map(str, seeds))}"
-    print(f"recorded: {record.write(rows, command, benchmark='digits').relative_to(record.ROOT)}")
+    print(f"recorded: {record.shown(record.write(rows, command, benchmark='digits'))}")
 
 
 if __name__ == "__main__":

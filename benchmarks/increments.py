@@ -94,7 +94,7 @@ def main() -> None:
         for row in rows[-len(WAYS) - 2 :]:
             print(f"{row['case']}: {row['way']}: {figures(row)['median_ms']:.1f} ms", flush=True)
     path = record.write(rows, "python -m benchmarks.increments", benchmark="increments")
-    print(f"recorded: {path.relative_to(record.ROOT)}")
+    print(f"recorded: {record.shown(path)}")
 
 
 if __name__ == "__main__":

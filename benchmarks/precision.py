@@ -145,7 +145,7 @@ def main() -> None:
     seeds = " ".join(map(str, options.seeds))
     command = f"python -m benchmarks.precision --seeds {seeds} --steps {options.steps}"
     path = record.write(rows, command, benchmark="precision")
-    print(f"recorded: {path.relative_to(record.ROOT)}")
+    print(f"recorded: {record.shown(path)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -13,7 +14,8 @@ import torch
 from soflow_fast.version import __version__
 
 ROOT = Path(__file__).parent.parent
-RECORDS = Path(__file__).parent / "records"
+RECORDS = Path(os.environ.get("SOFLOW_RECORDS", Path(__file__).parent / "records"))
+"""SOFLOW_RECORDS names another folder, for what is no record to hand in."""
 PACKAGES = ("torch", "triton", "numpy", "pytest-benchmark")
 
 
@@ -48,6 +50,11 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def shown(path: Path) -> str:
+    """A path as a reader knows it: from the repository's root where it lies inside."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def write(rows: list[dict], command: str, folder: Path = RECORDS, benchmark: str = "step") -> Path:

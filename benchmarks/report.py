@@ -1,6 +1,7 @@
 """`python -m benchmarks.report` puts the newest records' tables between their markers in README.md and docs/.
 
 With --check it writes nothing and exits 1 if a page differs from the records. The plots need matplotlib.
+--compare A B shows two records of one benchmark side by side.
 """
 
 import argparse
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import record
+from benchmarks.compare import Incomparable, compare, find
 from benchmarks.race import figures, speed_ups
+from benchmarks.tables import kernel_table, number, sweep_plot, sweep_table
 
 HEAD = (
     "network and batch", "recipe", "precision", "images/s", "ms per step (quartiles)", "time over ours",
@@ -162,6 +165,27 @@ def sampling(run: dict) -> str:
     return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, f"In turn, one run. `{run['command']}`.")])
 
 
+def kernels(run: dict) -> str:
+    """A record of benchmarks/test_kernels.py as Markdown."""
+    note = (
+        "Every operation's ways in turn, one run. MB by the formulas of the operations' docstrings, where they have "
+        f"one; their share of what a copy moves per second in the same run. `{run['command']}`."
+    )
+    return f"{kernel_table(run['rows'])}\n\n{measured(run, note)}"
+
+
+def sweeps(run: dict) -> str:
+    """A record of benchmarks.sweeps as Markdown: the plot, a line per point and recipe."""
+    middle = run["rows"][0]["case"]
+    note = (
+        f"Both recipes in turn. The first line's network is {middle}; each part changes one number. Peak memory of "
+        "each recipe alone: allocated on a GPU, what the process's resident memory rose by on a CPU. "
+        f"`{run['command']}`."
+    )
+    plot = "![Time and memory of a step over batch, tokens and depth](sweeps.svg)"
+    return f"{plot}\n\n{sweep_table(run['rows'])}\n\n{measured(run, note)}"
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -177,6 +201,8 @@ BLOCKS = {
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
     "increments": Block("docs/precision.md", "increments", increments),
     "precision-quality": Block("docs/precision.md", "precision", precision_quality),
+    "kernels": Block("docs/kernels.md", "kernels", kernels),
+    "sweeps": Block("docs/benchmarks.md", "sweeps", sweeps),
 }
 
 
@@ -189,11 +215,6 @@ def measured(run: dict, note: str) -> str:
         f"{run['date'][:10]}, {run['device']}, {threads}, {versions}{commit}. {note} "
         f"Every sample: `benchmarks/records/{run['file']}`."
     )
-
-
-def number(value: float) -> str:
-    """Four digits, never an exponent."""
-    return f"{value:.0f}" if value >= 1000 else f"{value:#.4g}"
 
 
 def memory(row: dict) -> str:
@@ -213,10 +234,21 @@ def insert(text: str, block: str, name: str = "step") -> str:
 
 
 def main(argv: Sequence[str] | None = None, root: Path = record.ROOT, folder: Path = record.RECORDS) -> int:
-    """The command; returns its exit code: 1 for a difference found by --check, 2 for no record or no markers."""
+    """The command; returns its exit code: 1 for a difference found by --check, 2 for no record or no markers, or for
+    records that cannot be compared."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page differs")
-    check = parser.parse_args(argv).check
+    about = "write nothing; show two records side by side: files, or names in benchmarks/records"
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help=about)
+    arguments = parser.parse_args(argv)
+    if arguments.compare:
+        try:
+            print(compare(*(find(name, folder) for name in arguments.compare)))
+        except Incomparable as error:
+            print(f"--compare: {error}", file=sys.stderr)
+            return 2
+        return 0
+    check = arguments.check
     runs = {name: run for name, block in BLOCKS.items() if (run := record.newest(folder, block.benchmark))}
     if not runs:
         print("no record in benchmarks/records: make one with pytest benchmarks/ --record", file=sys.stderr)
@@ -240,6 +272,8 @@ def main(argv: Sequence[str] | None = None, root: Path = record.ROOT, folder: Pa
             (root / page).write_text(wanted, encoding="utf-8")
     if not check and "precision-quality" in runs:
         precision_plot(runs["precision-quality"], root / "docs" / "precision.svg")
+    if not check and "sweeps" in runs:
+        sweep_plot(runs["sweeps"], root / "docs" / "sweeps.svg")
     return code
 
 

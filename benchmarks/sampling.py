@@ -72,7 +72,7 @@ def main() -> None:
                 rows.append(row)
                 print(f"{row['case']}, batch {batch}: {row['way']}: {figures(row)['median_ms']:.2f} ms", flush=True)
     path = record.write(rows, "python -m benchmarks.sampling", benchmark="sampling")
-    print(f"recorded: {path.relative_to(record.ROOT)}")
+    print(f"recorded: {record.shown(path)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,191 @@
+"""`python -m benchmarks.sweeps`: how a step's time and memory grow with batch, tokens and depth, as a record.
+
+Ours against the authors' recipe on one network, of which one number at a time is another. At each point: the gate,
+the peak memory of each recipe alone, then their steps in turn. Nothing is asserted of the times.
+`python -m benchmarks.report` makes the table of docs/benchmarks.md and docs/sweeps.svg from the record.
+"""
+
+import argparse
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import gates, record
+from benchmarks.baselines.authors import AUTHORS
+from benchmarks.cases import Case
+from benchmarks.race import peak_memory, synchronize
+from benchmarks.recipes import OURS, Recipe, build
+from benchmarks.tables import quartiles
+from soflow_fast.config import Config, DataConfig, DiTConfig, RunConfig, override
+
+RECIPES = (OURS, AUTHORS)
+WARM_UP = 2
+MOST_ROUNDS = 50
+PATCH = 2
+
+
+class Point(NamedTuple):
+    """One network and batch; `axis` is what differs from the network in the middle."""
+
+    axis: str
+    value: int
+    config: Config
+
+
+class Sweep(NamedTuple):
+    """The network in the middle, and the values of each axis."""
+
+    config: Config
+    batch: tuple[int, ...]
+    tokens: tuple[int, ...]
+    depth: tuple[int, ...]
+
+    def points(self) -> list[Point]:
+        """Axis after axis, from small to large."""
+        sides = {tokens: PATCH * round(tokens**0.5) for tokens in self.tokens}
+        assert all((side // PATCH) ** 2 == tokens for tokens, side in sides.items()), "tokens must be squares"
+        fields = {
+            "batch": [(n, "batch_size", n) for n in self.batch],
+            "tokens": [(n, "model.input_size", side) for n, side in sides.items()],
+            "depth": [(n, "model.depth", n) for n in self.depth],
+        }
+        return [
+            Point(axis, value, override(self.config, {name: setting}))
+            for axis, values in fields.items()
+            for value, name, setting in values
+        ]
+
+
+def network(device: str, batch: int, hidden: int, depth: int, heads: int, side: int) -> Config:
+    """A DiT on random latents with the public recipe."""
+    model = DiTConfig(
+        input_size=side, patch_size=PATCH, in_channels=4, hidden_size=hidden, depth=depth, num_heads=heads
+    )
+    return Config(
+        preset="sweep", model=model, data=DataConfig(kind="latents"), run=RunConfig(device=device), batch_size=batch
+    )
+
+
+def sweep() -> Sweep:
+    """What this machine can time: DiT-B/2 on a GPU, a small DiT on a CPU."""
+    if torch.cuda.is_available():
+        config = network("cuda", batch=16, hidden=768, depth=12, heads=12, side=32)
+        return Sweep(config, (8, 16, 32, 64, 128, 256), (64, 256, 1024, 4096), (6, 12, 24, 48))
+    config = network("cpu", batch=8, hidden=192, depth=4, heads=3, side=16)
+    return Sweep(config, (2, 4, 8, 16, 32), (16, 64, 256), (2, 4, 8))
+
+
+def resident_peak() -> Callable[[], int] | None:
+    """Starts to watch this process's resident memory; the function returned says how far it rose. None where it cannot
+    be watched (Linux can)."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier points freed goes back, so that it counts again
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")  # the peak starts anew at what is resident now
+        before = _resident("VmRSS")
+    except (OSError, AttributeError, StopIteration):
+        return None
+    return lambda: _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        return 1024 * int(next(line.split()[1] for line in file if line.startswith(name + ":")))
+
+
+def memory(recipe: Recipe, config: Config) -> tuple[str, int | None]:
+    """Precision of the recipe, and the bytes of a training run at its peak, the recipe alone: allocated on a GPU, what
+    the process's resident memory rose by on a CPU, None where neither can be read."""
+    device = torch.device(config.run.device)
+    rose = None if device.type == "cuda" else resident_peak()
+    state = build(recipe, config)
+    step = partial(recipe.step, state, *Case(config.preset, config).batch(device))
+    if device.type == "cuda":
+        return state.precision, peak_memory(step, device)[0]
+    for _ in range(WARM_UP):
+        step()
+    return state.precision, None if rose is None else rose()
+
+
+def measure(point: Point, seconds: float) -> list[dict]:
+    """A row a recipe, with the time of every round."""
+    config, device = point.config, torch.device(point.config.run.device)
+    case = Case("sweep", config)
+    rows, steps = [], []
+    for recipe in RECIPES:
+        row: dict = {"axis": point.axis, "value": point.value, "case": case.describe(), "recipe": recipe.name}
+        row |= {"precision": config.precision, "batch": config.batch_size, "peak_bytes": None, "why_not": None}
+        rows.append(row | {"seconds": []})
+        try:
+            rows[-1]["precision"], rows[-1]["peak_bytes"] = memory(recipe, config)
+        except torch.OutOfMemoryError:
+            rows[-1]["why_not"] = "out of memory"
+        _free(device)
+    try:
+        for recipe, row in zip(RECIPES, rows, strict=True):
+            if row["why_not"] is None:
+                step = partial(recipe.step, build(recipe, config), *case.batch(device))
+                for _ in range(WARM_UP):
+                    step()
+                steps.append((step, row["seconds"]))
+        _time(steps, device, seconds)
+    except torch.OutOfMemoryError:
+        for row in rows:
+            row["seconds"], row["why_not"] = [], row["why_not"] or "out of memory beside the other recipe"
+    steps.clear()
+    _free(device)
+    return rows
+
+
+def _time(steps: Iterable[tuple[Callable[[], object], list[float]]], device: torch.device, seconds: float) -> None:
+    began, rounds = time.perf_counter(), 0
+    while rounds < 3 or (rounds < MOST_ROUNDS and time.perf_counter() - began < seconds):
+        for step, found in steps:
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            found.append(time.perf_counter() - start)
+        rounds += 1
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def check(points: list[Point]) -> None:
+    """The gate for every network among the points: raises RedGate."""
+    for config in {point.config.model: point.config for point in points}.values():
+        gates.check(config, AUTHORS)
+        gates.check_precision(config)
+        _free(torch.device(config.run.device))
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweeps", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=6.0, help="about how long to time each point (6)")
+    seconds = parser.parse_args().seconds
+    points, rows = sweep().points(), []
+    check(points)
+    for point in points:
+        found = measure(point, seconds)
+        rows += found
+        for row in found:
+            peak = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:.0f} MiB"
+            figure = row["why_not"] or f"{quartiles(row['seconds'], 1e-3)} ms{peak}"
+            print(f"{point.axis} {point.value}: {row['recipe']}: {figure}", flush=True)
+    path = record.write(rows, f"python -m benchmarks.sweeps --seconds {seconds:g}", benchmark="sweeps")
+    print(f"recorded: {record.shown(path)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Records of operations and sweeps as Markdown, and the sweeps' plot. `benchmarks.report` puts them into pages."""
+
+import itertools
+import statistics
+from pathlib import Path
+
+from benchmarks import kernels, recipes
+
+AXES = {"batch": "images in a batch", "tokens": "tokens per image", "depth": "blocks"}
+
+
+def markdown(head: list[str], numbers: int, rows: list[list[str]]) -> str:
+    """A table; the last `numbers` columns are aligned to the right."""
+    rule = ["---"] * (len(head) - numbers) + ["---:"] * numbers
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def number(value: float) -> str:
+    """Four digits, never an exponent."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.4g}"
+
+
+def quartiles(seconds: list[float], unit: float) -> str:
+    """Median (quartiles) in multiples of `unit` seconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    return f"{number(middle / unit)} ({number(low / unit)} to {number(high / unit)})"
+
+
+def copied_per_second(rows: list[dict]) -> float:
+    """Bytes per second of the copies of a run."""
+    copy = next(row for row in rows if row["operation"] == "copy")
+    return copy["bytes"] / statistics.median(copy["seconds"])
+
+
+def kernel_table(rows: list[dict]) -> str:
+    """A line per operation, pass and way that was timed; below, what was not, and why."""
+    bandwidth, missing, lines = copied_per_second(rows), {}, []
+    timed = [row for row in rows if row["operation"] != "copy"]
+    for (name, part), group in itertools.groupby(timed, key=lambda row: (row["operation"], row["pass"])):
+        members = list(group)
+        ours = next(row for row in members if row["way"] == kernels.OURS)
+        first = True
+        for row in sorted(members, key=lambda row: row is not ours):
+            if row["why_not"] is not None:
+                missing.setdefault((row["way"], row["why_not"]), []).append(f"{name} {part}")
+                continue
+            middle = statistics.median(row["seconds"])
+            # Small inputs stay in a CPU's caches: a share of the memory's bandwidth would mean nothing.
+            share = (
+                "" if row["bytes"] is None or ours["runs"] != "kernel" else f"{row['bytes'] / middle / bandwidth:.0%}"
+            )
+            moved = "" if row["bytes"] is None else number(row["bytes"] / 1e6)
+            ratio = "" if row is ours else f"{middle / statistics.median(ours['seconds']):.2f}x"
+            at = f"{name}, {part}: {row['shape']}, {row['dtype']}" if first else ""
+            way = row["way"] if row["runs"] in (None, "kernel") else f"{row['way']} ({row['runs']})"
+            lines.append([at, way, quartiles(row["seconds"], 1e-6), ratio, moved, share])
+            first = False
+    head = ["operation", "way", "microseconds (quartiles)", "time over ours", "MB", "share of copy bandwidth"]
+    notes = []
+    for (way, why), parts in missing.items():
+        where = f" ({', '.join(parts)})" if len(parts) < 4 else ""
+        notes.append(f"{way}{where}: {why}")
+    copied = f"A copy moves {number(bandwidth / 1e9)} GB/s here, bytes read and bytes written."
+    untimed = f" Not timed: {'; '.join(notes)}." if notes else ""
+    return f"{markdown(head, 4, lines)}\n\n{copied}{untimed}"
+
+
+def sweep_table(rows: list[dict]) -> str:
+    """A line per axis, value and recipe."""
+    lines = []
+    for (axis, value), group in itertools.groupby(rows, key=lambda row: (row["axis"], row["value"])):
+        members = list(group)
+        ours = members[0]["seconds"]
+        for row in members:
+            at = f"{value} {AXES[axis]}" if row is members[0] else ""
+            recipe = f"{row['recipe']}, {row['precision']}"
+            timed = quartiles(row["seconds"], 1e-3) if row["seconds"] else row["why_not"]
+            both = row is not members[0] and row["seconds"] and ours
+            ratio = f"{statistics.median(row['seconds']) / statistics.median(ours):.2f}x" if both else ""
+            peak = "not measured" if row["peak_bytes"] is None else number(row["peak_bytes"] / 2**20)
+            lines.append([at, recipe, timed, ratio, peak])
+    return markdown(["at", "recipe", "ms per step (quartiles)", "time over ours", "peak MiB"], 3, lines)
+
+
+def sweep_plot(run: dict, path: Path) -> None:
+    """Time and memory over batch, tokens and depth, both axes logarithmic, as SVG. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "sweeps"  # the same record gives the same file
+    from matplotlib import pyplot
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+    figures = {
+        "ms per step": lambda row: statistics.median(row["seconds"]) * 1e3 if row["seconds"] else None,
+        "peak memory, MiB": lambda row: row["peak_bytes"] / 2**20 if row["peak_bytes"] else None,
+    }
+    figure, panels = pyplot.subplots(2, len(AXES), figsize=(10, 6), layout="constrained", squeeze=False)
+    for (name, figure_of), line in zip(figures.items(), panels, strict=True):
+        for axis, panel in zip(AXES, line, strict=True):
+            rows = [row for row in run["rows"] if row["axis"] == axis]
+            for recipe in dict.fromkeys(row["recipe"] for row in rows):
+                points = [(row["value"], figure_of(row)) for row in rows if row["recipe"] == recipe]
+                points = [(x, y) for x, y in points if y is not None]
+                marker = "o" if recipe == recipes.OURS.name else "s"
+                panel.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=recipe)
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            ticks = sorted({row["value"] for row in rows})
+            panel.xaxis.set_major_locator(FixedLocator(ticks))
+            panel.xaxis.set_major_formatter(FixedFormatter([str(tick) for tick in ticks]))
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.set_xlabel(AXES[axis])
+            panel.set_ylabel(name)
+            panel.grid(which="both", alpha=0.3)
+    panels[0][0].legend()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)

@@ -1,0 +1,47 @@
+"""Each operation of soflow_kernels against eager PyTorch, torch.compile and other people's, in one run.
+
+At the shapes of DiT-XL/2 on a GPU. On a CPU, small, where the operations are their references and the rows say so: that
+the benchmark works is all that is seen there. pytest-benchmark's own table shows ours and, on a GPU, holds the write
+that empties its caches too; `extra_info`, the summary and the record have every way. Nothing is asserted of the times.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import bandwidth, record
+from benchmarks.kernels import OURS, KernelRace
+from benchmarks.operations import SHIPPED, SMALL, Operation, operations
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Of pytest-benchmark, on a test that was skipped.
+pytestmark = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
+CASES = [(op, backward) for op in operations(DEVICE) for backward in (False, True) if op.trains or not backward]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def copies(kernel_rows: list[dict]) -> Iterator[None]:
+    """What a copy takes, before and after everything else."""
+    kernel_rows.append(bandwidth.copy(DEVICE))
+    yield
+    kernel_rows[0]["seconds"] += bandwidth.copy(DEVICE)["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "backward"), CASES, ids=[f"{op.name}{' backward' * backward}" for op, backward in CASES]
+)
+def test_kernel(
+    benchmark, operation: Operation, backward: bool, kernel_rows: list[dict], pytestconfig: pytest.Config
+) -> None:
+    try:
+        race = KernelRace(operation, backward, SHIPPED if DEVICE.type == "cuda" else SMALL, DEVICE)
+    except torch.OutOfMemoryError:
+        pytest.skip(f"{operation.name} does not fit into this GPU's memory")
+    if OURS not in race.steps:
+        pytest.skip(f"{operation.name}: {race.rows[1]['why_not']}")
+    rounds = race.rounds(pytestconfig.option.kernel_seconds)
+    benchmark.pedantic(race.steps[OURS], setup=lambda: race.run(all_but=OURS), rounds=rounds)
+    assert len({len(row["seconds"]) for row in race.rows if row["why_not"] is None}) == 1, "every way, every round"
+    kernel_rows += race.rows
+    benchmark.extra_info.update(record.environment(), gate=race.errors, ways={row["way"]: row for row in race.rows})
