@@ -77,7 +77,7 @@ def sweep() -> Sweep:
         config = network("cuda", batch=16, hidden=768, depth=12, heads=12, side=32)
         return Sweep(config, (8, 16, 32, 64, 128, 256), (64, 256, 1024, 4096), (6, 12, 24, 48))
     config = network("cpu", batch=8, hidden=192, depth=4, heads=3, side=16)
-    return Sweep(config, (2, 4, 8, 16, 32), (16, 64, 256), (2, 4, 8))
+    return Sweep(config, (4, 8, 16, 32), (16, 64, 256), (2, 4, 8))
 
 
 def resident_peak() -> Callable[[], int] | None:
@@ -172,7 +172,7 @@ def check(points: list[Point]) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweeps", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=6.0, help="about how long to time each point (6)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="about how long to time each point (4)")
     seconds = parser.parse_args().seconds
     points, rows = sweep().points(), []
     check(points)
