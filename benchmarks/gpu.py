@@ -21,6 +21,7 @@ from benchmarks import record
 
 TRIAL = record.ROOT / "runs" / "benchmarks"
 """Where --allow-cpu leaves its records: they are none to hand in."""
+WITHIN = "{within}"
 GRACE = 10.0
 """Seconds between asking a process to end and ending it."""
 
@@ -31,6 +32,7 @@ class Part(NamedTuple):
     name: str
     share: float
     command: list[str]
+    """A word may have WITHIN in it: the seconds after which the part should begin nothing more."""
 
 
 def parts(minutes: float, cpu: bool = False) -> list[Part]:
@@ -44,19 +46,21 @@ def parts(minutes: float, cpu: bool = False) -> list[Part]:
         steps = [Part("the step at B/2", 2, [*step, "-k", "B/2"]), Part("the step at B/2 and XL/2", 3, step)]
     operations = [*pytest, "benchmarks/test_kernels.py", "--record", f"--kernel-seconds={0.5 * scale:g}"]
     return [
-        Part("environment", 0.5, [*python, "soflow_fast.train", "--env"]),
-        Part("tests", 1, [*pytest, "tests", "-m", "gpu"]),
+        Part("environment", 1, [*python, "soflow_fast.train", "--env"]),
+        Part("tests", 1.5, [*pytest, "tests", "-m", "gpu"]),
         Part("operations", 4, operations),
         *steps,
-        Part("sampling", 2, [*python, "benchmarks.sampling", f"--seconds={3 * scale:g}"]),
-        Part("sweeps", 3, [*python, "benchmarks.sweeps", f"--seconds={2 * scale:g}"]),
+        Part("sampling", 2, [*python, "benchmarks.sampling", f"--seconds={3 * scale:g}", f"--within={WITHIN}"]),
+        Part("sweeps", 3, [*python, "benchmarks.sweeps", f"--seconds={2 * scale:g}", f"--within={WITHIN}"]),
     ]
 
 
 def run(part: Part, seconds: float, environment: dict[str, str]) -> str | None:
     """Run a part with its output shown, for at most so many seconds; None, or in words how it failed."""
     try:
-        process = subprocess.Popen(part.command, cwd=record.ROOT, env=environment, start_new_session=True)
+        # What is begun within two thirds of the time is likely to end within it.
+        command = [word.replace(WITHIN, f"{seconds / 1.5:.0f}") for word in part.command]
+        process = subprocess.Popen(command, cwd=record.ROOT, env=environment, start_new_session=True)
     except OSError as error:
         return f"could not be started: {error.strerror}"
     try:

@@ -63,12 +63,17 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="about how long to time each size (10)")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--within", type=float, help="begin no size after so many seconds; record those that there are")
+    arguments = parser.parse_args()
+    began = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for case in cases():
         for batch in (1, LARGE[device]):
-            for row in measure(case, batch, seconds):
+            if rows and arguments.within is not None and time.monotonic() - began > arguments.within:
+                print(f"time is up: {case.name}, batch {batch} is left out", flush=True)
+                continue
+            for row in measure(case, batch, arguments.seconds):
                 rows.append(row)
                 print(f"{row['case']}, batch {batch}: {row['way']}: {figures(row)['median_ms']:.2f} ms", flush=True)
     path = record.write(rows, "python -m benchmarks.sampling", benchmark="sampling")

@@ -161,29 +161,47 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def check(points: list[Point]) -> None:
-    """The gate for every network among the points: raises RedGate."""
-    for config in {point.config.model: point.config for point in points}.values():
-        gates.check(config, AUTHORS)
-        gates.check_precision(config)
-        _free(torch.device(config.run.device))
+def check(config: Config) -> None:
+    """The gate for a network: raises RedGate."""
+    gates.check(config, AUTHORS)
+    gates.check_precision(config)
+    _free(torch.device(config.run.device))
+
+
+def in_order_of_worth(points: list[Point]) -> list[Point]:
+    """The first two points of every axis, then the third ones, and so on: what there is when time is up shows all."""
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        found.setdefault(point.axis, []).append(point)
+    return sorted(points, key=lambda point: max(1, found[point.axis].index(point)))
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweeps", description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long to time each point (4)")
-    seconds = parser.parse_args().seconds
-    points, rows = sweep().points(), []
-    check(points)
-    for point in points:
-        found = measure(point, seconds)
+    parser.add_argument(
+        "--within", type=float, help="begin no point after so many seconds; record those that there are"
+    )
+    arguments = parser.parse_args()
+    began, points, rows, checked = time.monotonic(), sweep().points(), [], set()
+    for point in in_order_of_worth(points):
+        if rows and arguments.within is not None and time.monotonic() - began > arguments.within:
+            print(f"time is up: {point.axis} {point.value} and what follows is left out", flush=True)
+            break
+        if point.config.model not in checked:
+            check(point.config)
+            checked.add(point.config.model)
+        found = measure(point, arguments.seconds)
         rows += found
         for row in found:
             peak = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:.0f} MiB"
             figure = row["why_not"] or f"{quartiles(row['seconds'], 1e-3)} ms{peak}"
             print(f"{point.axis} {point.value}: {row['recipe']}: {figure}", flush=True)
-    path = record.write(rows, f"python -m benchmarks.sweeps --seconds {seconds:g}", benchmark="sweeps")
+    order = {(point.axis, point.value): index for index, point in enumerate(points)}
+    rows.sort(key=lambda row: order[row["axis"], row["value"]])
+    command = f"python -m benchmarks.sweeps --seconds {arguments.seconds:g}"
+    path = record.write(rows, command, benchmark="sweeps")
     print(f"recorded: {record.shown(path)}")
 
 

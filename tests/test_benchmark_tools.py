@@ -113,6 +113,34 @@ def test_another_way_that_is_wrong_or_raises_is_not_timed():
     assert set(race.steps) == {kernels.OURS, kernels.EAGER}
 
 
+def test_norms_of_others_are_raced_with_the_same_formula(monkeypatch):
+    """Stand-ins with the signatures that the packages have; on a GPU the gate sees the packages themselves."""
+
+    def affine(x, weight, bias, eps):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    class Packages:
+        liger_layer_norm = staticmethod(affine)
+        layer_norm_fn = staticmethod(lambda x, weight, bias, residual=None, eps=1e-6: affine(x, weight, bias, eps))
+        fused_layer_norm = staticmethod(lambda x, shape, eps: torch.nn.functional.layer_norm(x, shape, eps=eps))
+
+    monkeypatch.setattr(operations.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(operations.importlib, "import_module", lambda name: Packages)
+    assert set(operations.norms(CPU).values()) == {f"{n} needs a GPU" for n in ("liger-kernel", "apex", "flash-attn")}
+    raced = [op for op in operations.operations(torch.device("cuda")) if op.others]
+    assert len(raced) == 2
+    for operation in raced:
+        race = kernels.KernelRace(operation, True, TINY, CPU)
+        assert set(race.steps) == {kernels.OURS, kernels.EAGER, "Liger", "apex", "flash-attn"}
+
+    def fail(name):
+        raise ImportError("built for\nanother torch")
+
+    monkeypatch.setattr(operations.importlib, "import_module", fail)
+    why = operations.norms(torch.device("cuda"))["apex"]
+    assert why == "apex cannot be imported: built for another torch"
+
+
 def test_bytes_are_those_of_the_docstrings():
     shipped, half, single = operations.SHIPPED, torch.bfloat16, torch.float32
     stream = 65_536 * 1152 * 2  # "S is 151 MB"
@@ -165,7 +193,8 @@ def test_kernel_table(kernel_rows, tmp_path):
 def sweep_rows():
     config = sweeps.network("cpu", batch=4, hidden=16, depth=1, heads=2, side=4)
     points = sweeps.Sweep(config, (4, 8), (1, 4), (1, 2)).points()
-    sweeps.check(points)
+    for point in points:
+        sweeps.check(point.config)
     return [row for point in points for row in sweeps.measure(point, 0.0)]
 
 
@@ -183,6 +212,27 @@ def test_sweeps_change_one_number_at_a_time(sweep_rows):
     ]
     with pytest.raises(AssertionError, match="squares"):
         sweeps.Sweep(sweeps.sweep().config, (), (3,), ()).points()
+
+
+def test_points_come_in_order_of_worth():
+    config = sweeps.network("cpu", batch=4, hidden=16, depth=1, heads=2, side=4)
+    points = sweeps.in_order_of_worth(sweeps.Sweep(config, (4, 8, 16), (1,), (1, 2)).points())
+    assert [(point.axis, point.value) for point in points] == [
+        *(("batch", 4), ("batch", 8), ("tokens", 1), ("depth", 1), ("depth", 2), ("batch", 16))
+    ]
+
+
+@pytest.mark.parametrize("within", [None, "0"])
+def test_sweeps_end_when_time_is_up(within, tmp_path, monkeypatch, capsys):
+    config = sweeps.network("cpu", batch=4, hidden=16, depth=1, heads=2, side=4)
+    monkeypatch.setattr(sweeps, "sweep", lambda: sweeps.Sweep(config, (4, 8, 16), (1,), ()))
+    monkeypatch.setattr(sweeps.record, "write", lambda rows, *_, **__: written.append(rows) or tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sweeps", "--seconds", "0", *([f"--within={within}"] if within else [])])
+    written: list[list[dict]] = []
+    sweeps.main()
+    points = [(row["axis"], row["value"]) for row in written[0]][::2]
+    assert points == ([("batch", 4), ("batch", 8), ("batch", 16), ("tokens", 1)] if within is None else [("batch", 4)])
+    assert ("time is up: batch 8" in capsys.readouterr().out) == (within is not None)
 
 
 def test_shipped_sweeps_can_be_built():
@@ -295,6 +345,7 @@ def part(name: str, code: str, share: float = 1.0) -> gpu.Part:
 
 
 def test_parts_that_fail_or_hang_are_named_and_stop_nothing(tmp_path, capfd, monkeypatch):
+    within = "import sys; assert 10 < float(sys.argv[1]) < 60; print('within')"
     leave = "import os, pathlib; pathlib.Path(os.environ['SOFLOW_RECORDS'], '{}.json').write_text('1'); print('{}')"
     hang = (
         "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).wait()"
@@ -304,15 +355,16 @@ def test_parts_that_fail_or_hang_are_named_and_stop_nothing(tmp_path, capfd, mon
         part("bad", "import sys; sys.exit(3)", 50),
         part("slow", hang, 2),
         gpu.Part("absent", 50, [str(tmp_path / "no such command")]),
+        gpu.Part("timed", 50, [sys.executable, "-c", within, gpu.WITHIN]),
         part("last", leave.format("second", "shown too"), 50),
     ]
     (tmp_path / "old.json").write_text("0")
     monkeypatch.setattr(gpu, "TRIAL", tmp_path)
     monkeypatch.setattr(gpu, "parts", lambda minutes, cpu: todo)
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--allow-cpu", "--minutes", "1"]) == 1
+    assert gpu.main(["--allow-cpu", "--minutes", "2"]) == 1
     out = capfd.readouterr().out
-    assert "shown\n" in out and "shown too\n" in out
+    assert "shown\n" in out and "within\n" in out and "shown too\n" in out
     end = out[out.index("== not done:") :].splitlines()
     assert end[1] == "   bad: exit code 3" and end[2].startswith("   slow: ran out of time after ")
     assert end[3] == "   absent: could not be started: No such file or directory"
