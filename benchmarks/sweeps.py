@@ -83,7 +83,6 @@ def sweep() -> Sweep:
 def resident_peak() -> Callable[[], int] | None:
     """Starts to watch this process's resident memory; the function returned says how far it rose. None where it cannot
     be watched (Linux can)."""
-    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier points freed goes back, so that it counts again
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
@@ -122,11 +121,12 @@ def measure(point: Point, seconds: float) -> list[dict]:
         row: dict = {"axis": point.axis, "value": point.value, "case": case.describe(), "recipe": recipe.name}
         row |= {"precision": config.precision, "batch": config.batch_size, "peak_bytes": None, "why_not": None}
         rows.append(row | {"seconds": []})
+        _free(device)  # what came before
         try:
             rows[-1]["precision"], rows[-1]["peak_bytes"] = memory(recipe, config)
         except torch.OutOfMemoryError:
             rows[-1]["why_not"] = "out of memory"
-        _free(device)
+    _free(device)
     try:
         for recipe, row in zip(RECIPES, rows, strict=True):
             if row["why_not"] is None:
@@ -138,8 +138,6 @@ def measure(point: Point, seconds: float) -> list[dict]:
     except torch.OutOfMemoryError:
         for row in rows:
             row["seconds"], row["why_not"] = [], row["why_not"] or "out of memory beside the other recipe"
-    steps.clear()
-    _free(device)
     return rows
 
 
@@ -165,7 +163,6 @@ def check(config: Config) -> None:
     """The gate for a network: raises RedGate."""
     gates.check(config, AUTHORS)
     gates.check_precision(config)
-    _free(torch.device(config.run.device))
 
 
 def in_order_of_worth(points: list[Point]) -> list[Point]:
