@@ -56,7 +56,11 @@ def compare(a: dict, b: dict) -> str:
     lines = []
     for key in common:
         medians = [statistics.median(_seconds(rows[key])) for rows in (mine, theirs)]
-        what = ", ".join(str(value) for _, value in key)
+        named = [(name, str(value)) for name, value in key]
+        # A case that names its batch has named it.
+        what = ", ".join(
+            v for name, v in named if name != "batch" or not any(f"batch {v}" in other for _, other in named)
+        )
         precisions = {str(rows[key]["precision"]) for rows in (mine, theirs) if "precision" in rows[key]}
         what += f" ({' and '.join(sorted(precisions))})" if precisions else ""
         lines.append([what, *(number(1e3 * value) for value in medians), f"{medians[1] / medians[0]:.2f}x"])

@@ -337,6 +337,7 @@ def test_records_that_are_here_compare_with_themselves(kind):
     if run is None:
         pytest.skip(f"no record of {kind}")
     text = report.compare(run, run)
+    assert ", batch 64, 64" not in text
     assert text.count("| 1.00x |") == len(run["rows"]) and "Only in" not in text
 
 
