@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
 from benchmarks import contestants, gates
@@ -176,6 +177,21 @@ def test_derivative_in_bf16(recipe):
         found = recipe.gate.keywords["derivative"](state, meanflow_gate.single(at), given.float())  # pyright: ignore[reportFunctionMemberAccess]
     assert gates.relative([found], [exact.derivative]) < 2**-4
     assert recipe.step(state, x0, y)["loss"].isfinite()
+
+
+def test_compiled_code_is_used_again():
+    """Two variants of a block, the first and the others; a third step needs no more."""
+    counter = CompileCounter()
+    compiled = torch.compile(meanflow.block_jvp, backend=counter, fullgraph=True, dynamic=False)
+    state = build(QUARTER, CONFIG)
+    x0, y = gates.random_batch(CONFIG, state.device)
+    t = torch.linspace(0.5, 0.9, len(x0))
+    with torch.no_grad(), plain_operations():
+        right = meanflow.jvp(state.flow.network, At(x0, t, t / 2, y, x0))[1]
+        for _ in range(3):
+            found = meanflow.jvp_by_blocks(state.flow.network, At(x0, t, t / 2, y, x0), compiled)
+            assert gates.relative([found], [right]) < 1e-5
+    assert counter.frame_count == 2
 
 
 def test_draws():

@@ -27,7 +27,6 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -149,23 +148,29 @@ def attending(network: DiT, function: Callable[[Tensor, Tensor, Tensor], Tensor]
     It is one for transforms: under them copies of weights cannot be written, so they are brought up to date before, and
     weights cannot say that they lie in a stack, so the modulations are products of their own.
     """
-
-    def forward(heads: int, qkv: Tensor) -> Tensor:
-        B, T, D = qkv.shape
-        q, k, v = qkv.reshape(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        return function(q, k, v).transpose(1, 2).reshape(B, T, D // 3)
-
     network.refresh_copies()
     stack, network.stack = network.stack, None
     attentions = [block.attn for block in network.blocks]
     for attention in attentions:
-        attention.forward = partial(forward, attention.num_heads)
+        attention.forward = _forward(function, attention.num_heads)
     try:
         yield
     finally:
         network.stack = stack
         for attention in attentions:
             del attention.forward
+
+
+@functools.cache
+def _forward(function: Callable[[Tensor, Tensor, Tensor], Tensor], heads: int) -> Callable[[Tensor], Tensor]:
+    """`Attention.forward` with another attention; the same object every time, or compiled code would not know it."""
+
+    def forward(qkv: Tensor) -> Tensor:
+        B, T, D = qkv.shape
+        q, k, v = qkv.reshape(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        return function(q, k, v).transpose(1, 2).reshape(B, T, D // 3)
+
+    return forward
 
 
 def jvp(network: DiT, at: At) -> tuple[Tensor, Tensor]:
