@@ -43,7 +43,7 @@ def cpu_cases() -> list[Case]:
         model=DiTConfig(input_size=16, patch_size=2, in_channels=4, hidden_size=384, depth=6, num_heads=6),
         data=DataConfig(kind="latents"),
         run=RunConfig(device="cpu"),
-        batch_size=16,
+        batch_size=8,
     )
     return [Case("digits", preset("digits", device="cpu")), Case("small DiT", small)]
 

@@ -14,6 +14,9 @@ from benchmarks.contestants import CONTESTANTS
 from benchmarks.race import Race, figures, heats, largest, speed_ups
 from benchmarks.recipes import OURS
 
+# What torch says to itself while it compiles is no error of ours.
+pytestmark = pytest.mark.filterwarnings("default::UserWarning", "default::DeprecationWarning", "default::FutureWarning")
+
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_step(benchmark, case: Case, rows: list[dict], pytestconfig: pytest.Config) -> None:
