@@ -9,6 +9,7 @@ from benchmarks.gates import random_batch
 from soflow_fast.config import Config, DataConfig, DiTConfig, RunConfig
 from soflow_fast.data import open_source
 from soflow_fast.presets import preset
+from soflow_fast.state import build_flow
 
 
 class Case(NamedTuple):
@@ -22,6 +23,10 @@ class Case(NamedTuple):
         m = self.config.model
         tokens = (m.input_size // m.patch_size) ** 2
         return f"{self.name}: hidden {m.hidden_size}, depth {m.depth}, {tokens} tokens, batch {self.config.batch_size}"
+
+    def parameters(self) -> int:
+        """Numbers in the network."""
+        return sum(p.numel() for p in build_flow(self.config).parameters())
 
     def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images and labels on the device: the digits themselves, random numbers in place of latents."""
@@ -38,7 +43,7 @@ def cpu_cases() -> list[Case]:
         model=DiTConfig(input_size=16, patch_size=2, in_channels=4, hidden_size=384, depth=6, num_heads=6),
         data=DataConfig(kind="latents"),
         run=RunConfig(device="cpu"),
-        batch_size=32,
+        batch_size=8,
     )
     return [Case("digits", preset("digits", device="cpu")), Case("small DiT", small)]
 

@@ -66,9 +66,12 @@ def _summarize_steps(terminalreporter: pytest.TerminalReporter, found: list[dict
         members = list(group)
         ratios = speed_ups(members)
         for row in members:
+            if row["skipped"]:
+                terminalreporter.line(f"  {row['recipe']:<52} not run: {row['skipped']}")
+                continue
             f, ratio = figures(row), ratios.get(row["recipe"])
             terminalreporter.line(
-                f"  {row['recipe']:<16} {f['images_per_s']:9.1f} images/s {f['median_ms']:9.1f} ms "
+                f"  {row['recipe']:<52} {f['images_per_s']:9.1f} images/s {f['median_ms']:9.1f} ms "
                 f"({f['low_ms']:.1f} to {f['high_ms']:.1f}), {row['forwards_per_image']:.2f} forwards, "
                 f"{row['network_calls']} calls, {len(row['seconds'])} rounds"
                 + (f"; ours is {ratio:.2f}x as fast" if ratio else "")

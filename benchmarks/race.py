@@ -4,18 +4,23 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gates
+from benchmarks import account, ceilings, gates
 from benchmarks.cases import Case
-from benchmarks.recipes import OURS, Recipe, build, plain_operations
-from soflow_fast.state import TrainState
+from benchmarks.ceilings import synchronize
+from benchmarks.recipes import OURS, Recipe, build
+from soflow_fast.state import resolve_device
+
+__all__ = ["OURS", "Race", "Row", "figures", "heats", "largest", "speed_ups", "synchronize"]
 
 WARM_UP = 2
+STATE_BYTES = 24
+"""A parameter's share of a training state: weight, its average, two of AdamW, gradient, copy in bf16, slack."""
+LARGEST = 2048
+"""The batch that `largest` begins with."""
 
 
 @dataclass(kw_only=True)
@@ -24,16 +29,29 @@ class Row:
 
     case: str
     recipe: str
-    precision: str
-    batch: int
-    parameters: int
-    network_calls: int
-    flops_per_image: float
-    forwards_per_image: float
+    precision: str = ""
+    batch: int = 0
+    skipped: str | None = None
+    """Why there is nothing more."""
+    parameters: int = 0
+    network_calls: int = 0
+    flops_per_image: float = 0.0
+    """Counted; the products alone, as the FLOP counter knows them."""
+    forwards_per_image: float = 0.0
     """FLOPs of the step in units of one forward on one image."""
-    peak_allocated: int | None
+    bytes_per_image: float | None = None
+    """That the operations read and write, counted as they are dispatched; None for compiled code, which is not seen."""
+    kept_for_backward: int | None = None
+    """Bytes that autograd keeps, by saved_tensors_hooks; on a CPU."""
+    peak_allocated: int | None = None
     """Bytes, alone on the GPU; None on a CPU."""
-    peak_reserved: int | None
+    peak_reserved: int | None = None
+    product_ceiling: float = 0.0
+    """FLOP/s of one large product in this precision, in this run."""
+    copy_ceiling: float = 0.0
+    """Bytes/s of one large copy, in this run."""
+    gate: dict[str, float] = field(default_factory=dict)
+    """Relative errors that the gate found."""
     seconds: list[float] = field(default_factory=list)
     """Every timed step, in order; sample i of each recipe is of round i."""
 
@@ -42,31 +60,39 @@ class Row:
 
 
 class Race:
-    """The recipes of one case, ours first. Building it runs the gate for each baseline (raises RedGate)."""
+    """The recipes of one case, ours first. Building it runs the gate for each baseline (raises RedGate).
+
+    A baseline that cannot run here, or does not fit into the memory, keeps a row that says so.
+    """
 
     def __init__(self, case: Case, baselines: list[Recipe]) -> None:
         self.case = case
-        self.gates = {recipe.name: gates.check(case.config, recipe) for recipe in baselines}
-        self.gates[OURS.name] = gates.check_precision(case.config)
-        recipes = [OURS, *baselines]
-        self.rows = {recipe.name: account(case, recipe) for recipe in recipes}
-        self.steps = {recipe.name: self._prepare(recipe) for recipe in recipes}
+        self.rows: dict[str, Row] = {}
+        self.steps: dict[str, Callable[[], None]] = {}
+        for recipe in [OURS, *baselines]:
+            reason = recipe.why_not(case.config) or self._enter(recipe)
+            if reason:
+                self.rows[recipe.name] = Row(case=case.describe(), recipe=recipe.name, skipped=reason)
+                self.steps.pop(recipe.name, None)
 
-    def _prepare(self, recipe: Recipe) -> Callable[[], None]:
-        state = build(recipe, self.case.config)
-        x0, y = self.case.batch(state.device)
-        for _ in range(WARM_UP):
-            recipe.step(state, x0, y)
-        synchronize(state.device)
-        seconds = self.rows[recipe.name].seconds
+    def _enter(self, recipe: Recipe) -> str | None:
+        try:
+            errors = passed(self.case, recipe)
+            self.rows[recipe.name] = entry(self.case, recipe)
+            self.rows[recipe.name].gate = errors
+            self.steps[recipe.name] = timed_step(self.case, recipe, self.rows[recipe.name].seconds)
+        except torch.OutOfMemoryError:
+            if recipe is OURS:
+                raise
+            return "out of memory"
+        finally:
+            release()
+        return None
 
-        def step() -> None:
-            began = time.perf_counter()
-            recipe.step(state, x0, y)
-            synchronize(state.device)
-            seconds.append(time.perf_counter() - began)
-
-        return step
+    @property
+    def gates(self) -> dict[str, dict[str, float]]:
+        """The errors that the gates found, by baseline."""
+        return {name: row.gate for name, row in self.rows.items() if row.gate}
 
     def rounds(self, seconds: float, least: int = 5, most: int = 100) -> int:
         """How many rounds fit into about so many seconds, judged by one round that does not count."""
@@ -84,16 +110,61 @@ class Race:
                 step()
 
 
-def account(case: Case, recipe: Recipe) -> Row:
-    """All but the times, from one recipe alone in memory."""
+def passed(case: Case, recipe: Recipe) -> dict[str, float]:
+    """What the gate finds: of a baseline against ours or float64, of ours against float32. Raises RedGate."""
+    return gates.check_precision(case.config) if recipe is OURS else (recipe.gate or gates.check)(case.config, recipe)
+
+
+def timed_step(case: Case, recipe: Recipe, seconds: list[float]) -> Callable[[], None]:
+    """A warm step of a recipe that notes how long it took."""
     state = build(recipe, case.config)
     x0, y = case.batch(state.device)
-    one = forward_flops(state, x0[:1])
-    counter = FlopCounterMode(display=False)
-    with plain_operations(), counter:  # the counter knows PyTorch's products, not those inside a kernel of ours
-        calls, _ = gates.count_calls(recipe, state, x0, y)
-    flops = counter.get_total_flops() / len(x0)
-    allocated, reserved = peak_memory(lambda: recipe.step(state, x0, y), state.device)
+    for _ in range(max(WARM_UP, recipe.gate_steps)):
+        recipe.step(state, x0, y)
+    synchronize(state.device)
+
+    def step() -> None:
+        began = time.perf_counter()
+        recipe.step(state, x0, y)
+        synchronize(state.device)
+        seconds.append(time.perf_counter() - began)
+
+    return step
+
+
+def heats(case: Case, baselines: list[Recipe]) -> list[list[Recipe]]:
+    """The baselines of one race after the other: on a GPU, as many at a time as leave half of its memory to a step."""
+    device = resolve_device(case.config.run.device)
+    size = len(baselines)
+    if device.type == "cuda":
+        each = STATE_BYTES * case.parameters()
+        size = max(1, int(torch.cuda.get_device_properties(device).total_memory / 2 / each) - 1)
+    return [baselines[k : k + size] for k in range(0, len(baselines), size)]
+
+
+def entry(case: Case, recipe: Recipe) -> Row:
+    """All but the times, from one recipe alone in memory."""
+    counted = recipe.counted_as or recipe
+    state = build(counted, case.config)
+    device = state.device
+    x0, y = case.batch(device)
+    one = account.forward_flops(state, x0[:1])
+    calls = 0
+
+    def first_step() -> None:
+        nonlocal calls
+        calls, _ = gates.count_calls(counted, state, x0, y)
+
+    flops = account.flops(first_step) / len(x0)
+    if counted is not recipe:
+        state = build(recipe, case.config)
+    moved = None
+    if not recipe.compiled:
+        moved = account.bytes_moved(lambda: recipe.step(state, x0, y)) / len(x0)
+    kept = None
+    if device.type == "cpu":
+        kept = account.kept_for_backward(state, lambda: recipe.step(state, x0, y))
+    allocated, reserved = account.peak_memory(lambda: recipe.step(state, x0, y), device)
     return Row(
         case=case.describe(),
         recipe=recipe.name,
@@ -103,39 +174,41 @@ def account(case: Case, recipe: Recipe) -> Row:
         network_calls=calls,
         flops_per_image=flops,
         forwards_per_image=flops / one,
+        bytes_per_image=moved,
+        kept_for_backward=kept,
         peak_allocated=allocated,
         peak_reserved=reserved,
+        product_ceiling=ceilings.product_ceiling(device, state.precision),
+        copy_ceiling=ceilings.copy_ceiling(device),
     )
 
 
-def forward_flops(state: TrainState, x: Tensor) -> int:
-    """FLOPs of one forward of the network on x."""
-    t = torch.ones(len(x), device=x.device)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), plain_operations(), counter:
-        state.flow.network(x, t, t)
-    return counter.get_total_flops()
+def largest(case: Case, recipe: Recipe, rounds: int = 10) -> Row:
+    """A recipe alone on the GPU at the largest batch that fits, found by halving, after its gate."""
+    name = f"{case.describe().rsplit(', batch', 1)[0]}, each alone at the largest batch that fits"
+    reason = recipe.why_not(case.config)
+    errors = {} if reason else passed(case, recipe)
+    batch = LARGEST
+    while batch and not reason:
+        at = Case(name, replace(case.config, batch_size=batch))
+        try:
+            row = entry(at, recipe)
+            step = timed_step(at, recipe, row.seconds)
+            for _ in range(rounds):
+                step()
+            row.case, row.gate = name, errors
+            return row
+        except torch.OutOfMemoryError:
+            batch //= 2
+        release()
+    return Row(case=name, recipe=recipe.name, skipped=reason or "out of memory")
 
 
-def peak_memory(step: Callable[[], object], device: torch.device) -> tuple[int | None, int | None]:
-    """Peak bytes allocated and reserved over two warm steps; None on a CPU, whose peak is the whole process's."""
-    if device.type != "cuda":
-        return None, None
-    step()
-    synchronize(device)
+def release() -> None:
+    """Give back what nobody holds."""
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(2):
-        step()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def figures(row: dict) -> dict[str, float]:
@@ -146,7 +219,9 @@ def figures(row: dict) -> dict[str, float]:
 
 
 def speed_ups(rows: list[dict]) -> dict[str, float]:
-    """By baseline of one case: its median time over ours."""
-    medians = {row["recipe"]: figures(row)["median_ms"] for row in rows}
-    ours = medians.pop(OURS.name)
-    return {name: value / ours for name, value in medians.items()}
+    """By baseline of one case: our images per second over its own."""
+    speeds = {row["recipe"]: figures(row)["images_per_s"] for row in rows if row["seconds"]}
+    if OURS.name not in speeds:
+        return {}
+    ours = speeds.pop(OURS.name)
+    return {name: ours / value for name, value in speeds.items()}

@@ -1,16 +1,19 @@
-"""What a race is between: recipes, each a way to build a training state and to make one step of it."""
+"""What a race is between: recipes, each a way to build a training state and to make one step of it; and ours."""
 
 import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from soflow_fast.config import Config
+from benchmarks.baselines import fused
+from soflow_fast import float8
+from soflow_fast.config import Config, override
+from soflow_fast.errors import ConfigError
 from soflow_fast.objective import Objective
 from soflow_fast.rng import generator
-from soflow_fast.state import TrainState
+from soflow_fast.state import TrainState, resolve_device, resolve_precision
 from soflow_fast.step import train_step
 from soflow_kernels import testing
 
@@ -23,10 +26,19 @@ class Recipe(NamedTuple):
     step: Callable[[TrainState, Tensor, Tensor], dict[str, Tensor]]
     """One whole update on a labelled batch; returns at least fm_mse, sc_mse and grad_norm."""
     network_calls: Callable[[Objective], int]
-    """How many calls of the network a step is meant to make, on labelled data."""
-
-
-OURS = Recipe("soflow-fast", TrainState.build, train_step, lambda objective: 3 if objective.guided else 2)
+    """How many calls of the network a step is meant to make in float32, on labelled data."""
+    why_not: Callable[[Config], str | None] = lambda config: None
+    """Why it cannot run here, None: it can."""
+    gate: Callable[[Config, Any], dict[str, float]] | None = None
+    """(config, recipe) -> relative errors by name; raises RedGate. None: `gates.check`, against ours."""
+    compiled: bool = False
+    """Whether torch.compile makes code for its size of batch, so that the gate had better take the one to be timed."""
+    coarse: bool = False
+    """Whether it multiplies in float8, and cannot be held to float32."""
+    gate_steps: int = 1
+    """How many steps the gate and the warm-up make: one that records a CUDA graph has to get to where it replays it."""
+    counted_as: Any = None
+    """A recipe of the same products, where a counter cannot see into this one."""
 
 
 @torch.no_grad()
@@ -46,3 +58,53 @@ def build(recipe: Recipe, config: Config) -> TrainState:
 def plain_operations() -> contextlib.AbstractContextManager[None]:
     """Within the context the kernels' plain PyTorch twins run, on every device."""
     return testing.mode("reference")
+
+
+def ours(name: str, why_not: Callable[[Config], str | None] = lambda config: None, **changes: str) -> Recipe:
+    """The engine's step with some fields of its configuration replaced."""
+    named = {field.replace("__", "."): value for field, value in changes.items()}
+    return Recipe(
+        name,
+        lambda config: TrainState.build(override(config, named)),
+        train_step,
+        lambda objective: 3 if objective.guided else 2,
+        why_not,
+        compiled="run.compile" in named,
+        coarse=named.get("precision") == "fp8",
+        gate_steps=5 if "run.cuda_graph" in named else 1,
+    )
+
+
+def why_no_compiler(config: Config) -> str | None:
+    """Why nothing can be compiled."""
+    return fused.no_compiler(resolve_device(config.run.device))
+
+
+def why_no_graph(config: Config) -> str | None:
+    """Why no CUDA graph can be recorded."""
+    return None if resolve_device(config.run.device).type == "cuda" else "CUDA graphs need a GPU"
+
+
+def why_no_float8(config: Config) -> str | None:
+    """Why there is no float8."""
+    try:
+        float8.require(config.model, resolve_device(config.run.device))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def why_no_other_pair(config: Config) -> str | None:
+    """Why a float32 pair is no choice of its own."""
+    precise = resolve_precision(config.precision, resolve_device(config.run.device)) == "fp32"
+    return "in float32 the quotient is a float32 pair in any case" if precise else None
+
+
+OURS = ours("soflow-fast")
+VARIANTS = [
+    ours("soflow-fast, float32 pair", why_no_other_pair, quotient="pair", quotient_precision="fp32"),
+    ours("soflow-fast, compiled", why_no_compiler, run__compile="on"),
+    ours("soflow-fast, CUDA graph", why_no_graph, run__cuda_graph="on"),
+    ours("soflow-fast, compiled, CUDA graph", why_no_graph, run__compile="on", run__cuda_graph="on"),
+    ours("soflow-fast, fp8, compiled", why_no_float8, precision="fp8", run__compile="on"),
+]

@@ -18,7 +18,7 @@ from benchmarks.tables import kernel_table, number, sweep_plot, sweep_table
 
 HEAD = (
     "network and batch", "recipe", "precision", "images/s", "ms per step (quartiles)", "time over ours",
-    "network calls", "forwards per image", "GFLOP per image", "peak memory",
+    "network calls", "forwards per image", "GFLOP per image", "of product ceiling", "of copy bandwidth", "memory",
 )  # fmt: skip
 
 
@@ -29,8 +29,12 @@ def table(run: dict) -> str:
         rows = list(group)
         ratios = speed_ups(rows)
         for row in rows:
-            f, ratio, first = figures(row), ratios.get(row["recipe"]), row is rows[0]
-            cells = [case if first else "", row["recipe"], row["precision"], number(f["images_per_s"])]
+            first = case if row is rows[0] else ""
+            if row.get("skipped"):
+                lines.append(" | ".join([first, row["recipe"], f"not run: {row['skipped']}", *[""] * (len(HEAD) - 3)]))
+                continue
+            f, ratio = figures(row), ratios.get(row["recipe"])
+            cells = [first, row["recipe"], row["precision"], number(f["images_per_s"])]
             cells += [
                 f"{number(f['median_ms'])} ({number(f['low_ms'])} to {number(f['high_ms'])})",
                 f"{ratio:.2f}x" if ratio else "",
@@ -39,11 +43,23 @@ def table(run: dict) -> str:
                 str(row["network_calls"]),
                 f"{row['forwards_per_image']:.2f}",
                 number(row["flops_per_image"] / 1e9),
+                share(f["images_per_s"], row["flops_per_image"], row.get("product_ceiling")),
+                share(f["images_per_s"], row.get("bytes_per_image"), row.get("copy_ceiling")),
             ]
             lines.append(" | ".join([*cells, memory(row)]))
-    rounds = sorted({len(row["seconds"]) for row in run["rows"]})
+    rounds = sorted({len(row["seconds"]) for row in run["rows"] if row["seconds"]})
     note = f"`{run['command']}`; the recipes' steps in turn, {' and '.join(map(str, rounds))} rounds."
+    if any("product_ceiling" in row for row in run["rows"]):
+        note += (
+            " Ceilings: one large product in the same precision and one large copy, in the same run; bytes are those"
+            " that the operations read and write, which caches may hold, and of compiled code are not seen."
+        )
     return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, note)])
+
+
+def share(images_per_s: float, each: float | None, ceiling: float | None) -> str:
+    """What FLOPs or bytes per image come to, of what the device can do."""
+    return f"{images_per_s * each / ceiling:.2f}" if each and ceiling else "not measured"
 
 
 def digits(run: dict) -> str:
@@ -186,6 +202,51 @@ def sweeps(run: dict) -> str:
     return f"{plot}\n\n{sweep_table(run['rows'])}\n\n{measured(run, note)}"
 
 
+def quality_for_time(run: dict) -> str:
+    """A record of benchmarks.quality_for_time as Markdown: a line per method, mean and range over the seeds."""
+    head = ["method", "ms per step", "seconds of training", "Frechet at a quarter", "at half", "at the end", "accuracy"]
+    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
+    for method in dict.fromkeys(row["method"] for row in run["rows"]):
+        each = [row["points"] for row in run["rows"] if row["method"] == method]
+        count = len(each[0])
+        cells = [method, spread([1e3 * points[-1]["seconds"] / points[-1]["step"] for points in each], 1)]
+        cells.append(spread([points[-1]["seconds"] for points in each], 0))
+        cells += [
+            spread([points[max(0, k - 1)]["frechet"] for points in each], 1) for k in (count // 4, count // 2, count)
+        ]
+        lines.append(" | ".join([*cells, spread([points[-1]["accuracy"] for points in each], 4)]))
+    seeds, steps = len({row["seed"] for row in run["rows"]}), run["rows"][0]["points"][-1]["step"]
+    note = (
+        f"Mean over {seeds} seeds (lowest to highest) of {steps} steps each; one-step samples of the averaged weights, "
+        f"judging them is not in the seconds. `{run['command']}`."
+    )
+    picture = "![Frechet distance of one-step digits by seconds of training](docs/quality.svg)"
+    return "\n".join([*(f"| {line} |" for line in lines), "", picture, "", measured(run, note)])
+
+
+def quality_plot(run: dict, path: Path) -> None:
+    """Frechet distance of one-step samples over seconds of training, a line a seed, as SVG. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "quality"  # the same record gives the same file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for k, method in enumerate(dict.fromkeys(row["method"] for row in run["rows"])):
+        for row in (row for row in run["rows"] if row["method"] == method):
+            seconds, distances = ([point[name] for point in row["points"]] for name in ("seconds", "frechet"))
+            label = method if row["seed"] == run["rows"][0]["seed"] else None
+            axes.plot(seconds, distances, marker=".", color=f"C{k}", alpha=0.8, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("Frechet distance of one-step digits (lower is better)")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -196,6 +257,7 @@ class Block(NamedTuple):
 
 BLOCKS = {
     "step": Block("README.md", "step", table),
+    "quality-for-time": Block("README.md", "quality-for-time", quality_for_time),
     "sampling": Block("README.md", "sampling", sampling),
     "digits": Block("README.md", "digits", digits),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
@@ -218,10 +280,12 @@ def measured(run: dict, note: str) -> str:
 
 
 def memory(row: dict) -> str:
-    """Peak memory in GiB, allocated / reserved."""
-    if row["peak_allocated"] is None:
-        return "not measured"
-    return f"{row['peak_allocated'] / 2**30:.1f} / {row['peak_reserved'] / 2**30:.1f} GiB"
+    """Peak memory in GiB, allocated / reserved; on a CPU what autograd keeps for the backward."""
+    if row["peak_allocated"] is not None:
+        return f"{row['peak_allocated'] / 2**30:.1f} / {row['peak_reserved'] / 2**30:.1f} GiB peak"
+    if row.get("kept_for_backward") is not None:
+        return f"{number(row['kept_for_backward'] / 2**20)} MiB kept for the backward"
+    return "not measured"
 
 
 def insert(text: str, block: str, name: str = "step") -> str:
@@ -274,6 +338,8 @@ def main(argv: Sequence[str] | None = None, root: Path = record.ROOT, folder: Pa
         precision_plot(runs["precision-quality"], root / "docs" / "precision.svg")
     if not check and "sweeps" in runs:
         sweep_plot(runs["sweeps"], root / "docs" / "sweeps.svg")
+    if not check and "quality-for-time" in runs:
+        quality_plot(runs["quality-for-time"], root / "docs" / "quality.svg")
     return code
 
 

@@ -1,0 +1,82 @@
+"""Everybody who takes part in the race, ours first."""
+
+from functools import partial
+
+from benchmarks.baselines import meanflow
+from benchmarks.baselines.authors import AUTHORS, COMPILED
+from benchmarks.baselines.meanflow import Derivative, Settings, jvp
+from benchmarks.baselines.meanflow_gate import DERIVATIVE_TOLERANCE, TF32_TOLERANCE, check
+from benchmarks.recipes import OURS, VARIANTS, Recipe, why_no_compiler
+from soflow_fast.config import Config
+from soflow_fast.state import resolve_device
+
+PUBLISHED = Settings()
+
+
+def on_a_quarter(
+    name: str,
+    derivative: Derivative,
+    tolerance: float | None = DERIVATIVE_TOLERANCE,
+    *,
+    compiled: bool = False,
+    settings: Settings = PUBLISHED,
+) -> Recipe:
+    """MeanFlow with du/dt where r != t only."""
+    losses = partial(meanflow.losses_on_a_quarter, derivative=derivative)
+    return Recipe(
+        name,
+        partial(meanflow.build, compiled=compiled),
+        partial(meanflow.train_step, losses=losses, settings=settings),
+        partial(meanflow.network_calls, separate=False),
+        why_no_compiler if compiled else lambda config: None,
+        partial(check, derivative=derivative, settings=settings, tolerance=tolerance),
+        compiled,
+    )
+
+
+def why_no_flash_jvp(config: Config) -> str | None:
+    """Why there is no jvp_flash_attention beside a compiled student."""
+    return meanflow.why_no_flash_jvp(config) or why_no_compiler(config)
+
+
+def why_no_compiled_difference(config: Config) -> str | None:
+    """Why the finite difference is not compiled."""
+    if resolve_device(config.run.device).type == "cpu":
+        return "left out on a CPU, where compiling takes most of the benchmarks' time"
+    return why_no_compiler(config)
+
+
+MEANFLOW = Recipe(
+    "MeanFlow as published",
+    meanflow.build,
+    partial(meanflow.train_step, losses=meanflow.losses_as_published, settings=PUBLISHED),
+    partial(meanflow.network_calls, separate=True),
+    gate=partial(
+        check,
+        derivative=lambda state, at, given: jvp(state.flow.network, at)[1],
+        settings=PUBLISHED,
+        tolerance=DERIVATIVE_TOLERANCE,
+    ),
+)
+QUARTER = on_a_quarter("MeanFlow, JVP on a quarter", meanflow.by_jvp)
+QUARTER_COMPILED = on_a_quarter("MeanFlow, JVP on a quarter, compiled", meanflow.by_compiled_jvp, compiled=True)
+FLASH = on_a_quarter(
+    "MeanFlow, jvp-flash-attention on a quarter, compiled", meanflow.by_flash_jvp, TF32_TOLERANCE, compiled=True
+)._replace(why_not=why_no_flash_jvp, counted_as=QUARTER)
+DIFFERENCE = on_a_quarter("MeanFlow, finite difference", meanflow.by_difference, None)
+DIFFERENCE_COMPILED = on_a_quarter(
+    "MeanFlow, finite difference, compiled", meanflow.by_difference, None, compiled=True
+)._replace(why_not=why_no_compiled_difference)
+
+CONTESTANTS = [
+    OURS,
+    *VARIANTS,
+    AUTHORS,
+    *COMPILED,
+    MEANFLOW,
+    QUARTER,
+    QUARTER_COMPILED,
+    FLASH,
+    DIFFERENCE,
+    DIFFERENCE_COMPILED,
+]
