@@ -21,6 +21,7 @@ from .errors import ConfigError, Diverged, Interrupted, storage_error
 from .evaluation import DigitScores, describe, measure_digits
 from .quotient import products, resolve_quotient
 from .sampling import sample
+from .saver import Saver
 from .state import TrainState, resolve_device, resolve_precision
 from .step import train_step
 
@@ -132,7 +133,7 @@ class Run:
                     stale.unlink()
         except OSError as error:
             raise storage_error(error, f"--run-dir {self.run_dir}") from None
-        if checkpoint.resume(self.run_dir, state, lambda text: say(f"warning: {text}")):
+        if checkpoint.resume(self.run_dir, state, self._warn):
             say(f"resuming {self.run_dir} at step {state.step} of {config.steps}")
         else:
             millions = state.parameter_count() / 1e6
@@ -157,19 +158,18 @@ class Run:
         state, config, every = self.state, self.state.config, self.state.config.run
         began, first = time.monotonic(), state.step
         before, before_step = began, first
-        checked: dict[str, torch.Tensor] = {}  # measured between two lines of the log
         with (
             closing(self.progress),
             closing(telemetry.MetricsLog(self.run_dir / "metrics.jsonl", first)) as log,
             closing(telemetry.TensorBoard(self.run_dir / "tensorboard", first)) as board,
+            Saver(self.run_dir, every.keep, self._warn) as saver,
         ):
             while state.step < config.steps:
                 metrics = self._step(*self.source.batch(state.step, state.rank, state.world))
-                checked |= {name: metrics[name] for name in metrics if name == "q_cosine"}
                 step, last, stop = state.step, state.step == config.steps, bool(pending)
-                if step % every.log_every == 0 or last:
-                    values = self._read(checked | metrics)
-                    checked.clear()
+                # What is measured now and then has a line at its step: a resumed run would not know it any more.
+                if step % every.log_every == 0 or last or "q_cosine" in metrics:
+                    values = self._read(metrics)
                     now = time.monotonic()
                     images = (step - before_step) * config.batch_size / (now - before)
                     before, before_step = now, step
@@ -181,8 +181,9 @@ class Run:
                     self._grid(step, f"step-{step:08d}", board)
                 if last or stop or (every.checkpoint_every and step % every.checkpoint_every == 0):
                     self._read(metrics)
-                    self._save(final=last or stop)
+                    self._save(saver, final=last or stop)
                     board.flush()
+                saver.poll()
                 if stop:
                     break
 
@@ -215,14 +216,18 @@ class Run:
             raise Diverged(f"{', '.join(wrong)} not finite at step {self.state.step}; nothing was saved after it began")
         return {**values, "memory_mb": memory_mb(self.state.device)}
 
-    def _save(self, *, final: bool) -> None:
+    def _save(self, saver: Saver, *, final: bool) -> None:
+        """Begin to save the state; the final one is there when this returns."""
+        if not final:
+            return saver.begin(self.state)
         try:
-            checkpoint.save(self.run_dir, self.state, self.state.config.run.keep)
+            saver.finish(self.state)
         except OSError as error:
-            if final:
-                what = f"--run-dir {self.run_dir}: cannot save the checkpoint of step {self.state.step}"
-                raise storage_error(error, what) from None
-            self.progress.say(f"warning: checkpoint of step {self.state.step} not saved: {error}")
+            what = f"--run-dir {self.run_dir}: cannot save the checkpoint of step {self.state.step}"
+            raise storage_error(error, what) from None
+
+    def _warn(self, text: str) -> None:
+        self.progress.say(f"warning: {text}")
 
     def _grid(self, step: int, name: str, board: telemetry.TensorBoard | None = None) -> Path:
         """A grid of one-step samples of the EMA weights, the same noise and labels every time."""
