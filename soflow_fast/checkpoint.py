@@ -52,7 +52,8 @@ class Snapshot:
 
 def snapshot(state: TrainState) -> Snapshot:
     """A copy of `state` as it is now, taken from the device."""
-    step = {"format": FORMAT, "step": state.step}
+    refused = state.guard.read()
+    step = {"format": FORMAT, "step": state.step, "skipped": refused.skipped, "in_row": refused.in_row}
     tensors = {"network.safetensors": state.flow.state_dict(), "ema.safetensors": state.ema.state_dict()}
     if state.teacher is not None:
         tensors["teacher.safetensors"] = state.teacher.state_dict()
@@ -153,7 +154,7 @@ def restore(folder: Path, state: TrainState) -> None:
     weights = {"network": state.flow, "ema": state.ema} | ({"teacher": state.teacher} if state.teacher else {})
     found = {name: _tensors(folder, files, f"{name}.safetensors") for name in weights}
     optimizer = _tensors(folder, files, "optimizer.safetensors")
-    step = _read_state(folder, files)["step"]
+    counts = _read_state(folder, files)
     for name, flow in weights.items():
         _load_weights(flow, found[name], folder)
     entries: dict[int, dict[str, Tensor]] = {}
@@ -165,15 +166,18 @@ def restore(folder: Path, state: TrainState) -> None:
         state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: optimiser of another model: {error}") from None
-    state.step = step
+    state.step = counts["step"]
+    state.guard.restore(counts["skipped"], counts["in_row"])
 
 
 def _read_state(folder: Path, files: dict[str, bytes]) -> dict[str, int]:
-    """The step and the format of a checkpoint. Raises CheckpointError if this version cannot read it."""
+    """The numbers of state.json. Raises CheckpointError if this version cannot read it."""
     try:
-        values = json.loads(files["state.json"])
-        found = {name: int(values[name]) for name in ("format", "step")}
-    except (ValueError, KeyError, TypeError) as error:
+        values = {"skipped": 0, "in_row": 0, **json.loads(files["state.json"])}  # which older ones do not have
+        found = {name: values[name] for name in ("format", "step", "skipped", "in_row")}
+        if any(type(value) is not int or not 0 <= value < 10**8 for value in found.values()):
+            raise ValueError(f"not counts: {found}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'state.json'}: {type(error).__name__}: {error}") from None
     if found["format"] > FORMAT:
         raise CheckpointError(

@@ -17,7 +17,7 @@ from . import checkpoint, telemetry
 from .attention_choice import choose, try_out
 from .config import AUTO, Config, difference, from_json, to_json
 from .data import Source, open_source
-from .errors import ConfigError, Diverged, Interrupted, storage_error
+from .errors import ConfigError, Diverged, Interrupted, received, storage_error
 from .evaluation import DigitScores, describe, measure_digits
 from .quotient import products, resolve_quotient
 from .sampling import sample
@@ -209,11 +209,18 @@ class Run:
             )
 
     def _read(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The metrics on the host. Raises Diverged if one is not finite."""
+        """The metrics on the host; of a step that was skipped, those that are finite. Raises Diverged if the run ends
+        here: the weights are those before the first number that was not finite, and the last checkpoint is older."""
+        refused, skips = self.state.guard.read(), self.state.config.run.on_nonfinite == "skip"
+        if refused.given_up:
+            row = f", the {refused.in_row}th in a row" if skips else ""
+            what = f"{refused.place} not finite at step {refused.step}{row}"
+            raise Diverged(f"{what}; that step changed nothing, and the last checkpoint stands")
         values = {name: float(value) for name, value in metrics.items()}
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        if wrong:
-            raise Diverged(f"{', '.join(wrong)} not finite at step {self.state.step}; nothing was saved after it began")
+        if wrong and not skips:
+            raise Diverged(f"{', '.join(wrong)} not finite at step {self.state.step}; the last checkpoint stands")
+        values = {name: value for name, value in values.items() if name not in wrong}
         return {**values, "memory_mb": memory_mb(self.state.device)}
 
     def _save(self, saver: Saver, *, final: bool) -> None:
@@ -293,11 +300,11 @@ def memory_mb(device: torch.device) -> float:
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in the list that is yielded; a second one raises Interrupted at once."""
-    pending: list[int] = []
+    pending = received()  # one whose exception was lost at start-up
 
     def handle(signum: int, frame: object) -> None:
         if pending:
-            raise Interrupted(signum, "stopped at once by a second signal; the last checkpoint stands")
+            raise Interrupted(signum, "stopped at once by a second signal; the last checkpoint stands", at_once=True)
         pending.append(signum)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

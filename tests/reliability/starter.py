@@ -36,7 +36,8 @@ def main() -> None:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            errors.run(lambda: train.main(request["arguments"]))
+            arguments = request["arguments"]
+            errors.run(lambda: train.main(arguments))
         running.add(child)
         print(child, flush=True)
     for child in running:
