@@ -122,7 +122,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     except OSError:  # output to a full disk: Python would try again at exit, and complain
         _drop_output()
-    if at_once:  # Python would end a thread in the midst of foreign code, and with it the process otherwise than by `code`
+    if (
+        at_once
+    ):  # Python would end a thread in the midst of foreign code, and with it the process otherwise than by `code`
         os._exit(code)
     sys.exit(code)
 

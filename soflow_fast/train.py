@@ -72,7 +72,7 @@ def parser() -> Parser:
     p.add_argument(
         "--on-nonfinite",
         metavar="W",
-        help="stop or skip: end the run at a number that is not finite, or leave out that step, up to ten in a row (stop)",
+        help="stop or skip: end the run at a number that is not finite, or leave out up to ten in a row (stop)",
     )
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of config.json")
     p.add_argument("--dry-run", action="store_true", help="build everything, make one step, print what the run needs")

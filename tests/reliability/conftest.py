@@ -39,7 +39,8 @@ class Training(NamedTuple):
 
 @pytest.fixture(scope="session")
 def started(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Training]]:
-    """`started(*arguments)`: a training that has just begun, at the command line's first statement."""
+    """`started(*arguments)`: a training that has just begun, at the command line's first statement. A function of `os`
+    called `hang` never returns in it."""
     folder = tmp_path_factory.mktemp("outputs")
     process = subprocess.Popen(
         [sys.executable, str(STARTER)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -53,10 +54,12 @@ def started(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
         process.stdin.flush()
         return process.stdout.readline()
 
-    def started(*arguments: object) -> Training:
+    def started(*arguments: object, hang: str = "") -> Training:
         outputs.append(folder / f"{len(outputs)}.txt")
         outputs[-1].touch()
-        return Training(int(ask({"arguments": [*map(str, arguments)], "output": str(outputs[-1])})), outputs[-1], ask)
+        return Training(
+            int(ask({"arguments": [*map(str, arguments)], "output": str(outputs[-1]), "hang": hang})), outputs[-1], ask
+        )
 
     yield started
     process.stdin.close()  # which ends the starter, and with it whatever a failed test has left running
@@ -69,7 +72,7 @@ def until() -> Callable[[Callable[[], Any]], Any]:
     """`until(condition)`: waits until it holds, and returns what it gave."""
 
     def until(condition: Callable[[], Any]) -> Any:
-        for _ in range(120_000):
+        for _ in range(60_000):
             found = condition()
             if found:
                 return found

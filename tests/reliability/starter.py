@@ -1,14 +1,16 @@
 """Starts trainings by forking a process that has imported everything: a start costs milliseconds, not seconds.
 
-A line of JSON on stdin, {"arguments": [...], "output": FILE}, forks one; the answer is its process id. {"wait": ID}
-answers its exit code, negative for the signal that killed it.
+A line of JSON on stdin, {"arguments": [...], "output": FILE, "hang": NAME}, forks one; the answer is its process id.
+{"wait": ID} answers its exit code, negative for the signal that killed it.
 """
 
+import functools
 import importlib
 import json
 import os
 import signal
 import sys
+import time
 
 import torch
 
@@ -36,8 +38,9 @@ def main() -> None:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            arguments = request["arguments"]
-            errors.run(lambda: train.main(arguments))
+            if request["hang"]:
+                setattr(os, request["hang"], lambda *_: time.sleep(3600))
+            errors.run(functools.partial(train.main, request["arguments"]))
         running.add(child)
         print(child, flush=True)
     for child in running:
