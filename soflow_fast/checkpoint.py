@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -157,10 +157,7 @@ def restore(folder: Path, state: TrainState) -> None:
     counts = _read_state(folder, files)
     for name, flow in weights.items():
         _load_weights(flow, found[name], folder)
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in optimizer.items():
-        index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value
+    entries = _optimizer_entries(optimizer, [*state.flow.parameters()], folder)
     groups = state.optimizer.state_dict()["param_groups"]
     try:
         state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
@@ -168,6 +165,22 @@ def restore(folder: Path, state: TrainState) -> None:
         raise CheckpointError(f"{folder}: optimiser of another model: {error}") from None
     state.step = counts["step"]
     state.guard.restore(counts["skipped"], counts["in_row"])
+
+
+def _optimizer_entries(tensors: dict[str, Tensor], parameters: list[Any], folder: Path) -> dict[int, dict[str, Tensor]]:
+    """The optimiser's state by the number of the parameter. Raises CheckpointError if it is not of these parameters."""
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        known = index.isdecimal() and int(index) < len(parameters) and name in ("step", "exp_avg", "exp_avg_sq")
+        shape = () if name == "step" else parameters[int(index)].shape if known else None
+        if value.shape != shape or value.dtype != torch.float32:
+            raise CheckpointError(f"{folder}: optimiser of another model: {key} does not fit")
+        entries.setdefault(int(index), {})[name] = value
+    for index, entry in entries.items():
+        if len(entry) < 3:
+            raise CheckpointError(f"{folder}: optimiser of another model: {index} has only {', '.join(entry)}")
+    return entries
 
 
 def _read_state(folder: Path, files: dict[str, bytes]) -> dict[str, int]:
@@ -229,7 +242,7 @@ def read_verified(folder: Path) -> dict[str, bytes]:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         wanted = {str(name): str(digest) for name, digest in manifest["sha256"].items()}
         files = {name: (folder / name).read_bytes() for name in wanted if Path(name).name == name}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
     for name, digest in wanted.items():
         if name not in files or hashlib.sha256(files[name]).hexdigest() != digest:
@@ -309,6 +322,7 @@ def _tensors(folder: Path, files: dict[str, bytes], name: str) -> dict[str, Tens
 def _load_weights(flow: SolutionFlow, weights: dict[str, Tensor], folder: Path) -> None:
     expected = flow.state_dict()
     for name in [*expected, *weights]:
-        if name not in weights or name not in expected or weights[name].shape != expected[name].shape:
+        got, wanted = weights.get(name), expected.get(name)
+        if got is None or wanted is None or (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
             raise CheckpointError(f"{folder}: of another model: {name} does not fit")
     flow.load_state_dict(weights, assign=next(flow.parameters()).is_meta)

@@ -39,7 +39,7 @@ class Guard:
     """Lets a step happen or not, and counts. After `limit` refused steps in a row none happens any more: however late
     the host reads of it, the weights are those before the first of them."""
 
-    def __init__(self, limit: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device, limit: int = 2**62) -> None:
         self.limit = limit
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         """The number of the next update."""

@@ -10,7 +10,7 @@ from .capture import Captured
 from .config import Config
 from .errors import ConfigError
 from .flow import SolutionFlow
-from .guard import GIVE_UP, Guard
+from .guard import Guard
 from .model import DiT
 from .objective import Objective
 from .optimizer import Optimizer, build_optimizer
@@ -76,7 +76,7 @@ class TrainState:
         averages = [average.network for average in (ema, teacher) if average is not None]
         optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, averages)
         objective = Objective(config.objective)
-        guard = Guard(GIVE_UP if config.run.on_nonfinite == "skip" else 1, device)
+        guard = Guard(device)  # in a loop of one's own, a step that is refused is left out, and that is all
         return cls(
             config, flow, ema, optimizer, objective, device, precision, quotient, guard, teacher, rank=rank, world=world
         )

@@ -19,6 +19,7 @@ from .config import AUTO, Config, difference, from_json, to_json
 from .data import Source, open_source
 from .errors import ConfigError, Diverged, Interrupted, received, storage_error
 from .evaluation import DigitScores, describe, measure_digits
+from .guard import GIVE_UP
 from .quotient import products, resolve_quotient
 from .sampling import sample
 from .saver import Saver
@@ -119,6 +120,7 @@ class Run:
     def __init__(self, state: TrainState, source: Source, run_dir: Path) -> None:
         self.state, self.source, self.run_dir = state, source, run_dir
         self.progress = telemetry.Progress(state.config.steps)
+        state.guard.limit = GIVE_UP if state.config.run.on_nonfinite == "skip" else 1
 
     def go(self) -> TrainState:
         """Train to the end and evaluate."""

@@ -74,7 +74,8 @@ def validate_model(model: DiTConfig, prefix: str = "") -> None:
         value = getattr(model, name)
         least = 0 if name == "num_classes" else 1
         _require(isinstance(value, int) and value >= least, prefix + name, f"a whole number of at least {least}", value)
-    for name, most in (("hidden_size", 2**16), ("depth", 1000)):
+    limits = {"input_size": 2**12, "in_channels": 2**12, "hidden_size": 2**16, "depth": 1000, "num_classes": 2**24}
+    for name, most in limits.items():
         _require(getattr(model, name) <= most, prefix + name, f"at most {most}", getattr(model, name))
     _require(0 < model.mlp_ratio <= 64, prefix + "mlp_ratio", "above 0 and at most 64", model.mlp_ratio)
     _require(

@@ -189,7 +189,7 @@ def test_the_counts_survive_a_restart(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_guard_never_waits_for_the_device() -> None:
     """A tensor on the meta device has no data: whatever looked at it would raise."""
     meta = torch.device("meta")
-    guard, seen = Guard(10, meta), Seen()
+    guard, seen = Guard(meta, 10), Seen()
     for place in PLACES:
         look(seen, place, torch.empty(4, 2, device=meta), torch.empty((), device=meta))
     guard.step.fill_(3)
@@ -198,7 +198,7 @@ def test_the_guard_never_waits_for_the_device() -> None:
 
 def test_the_first_place_is_named() -> None:
     for first in range(len(PLACES)):
-        guard, seen = Guard(1, torch.device("cpu")), Seen()
+        guard, seen = Guard(torch.device("cpu"), 1), Seen()
         for k, place in enumerate(PLACES):
             look(seen, place, torch.tensor([1.0, math.nan if k >= first else 2.0]))
         guard.step.fill_(first)

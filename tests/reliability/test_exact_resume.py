@@ -15,16 +15,8 @@ from soflow_fast.data import open_source
 from soflow_fast.presets import preset
 
 # What is measured now and then, every 9 steps, is neither logged nor saved at the same steps as the rest.
-FLAGS = [
-    "--steps",
-    "60",
-    "--checkpoint-every",
-    "7",
-    "--teacher",
-    "ema",
-    "--set=run.log_every=2",
-    "--set=run.check_quotient_every=9",
-]
+FLAGS = [*["--steps", "60", "--checkpoint-every", "7", "--teacher", "ema"], "--set=run.log_every=2"]
+FLAGS += ["--set=run.check_quotient_every=9"]
 LAST = "step-00000060"
 FILES = (*(f"{name}.safetensors" for name in ("network", "ema", "teacher", "optimizer")), "state.json")
 
