@@ -273,8 +273,8 @@ def enough_memory(config: Config) -> Iterator[None]:
         if not known and "can't allocate memory" not in str(error):  # what torch says on the CPU
             raise
         what = (
-            f"--batch-size {config.batch_size}: out of memory; give a smaller one, --micro-batch auto, "
-            f"or make the network smaller (model.hidden_size {config.model.hidden_size}, depth {config.model.depth})"
+            f"--batch-size {config.batch_size}: out of memory; give a smaller --micro-batch, --recompute block, "
+            f"a smaller batch or a smaller network (model.hidden_size {config.model.hidden_size}, depth {config.model.depth})"
         )
         raise ConfigError(what) from None
 

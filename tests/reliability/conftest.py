@@ -68,11 +68,11 @@ def started(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def until() -> Callable[[Callable[[], Any]], Any]:
+def until() -> Callable[..., Any]:
     """`until(condition)`: waits until it holds, and returns what it gave."""
 
-    def until(condition: Callable[[], Any]) -> Any:
-        for _ in range(60_000):
+    def until(condition: Callable[[], Any], milliseconds: int = 60_000) -> Any:
+        for _ in range(milliseconds):
             found = condition()
             if found:
                 return found
