@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q --no-input --no-compile --disable-pip-ver
 PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench lint format clean
+.PHONY: help train test soak bench lint format clean
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
@@ -20,6 +20,9 @@ train: $(VENV)/.train ## train on handwritten digits and draw them in one step; 
 
 test: $(VENV)/.test ## the tests; ARGS go to pytest
 	@$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/.test ## the tests of reliability, whole: minutes of kills, signals and steps
+	@SOFLOW_SOAK=1 $(BIN)/python -m pytest tests/reliability $(ARGS)
 
 bench: $(VENV)/.test ## the benchmarks; ARGS go to pytest
 	@$(BIN)/python -m pytest benchmarks/ $(ARGS)

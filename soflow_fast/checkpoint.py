@@ -2,7 +2,7 @@
 
 RUN/checkpoints/step-00002500/ holds config.json, state.json, network.safetensors, ema.safetensors,
 optimizer.safetensors and manifest.json with the SHA-256 of each. It is written beside its place under a temporary
-name, synced to the disk and renamed.
+name, synced to the disk and renamed; of a run, from a copy in host memory, in a thread beside the training (`saver`).
 """
 
 import hashlib
@@ -12,8 +12,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -38,23 +39,60 @@ def directory(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in host memory of its own: training may go on while it is written."""
+
+    step: int
+    texts: dict[str, str]
+    """Content by file name."""
+    tensors: dict[str, dict[str, Tensor]]
+    """Tensors by file name and by their name in it."""
+
+
+def snapshot(state: TrainState) -> Snapshot:
+    """A copy of `state` as it is now, taken from the device."""
+    refused = state.guard.read()
+    step = {"format": FORMAT, "step": state.step, "skipped": refused.skipped, "in_row": refused.in_row}
+    tensors = {"network.safetensors": state.flow.state_dict(), "ema.safetensors": state.ema.state_dict()}
+    if state.teacher is not None:
+        tensors["teacher.safetensors"] = state.teacher.state_dict()
+    tensors["optimizer.safetensors"] = _optimizer_tensors(state)
+    copies = {
+        file: {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
+        for file, values in tensors.items()
+    }
+    return Snapshot(state.step, {"config.json": to_json(state.config), "state.json": json.dumps(step) + "\n"}, copies)
+
+
 def save(run_dir: Path, state: TrainState, keep: int = 2) -> Path:
     """Write a checkpoint of `state`, then remove all but the `keep` newest. Raises OSError, leaving nothing behind."""
-    final = directory(run_dir) / f"step-{state.step:08d}"
-    with whole_directory(final) as folder:
-        (folder / "config.json").write_text(to_json(state.config))
-        (folder / "state.json").write_text(json.dumps({"format": FORMAT, "step": state.step}) + "\n")
-        _save_tensors(state.flow.state_dict(), folder / "network.safetensors")
-        _save_tensors(state.ema.state_dict(), folder / "ema.safetensors")
-        if state.teacher is not None:
-            _save_tensors(state.teacher.state_dict(), folder / "teacher.safetensors")
-        _save_tensors(_optimizer_tensors(state), folder / "optimizer.safetensors")
+    return write(run_dir, snapshot(state), keep)
+
+
+def write(run_dir: Path, content: Snapshot, keep: int, proceed: Callable[[], None] = lambda: None) -> Path:
+    """`save` of a snapshot. `proceed` is called between its parts; what it raises ends it, leaving nothing behind."""
+    final = directory(run_dir) / f"step-{content.step:08d}"
+    with whole_directory(final, proceed) as folder:
+        for name, text in content.texts.items():
+            (folder / name).write_text(text)
+        for name, tensors in content.tensors.items():
+            proceed()
+            _save_tensors(tensors, folder / name)
         for passed_over in list_checkpoints(run_dir):  # damaged ones: `resume` takes the newest that is whole
             if passed_over.name >= final.name:
-                shutil.rmtree(passed_over)
+                _remove(passed_over)
     for old in list_checkpoints(run_dir)[keep:]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint so that a kill on the way leaves no part of it under its name."""
+    aside = folder.with_name(f".partial-{folder.name}-removed-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
 
 
 def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike) -> Path:
@@ -71,7 +109,8 @@ def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike) -> Pat
         raise ValueError(f"folder {folder} exists already")
     with whole_directory(Path(folder)) as temporary:
         (temporary / "config.json").write_text(to_json(config))
-        _save_tensors(flow.state_dict(), temporary / "ema.safetensors")
+        weights = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
+        _save_tensors(weights, temporary / "ema.safetensors")
     return Path(folder)
 
 
@@ -115,27 +154,43 @@ def restore(folder: Path, state: TrainState) -> None:
     weights = {"network": state.flow, "ema": state.ema} | ({"teacher": state.teacher} if state.teacher else {})
     found = {name: _tensors(folder, files, f"{name}.safetensors") for name in weights}
     optimizer = _tensors(folder, files, "optimizer.safetensors")
-    step = _read_state(folder, files)["step"]
+    counts = _read_state(folder, files)
     for name, flow in weights.items():
         _load_weights(flow, found[name], folder)
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in optimizer.items():
-        index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value
+    entries = _optimizer_entries(optimizer, [*state.flow.parameters()], folder)
     groups = state.optimizer.state_dict()["param_groups"]
     try:
         state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: optimiser of another model: {error}") from None
-    state.step = step
+    state.step = counts["step"]
+    state.guard.restore(counts["skipped"], counts["in_row"])
+
+
+def _optimizer_entries(tensors: dict[str, Tensor], parameters: list[Any], folder: Path) -> dict[int, dict[str, Tensor]]:
+    """The optimiser's state by the number of the parameter. Raises CheckpointError if it is not of these parameters."""
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        known = index.isdecimal() and int(index) < len(parameters) and name in ("step", "exp_avg", "exp_avg_sq")
+        shape = () if name == "step" else parameters[int(index)].shape if known else None
+        if value.shape != shape or value.dtype != torch.float32:
+            raise CheckpointError(f"{folder}: optimiser of another model: {key} does not fit")
+        entries.setdefault(int(index), {})[name] = value
+    for index, entry in entries.items():
+        if len(entry) < 3:
+            raise CheckpointError(f"{folder}: optimiser of another model: {index} has only {', '.join(entry)}")
+    return entries
 
 
 def _read_state(folder: Path, files: dict[str, bytes]) -> dict[str, int]:
-    """The step and the format of a checkpoint. Raises CheckpointError if this version cannot read it."""
+    """The numbers of state.json. Raises CheckpointError if this version cannot read it."""
     try:
-        values = json.loads(files["state.json"])
-        found = {name: int(values[name]) for name in ("format", "step")}
-    except (ValueError, KeyError, TypeError) as error:
+        values = {"skipped": 0, "in_row": 0, **json.loads(files["state.json"])}  # which older ones do not have
+        found = {name: values[name] for name in ("format", "step", "skipped", "in_row")}
+        if any(type(value) is not int or not 0 <= value < 10**8 for value in found.values()):
+            raise ValueError(f"not counts: {found}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'state.json'}: {type(error).__name__}: {error}") from None
     if found["format"] > FORMAT:
         raise CheckpointError(
@@ -187,7 +242,7 @@ def read_verified(folder: Path) -> dict[str, bytes]:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         wanted = {str(name): str(digest) for name, digest in manifest["sha256"].items()}
         files = {name: (folder / name).read_bytes() for name in wanted if Path(name).name == name}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
     for name, digest in wanted.items():
         if name not in files or hashlib.sha256(files[name]).hexdigest() != digest:
@@ -196,24 +251,43 @@ def read_verified(folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def whole_directory(final: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `final`, with a manifest, if the block ends well, and else goes."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+def whole_directory(final: Path, proceed: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A temporary directory that becomes `final`, with a manifest, if the block ends well, and else goes.
+
+    proceed: called between the parts; what it raises ends it as an error in the block does.
+    """
+    if not final.parent.is_dir():
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _sync(final.parent.parent)
     temporary = final.parent / f".partial-{final.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(temporary.iterdir())}
+        digests: dict[str, str] = {}
+        for file in sorted(temporary.iterdir()):
+            proceed()
+            digests[file.name] = _digest(file)
         (temporary / MANIFEST).write_text(json.dumps({"sha256": digests}, indent=2) + "\n")
         for file in temporary.iterdir():
+            proceed()
             _sync(file)
         _sync(temporary)
+        proceed()
         os.rename(temporary, final)
         _sync(final.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file, which is not held in memory as a whole."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -226,7 +300,7 @@ def _sync(path: Path) -> None:
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+        save_file(tensors, path)
     except SafetensorError as error:  # it reports a full disk in its own words
         raise OSError(getattr(error, "errno", None) or 5, str(error), str(path)) from None
 
@@ -248,6 +322,7 @@ def _tensors(folder: Path, files: dict[str, bytes], name: str) -> dict[str, Tens
 def _load_weights(flow: SolutionFlow, weights: dict[str, Tensor], folder: Path) -> None:
     expected = flow.state_dict()
     for name in [*expected, *weights]:
-        if name not in weights or name not in expected or weights[name].shape != expected[name].shape:
+        got, wanted = weights.get(name), expected.get(name)
+        if got is None or wanted is None or (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
             raise CheckpointError(f"{folder}: of another model: {name} does not fit")
     flow.load_state_dict(weights, assign=next(flow.parameters()).is_meta)

@@ -138,7 +138,10 @@ class RunConfig:
     check_quotient_every: int = 500
     """Updates between measurements of the cosine of the quotient with its float32 value on a few samples; 0: never."""
     keep: int = 2
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay, at least 2: a damaged one needs one before it."""
+    on_nonfinite: str = "stop"
+    """What becomes of a step with a number that is not finite, which changes nothing in any case: "stop" ends the run,
+    "skip" goes on, up to ten times in a row."""
     optimizer: str = "soflow"
     """Whose AdamW: "soflow" (one pass with averages and copies), "torch" (its fused one) or "apex" (FusedAdam)."""
     compile: str = "auto"
@@ -202,6 +205,8 @@ SHORT_NAMES = {
     "recompute": "run.recompute",
     "attention": "run.attention",
     "checkpoint_every": "run.checkpoint_every",
+    "keep": "run.keep",
+    "on_nonfinite": "run.on_nonfinite",
 }
 
 

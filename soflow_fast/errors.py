@@ -47,9 +47,20 @@ class Interrupted(BaseException):
     there may swallow it.
     """
 
-    def __init__(self, signum: int, message: str = "interrupted") -> None:
+    def __init__(self, signum: int, message: str = "interrupted", at_once: bool = False) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+        self.at_once = at_once
+        """Whether threads that are still writing are not to be waited for."""
+
+
+_received: list[int] = []
+
+
+def received() -> list[int]:
+    """The signals that have come since `run` began: an exception raised by one is lost where Python cannot raise, as in
+    a destructor or in a callback of C code."""
+    return list(_received)
 
 
 _STORAGE = {
@@ -66,25 +77,29 @@ def storage_error(error: OSError, what: str) -> StorageError:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Call `main` and exit: 0, 2 for the user's mistakes (one line on stderr), 130 and 143 after SIGINT and SIGTERM."""
+    at_once = False
 
-    def terminated(signum: int, frame: object) -> None:
+    def stopped(signum: int, frame: object) -> None:
+        _received.append(signum)
         raise Interrupted(signum)
 
     def thread_failed(failure: threading.ExceptHookArgs) -> None:
         if not isinstance(failure.exc_value, OSError):  # TensorBoard's writer raises those again in the main thread
             threading.__excepthook__(failure)
 
-    signal.signal(signal.SIGTERM, terminated)  # from the first moment, so that even start-up ends with 143
+    _received.clear()
+    for number in (signal.SIGTERM, signal.SIGINT):  # from the first moment, so that even start-up ends with 143 or 130
+        signal.signal(number, stopped)
     threading.excepthook = thread_failed
     try:
         main()
         sys.stdout.flush()
-        code = 0
+        code = 128 + _received[0] if _received else 0
     except (UserError, Diverged) as error:
         code = error.exit_code
         _say(f"error: {error}")
     except Interrupted as error:
-        code = error.exit_code
+        code, at_once = error.exit_code, error.at_once
         _say(str(error))
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
@@ -92,15 +107,25 @@ def run(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
         _drop_output()
         code = 0
-    except OSError as error:
-        if error.errno not in _STORAGE:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _STORAGE:
+            code = UserError.exit_code
+            _say(f"error: {storage_error(error, 'cannot read or write')}")
+        elif _received:  # an import that was cut short has made an error of its own of the signal
+            code = 128 + _received[0]
+            _say("interrupted")
+        else:
             raise
-        code = UserError.exit_code
-        _say(f"error: {storage_error(error, 'cannot read or write')}")
+    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left to be saved
+        signal.signal(number, lambda *_: os._exit(code))
     try:
         sys.stdout.flush()
     except OSError:  # output to a full disk: Python would try again at exit, and complain
         _drop_output()
+    if (
+        at_once
+    ):  # Python would end a thread in the midst of foreign code, and with it the process otherwise than by `code`
+        os._exit(code)
     sys.exit(code)
 
 

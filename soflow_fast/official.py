@@ -1,6 +1,7 @@
 """Checkpoints of the authors' public trainer (zlab-princeton/SoFlow), whose keys are `network.` and the DiT's own."""
 
 import os
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,12 @@ def load_official(
 
 def _read(where: str) -> Mapping[str, Any]:
     try:
+        with open(where, "rb") as file:
+            # torch stores and never compresses: what unpacks to more than it takes would fill the memory.
+            if zipfile.is_zipfile(file) and any(
+                info.file_size > info.compress_size for info in zipfile.ZipFile(file).infolist()
+            ):
+                raise ValueError("its parts are compressed")
         content = torch.load(where, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{where}: {error.strerror or error}") from None
@@ -75,6 +82,8 @@ def _unwrap(content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     for key, value in content.items():
         if isinstance(value, Tensor) and isinstance(key, str):
             name = key.replace("module.", "").replace("_orig_mod.", "")
+            if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+                raise CheckpointError(f"{where}: {key} is larger than what is stored of it")
             weights[name if name.startswith("network.") else f"network.{name}"] = value
     if "network.x_embedder.proj.weight" not in weights:
         raise CheckpointError(f"{where}: no DiT weights (network.x_embedder.proj.weight and so on)")

@@ -10,6 +10,7 @@ from .capture import Captured
 from .config import Config
 from .errors import ConfigError
 from .flow import SolutionFlow
+from .guard import Guard
 from .model import DiT
 from .objective import Objective
 from .optimizer import Optimizer, build_optimizer
@@ -32,6 +33,8 @@ class TrainState:
     precision: str
     """"fp32", "tf32", "bf16" or "fp8": what `config.precision` resolved to on this device."""
     quotient: Quotient
+    guard: Guard
+    """Lets an update happen or not."""
     teacher: SolutionFlow | None = None
     """The average of the weights behind the consistency target, if it is not the student's own."""
     captured: Captured | None = None
@@ -73,7 +76,10 @@ class TrainState:
         averages = [average.network for average in (ema, teacher) if average is not None]
         optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, averages)
         objective = Objective(config.objective)
-        return cls(config, flow, ema, optimizer, objective, device, precision, quotient, teacher, None, 0, rank, world)
+        guard = Guard(device)  # in a loop of one's own, a step that is refused is left out, and that is all
+        return cls(
+            config, flow, ema, optimizer, objective, device, precision, quotient, guard, teacher, rank=rank, world=world
+        )
 
     def rides_along(self) -> bool:
         """Whether the values behind the quotient are those of the student's own forward. A forward that keeps little

@@ -18,6 +18,7 @@ from torch import Tensor
 from soflow_kernels import AdamWEMA, clip_scale
 
 from .capture import Captured
+from .guard import Seen, look
 from .model import Tape
 from .objective import LossTerm, with_null
 from .quotient import Ends, comparable, cosine, products, value_and_increment
@@ -73,7 +74,8 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
 
     x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Returns scalars as tensors on the
     device: losses, `sc_mse` (mean q^2), weights, gradient norm, learning rate; every `run.check_quotient_every` steps
-    `q_cosine`, of the quotient with its float32 value. Nothing is copied to the host.
+    `q_cosine`, of the quotient with its float32 value; where such steps are skipped, `skipped`: how many so far had a
+    number that is not finite. They change nothing but the count of steps. Nothing is copied to the host.
     Raises ValueError if x0 and y do not fit the model.
     """
     config = state.config
@@ -90,6 +92,8 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     else:
         totals = update(state, x0, y, draws)
     totals["lr"] = torch.tensor(learning_rate(state))
+    if config.run.on_nonfinite == "skip":
+        totals["skipped"] = state.guard.skipped()
     state.step += 1
     return totals
 
@@ -114,10 +118,12 @@ def update(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws) -> dic
     low = parts == 1 and isinstance(state.optimizer, AdamWEMA)  # the others take gradients of the weights' dtype
     state.sum_gradients_in(None if low else torch.float32)
     totals: dict[str, Tensor] = {}
+    seen: Seen = {}
+    look(seen, "input", x0)
     for k in range(parts):
         index, n_fm = _micro_batch(B, draws.n_fm, k, parts, x0.device)
         checked = totals if k == 0 and _checks_quotient(state) else None
-        fm, sc = _losses(state, x0, y, draws, index, n_fm, checked)
+        fm, sc = _losses(state, x0, y, draws, index, n_fm, seen, checked)
         n_sc = (B // parts if index is None else len(index)) - n_fm
         loss = (n_fm * fm.loss if n_fm else 0) + (n_sc * sc.loss if n_sc else 0)
         assert isinstance(loss, Tensor)
@@ -126,7 +132,8 @@ def update(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws) -> dic
         for name, term, n, whole in (("fm", fm, n_fm, draws.n_fm), ("sc", sc, n_sc, B - draws.n_fm)):
             for part, value in zip(term._fields, term, strict=True) if n else ():
                 totals[f"{name}_{part}"] = totals.get(f"{name}_{part}", 0) + value.detach() * (n / whole)
-    totals["grad_norm"] = _update(state)
+    look(seen, "loss", torch.stack([value for name, value in totals.items() if name != "q_cosine"]))
+    totals["grad_norm"] = _update(state, seen)
     return totals
 
 
@@ -168,10 +175,12 @@ def _losses(
     draws: Draws,
     index: Tensor | None,
     n_fm: int,
+    seen: Seen,
     checked: dict[str, Tensor] | None,
 ) -> tuple[LossTerm, LossTerm]:
     """Both losses of some samples, from the three network calls. A loss without samples is NaN without gradient.
 
+    seen: is told whether the numbers on the way are finite.
     checked: where the measured cosine of the quotient goes, None: it is not measured.
     """
     flow, objective, network = state.flow, state.objective, state.flow.network
@@ -191,12 +200,14 @@ def _losses(
         labels = torch.cat([null, label[sc]]) if mixed and label is not None else null
         with torch.no_grad(), products(state.precision, state.device):
             guidance = flow.to_velocity(network(x, times, times, labels).float())
+        look(seen, "guidance", guidance)
         v_null, v_sc = guidance[: len(x0)], guidance[len(x0) :] if mixed else None
 
     # Without consistency samples there is nothing to ride along for.
     tape = Tape(sc) if n_fm < len(x0) and state.rides_along() else None
     with products(state.precision, state.device):
         output = (network(x_t, t, s, label) if tape is None else network(x_t, t, s, label, tape=tape)).float()
+    look(seen, "network", output)
 
     fm_term = sc_term = LossTerm(*[x_t.new_full((), math.nan)] * 3)
     if n_fm:
@@ -212,6 +223,7 @@ def _losses(
             own = state.precision == state.quotient.precision or state.quotient.teacher == "ema"
             given = output[sc] if own else None
             value, increment = value_and_increment(state.quotient, flow, state.teacher, at, given, tape)
+            look(seen, "teacher", value, increment)
             if checked is not None:
                 q = objective.quotient(flow, value, increment, x, target, t, l, s)
                 checked["q_cosine"] = cosine(state.quotient, objective, flow, state.teacher, at, q)
@@ -242,6 +254,7 @@ def teacher_decay(state: TrainState) -> float:
 def _set_rates(state: TrainState) -> None:
     """The learning rate and the decays of the next update, to where the optimiser reads them."""
     optimizer = state.optimizer
+    state.guard.step.fill_(state.step + 1)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(learning_rate(state))
@@ -253,12 +266,14 @@ def _set_rates(state: TrainState) -> None:
 
 
 @torch.no_grad()
-def _update(state: TrainState) -> Tensor:
-    """Clip, AdamW and the averages; nothing moves if a gradient is not finite. Returns the norm before clipping."""
+def _update(state: TrainState, seen: Seen) -> Tensor:
+    """Clip, AdamW and the averages; nothing moves if a number is not finite. Returns the norm before clipping."""
     optimizer, optim = state.optimizer, state.config.optim
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
-    scale, finite = clip_scale(norm, optim.grad_clip)
+    scale, _ = clip_scale(norm, optim.grad_clip)
+    look(seen, "gradient", norm)
+    finite = state.guard.allows(seen)
     try:
         optimizer.step(grad_scale=scale if optim.grad_clip else None, finite=finite)
     except torch.OutOfMemoryError as error:  # some weights may have moved: not to be repeated

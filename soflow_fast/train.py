@@ -72,6 +72,12 @@ def parser() -> Parser:
         "flash3, flash4 or xformers; --env says which are usable",
     )
     p.add_argument("--checkpoint-every", metavar="N", help="updates between checkpoints; 0: only the last")
+    p.add_argument("--keep", metavar="N", help="how many of the newest checkpoints stay, at least 2 (2)")
+    p.add_argument(
+        "--on-nonfinite",
+        metavar="W",
+        help="stop or skip: end the run at a number that is not finite, or leave out up to ten in a row (stop)",
+    )
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of config.json")
     p.add_argument("--dry-run", action="store_true", help="build everything, make one step, print what the run needs")
     p.add_argument("--env", action="store_true", help="print versions, devices, kernels and attention in use")

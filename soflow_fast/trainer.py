@@ -17,10 +17,12 @@ from . import checkpoint, telemetry
 from .attention_choice import choose, try_out
 from .config import AUTO, Config, difference, flatten, from_json, override, to_json
 from .data import Source, open_source
-from .errors import ConfigError, Diverged, Interrupted, storage_error
+from .errors import ConfigError, Diverged, Interrupted, received, storage_error
 from .evaluation import DigitScores, describe, measure_digits
+from .guard import GIVE_UP
 from .quotient import products, resolve_quotient
 from .sampling import sample
+from .saver import Saver
 from .state import TrainState, resolve_device, resolve_precision
 from .step import train_step
 
@@ -120,6 +122,7 @@ class Run:
     def __init__(self, state: TrainState, source: Source, run_dir: Path) -> None:
         self.state, self.source, self.run_dir = state, source, run_dir
         self.progress = telemetry.Progress(state.config.steps)
+        state.guard.limit = GIVE_UP if state.config.run.on_nonfinite == "skip" else 1
 
     def go(self) -> TrainState:
         """Train to the end and evaluate."""
@@ -134,7 +137,7 @@ class Run:
                     stale.unlink()
         except OSError as error:
             raise storage_error(error, f"--run-dir {self.run_dir}") from None
-        if checkpoint.resume(self.run_dir, state, lambda text: say(f"warning: {text}")):
+        if checkpoint.resume(self.run_dir, state, self._warn):
             say(f"resuming {self.run_dir} at step {state.step} of {config.steps}")
         else:
             millions = state.parameter_count() / 1e6
@@ -159,19 +162,18 @@ class Run:
         state, config, every = self.state, self.state.config, self.state.config.run
         began, first = time.monotonic(), state.step
         before, before_step = began, first
-        checked: dict[str, torch.Tensor] = {}  # measured between two lines of the log
         with (
             closing(self.progress),
             closing(telemetry.MetricsLog(self.run_dir / "metrics.jsonl", first)) as log,
             closing(telemetry.TensorBoard(self.run_dir / "tensorboard", first)) as board,
+            Saver(self.run_dir, every.keep, self._warn) as saver,
         ):
             while state.step < config.steps:
                 metrics = self._step(*self.source.batch(state.step, state.rank, state.world))
-                checked |= {name: metrics[name] for name in metrics if name == "q_cosine"}
                 step, last, stop = state.step, state.step == config.steps, bool(pending)
-                if step % every.log_every == 0 or last or "q_cosine" in metrics:  # measured: it must not be lost
-                    values = self._read(checked | metrics)
-                    checked.clear()
+                # What is measured now and then has a line at its step: a resumed run would not know it any more.
+                if step % every.log_every == 0 or last or "q_cosine" in metrics:
+                    values = self._read(metrics)
                     now = time.monotonic()
                     images = (step - before_step) * config.batch_size / (now - before)
                     before, before_step = now, step
@@ -183,8 +185,9 @@ class Run:
                     self._grid(step, f"step-{step:08d}", board)
                 if last or stop or (every.checkpoint_every and step % every.checkpoint_every == 0):
                     self._read(metrics)
-                    self._save(final=last or stop)
+                    self._save(saver, final=last or stop)
                     board.flush()
+                saver.poll()
                 if stop:
                     break
 
@@ -210,21 +213,32 @@ class Run:
             )
 
     def _read(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The metrics on the host. Raises Diverged if one is not finite."""
+        """The metrics on the host; of a step that was skipped, those that are finite. Raises Diverged if the run ends
+        here: the weights are those before the first number that was not finite, and the last checkpoint is older."""
+        refused, skips = self.state.guard.read(), self.state.config.run.on_nonfinite == "skip"
+        if refused.given_up:
+            row = f", the {refused.in_row}th in a row" if skips else ""
+            what = f"{refused.place} not finite at step {refused.step}{row}"
+            raise Diverged(f"{what}; that step changed nothing, and the last checkpoint stands")
         values = {name: float(value) for name, value in metrics.items()}
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        if wrong:
-            raise Diverged(f"{', '.join(wrong)} not finite at step {self.state.step}; nothing was saved after it began")
+        if wrong and not skips:
+            raise Diverged(f"{', '.join(wrong)} not finite at step {self.state.step}; the last checkpoint stands")
+        values = {name: value for name, value in values.items() if name not in wrong}
         return {**values, "memory_mb": memory_mb(self.state.device)}
 
-    def _save(self, *, final: bool) -> None:
+    def _save(self, saver: Saver, *, final: bool) -> None:
+        """Begin to save the state; the final one is there when this returns."""
+        if not final:
+            return saver.begin(self.state)
         try:
-            checkpoint.save(self.run_dir, self.state, self.state.config.run.keep)
+            saver.finish(self.state)
         except OSError as error:
-            if final:
-                what = f"--run-dir {self.run_dir}: cannot save the checkpoint of step {self.state.step}"
-                raise storage_error(error, what) from None
-            self.progress.say(f"warning: checkpoint of step {self.state.step} not saved: {error}")
+            what = f"--run-dir {self.run_dir}: cannot save the checkpoint of step {self.state.step}"
+            raise storage_error(error, what) from None
+
+    def _warn(self, text: str) -> None:
+        self.progress.say(f"warning: {text}")
 
     def _grid(self, step: int, name: str, board: telemetry.TensorBoard | None = None) -> Path:
         """A grid of one-step samples of the EMA weights, the same noise and labels every time."""
@@ -261,8 +275,8 @@ def enough_memory(config: Config) -> Iterator[None]:
         if not known and "can't allocate memory" not in str(error):  # what torch says on the CPU
             raise
         what = (
-            f"--batch-size {config.batch_size}: out of memory; give a smaller one, --micro-batch auto, "
-            f"or make the network smaller (model.hidden_size {config.model.hidden_size}, depth {config.model.depth})"
+            f"--batch-size {config.batch_size}: out of memory; give a smaller --micro-batch, --recompute block, "
+            f"a smaller batch or a smaller network (model.hidden_size {config.model.hidden_size}, depth {config.model.depth})"
         )
         raise ConfigError(what) from None
 
@@ -290,11 +304,11 @@ def memory_mb(device: torch.device) -> float:
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in the list that is yielded; a second one raises Interrupted at once."""
-    pending: list[int] = []
+    pending = received()  # one whose exception was lost at start-up
 
     def handle(signum: int, frame: object) -> None:
         if pending:
-            raise Interrupted(signum, "stopped at once by a second signal; the last checkpoint stands")
+            raise Interrupted(signum, "stopped at once by a second signal; the last checkpoint stands", at_once=True)
         pending.append(signum)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -11,6 +11,7 @@ R_SCHEDULES = ("exponent", "cosine", "linear", "constant")
 LR_SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("soflow", "torch", "apex")
 SWITCH = ("auto", "on", "off")
+ON_NONFINITE = ("stop", "skip")
 RECOMPUTE = ("none", "mlp", "block")
 ATTENTION = (
     *("auto", "flash4", "flash3", "flash2", "xformers"),
@@ -48,13 +49,14 @@ def validate(config: Config) -> Config:
         ("sample_every", 0),
         ("checkpoint_every", 0),
         ("check_quotient_every", 0),
-        ("keep", 1),
+        ("keep", 2),
     ):
         _require(getattr(run, name) >= least, f"run.{name}", f"at least {least}", getattr(run, name))
     _one_of("run.optimizer", run.optimizer, OPTIMIZERS)
     _one_of("run.compile", run.compile, SWITCH)
     _one_of("run.cuda_graph", run.cuda_graph, SWITCH)
     _one_of("run.recompute", run.recompute, RECOMPUTE)
+    _one_of("run.on_nonfinite", run.on_nonfinite, ON_NONFINITE)
     _one_of("run.attention", run.attention, ATTENTION)
     _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits
     _require(1 <= config.batch_size <= 2**20, "batch_size", "in [1, 2^20]", config.batch_size)
@@ -72,7 +74,8 @@ def validate_model(model: DiTConfig, prefix: str = "") -> None:
         value = getattr(model, name)
         least = 0 if name == "num_classes" else 1
         _require(isinstance(value, int) and value >= least, prefix + name, f"a whole number of at least {least}", value)
-    for name, most in (("hidden_size", 2**16), ("depth", 1000)):
+    limits = {"input_size": 2**12, "in_channels": 2**12, "hidden_size": 2**16, "depth": 1000, "num_classes": 2**24}
+    for name, most in limits.items():
         _require(getattr(model, name) <= most, prefix + name, f"at most {most}", getattr(model, name))
     _require(0 < model.mlp_ratio <= 64, prefix + "mlp_ratio", "above 0 and at most 64", model.mlp_ratio)
     _require(

@@ -93,22 +93,23 @@ def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    hook = threading.excepthook
-
     def call(module: str, *arguments: object) -> Result:
         main = importlib.import_module(f"soflow_fast.{module}").main
         capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            errors.run(lambda: main([str(argument) for argument in arguments]))
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        hook = threading.excepthook
+        try:
+            with pytest.raises(SystemExit) as ended:
+                errors.run(lambda: main([str(argument) for argument in arguments]))
+        finally:
+            threading.excepthook = hook
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = capfd.readouterr()
         return Result(int(ended.value.code or 0), out, err)
 
     yield call
     torch.set_num_threads(threads)
-    threading.excepthook = hook
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def png_size(content: bytes) -> tuple[int, int]:
             train,
             "help config run-dir data steps batch-size micro-batch precision quotient quotient-precision teacher "
             "teacher-decay seed device optimizer compile no-compile cuda-graph no-cuda-graph recompute attention "
-            "checkpoint-every set dry-run env",
+            "checkpoint-every keep on-nonfinite set dry-run env",
         ),
         (sample, "help out n nfe labels seed device"),
         (evaluate, "help n nfe seed device json"),

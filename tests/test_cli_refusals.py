@@ -33,6 +33,8 @@ OUT_OF_RANGE = {
     "--recompute": ["all", ""],
     "--attention": ["flash5", "sdpa-cudnn", ""],
     "--checkpoint-every": ["-1", "often"],
+    "--keep": ["1", "-1", "all"],
+    "--on-nonfinite": ["ignore", ""],
     "--data": ["nowhere", "x" * 300],
     "--run-dir": ["/dev/null", "/dev/null/run", "x" * 300],
 }

@@ -124,16 +124,16 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(
 def test_a_signal_while_the_last_checkpoint_is_saved_is_not_lost(
     tmp_path: Path, whole: tuple[Path, TrainState], monkeypatch: Any
 ) -> None:
-    save = checkpoint.save
+    write = checkpoint.write
 
-    def signalled(run_dir: Path, state: TrainState, keep: int) -> Path:
-        os.kill(os.getpid(), signal.SIGTERM) if state.step == 11 else None
-        return save(run_dir, state, keep)
+    def signalled(run_dir: Path, content: checkpoint.Snapshot, *arguments: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGTERM) if content.step == 11 else None
+        return write(run_dir, content, *arguments)
 
-    monkeypatch.setattr(checkpoint, "save", signalled)
+    monkeypatch.setattr(checkpoint, "write", signalled)
     with pytest.raises(Interrupted, match="at step 11 of 11"):
         trainer.train(configuration(tmp_path / "run"))
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "write", write)
     trainer.train(configuration(tmp_path / "run"))
     assert_same_end(tmp_path / "run", whole)
 
@@ -166,7 +166,7 @@ def test_a_second_signal_during_the_save_leaves_nothing_half_written(
 
         def signalled(handle: int) -> None:
             seen.append(handle)
-            if len(seen) == 10:  # the checkpoint of step 4 takes eight
+            if len(seen) == 11:  # the checkpoint of step 4 takes nine
                 os.kill(os.getpid(), signal.SIGTERM)
             fsync(handle)
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_that_cannot_be_saved_is_a_warning_except_the_last(
     def fail(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save", fail)
+    monkeypatch.setattr(checkpoint, "write", fail)
     with pytest.raises(StorageError) as error:
         trainer.train(configuration(tmp_path / "run"))
     assert str(error.value) == (

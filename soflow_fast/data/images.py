@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,8 @@ from torch import Tensor
 from ..errors import DataError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+"""What a file may be, whatever it is called: of some other formats Pillow hands the file to a program (EPS)."""
 LARGEST_FILE = 64 * 2**20
 
 
@@ -35,8 +38,12 @@ def load_images(path: str, size: int) -> tuple[Tensor, Tensor]:
         with zipfile.ZipFile(place) if place.is_file() else contextlib.nullcontext() as archive:
             for i, (_, name) in enumerate(entries):
                 try:
-                    content = archive.read(name) if archive else (place / name).read_bytes()
-                    with Image.open(io.BytesIO(content)) as image:
+                    content = _member(archive, name) if archive else (place / name).read_bytes()
+                    with warnings.catch_warnings():
+                        # An image of another size is refused below, before any of it is unpacked.
+                        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                        image = Image.open(io.BytesIO(content), formats=FORMATS)
+                    with image:
                         got = image.size
                         images[i] = np.asarray(image.convert("RGB")) if got == (size, size) else 0
                 except Exception as error:  # zip and image decoders raise many kinds; all mean that the file is damaged
@@ -49,10 +56,22 @@ def load_images(path: str, size: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """What a zip holds under a name, unpacked no further than to the length that it states."""
+    with archive.open(name) as file:
+        return file.read(archive.getinfo(name).file_size + 1)
+
+
+def _check_length(place: Path, name: object, length: int) -> None:
+    if length > LARGEST_FILE:
+        raise DataError(f"--data {place}: {name} unpacks to {length >> 20} MiB, more than an image has")
+
+
 def _folder_entries(place: Path) -> Iterator[tuple[str, str]]:
     for file in place.rglob("*"):
         if file.suffix.lower() in SUFFIXES and file.is_file():
             relative = file.relative_to(place)
+            _check_length(place, relative, file.stat().st_size)
             yield relative.parent.as_posix(), relative.as_posix()
 
 
@@ -63,7 +82,9 @@ def _zip_entries(place: Path) -> Iterator[tuple[str, str]]:
             hidden = name.name.startswith("._") or "__MACOSX" in name.parts  # what macOS adds to a zip
             if name.suffix.lower() not in SUFFIXES or info.is_dir() or hidden:
                 continue
-            if info.file_size > LARGEST_FILE:
-                size = f"{info.file_size >> 20} MiB"
-                raise DataError(f"--data {place}: {info.filename} unpacks to {size}, more than an image has")
+            if name.is_absolute() or ".." in name.parts or "\\" in info.filename:
+                raise DataError(f"--data {place}: {info.filename!r} points out of the zip")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others know no bound
+                raise DataError(f"--data {place}: {info.filename} is compressed by another method than deflate")
+            _check_length(place, info.filename, info.file_size)
             yield name.parent.as_posix(), info.filename

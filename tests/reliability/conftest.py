@@ -1,0 +1,94 @@
+"""What the tests of reliability share: trainings that are started quickly, and how often the costly ones run."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+WHOLE = os.environ.get("SOFLOW_SOAK") == "1"
+STARTER = Path(__file__).with_name("starter.py")
+TIMING = {"images_per_s", "seconds", "memory_mb"}
+
+
+@pytest.fixture(scope="session")
+def count() -> Callable[[int, int], int]:
+    """`count(usual, whole)`: how often to do something costly, in the usual test run and with SOFLOW_SOAK=1."""
+    return lambda usual, whole: whole if WHOLE else usual
+
+
+class Training(NamedTuple):
+    """A training in a process of its own."""
+
+    pid: int
+    output: Path
+    ask: Callable[[dict[str, Any]], str]
+
+    def kill(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """The exit code, negative for the signal that killed it."""
+        return int(self.ask({"wait": self.pid}))
+
+
+@pytest.fixture(scope="session")
+def started(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Training]]:
+    """`started(*arguments)`: a training that has just begun, at the command line's first statement. A function of `os`
+    called `hang` never returns in it."""
+    folder = tmp_path_factory.mktemp("outputs")
+    process = subprocess.Popen(
+        [sys.executable, str(STARTER)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin and process.stdout and process.stdout.readline() == "ready\n"
+    outputs: list[Path] = []
+
+    def ask(request: dict[str, Any]) -> str:
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+
+    def started(*arguments: object, hang: str = "") -> Training:
+        outputs.append(folder / f"{len(outputs)}.txt")
+        outputs[-1].touch()
+        return Training(
+            int(ask({"arguments": [*map(str, arguments)], "output": str(outputs[-1]), "hang": hang})), outputs[-1], ask
+        )
+
+    yield started
+    process.stdin.close()  # which ends the starter, and with it whatever a failed test has left running
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., Any]:
+    """`until(condition)`: waits until it holds, and returns what it gave."""
+
+    def until(condition: Callable[[], Any], milliseconds: int = 60_000) -> Any:
+        for _ in range(milliseconds):
+            found = condition()
+            if found:
+                return found
+            time.sleep(0.001)
+        raise AssertionError("it did not happen")
+
+    return until
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without times and memory."""
+    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name not in TIMING} for entry in entries]
+
+
+@pytest.fixture(scope="session")
+def logged() -> Callable[[Path], list[dict[str, Any]]]:
+    """`logged(run_dir)`: the lines of metrics.jsonl, without times and memory."""
+    return metrics

@@ -1,0 +1,208 @@
+"""Files made by somebody who means harm: no code runs from them, nothing is read or written elsewhere, and no file
+fills the memory."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import tracemalloc
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from soflow_fast import load_official
+from soflow_fast.data.images import load_images
+from soflow_fast.errors import CheckpointError, DataError
+
+
+class Hostile:
+    """What unpickles by running a command."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    return tmp_path / "mark"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, mark: Path) -> dict[str, Path]:
+    """Pickles in everything that may hold one."""
+    import numpy as np
+
+    bad = Hostile(mark)
+    found = {kind: tmp_path / f"bad.{kind}" for kind in ("pkl", "pt", "old.pt", "npy", "zip", "safetensors")}
+    found["pkl"].write_bytes(pickle.dumps(bad))
+    torch.save({"network.x": bad}, found["pt"])
+    torch.save({"network.x": bad}, found["old.pt"], _use_new_zipfile_serialization=False)
+    np.save(found["npy"], np.array([bad], dtype=object), allow_pickle=True)
+    with zipfile.ZipFile(found["zip"], "w") as archive:
+        archive.writestr("a/x.png", pickle.dumps(bad))
+    found["safetensors"].write_bytes(pickle.dumps(bad))
+    return found
+
+
+def test_the_pickles_of_this_test_do_run(hostile: dict[str, Path], mark: Path) -> None:
+    pickle.loads(hostile["pkl"].read_bytes())
+    assert mark.exists()
+
+
+def test_a_pickle_is_refused_wherever_a_file_is_asked_for(
+    hostile: dict[str, Path], mark: Path, refused: Any, run_dir: Path, tmp_path: Path
+) -> None:
+    for file in hostile.values():
+        for line in (
+            refused("train", "--config", file),
+            refused("train", "cifar10", "--data", file, "--device", "cpu", "--run-dir", tmp_path / "new"),
+            refused("train", "--run-dir", file, "--device", "cpu"),
+            refused("sample", file, "--out", tmp_path / "out"),
+            refused("evaluate", file),
+        ):
+            assert str(file) in line
+        with pytest.raises(CheckpointError, match=file.name) as error:
+            load_official(file)
+        assert "\n" not in str(error.value)
+        folder = tmp_path / f"folder-{file.name}"
+        (folder / "a").mkdir(parents=True)
+        (folder / "a" / "x.png").write_bytes(file.read_bytes())
+        assert "a/x.png" in refused("train", "cifar10", "--data", folder, "--run-dir", tmp_path / "new")
+    assert not mark.exists() and not (tmp_path / "out").exists()
+
+
+def test_a_pickle_inside_a_checkpoint_whose_sums_are_right_is_refused(
+    hostile: dict[str, Path], mark: Path, refused: Any, run_dir: Path, tmp_path: Path
+) -> None:
+    import hashlib
+
+    newest = run_dir / "checkpoints" / "step-00000020"
+    for name in ("ema.safetensors", "config.json", "state.json", "manifest.json"):
+        whole = {file.name: file.read_bytes() for file in newest.iterdir()}
+        (newest / name).write_bytes(hostile["pkl"].read_bytes())
+        if name != "manifest.json":
+            sums = json.loads(whole["manifest.json"])
+            sums["sha256"][name] = hashlib.sha256((newest / name).read_bytes()).hexdigest()
+            (newest / "manifest.json").write_text(json.dumps(sums))
+        assert str(newest) in refused("sample", newest, "--out", tmp_path / "out")
+        for file, content in whole.items():
+            (newest / file).write_bytes(content)
+    assert not mark.exists()
+
+
+def test_an_image_that_asks_for_a_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    started: list[Any] = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n(%pipe%id) (w) file\n%%EOF\n"
+    )
+    with pytest.raises(DataError, match=r"a/x\.png is no readable image \(UnidentifiedImageError\)"):
+        load_images(str(tmp_path), 4)
+    assert started == []
+
+
+def picture(size: int = 4) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.png", "a/../../x.png", "/etc/x.png", "a/..\\..\\x.png", "a/../x.png"], ids=lambda name: name
+)
+def test_a_zip_that_points_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/good.png", picture())
+        archive.writestr(name, picture())
+    with pytest.raises(DataError, match="points out of the zip") as error:
+        load_images(str(path), 4)
+    assert repr(name) in str(error.value)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int, data: bytes, *more: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+ZEROS = zlib.compress(bytes(200 * 2**20), 9)
+BOMBS = {
+    "14000 x 14000 pixels": png(14000, 14000, ZEROS),
+    "60000 x 60000 pixels": png(60000, 60000, ZEROS),
+    "9600 x 9600 pixels": png(9600, 9600, ZEROS),
+    "a text of 200 MB": png(4, 4, ZEROS, chunk(b"zTXt", b"k\0\0" + ZEROS)),
+    "a profile of 200 MB": png(4, 4, ZEROS, chunk(b"iCCP", b"k\0\0" + ZEROS)),
+    "pixels of 200 MB": png(4, 4, ZEROS),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_an_image_that_unpacks_to_much_more_is_refused_or_not_unpacked(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(BOMBS[kind])
+    tracemalloc.start()
+    try:
+        load_images(str(tmp_path), 4)
+    except DataError as error:
+        assert "a/x.png" in str(error) and "\n" not in str(error)
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 20 * 2**20, "a tenth of what it unpacks to"
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_member_that_unpacks_to_much_more_than_an_image(method: int, honest: bool, tmp_path: Path) -> None:
+    """Also where the directory of the zip claims less."""
+    path, length = tmp_path / "set.zip", 200 * 2**20
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a/x.png", bytes(length))
+    if not honest:
+        path.write_bytes(path.read_bytes().replace(struct.pack("<I", length), struct.pack("<I", 1000)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"a/x\.png is (compressed by another|no readable)|unpacks to 200"):
+            load_images(str(path), 4)
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 100 * 2**20
+
+
+def test_a_file_that_is_too_long_for_an_image(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with (tmp_path / "a" / "x.png").open("wb") as file:
+        file.truncate(2**36)
+    with pytest.raises(DataError, match=r"a/x\.png unpacks to 65536 MiB"):
+        load_images(str(tmp_path), 4)
+
+
+def test_weights_that_unpack_to_much_more_are_refused(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "plain.pt", tmp_path / "packed.pt"
+    torch.save({"network.x_embedder.proj.weight": torch.zeros(2**20)}, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    with pytest.raises(CheckpointError, match=r"packed\.pt: not a checkpoint of plain weights \(its parts are comp"):
+        load_official(packed)
+    torch.save({"network.x_embedder.proj.weight": torch.zeros(1).expand(2**20, 2**20)}, plain)
+    with pytest.raises(CheckpointError, match=r"proj\.weight is larger than what is stored"):
+        load_official(plain)

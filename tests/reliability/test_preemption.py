@@ -1,0 +1,155 @@
+"""SIGTERM and SIGINT at any moment: a checkpoint of the finished step, the exit code of the signal, exact resume."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from soflow_fast import checkpoint, errors, trainer
+from soflow_fast.errors import Interrupted
+
+STEPS = 400 if os.environ.get("SOFLOW_SOAK") == "1" else 120
+FLAGS = f"--steps {STEPS} --checkpoint-every 8 --set=run.log_every=1 --set=run.sample_every=50".split()
+FILES = ("network.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+def is_caught(pid: int) -> bool:
+    """Whether a process has come to its own handling of signals."""
+    caught = int(re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[0], 16)
+    return all(caught >> (number - 1) & 1 for number in CODES)
+
+
+def is_over(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def is_saving(run_dir: Path) -> bool:
+    return any(path.name.startswith(".partial") for path in checkpoint.directory(run_dir).glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def whole(started: Any, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without a signal."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert started(*tiny, *FLAGS, "--run-dir", run_dir).wait() == 0
+    return run_dir
+
+
+def test_signals_at_random_moments(
+    started: Any, until: Any, count: Any, logged: Any, tiny: list[str], whole: Path, tmp_path: Path
+) -> None:
+    """One run to its end, however often it is stopped on the way."""
+    chance, run_dir = random.Random(1), tmp_path / "run"
+    saved = 0
+    for k in range(count(4, 20)):
+        kind, number = ("start-up", "steps", "save")[k % 3], list(CODES)[k % 2]
+        training = started(*tiny, *FLAGS, "--run-dir", run_dir)
+        until(lambda: is_caught(training.pid))  # noqa: B023
+        if kind == "start-up":
+            time.sleep(0.4 * chance.random())
+        else:
+            until(lambda: re.search("^step", training.output.read_text(), re.M))  # noqa: B023
+            time.sleep(0.02 * chance.random())
+        if kind == "save":
+            until(lambda: is_saving(run_dir))
+        training.kill(number)
+        assert training.wait() == CODES[number], (kind, training.output.read_text())
+        text = training.output.read_text()
+        assert text.count("soflow: ") == 1 and text.splitlines()[-1].startswith("soflow: "), text
+        stopped = re.search(r"stopped and saved at step (\d+)", text)
+        assert stopped or kind == "start-up"
+        if stopped:
+            saved += 1
+            newest = checkpoint.list_checkpoints(run_dir)[0]
+            assert int(newest.name[-8:]) == int(stopped[1]) == logged(run_dir)[-1]["step"] < STEPS
+            checkpoint.read_verified(newest)
+    assert saved >= 2
+    training = started(*tiny, *FLAGS, "--run-dir", run_dir)
+    assert training.wait() == 0, training.output.read_text()
+    ours, theirs = checkpoint.list_checkpoints(run_dir)[0], checkpoint.list_checkpoints(whole)[0]
+    assert ours.name == theirs.name
+    assert [name for name in FILES if (ours / name).read_bytes() != (theirs / name).read_bytes()] == []
+    assert logged(run_dir) == logged(whole)
+    assert not [path for path in run_dir.rglob("*") if "partial" in path.name]
+
+
+def test_signals_while_a_process_starts(
+    start: Callable[..., subprocess.Popen], until: Any, count: Any, tiny: list[str], tmp_path: Path
+) -> None:
+    """Most of a start is imports, into whose midst the signal comes."""
+    chance = random.Random(2)
+    for k in range(count(2, 8)):
+        number = list(CODES)[k % 2]
+        process = start(
+            *("train", *tiny, *FLAGS, "--run-dir", tmp_path / str(k)),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until(lambda: is_caught(process.pid))  # noqa: B023
+        time.sleep(3 * chance.random())
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == CODES[number], err
+        assert err.startswith("soflow: ") and err.count("\n") == 1, err
+        assert ("stopped and saved" in err) == bool(checkpoint.list_checkpoints(tmp_path / str(k)))
+
+
+def test_a_second_signal_does_not_wait_for_a_disk_that_hangs(
+    started: Any, until: Any, tiny: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    training = started(*tiny, *FLAGS, "--run-dir", run_dir, hang="fsync")
+    until(checkpoint.directory(run_dir).exists)
+    training.kill(signal.SIGTERM)
+    time.sleep(0.2)
+    assert not is_over(training.pid), "the first one waits for the checkpoint"
+    training.kill(signal.SIGINT)
+    until(lambda: is_over(training.pid))
+    assert training.wait() == 130
+    assert "second signal; the last checkpoint stands" in training.output.read_text()
+    assert checkpoint.list_checkpoints(run_dir) == []
+    training = started(*tiny, "--steps", STEPS, "--run-dir", run_dir)
+    until(lambda: "training digits" in training.output.read_text())
+    training.kill(signal.SIGTERM)
+    assert training.wait() == 143 and not is_saving(run_dir)
+
+
+def test_a_signal_whose_exception_was_lost_is_not_lost() -> None:
+    """Python drops what is raised in a destructor; here something else catches it."""
+    handlers = {number: signal.getsignal(number) for number in CODES}
+    hook, seen = threading.excepthook, []
+
+    def swallowed() -> None:
+        with contextlib.suppress(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with trainer.signals() as pending:
+            seen.append(list(pending))
+
+    def failed_import() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except Interrupted:
+            raise ImportError("cannot import name 'x'") from None
+
+    try:
+        for act, code in ((swallowed, 143), (failed_import, 130), (lambda: None, 0)):
+            with pytest.raises(SystemExit) as ended:
+                errors.run(act)
+            assert ended.value.code == code
+    finally:
+        threading.excepthook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert seen == [[signal.SIGTERM]]
