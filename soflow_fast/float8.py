@@ -36,7 +36,7 @@ def use_float8(layers: list[nn.Linear], *, emulate: bool = False) -> None:
     from torchao.float8.float8_linear import Float8Linear  # pyright: ignore[reportMissingImports]
 
     for layer in layers:
-        twin = Float8Linear.from_float(layer, config=Float8LinearConfig(emulate=emulate))
+        twin: Any = Float8Linear.from_float(layer, config=Float8LinearConfig(emulate=emulate))
         twin.bias = None  # goes where the other products' biases go
         layer.__dict__["float8"] = twin  # past nn.Module, which would list its parameters twice
 
