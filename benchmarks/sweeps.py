@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import gates, record
+from benchmarks.account import peak_memory
 from benchmarks.baselines.authors import AUTHORS
 from benchmarks.cases import Case
-from benchmarks.race import peak_memory, synchronize
+from benchmarks.race import synchronize
 from benchmarks.recipes import OURS, Recipe, build
 from benchmarks.tables import quartiles
 from soflow_fast.config import Config, DataConfig, DiTConfig, RunConfig, override

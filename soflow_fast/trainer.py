@@ -276,8 +276,7 @@ def enough_memory(config: Config) -> Iterator[None]:
             raise
         what = (
             f"--batch-size {config.batch_size}: out of memory; give a smaller --micro-batch, --recompute block, "
-            f"a smaller batch or a smaller network (model.hidden_size {config.model.hidden_size}, "
-            f"depth {config.model.depth})"
+            f"a smaller batch or network (model.hidden_size {config.model.hidden_size}, depth {config.model.depth})"
         )
         raise ConfigError(what) from None
 

@@ -36,13 +36,16 @@ def test_memory_and_open_files(started: Any, until: Any, count: Any, tiny: list[
     assert len(seen) >= 30
     slope = 1000 * np.polyfit(at, memory, 1)[0]
     print(f"{slope:.2f} MB per 1000 steps, {files.min()} to {files.max()} open files")
-    # Pages that the allocator takes once and keeps weigh more in a short run: 3 MB over its 600 steps are no leak.
-    assert slope < count(5, 1)
+    # A short run has not come to rest: what it takes once and keeps is most of its slope. The whole one is the measure.
+    assert slope < count(20, 1)
     half = len(files) // 2
     assert files[half:].max() <= files[:half].max(), "open files grow"
 
 
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+# torch's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_no_recompilation_after_the_tenth_step(count: Any) -> None:
     torch._dynamo.reset()
     counters.clear()
