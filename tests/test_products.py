@@ -1,5 +1,6 @@
 """The products of a block: gradients of the plain composition, and how little is kept for the backward."""
 
+import contextlib
 import dataclasses
 import gc
 
@@ -104,8 +105,12 @@ def test_forward_derivatives_are_exact():
 
 def storages():
     """Every storage that a tensor within Python's reach has."""
-    found = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter, FakeTensor)]
-    return {tensor.untyped_storage()._cdata: tensor for tensor in found}
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter, FakeTensor):
+            with contextlib.suppress(NotImplementedError):  # a wrapper that another test left behind
+                found[thing.untyped_storage()._cdata] = thing
+    return found
 
 
 def kept_bytes(forward):

@@ -36,7 +36,9 @@ def test_kills_in_the_midst_of_saving(started: Any, until: Any, count: Any, tiny
     """One run, killed again and again, goes on from a checkpoint no older than one interval."""
     run_dir, chance, kills = tmp_path / "run", random.Random(0), count(10, 50)
     folder, newest, stale = checkpoint.directory(run_dir), 0, 0
-    for _ in range(kills):
+    for k in range(8 * kills):
+        if k >= kills and stale >= kills // 5:  # how many meet a save is a matter of the machine's pace
+            break
         training = started(*tiny, *FLAGS, "--run-dir", run_dir)
         first = f"resuming {run_dir} at step {newest} of" if newest else "training digits"
         until(lambda: first in training.output.read_text())  # noqa: B023
