@@ -2,7 +2,8 @@
 
 Neither is a parameter: `state_dict`, `parameters()` and the optimiser see the masters. A copy follows its master: where
 that was changed by anybody but the optimiser, which writes both, it is made again at its next use. Changes
-show in torch's version counters, which torch's fused optimisers do not move: after their step, `forget`.
+show in torch's version counters, which writes through `.data` and torch's fused optimisers do not move: after these,
+`DiT.forget_copies`.
 """
 
 from typing import Any
@@ -19,6 +20,13 @@ def _place(tensor: Tensor) -> tuple[Any, Any]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
+def _state_of(layer: nn.Linear) -> tuple | None:
+    """What shows whether a layer's parameters were changed; None: nothing does, as for tensors of inference mode."""
+    if layer.weight.is_inference() or layer.bias.is_inference():
+        return None
+    return layer.weight._version, layer.bias._version, _place(layer.weight), _place(layer.bias)
+
+
 class Copy:
     """A layer's weight and bias in another dtype."""
 
@@ -28,8 +36,8 @@ class Copy:
 
     def follow(self, layer: nn.Linear) -> None:
         """Copy the layer's parameters, unless they are those that were copied last."""
-        now = (layer.weight._version, layer.bias._version, _place(layer.weight), _place(layer.bias))
-        if now != self.seen:
+        now = _state_of(layer)
+        if now is None or now != self.seen:
             with torch.no_grad():
                 self.weight.copy_(layer.weight)
                 self.bias.copy_(layer.bias)
@@ -41,7 +49,7 @@ class Copy:
 
     def trust(self, layer: nn.Linear) -> None:
         """Take the copy for a true one: whoever changed the layer has written it too."""
-        self.seen = (layer.weight._version, layer.bias._version, _place(layer.weight), _place(layer.bias))
+        self.seen = _state_of(layer)
 
 
 def operands(layer: nn.Linear, dtype: torch.dtype) -> Weight:
@@ -66,11 +74,11 @@ class Stack:
         self.weight = torch.empty(sum(rows), like.shape[1], dtype=dtype, device=like.device)
         self.bias = torch.empty(sum(rows), dtype=dtype, device=like.device)
         self.parts = list(zip(self.weight.split(rows), self.bias.split(rows), strict=True))
-        self.places = [_place(tensor) for part in self.parts for tensor in part]
 
     def holds(self, weights: list[Weight]) -> bool:
         """Whether these are its parts."""
-        return self.places == [_place(tensor) for weight in weights for tensor in weight[2:4]]
+        places = [_place(tensor) for part in self.parts for tensor in part]
+        return places == [_place(tensor) for weight in weights for tensor in weight[2:4]]
 
 
 def keep_copies(layers: list[nn.Linear], stacked: list[nn.Linear], dtype: torch.dtype) -> Stack:
@@ -87,7 +95,7 @@ def keep_copies(layers: list[nn.Linear], stacked: list[nn.Linear], dtype: torch.
 
 @torch.no_grad()
 def stack_in_place(layers: list[nn.Linear]) -> Stack:
-    """Move the layers' parameters into one piece; they stay the parameters that they are."""
+    """Move the layers' parameters into one piece; they stay the parameters that they are, but views of one storage."""
     stack = Stack(layers, layers[0].weight.dtype)
     for layer, (weight, bias) in zip(layers, stack.parts, strict=True):
         for parameter, place in ((layer.weight, weight), (layer.bias, bias)):

@@ -231,6 +231,12 @@ class DiT(nn.Module):
         for layer in self.copied_layers():
             layer.copy.follow(layer)
 
+    def forget_copies(self) -> None:
+        """Have the copies made anew at their next use: for changes that torch's version counters do not show, such as
+        those through `.data` and by torch's fused optimisers."""
+        for layer in self.copied_layers():
+            layer.copy.forget()
+
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the blocks by torch.compile, one graph each without breaks; equal blocks share their code."""
         # One variant for the first block and one for the others, with and without gradient, for each size of batch.

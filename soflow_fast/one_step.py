@@ -35,7 +35,8 @@ class OneStep:
             raise ConfigError("precision fp8: OneStep has bf16, tf32 and fp32")
         if cuda_graph and self.device.type != "cuda":
             raise ConfigError(f"cuda_graph: needs a GPU, the device is {self.device.type}")
-        flow.network.keep_copies(torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        if self.precision == "bf16":
+            flow.network.keep_copies(torch.bfloat16)
         if compile:
             flow.network.compile_blocks()
         self.call = Captured(self._call) if cuda_graph else self._call

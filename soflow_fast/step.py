@@ -89,6 +89,8 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     if state.captured is not None and not _checks_quotient(state):
         state.flow.network.refresh_copies()
         totals = state.captured(x0, y, *draws[:-1])
+        if not isinstance(state.optimizer, AdamWEMA):  # a replay runs no line of `_update`
+            state.flow.network.forget_copies()
     else:
         totals = update(state, x0, y, draws)
     totals["lr"] = torch.tensor(learning_rate(state))

@@ -89,6 +89,7 @@ SETTINGS = [
     {"optim.lr_schedule": "cosine", "teacher": "ema", "precision": "bf16", "optim.lr": 1e-2},
     {"micro_batch": 3, "optim.lr": 1e-2},
     {"optimizer": "torch", "optim.lr": 1e-2, "recompute": "mlp"},
+    {"optimizer": "torch", "optim.lr": 1e-2, "precision": "bf16"},  # whose copies nobody but a replay could write
 ]
 
 

@@ -144,3 +144,27 @@ def test_bf16_training_stays_near_float32():
         for run in (low, exact)
     )
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.95
+
+
+def test_changes_that_leave_no_trace_are_told():
+    network = state().flow.network
+    layer = network.blocks[0].mlp.fc1
+    assert is_copy(layer)
+    layer.weight.data.mul_(1.5)
+    network.forget_copies()
+    assert is_copy(layer)
+
+
+def test_a_flow_made_in_inference_mode():
+    with torch.inference_mode():
+        first, *others = layers()
+        keep_copies([first], others, torch.bfloat16)
+        assert is_copy(first)
+        first.weight.add_(1)
+        assert is_copy(first)
+
+
+def test_a_deep_copy_keeps_its_stack():
+    network = copy.deepcopy(state().flow.network)
+    weights = [operands(layer, torch.bfloat16) for layer in network.modulation_layers()]
+    assert network.stack is not None and network.stack.holds(weights)
