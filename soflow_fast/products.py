@@ -210,12 +210,12 @@ def normed_mlp(
         x, y, gate, bias, shift, scale = entry
         return _NormedMLP.apply(x, y, gate, bias, shift, scale, *_apart(first), *_apart(second), fused, keep_inner)
     x, h = _norm(entry, first.low.dtype)
-    w, b = _operand(first.master, first.low), _operand(first.master_bias, first.bias)
     if taped or first.product or (torch.is_grad_enabled() and (fused or first.low is not first.master)):
         u = linear(h, first, bias=not fused)
         inner = bias_gelu(u, first.master_bias) if fused else F.gelu(u, approximate="tanh")
         return x, linear(inner, second, bias=not fused), u.detach()
-    return x, linear(linear_gelu(h, w, b), second, bias=not fused), None
+    inner = linear_gelu(h, _operand(first.master, first.low), _operand(first.master_bias, first.bias))
+    return x, linear(inner, second, bias=not fused), None
 
 
 class _Stacked(torch.autograd.Function):

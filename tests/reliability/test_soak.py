@@ -38,8 +38,8 @@ def test_memory_and_open_files(started: Any, until: Any, count: Any, tiny: list[
     print(f"{slope:.2f} MB per 1000 steps, {files.min()} to {files.max()} open files")
     # A short run has not come to rest: what it takes once and keeps is most of its slope. The whole one is the measure.
     assert slope < count(20, 1)
-    half = len(files) // 2
-    assert files[half:].max() <= files[:half].max(), "open files grow"
+    half = len(files) // 2  # a file that is being written is open at some of the readings; one that is leaked, at all
+    assert files[half:].min() <= files[:half].min(), "open files grow"
 
 
 # torch's own
