@@ -1,5 +1,6 @@
 """The networks and batches that are timed."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ class Case(NamedTuple):
         m = self.config.model
         tokens = (m.input_size // m.patch_size) ** 2
         return f"{self.name}: hidden {m.hidden_size}, depth {m.depth}, {tokens} tokens, batch {self.config.batch_size}"
+
+    def at(self, batch: int) -> "Case":
+        """The same network on another batch."""
+        return self._replace(config=replace(self.config, batch_size=batch))
 
     def parameters(self) -> int:
         """Numbers in the network."""

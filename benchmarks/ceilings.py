@@ -26,7 +26,8 @@ def product_ceiling(device: torch.device, precision: str) -> float:
     """FLOP/s of the fastest of several large products in a step's precision."""
     n = SIDE[device.type]
     dtype = DTYPES[precision]
-    a, b, out = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(3))
+    # Noise, not constants: a GPU at its power limit multiplies those faster than any training's numbers.
+    a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
     with products("tf32" if precision == "tf32" else "fp32", device):  # of float32 operands
         return 2 * n**3 / _fastest(lambda: torch.mm(a, b, out=out), device)
 

@@ -18,12 +18,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds", type=float, default=45.0, help="about how long to time each network, at least 5 rounds"
     )
+    group.addoption("--batch", type=int, help="images in a batch of the step, its record apart (as the case has it)")
     group.addoption(
         "--kernel-seconds", type=float, default=0.5, help="about how long to time each operation, at least 7 rounds"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    if option.batch is not None and option.batch < 1:
+        raise pytest.UsageError(f"--batch must be at least 1, got {option.batch}")
+    for name, value in (("--seconds", option.seconds), ("--kernel-seconds", option.kernel_seconds)):
+        if not 0 <= value < float("inf"):
+            raise pytest.UsageError(f"{name} must be at least 0 and finite, got {value}")
     config.stash[ROWS] = []
     config.stash[KERNEL_ROWS] = []
 
@@ -52,8 +59,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     if exitstatus != 0:
         terminalreporter.line("not recorded: not everything passed")
         return
+    of_steps = "step" if config.option.batch is None else "step-batch"
     words = [str(word).replace(f"{config.rootpath}/", "") for word in config.invocation_params.args]
-    for benchmark, rows in (("step", steps), ("kernels", kernels)):
+    for benchmark, rows in ((of_steps, steps), ("kernels", kernels)):
         if len(rows) > 1:
             path = record.write(rows, " ".join(["pytest", *words]), benchmark=benchmark)
             terminalreporter.line(f"recorded: {record.shown(path)}")

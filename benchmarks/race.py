@@ -4,7 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -69,22 +69,32 @@ class Race:
         self.case = case
         self.rows: dict[str, Row] = {}
         self.steps: dict[str, Callable[[], None]] = {}
-        for recipe in [OURS, *baselines]:
-            reason = recipe.why_not(case.config) or self._enter(recipe)
-            if reason:
-                self.rows[recipe.name] = Row(case=case.describe(), recipe=recipe.name, skipped=reason)
-                self.steps.pop(recipe.name, None)
+        recipes = [OURS, *baselines]
+        # All are judged and measured before anyone's state stays: a peak of memory is then one recipe's own.
+        for act in (self._measure, self._warm_up):
+            for recipe in recipes:
+                if recipe.name in self.rows and self.rows[recipe.name].skipped:
+                    continue
+                reason = recipe.why_not(case.config) or self._without_falling(act, recipe)
+                if reason:
+                    self.rows[recipe.name] = Row(case=case.describe(), recipe=recipe.name, skipped=reason)
 
-    def _enter(self, recipe: Recipe) -> str | None:
+    def _measure(self, recipe: Recipe) -> None:
+        errors = passed(self.case, recipe)
+        self.rows[recipe.name] = entry(self.case, recipe)
+        self.rows[recipe.name].gate = errors
+
+    def _warm_up(self, recipe: Recipe) -> None:
+        self.steps[recipe.name] = timed_step(self.case, recipe, self.rows[recipe.name].seconds)
+
+    def _without_falling(self, act: Callable[[Recipe], None], recipe: Recipe) -> str | None:
+        """None, or that memory ran out; raises it if it is ours that does not fit."""
         try:
-            errors = passed(self.case, recipe)
-            self.rows[recipe.name] = entry(self.case, recipe)
-            self.rows[recipe.name].gate = errors
-            self.steps[recipe.name] = timed_step(self.case, recipe, self.rows[recipe.name].seconds)
+            act(recipe)
         except torch.OutOfMemoryError:
             if recipe is OURS:
                 raise
-            return "out of memory"
+            return "out of memory" if act == self._measure else "out of memory beside the others"
         finally:
             release()
         return None
@@ -190,7 +200,7 @@ def largest(case: Case, recipe: Recipe, rounds: int = 10) -> Row:
     errors = {} if reason else passed(case, recipe)
     batch = LARGEST
     while batch and not reason:
-        at = Case(name, replace(case.config, batch_size=batch))
+        at = case.at(batch)._replace(name=name)
         try:
             row = entry(at, recipe)
             step = timed_step(at, recipe, row.seconds)

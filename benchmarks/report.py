@@ -26,13 +26,10 @@ def table(run: dict) -> str:
     """A record as Markdown: a line per case and recipe, and what was measured where."""
     lines = [" | ".join(HEAD), " | ".join(["---", "---", "---", *["---:"] * (len(HEAD) - 3)])]
     for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
-        rows = list(group)
+        rows = [row for row in group if not row.get("skipped")]
         ratios = speed_ups(rows)
         for row in rows:
             first = case if row is rows[0] else ""
-            if row.get("skipped"):
-                lines.append(" | ".join([first, row["recipe"], f"not run: {row['skipped']}", *[""] * (len(HEAD) - 3)]))
-                continue
             f, ratio = figures(row), ratios.get(row["recipe"])
             cells = [first, row["recipe"], row["precision"], number(f["images_per_s"])]
             cells += [
@@ -54,7 +51,22 @@ def table(run: dict) -> str:
             " Ceilings: one large product in the same precision and one large copy, in the same run; bytes are those"
             " that the operations read and write, which caches may hold, and of compiled code are not seen."
         )
+    note += not_run(run["rows"])
     return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, note)])
+
+
+def not_run(rows: list[dict]) -> str:
+    """A sentence on who did not run and why; with the network where it is not the same for all."""
+    cases = {row["case"] for row in rows}
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.get("skipped"):
+            where.setdefault((row["recipe"], row["skipped"]), []).append(row["case"])
+    who: dict[str, list[str]] = {}
+    for (recipe, reason), at in where.items():
+        who.setdefault(reason, []).append(recipe if set(at) == cases else f"{recipe} ({'; '.join(at)})")
+    reasons = "; ".join(", ".join(names) + f": {why}" for why, names in who.items())
+    return f" Not run: {reasons}." if who else ""
 
 
 def share(images_per_s: float, each: float | None, ceiling: float | None) -> str:
@@ -261,6 +273,7 @@ BLOCKS = {
     "sampling": Block("README.md", "sampling", sampling),
     "digits": Block("README.md", "digits", digits),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
+    "step-batch": Block("docs/benchmarks.md", "step-batch", table),
     "increments": Block("docs/precision.md", "increments", increments),
     "precision-quality": Block("docs/precision.md", "precision", precision_quality),
     "kernels": Block("docs/kernels.md", "kernels", kernels),

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.filterwarnings("default::UserWarning", "default::Deprec
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_step(benchmark, case: Case, rows: list[dict], pytestconfig: pytest.Config) -> None:
+    if pytestconfig.option.batch is not None:
+        case = case.at(pytestconfig.option.batch)
     groups = heats(case, CONTESTANTS[1:])
     found: list[dict] = []
     for k, baselines in enumerate(groups):

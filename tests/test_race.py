@@ -2,12 +2,14 @@
 
 import contextlib
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import account, ceilings, quality_for_time, record, report
+from benchmarks import account, ceilings, conftest, quality_for_time, record, report
+from benchmarks import race as race_module
 from benchmarks.baselines import authors
 from benchmarks.baselines.authors import AUTHORS
 from benchmarks.cases import Case
@@ -84,7 +86,9 @@ def test_an_absent_recipe_keeps_its_reason(rows):
         "device": "d",
     }
     text = report.table(run | {"file": "f"})
-    assert "| absent | not run: is elsewhere |" in text and "kept for the backward" in text
+    assert "Not run: absent: is elsewhere." in text and "| absent |" not in text and "kept for the backward" in text
+    elsewhere = [row | {"case": "another"} for row in rows[:-1]]
+    assert f"absent ({rows[0]['case']}): is elsewhere." in report.table(run | {"rows": rows + elsewhere, "file": "f"})
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
@@ -97,6 +101,43 @@ def test_out_of_memory_is_a_reason_but_not_for_ours(monkeypatch):
     monkeypatch.setattr("benchmarks.race.entry", lambda case, recipe: full(None))
     with pytest.raises(torch.OutOfMemoryError):
         Race(CASE, [])
+
+
+def test_each_is_measured_alone_in_memory(monkeypatch):
+    """No state of a timed step is there while the peak of another recipe is taken."""
+    came = []
+    for name in ("entry", "timed_step"):
+        plain = getattr(race_module, name)
+        monkeypatch.setattr(race_module, name, lambda *a, name=name, plain=plain: came.append(name) or plain(*a))
+    Race(CASE, [AUTHORS, QUARTER])
+    assert came == ["entry"] * 3 + ["timed_step"] * 3
+
+
+def test_memory_that_runs_out_beside_the_others(monkeypatch):
+    plain = race_module.timed_step
+
+    def full(case, recipe, seconds):
+        if recipe is AUTHORS:
+            raise torch.OutOfMemoryError("no more")
+        return plain(case, recipe, seconds)
+
+    monkeypatch.setattr(race_module, "timed_step", full)
+    race = Race(CASE, [AUTHORS, QUARTER])
+    assert race.rows[AUTHORS.name].skipped == "out of memory beside the others"
+    assert list(race.steps) == [OURS.name, QUARTER.name]
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"seconds": -1.0}, {"kernel_seconds": float("nan")}], ids=str)
+def test_options_of_the_benchmarks(wrong):
+    options = {"batch": 32, "seconds": 1.0, "kernel_seconds": 1.0}
+    conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(**options), stash={}))
+    with pytest.raises(pytest.UsageError, match="--" + next(iter(wrong)).replace("_", "-")):
+        conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(**options | wrong), stash={}))
+
+
+def test_another_batch():
+    case = CASE.at(3)
+    assert len(case.batch(torch.device("cpu"))[0]) == 3 and case.config.model == CONFIG.model
 
 
 def test_every_recipe_runs_or_says_why_not():
