@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import record
+from benchmarks import plots, record
 from benchmarks.compare import Incomparable, compare, find
 from benchmarks.race import figures, speed_ups
-from benchmarks.tables import kernel_table, number, sweep_plot, sweep_table
+from benchmarks.tables import kernel_table, markdown, number, quartiles, sweep_table
 
 HEAD = (
     "network and batch", "recipe", "precision", "images/s", "ms per step (quartiles)", "time over ours",
@@ -24,7 +24,7 @@ HEAD = (
 
 def table(run: dict) -> str:
     """A record as Markdown: a line per case and recipe, and what was measured where."""
-    lines = [" | ".join(HEAD), " | ".join(["---", "---", "---", *["---:"] * (len(HEAD) - 3)])]
+    lines = []
     for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
         rows = [row for row in group if not row.get("skipped")]
         ratios = speed_ups(rows)
@@ -32,10 +32,7 @@ def table(run: dict) -> str:
             first = case if row is rows[0] else ""
             f, ratio = figures(row), ratios.get(row["recipe"])
             cells = [first, row["recipe"], row["precision"], number(f["images_per_s"])]
-            cells += [
-                f"{number(f['median_ms'])} ({number(f['low_ms'])} to {number(f['high_ms'])})",
-                f"{ratio:.2f}x" if ratio else "",
-            ]
+            cells += [quartiles(row["seconds"], 1e-3), f"{ratio:.2f}x" if ratio else ""]
             cells += [
                 str(row["network_calls"]),
                 f"{row['forwards_per_image']:.2f}",
@@ -43,7 +40,7 @@ def table(run: dict) -> str:
                 share(f["images_per_s"], row["flops_per_image"], row.get("product_ceiling")),
                 share(f["images_per_s"], row.get("bytes_per_image"), row.get("copy_ceiling")),
             ]
-            lines.append(" | ".join([*cells, memory(row)]))
+            lines.append([*cells, memory(row)])
     rounds = sorted({len(row["seconds"]) for row in run["rows"] if row["seconds"]})
     note = f"`{run['command']}`; the recipes' steps in turn, {' and '.join(map(str, rounds))} rounds."
     if any("product_ceiling" in row for row in run["rows"]):
@@ -52,7 +49,12 @@ def table(run: dict) -> str:
             " that the operations read and write, which caches may hold, and of compiled code are not seen."
         )
     note += not_run(run["rows"])
-    return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, note)])
+    return page(HEAD, 9, lines, run, note)
+
+
+def page(head: Sequence[str], numbers: int, lines: list[list[str]], run: dict, note: str) -> str:
+    """A table, the last `numbers` columns aligned to the right, and below it what was measured where."""
+    return f"{markdown(list(head), numbers, lines)}\n\n{measured(run, note)}"
 
 
 def not_run(rows: list[dict]) -> str:
@@ -84,18 +86,18 @@ def digits(run: dict) -> str:
         "near copies",
         "seconds",
     ]
-    lines = [" | ".join(head), " | ".join(["---:"] * len(head))]
+    lines = []
     for row in run["rows"]:
         for nfe, scores in row["nfe"].items():
             cells = [str(row["seed"]), nfe, f"{scores['accuracy']:.4f}", f"{scores['frechet']:.1f}"]
             cells += [f"{scores['near_copies']:.4f}", f"{row['seconds']:.0f}" if nfe == "1" else ""]
-            lines.append(" | ".join(cells))
+            lines.append(cells)
     note = (
         f"{run['rows'][0]['samples']} samples each. Labels by an SVC fitted on the real digits; Frechet distance in "
         "pixel space, where two halves of the real digits are 16 apart; near copies lie within Euclidean distance 4 of "
         f"a training image, pixels 0..16; seconds of the whole command, evaluation included. `{run['command']}`."
     )
-    return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, note)])
+    return page(head, len(head), lines, run, note)
 
 
 def precision_errors(run: dict) -> str:
@@ -103,16 +105,15 @@ def precision_errors(run: dict) -> str:
     rows = [row for row in run["rows"] if row["kind"] == "error"]
     ways = list(dict.fromkeys(row["way"] for row in rows))
     found = {(row["r"], row["way"]): f"{row['error']:.1e} / {row['cosine']:.5f}" for row in rows}
-    lines = [" | ".join(["r", *ways]), " | ".join(["---:"] * (1 + len(ways)))]
-    lines += [" | ".join([f"{r:g}", *(found[r, way] for way in ways)]) for r in dict.fromkeys(r for r, _ in found)]
-    return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, f"`{run['command']}`.")])
+    lines = [[f"{r:g}", *(found[r, way] for way in ways)] for r in dict.fromkeys(r for r, _ in found)]
+    return page(["r", *ways], 1 + len(ways), lines, run, f"`{run['command']}`.")
 
 
 def precision_quality(run: dict) -> str:
     """A record of benchmarks.precision as Markdown: what each recipe learned, mean and range over the seeds."""
     rows = [row for row in run["rows"] if row["kind"] == "quality"]
     head = ["recipe", "r_end", "Frechet, 1 step", "2 steps", "accuracy, 1 step", "2 steps", "mean q^2", "mean weight"]
-    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
+    lines = []
     for r, recipe in dict.fromkeys((row["r_end"], row["recipe"]) for row in rows):
         group = [row for row in rows if (row["r_end"], row["recipe"]) == (r, recipe)]
         lost = sum(not row["nfe"] for row in group)
@@ -120,13 +121,13 @@ def precision_quality(run: dict) -> str:
         for figure, digits in (("frechet", 1), ("accuracy", 4)):
             cells += [spread([row["nfe"][nfe][figure] for row in group if row["nfe"]], digits) for nfe in ("1", "2")]
         cells += [spread([row["last"][name] for row in group if row["nfe"]], 2) for name in ("sc_mse", "sc_weight")]
-        lines.append(" | ".join(cells))
+        lines.append(cells)
     seeds = len({row["seed"] for row in rows})
     note = (
         f"Mean over {seeds} seeds (lowest to highest). mean q^2 and mean weight over the last 100 steps. "
         f"`{run['command']}`."
     )
-    return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, note)])
+    return page(head, len(head) - 1, lines, run, note)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -137,60 +138,34 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def precision_plot(run: dict, path: Path) -> None:
-    """Frechet distance of one-step samples by recipe, a dot a seed, as SVG. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "precision"  # the same record gives the same file
-    from matplotlib import pyplot
-
-    rows = [row for row in run["rows"] if row["kind"] == "quality" and row["nfe"]]
-    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-    ends = list(dict.fromkeys(row["r_end"] for row in rows))
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.45 * len(recipes)), layout="constrained")
-    for k, r in enumerate(ends):
-        group = [row for row in rows if row["r_end"] == r]
-        heights = [recipes.index(row["recipe"]) + 0.2 * (k - (len(ends) - 1) / 2) for row in group]
-        axes.scatter([row["nfe"]["1"]["frechet"] for row in group], heights, label=f"r_end = {r:g}", alpha=0.8)
-    axes.set_yticks(range(len(recipes)), recipes)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("Frechet distance of one-step digits, pixel space (lower is better)")
-    axes.grid(axis="x", which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-
-
 def increments(run: dict) -> str:
     """A record of benchmarks.increments as Markdown: a line per case and contestant."""
-    lines = ["network and batch | what | ms (quartiles) | ratio", "--- | --- | ---: | ---:"]
+    lines = []
     for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
-        found = {row["way"]: figures(row) for row in group}
+        rows = list(group)
+        found = {row["way"]: figures(row) for row in rows}
         for k, (way, f) in enumerate(found.items()):
             against = "forward" if way == "paired forward" else "step, increments ride along"
             ratio = f["median_ms"] / found[against]["median_ms"]
             compared = way not in ("forward", "step, increments ride along")
-            ms = f"{number(f['median_ms'])} ({number(f['low_ms'])} to {number(f['high_ms'])})"
-            lines.append(f"{case if k == 0 else ''} | {way} | {ms} | {f'{ratio:.2f}x' if compared else ''}")
+            ms = quartiles(rows[k]["seconds"], 1e-3)
+            lines.append([case if k == 0 else "", way, ms, f"{ratio:.2f}x" if compared else ""])
     note = (
         "bf16, everything in turn; steps against the first, the paired forward against one forward of the whole batch. "
         f"`{run['command']}`."
     )
-    return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, note)])
+    return page(["network and batch", "what", "ms (quartiles)", "ratio"], 2, lines, run, note)
 
 
 def sampling(run: dict) -> str:
     """A record of benchmarks.sampling as Markdown: a line per network, batch and way."""
-    lines = ["network | batch | one network call | ms (quartiles) | images/s", "--- | ---: | --- | ---: | ---:"]
+    lines = []
     for (case, batch), group in itertools.groupby(run["rows"], key=lambda row: (row["case"], row["batch"])):
         for k, row in enumerate(group):
-            f = figures(row)
-            ms = f"{number(f['median_ms'])} ({number(f['low_ms'])} to {number(f['high_ms'])})"
-            start = f"{case} | {batch}" if k == 0 else " | "
-            lines.append(f"{start} | {row['way']} | {ms} | {number(f['images_per_s'])}")
-    return "\n".join([*(f"| {line} |" for line in lines), "", measured(run, f"In turn, one run. `{run['command']}`.")])
+            ms, images = quartiles(row["seconds"], 1e-3), number(figures(row)["images_per_s"])
+            lines.append([case if k == 0 else "", row["way"], str(batch) if k == 0 else "", ms, images])
+    head = ["network", "one network call", "batch", "ms (quartiles)", "images/s"]
+    return page(head, 3, lines, run, f"In turn, one run. `{run['command']}`.")
 
 
 def kernels(run: dict) -> str:
@@ -217,7 +192,7 @@ def sweeps(run: dict) -> str:
 def quality_for_time(run: dict) -> str:
     """A record of benchmarks.quality_for_time as Markdown: a line per method, mean and range over the seeds."""
     head = ["method", "ms per step", "seconds of training", "Frechet at a quarter", "at half", "at the end", "accuracy"]
-    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
+    lines = []
     for method in dict.fromkeys(row["method"] for row in run["rows"]):
         each = [row["points"] for row in run["rows"] if row["method"] == method]
         count = len(each[0])
@@ -226,37 +201,14 @@ def quality_for_time(run: dict) -> str:
         cells += [
             spread([points[max(0, k - 1)]["frechet"] for points in each], 1) for k in (count // 4, count // 2, count)
         ]
-        lines.append(" | ".join([*cells, spread([points[-1]["accuracy"] for points in each], 4)]))
+        lines.append([*cells, spread([points[-1]["accuracy"] for points in each], 4)])
     seeds, steps = len({row["seed"] for row in run["rows"]}), run["rows"][0]["points"][-1]["step"]
     note = (
         f"Mean over {seeds} seeds (lowest to highest) of {steps} steps each; one-step samples of the averaged weights, "
         f"judging them is not in the seconds. `{run['command']}`."
     )
     picture = "![Frechet distance of one-step digits by seconds of training](docs/quality.svg)"
-    return "\n".join([*(f"| {line} |" for line in lines), "", picture, "", measured(run, note)])
-
-
-def quality_plot(run: dict, path: Path) -> None:
-    """Frechet distance of one-step samples over seconds of training, a line a seed, as SVG. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "quality"  # the same record gives the same file
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for k, method in enumerate(dict.fromkeys(row["method"] for row in run["rows"])):
-        for row in (row for row in run["rows"] if row["method"] == method):
-            seconds, distances = ([point[name] for point in row["points"]] for name in ("seconds", "frechet"))
-            label = method if row["seed"] == run["rows"][0]["seed"] else None
-            axes.plot(seconds, distances, marker=".", color=f"C{k}", alpha=0.8, label=label)
-    axes.set_yscale("log")
-    axes.set_xlabel("seconds of training")
-    axes.set_ylabel("Frechet distance of one-step digits (lower is better)")
-    axes.grid(which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    return f"{markdown(head, len(head) - 1, lines)}\n\n{picture}\n\n{measured(run, note)}"
 
 
 class Block(NamedTuple):
@@ -265,19 +217,25 @@ class Block(NamedTuple):
     page: str
     benchmark: str
     render: Callable[[dict], str]
+    plot: tuple[Callable[[dict, Path], None], str] | None = None
+    """What draws the same record, and where."""
 
 
 BLOCKS = {
     "step": Block("README.md", "step", table),
-    "quality-for-time": Block("README.md", "quality-for-time", quality_for_time),
+    "quality-for-time": Block(
+        "README.md", "quality-for-time", quality_for_time, (plots.quality_for_time, "docs/quality.svg")
+    ),
     "sampling": Block("README.md", "sampling", sampling),
     "digits": Block("README.md", "digits", digits),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
     "step-batch": Block("docs/benchmarks.md", "step-batch", table),
     "increments": Block("docs/precision.md", "increments", increments),
-    "precision-quality": Block("docs/precision.md", "precision", precision_quality),
+    "precision-quality": Block(
+        "docs/precision.md", "precision", precision_quality, (plots.precision, "docs/precision.svg")
+    ),
     "kernels": Block("docs/kernels.md", "kernels", kernels),
-    "sweeps": Block("docs/benchmarks.md", "sweeps", sweeps),
+    "sweeps": Block("docs/benchmarks.md", "sweeps", sweeps, (plots.sweeps, "docs/sweeps.svg")),
 }
 
 
@@ -347,12 +305,10 @@ def main(argv: Sequence[str] | None = None, root: Path = record.ROOT, folder: Pa
             code = 1
         else:
             (root / page).write_text(wanted, encoding="utf-8")
-    if not check and "precision-quality" in runs:
-        precision_plot(runs["precision-quality"], root / "docs" / "precision.svg")
-    if not check and "sweeps" in runs:
-        sweep_plot(runs["sweeps"], root / "docs" / "sweeps.svg")
-    if not check and "quality-for-time" in runs:
-        quality_plot(runs["quality-for-time"], root / "docs" / "quality.svg")
+    for name, run in runs.items() if not check else ():
+        draw, picture = BLOCKS[name].plot or (None, "")
+        if draw:
+            draw(run, root / picture)
     return code
 
 

@@ -1,10 +1,9 @@
-"""Records of operations and sweeps as Markdown, and the sweeps' plot. `benchmarks.report` puts them into pages."""
+"""Records of operations and sweeps as Markdown. `benchmarks.report` puts them into pages."""
 
 import itertools
 import statistics
-from pathlib import Path
 
-from benchmarks import kernels, recipes
+from benchmarks import kernels
 
 AXES = {"batch": "images in a batch", "tokens": "tokens per image", "depth": "blocks"}
 
@@ -80,39 +79,3 @@ def sweep_table(rows: list[dict]) -> str:
             peak = "not measured" if row["peak_bytes"] is None else number(row["peak_bytes"] / 2**20)
             lines.append([at, recipe, timed, ratio, peak])
     return markdown(["at", "recipe", "ms per step (quartiles)", "time over ours", "peak MiB"], 3, lines)
-
-
-def sweep_plot(run: dict, path: Path) -> None:
-    """Time and memory over batch, tokens and depth, both axes logarithmic, as SVG. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "sweeps"  # the same record gives the same file
-    from matplotlib import pyplot
-    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
-
-    figures = {
-        "ms per step": lambda row: statistics.median(row["seconds"]) * 1e3 if row["seconds"] else None,
-        "peak memory, MiB": lambda row: row["peak_bytes"] / 2**20 if row["peak_bytes"] else None,
-    }
-    figure, panels = pyplot.subplots(2, len(AXES), figsize=(10, 6), layout="constrained", squeeze=False)
-    for (name, figure_of), line in zip(figures.items(), panels, strict=True):
-        for axis, panel in zip(AXES, line, strict=True):
-            rows = [row for row in run["rows"] if row["axis"] == axis]
-            for recipe in dict.fromkeys(row["recipe"] for row in rows):
-                points = [(row["value"], figure_of(row)) for row in rows if row["recipe"] == recipe]
-                points = [(x, y) for x, y in points if y is not None]
-                marker = "o" if recipe == recipes.OURS.name else "s"
-                panel.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=recipe)
-            panel.set_xscale("log", base=2)
-            panel.set_yscale("log")
-            ticks = sorted({row["value"] for row in rows})
-            panel.xaxis.set_major_locator(FixedLocator(ticks))
-            panel.xaxis.set_major_formatter(FixedFormatter([str(tick) for tick in ticks]))
-            panel.xaxis.set_minor_locator(NullLocator())
-            panel.set_xlabel(AXES[axis])
-            panel.set_ylabel(name)
-            panel.grid(which="both", alpha=0.3)
-    panels[0][0].legend()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
