@@ -1,6 +1,7 @@
 """`--record`, the rows of this session, and their tables at the end of the run."""
 
 import itertools
+import signal
 
 import pytest
 
@@ -14,7 +15,8 @@ KERNEL_ROWS = pytest.StashKey[list[dict]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("soflow-fast benchmarks")
-    group.addoption("--record", action="store_true", help="write benchmarks/records/<date>-<device>.json if all passed")
+    group.addoption("--record", action="store_true", help="write benchmarks/records/<date>-<device>.json")
+    group.addoption("--headline", action="store_true", help="only the steps that matter most: the rest takes hours")
     group.addoption(
         "--seconds", type=float, default=45.0, help="about how long to time each network, at least 5 rounds"
     )
@@ -31,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in (("--seconds", option.seconds), ("--kernel-seconds", option.kernel_seconds)):
         if not 0 <= value < float("inf"):
             raise pytest.UsageError(f"{name} must be at least 0 and finite, got {value}")
+    # Whoever ends the run by a signal, such as one whose time is up, has what was measured on record.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.stash[ROWS] = []
     config.stash[KERNEL_ROWS] = []
 
@@ -56,15 +60,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
         terminalreporter.line(kernel_table(kernels))
     if not config.getoption("--record"):
         return
-    if exitstatus != 0:
-        terminalreporter.line("not recorded: not everything passed")
-        return
     of_steps = "step" if config.option.batch is None else "step-batch"
     words = [str(word).replace(f"{config.rootpath}/", "") for word in config.invocation_params.args]
     for benchmark, rows in ((of_steps, steps), ("kernels", kernels)):
         if len(rows) > 1:
             path = record.write(rows, " ".join(["pytest", *words]), benchmark=benchmark)
-            terminalreporter.line(f"recorded: {record.shown(path)}")
+            but = "" if exitstatus == 0 else "; not everything passed or was reached"
+            terminalreporter.line(f"recorded: {record.shown(path)}{but}")
 
 
 def _summarize_steps(terminalreporter: pytest.TerminalReporter, found: list[dict]) -> None:

@@ -1,17 +1,18 @@
 """`python -m benchmarks.gpu --minutes 10`: all that the owner of a GPU can contribute within so many minutes.
 
-In the order of worth: environment, the tests that need a GPU, operations, the step at B/2, at B/2 and XL/2, sampling,
-sweeps. Each is a process with a share of the time that is left; one that fails or runs out of time is named at the end
-and does not stop the others. The records are listed last: hand them in as they are.
+In the order of worth: environment, the tests that need a GPU, operations, the step at B/2 and XL/2, sampling, sweeps.
+Each is a process with a share of the time that is left; one that fails or runs out of time is named at the end and does
+not stop the others; what it has measured by then is on record. The records are listed last: hand them in as they are.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,10 @@ from benchmarks import record
 TRIAL = record.ROOT / "runs" / "benchmarks"
 """Where --allow-cpu leaves its records: they are none to hand in."""
 WITHIN = "{within}"
-GRACE = 10.0
-"""Seconds between asking a process to end and ending it."""
+GRACE = 15.0
+"""Seconds between asking a process to end, which then writes its record, and ending it."""
+ALL = 60.0
+"""Minutes from which on every recipe is timed, also at its largest batch; below, those of contestants.HEADLINE."""
 
 
 class Part(NamedTuple):
@@ -40,16 +43,15 @@ def parts(minutes: float, cpu: bool = False) -> list[Part]:
     scale = minutes / 10
     python, pytest = [sys.executable, "-m"], [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     step = [*pytest, "benchmarks/test_step.py", "--record", f"--seconds={15 * scale:g}"]
-    steps = [Part("the step, digits", 3, [*step, "-k", "digits"])]
-    if not cpu:
-        # The smaller one alone first: what it measures is on record even if the larger one takes too long.
-        steps = [Part("the step at B/2", 2, [*step, "-k", "B/2"]), Part("the step at B/2 and XL/2", 3, step)]
+    steps = Part("the step at B/2 and XL/2", 8, step if minutes >= ALL else [*step, "--headline", "-k", "test_step"])
+    if cpu:
+        steps = Part("the step, digits", 8, [*step, "--headline", "-k", "digits"])
     operations = [*pytest, "benchmarks/test_kernels.py", "--record", f"--kernel-seconds={0.5 * scale:g}"]
     return [
         Part("environment", 1, [*python, "soflow_fast.train", "--env"]),
         Part("tests", 1.5, [*pytest, "tests", "-m", "gpu"]),
         Part("operations", 4, operations),
-        *steps,
+        steps,
         Part("sampling", 2, [*python, "benchmarks.sampling", f"--seconds={3 * scale:g}", f"--within={WITHIN}"]),
         Part("sweeps", 3, [*python, "benchmarks.sweeps", f"--seconds={2 * scale:g}", f"--within={WITHIN}"]),
     ]
@@ -68,7 +70,7 @@ def run(part: Part, seconds: float, environment: dict[str, str]) -> str | None:
     except subprocess.TimeoutExpired:
         _end(process)
         return f"ran out of time after {seconds:.0f} s"
-    except BaseException:  # Ctrl-C reaches us alone: the part has a session of its own
+    except BaseException:  # Ctrl-C and SIGTERM reach us alone: the part has a session of its own
         _end(process)
         raise
     return None if code == 0 else f"exit code {code}"
@@ -93,14 +95,17 @@ def run_all(todo: Sequence[Part], seconds: float, records: Path) -> int:
     path = os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "SOFLOW_RECORDS": str(records)}
     before, ends, failed = _written(records), time.monotonic() + seconds, []
-    for index, part in enumerate(todo):
-        left = ends - time.monotonic()
-        share = left * part.share / sum(other.share for other in todo[index:])
-        print(f"== {part.name}, at most {max(share, 0):.0f} s", flush=True)
-        failure = run(part, share, environment) if share > 0 else "no time was left"
-        if failure is not None:
-            failed.append(f"{part.name}: {failure}")
-            print(f"== {failed[-1]}", flush=True)
+    try:
+        for index, part in enumerate(todo):
+            left = ends - time.monotonic()
+            share = left * part.share / sum(other.share for other in todo[index:])
+            print(f"== {part.name}, at most {max(share, 0):.0f} s", flush=True)
+            failure = run(part, share, environment) if share > 0 else "no time was left"
+            if failure is not None:
+                failed.append(f"{part.name}: {failure}")
+                print(f"== {failed[-1]}", flush=True)
+    except KeyboardInterrupt:
+        failed.append("stopped before its end")
     print("== done" if not failed else "== not done:")
     for line in failed:
         print(f"   {line}")
@@ -109,6 +114,16 @@ def run_all(todo: Sequence[Part], seconds: float, records: Path) -> int:
     for path in found:
         print(f"   {record.shown(path)}")
     return len(failed)
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what is inside as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _written(folder: Path) -> dict[Path, int]:
@@ -121,14 +136,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="for everything together (10)")
     parser.add_argument("--allow-cpu", action="store_true", help="without a GPU, try it all small; nothing to hand in")
     arguments = parser.parse_args(argv)
-    if not arguments.minutes > 0:
-        parser.error(f"--minutes must be above 0, got {arguments.minutes:g}")
+    if not 0 < arguments.minutes < float("inf"):
+        parser.error(f"--minutes must be above 0 and finite, got {arguments.minutes:g}")
     cpu = not torch.cuda.is_available()
     if cpu and not arguments.allow_cpu:
         print("benchmarks.gpu: no GPU here (--allow-cpu tries it all small)", file=sys.stderr)
         return 2
     records = TRIAL if cpu else record.RECORDS
-    return min(run_all(parts(arguments.minutes, cpu), 60 * arguments.minutes, records), 1)
+    with stopped_by_sigterm():
+        return min(run_all(parts(arguments.minutes, cpu), 60 * arguments.minutes, records), 1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """One race: every recipe on one network and batch, gate first, then timed in turn within one run."""
 
+import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,9 +13,10 @@ from benchmarks import account, ceilings, gates
 from benchmarks.cases import Case
 from benchmarks.ceilings import synchronize
 from benchmarks.recipes import OURS, Recipe, build
+from soflow_fast.config import Config
 from soflow_fast.state import resolve_device
 
-__all__ = ["OURS", "Race", "Row", "figures", "heats", "largest", "speed_ups", "synchronize"]
+__all__ = ["OURS", "Race", "Row", "figures", "largest", "speed_ups", "synchronize"]
 
 WARM_UP = 2
 STATE_BYTES = 24
@@ -33,6 +35,8 @@ class Row:
     batch: int = 0
     skipped: str | None = None
     """Why there is nothing more."""
+    failed: bool = False
+    """Whether that is a fault."""
     parameters: int = 0
     network_calls: int = 0
     flops_per_image: float = 0.0
@@ -60,49 +64,39 @@ class Row:
 
 
 class Race:
-    """The recipes of one case, ours first. Building it runs the gate for each baseline (raises RedGate).
+    """The recipes of one case, ours first. Building it passes each through its gate and measures all but its time, one
+    alone in memory; then heats of them are warmed up and timed in turn.
 
-    A baseline that cannot run here, or does not fit into the memory, keeps a row that says so.
+    A baseline that cannot run here, does not fit into the memory, falls at its gate or fails otherwise keeps a row that
+    says so. What goes wrong with ours is raised.
     """
 
-    def __init__(self, case: Case, baselines: list[Recipe]) -> None:
+    def __init__(self, case: Case, baselines: Sequence[Recipe]) -> None:
         self.case = case
-        self.rows: dict[str, Row] = {}
+        self.recipes = {recipe.name: recipe for recipe in [OURS, *baselines]}
+        self.rows = {name: Row(case=case.describe(), recipe=name) for name in self.recipes}
         self.steps: dict[str, Callable[[], None]] = {}
-        recipes = [OURS, *baselines]
-        # All are judged and measured before anyone's state stays: a peak of memory is then one recipe's own.
-        for act in (self._measure, self._warm_up):
-            for recipe in recipes:
-                if recipe.name in self.rows and self.rows[recipe.name].skipped:
-                    continue
-                reason = recipe.why_not(case.config) or self._without_falling(act, recipe)
-                if reason:
-                    self.rows[recipe.name] = Row(case=case.describe(), recipe=recipe.name, skipped=reason)
+        self._turn = 0
+        for name, recipe in self.recipes.items():
+            self.rows[name].skipped = recipe.why_not(case.config)
+            self._attempt(name, self._measure)
 
-    def _measure(self, recipe: Recipe) -> None:
-        errors = passed(self.case, recipe)
-        self.rows[recipe.name] = entry(self.case, recipe)
-        self.rows[recipe.name].gate = errors
+    def heats(self) -> list[list[str]]:
+        """The baselines that can run, as many at a time as leave half of a GPU's memory to a step; all on a CPU."""
+        names = [name for name, row in self.rows.items() if not row.skipped and name != OURS.name]
+        device, size = resolve_device(self.case.config.run.device), max(1, len(names))
+        if device.type == "cuda":
+            half = torch.cuda.get_device_properties(device).total_memory / 2
+            size = max(1, int(half / (STATE_BYTES * self.case.parameters())) - 1)
+        return [names[k : k + size] for k in range(0, len(names), size)] or [[]]
 
-    def _warm_up(self, recipe: Recipe) -> None:
-        self.steps[recipe.name] = timed_step(self.case, recipe, self.rows[recipe.name].seconds)
-
-    def _without_falling(self, act: Callable[[Recipe], None], recipe: Recipe) -> str | None:
-        """None, or that memory ran out; raises it if it is ours that does not fit."""
-        try:
-            act(recipe)
-        except torch.OutOfMemoryError:
-            if recipe is OURS:
-                raise
-            return "out of memory" if act == self._measure else "out of memory beside the others"
-        finally:
-            release()
-        return None
-
-    @property
-    def gates(self) -> dict[str, dict[str, float]]:
-        """The errors that the gates found, by baseline."""
-        return {name: row.gate for name, row in self.rows.items() if row.gate}
+    def warm_up(self, names: Sequence[str]) -> None:
+        """Warm states of ours and of some baselines; those of the heat before are given up."""
+        self.steps.clear()
+        release()
+        for name in (OURS.name, *names):
+            self.rows[name].seconds = []
+            self._attempt(name, self._enter)
 
     def rounds(self, seconds: float, least: int = 5, most: int = 100) -> int:
         """How many rounds fit into about so many seconds, judged by one round that does not count."""
@@ -114,15 +108,59 @@ class Race:
         return max(least, min(most, int(seconds / (time.perf_counter() - began))))
 
     def run_baselines(self) -> None:
-        """One step of each baseline: a round without ours."""
-        for name, step in self.steps.items():
-            if name != OURS.name:
-                step()
+        """One step of each baseline: a round without ours. Each round begins with another one, so that nobody always
+        comes after the same."""
+        names = [name for name in self.steps if name != OURS.name]
+        for k in range(len(names)):
+            self.steps[names[(k + self._turn) % len(names)]]()
+        self._turn += 1
+
+    def results(self, names: Sequence[str], heat: str = "") -> list[dict]:
+        """The rows of ours and of some baselines, as recorded."""
+        found = [self.rows[name].as_dict() for name in (OURS.name, *names)]
+        return [row | {"case": row["case"] + heat} for row in found]
+
+    def absent(self) -> list[dict]:
+        """The rows of those that were not timed."""
+        return [row.as_dict() for row in self.rows.values() if row.skipped]
+
+    def _measure(self, recipe: Recipe) -> None:
+        try:
+            errors = passed(self.case.config, recipe)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError("out of memory in its gate") from error
+        self.rows[recipe.name] = entry(self.case, recipe)
+        self.rows[recipe.name].gate = errors
+
+    def _enter(self, recipe: Recipe) -> None:
+        self.steps[recipe.name] = timed_step(self.case, recipe, self.rows[recipe.name].seconds)
+
+    def _attempt(self, name: str, act: Callable[[Recipe], None]) -> None:
+        """Do something with a recipe that is still in the race; it drops out where that fails."""
+        if self.rows[name].skipped:
+            return
+        try:
+            act(self.recipes[name])
+        except Exception as error:
+            if name == OURS.name:
+                raise
+            self.rows[name].skipped, self.rows[name].failed = why_it_fell(error)
+        finally:
+            release()
 
 
-def passed(case: Case, recipe: Recipe) -> dict[str, float]:
+def why_it_fell(error: Exception) -> tuple[str, bool]:
+    """What a row says of a recipe that raised an error, and whether that is a fault and not just a lack of memory."""
+    said = " ".join(str(error).split())
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return said if said.startswith("out of memory in") else "out of memory", False
+    return f"its gate is red: {said}" if isinstance(error, gates.RedGate) else f"{type(error).__name__}: {said}", True
+
+
+@functools.cache
+def passed(config: Config, recipe: Recipe) -> dict[str, float]:
     """What the gate finds: of a baseline against ours or float64, of ours against float32. Raises RedGate."""
-    return gates.check_precision(case.config) if recipe is OURS else (recipe.gate or gates.check)(case.config, recipe)
+    return gates.check_precision(config) if recipe is OURS else (recipe.gate or gates.check)(config, recipe)
 
 
 def timed_step(case: Case, recipe: Recipe, seconds: list[float]) -> Callable[[], None]:
@@ -142,76 +180,97 @@ def timed_step(case: Case, recipe: Recipe, seconds: list[float]) -> Callable[[],
     return step
 
 
-def heats(case: Case, baselines: list[Recipe]) -> list[list[Recipe]]:
-    """The baselines of one race after the other: on a GPU, as many at a time as leave half of its memory to a step."""
-    device = resolve_device(case.config.run.device)
-    size = len(baselines)
-    if device.type == "cuda":
-        each = STATE_BYTES * case.parameters()
-        size = max(1, int(torch.cuda.get_device_properties(device).total_memory / 2 / each) - 1)
-    return [baselines[k : k + size] for k in range(0, len(baselines), size)]
-
-
-def entry(case: Case, recipe: Recipe) -> Row:
-    """All but the times, from one recipe alone in memory."""
-    counted = recipe.counted_as or recipe
-    state = build(counted, case.config)
+def entry(case: Case, recipe: Recipe, counted: Row | None = None) -> Row:
+    """All but the times, from one recipe alone in memory. counted: a row of the same network at another batch, whose
+    counts per image hold here too; a count takes other operations than the step, and with them more memory."""
+    row = Row(case=case.describe(), recipe=recipe.name)
+    if counted is None:
+        _count(case, recipe, row)
+    else:
+        for name in ("network_calls", "flops_per_image", "forwards_per_image", "bytes_per_image"):
+            setattr(row, name, getattr(counted, name))
+    state = build(recipe, case.config)
     device = state.device
     x0, y = case.batch(device)
+    row.precision, row.batch, row.parameters = state.precision, len(x0), state.parameter_count()
+    if counted is None and not recipe.compiled:
+        row.bytes_per_image = account.bytes_moved(lambda: recipe.step(state, x0, y)) / len(x0)
+    if device.type == "cpu":
+        row.kept_for_backward = account.kept_for_backward(state, lambda: recipe.step(state, x0, y))
+    row.peak_allocated, row.peak_reserved = account.peak_memory(lambda: recipe.step(state, x0, y), device)
+    row.product_ceiling = ceilings.product_ceiling(device, state.precision)
+    row.copy_ceiling = ceilings.copy_ceiling(device)
+    return row
+
+
+def _count(case: Case, recipe: Recipe, row: Row) -> None:
+    """FLOPs and calls of a first step."""
+    recipe = recipe.counted_as or recipe
+    state = build(recipe, case.config)
+    x0, y = case.batch(state.device)
     one = account.forward_flops(state, x0[:1])
-    calls = 0
 
     def first_step() -> None:
-        nonlocal calls
-        calls, _ = gates.count_calls(counted, state, x0, y)
+        row.network_calls, _ = gates.count_calls(recipe, state, x0, y)
 
-    flops = account.flops(first_step) / len(x0)
-    if counted is not recipe:
-        state = build(recipe, case.config)
-    moved = None
-    if not recipe.compiled:
-        moved = account.bytes_moved(lambda: recipe.step(state, x0, y)) / len(x0)
-    kept = None
-    if device.type == "cpu":
-        kept = account.kept_for_backward(state, lambda: recipe.step(state, x0, y))
-    allocated, reserved = account.peak_memory(lambda: recipe.step(state, x0, y), device)
-    return Row(
-        case=case.describe(),
-        recipe=recipe.name,
-        precision=state.precision,
-        batch=len(x0),
-        parameters=state.parameter_count(),
-        network_calls=calls,
-        flops_per_image=flops,
-        forwards_per_image=flops / one,
-        bytes_per_image=moved,
-        kept_for_backward=kept,
-        peak_allocated=allocated,
-        peak_reserved=reserved,
-        product_ceiling=ceilings.product_ceiling(device, state.precision),
-        copy_ceiling=ceilings.copy_ceiling(device),
-    )
+    row.flops_per_image = account.flops(first_step) / len(x0)
+    row.forwards_per_image = row.flops_per_image / one
 
 
 def largest(case: Case, recipe: Recipe, rounds: int = 10) -> Row:
-    """A recipe alone on the GPU at the largest batch that fits, found by halving, after its gate."""
+    """A recipe alone on the GPU at the largest batch that fits, to an eighth of it, after its gate."""
     name = f"{case.describe().rsplit(', batch', 1)[0]}, each alone at the largest batch that fits"
-    reason = recipe.why_not(case.config)
-    errors = {} if reason else passed(case, recipe)
-    batch = LARGEST
-    while batch and not reason:
-        at = case.at(batch)._replace(name=name)
+    found = Row(case=name, recipe=recipe.name, skipped=recipe.why_not(case.config))
+    if found.skipped:
+        return found
+    try:
+        errors = passed(case.config, recipe)
+        counted = entry(case, recipe)
+    except Exception as error:
+        if recipe is OURS:
+            raise
+        found.skipped, found.failed = why_it_fell(error)
+        return found
+    finally:
+        release()
+
+    best: list[Row] = []
+
+    def fits(batch: int) -> bool:
+        at = case.at(batch)
         try:
-            row = entry(at, recipe)
+            row = entry(at, recipe, counted)
+            release()
             step = timed_step(at, recipe, row.seconds)
             for _ in range(rounds):
                 step()
-            row.case, row.gate = name, errors
-            return row
-        except torch.OutOfMemoryError:
-            batch //= 2
-        release()
-    return Row(case=name, recipe=recipe.name, skipped=reason or "out of memory")
+        except (torch.OutOfMemoryError, MemoryError):
+            return False
+        finally:
+            release()
+        row.case, row.gate = name, errors
+        best[:] = [row]
+        return True
+
+    largest_that(fits, LARGEST)
+    found.skipped = "out of memory"
+    return best[0] if best else found
+
+
+def largest_that(fits: Callable[[int], bool], most: int) -> int:
+    """The largest batch that fits, up to `most` and to an eighth of it, 0 if none does. It is the last that is tried of
+    those that fit."""
+    batch = most
+    while batch and not fits(batch):
+        batch //= 2
+    if batch == most:
+        return batch
+    part, least = batch // 2, max(1, batch // 8)
+    while part >= least:
+        if fits(batch + part):
+            batch += part
+        part //= 2
+    return batch
 
 
 def release() -> None:

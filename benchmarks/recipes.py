@@ -1,8 +1,10 @@
 """What a race is between: recipes, each a way to build a training state and to make one step of it; and ours."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from benchmarks.baselines import fused
 from soflow_fast import float8
 from soflow_fast.config import Config, override
 from soflow_fast.errors import ConfigError
+from soflow_fast.model import DiT, DiTConfig
 from soflow_fast.objective import Objective
 from soflow_fast.rng import generator
 from soflow_fast.state import TrainState, resolve_device, resolve_precision
@@ -41,18 +44,31 @@ class Recipe(NamedTuple):
     """A recipe of the same products, where a counter cannot see into this one."""
 
 
-@torch.no_grad()
 def build(recipe: Recipe, config: Config) -> TrainState:
     """The recipe's state at step 0, with N(0, 0.02) added to all weights.
 
     At the public initialisation the output layers are zero, and so are nearly all gradients: nothing to compare.
     """
-    state = recipe.build(config)
-    source = generator(config.seed, 0, 0, "benchmark weights")
-    for parameter in state.flow.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=source).to(parameter.device), alpha=0.02)
-    state.ema.load_state_dict(state.flow.state_dict())
-    return state
+    weights = _weights(config.model, config.seed)
+    with mock.patch.object(DiT, "initialize", lambda network, source=None: _load(network, weights)):
+        return recipe.build(config)
+
+
+@functools.lru_cache(maxsize=1)
+@torch.no_grad()
+def _weights(model: DiTConfig, seed: int) -> dict[str, Tensor]:
+    """On the CPU. Made once for all the states of a race, as numbers for hundreds of millions of weights take long."""
+    network = DiT(model)
+    network.initialize(generator(seed, 0, 0, "initialisation"))
+    source = generator(seed, 0, 0, "benchmark weights")
+    for parameter in network.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=source), alpha=0.02)
+    return network.state_dict()
+
+
+def _load(network: DiT, weights: dict[str, Tensor]) -> None:
+    if not network.pos_embed.is_meta:  # a network without numbers has not yet been asked for them
+        network.load_state_dict(weights)
 
 
 def plain_operations() -> contextlib.AbstractContextManager[None]:

@@ -13,9 +13,9 @@ from benchmarks import race as race_module
 from benchmarks.baselines import authors
 from benchmarks.baselines.authors import AUTHORS
 from benchmarks.cases import Case
-from benchmarks.contestants import CONTESTANTS, DIFFERENCE, MEANFLOW, QUARTER
+from benchmarks.contestants import CONTESTANTS, DIFFERENCE, HEADLINE, MEANFLOW, QUARTER
 from benchmarks.gates import CHANGES, RedGate, check, random_batch
-from benchmarks.race import Race, Row, entry, heats, speed_ups
+from benchmarks.race import Race, Row, entry, largest, largest_that, speed_ups
 from benchmarks.recipes import OURS, build, ours
 from soflow_fast.config import Config, DataConfig, DiTConfig, RunConfig, override
 
@@ -45,10 +45,12 @@ def small_ceilings():
 def rows():
     absent = AUTHORS._replace(name="absent", why_not=lambda config: "is elsewhere")
     race = Race(CASE, [AUTHORS, MEANFLOW, QUARTER, DIFFERENCE, absent])
+    (names,) = race.heats()
+    race.warm_up(names)
     for _ in range(race.rounds(0.0)):
         race.run_baselines()
         race.steps[OURS.name]()
-    return [row.as_dict() for row in race.rows.values()]
+    return race.results(names) + race.absent()
 
 
 def test_counted_forwards(rows):
@@ -92,15 +94,37 @@ def test_an_absent_recipe_keeps_its_reason(rows):
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
-def test_out_of_memory_is_a_reason_but_not_for_ours(monkeypatch):
-    def full(config):
-        raise torch.OutOfMemoryError("no more")
+def falling(error, name="falling", where="gate"):
+    """A recipe that raises an error in its gate, or once it is built."""
 
-    race = Race(CASE, [AUTHORS._replace(gate=lambda config, recipe: {}, build=full)])
-    assert race.rows[AUTHORS.name].skipped == "out of memory" and list(race.steps) == [OURS.name]
-    monkeypatch.setattr("benchmarks.race.entry", lambda case, recipe: full(None))
-    with pytest.raises(torch.OutOfMemoryError):
-        Race(CASE, [])
+    def fall(*arguments):
+        raise error
+
+    if where == "gate":
+        return AUTHORS._replace(name=name, gate=fall)
+    return AUTHORS._replace(name=name, gate=lambda config, recipe: {}, build=fall)
+
+
+def test_only_ours_may_not_fall(monkeypatch):
+    """The others keep a row that says why, and whether that is a fault; the race goes on."""
+    errors = {
+        "memory": (falling(torch.OutOfMemoryError("CUDA"), "memory", "build"), "out of memory", False),
+        "gate's memory": (falling(torch.OutOfMemoryError("CUDA"), "gate's memory"), "out of memory in its gate", False),
+        "update's memory": (falling(MemoryError("x"), "update's memory", "build"), "out of memory", False),
+        "red": (falling(RedGate("du/dt:\n1"), "red"), "its gate is red: du/dt: 1", True),
+        "broken": (falling(RuntimeError("no kernel"), "broken", "build"), "RuntimeError: no kernel", True),
+    }
+    race = Race(CASE, [recipe for recipe, _, _ in errors.values()] + [QUARTER])
+    assert race.heats() == [[QUARTER.name]]
+    race.warm_up([QUARTER.name])
+    assert list(race.steps) == [OURS.name, QUARTER.name]
+    assert {row["recipe"]: (row["skipped"], row["failed"]) for row in race.absent()} == {
+        name: wanted for name, (_, *wanted) in errors.items() for wanted in [tuple(wanted)]
+    }
+    for error in (torch.OutOfMemoryError("no more"), RedGate("no"), RuntimeError("no")):
+        monkeypatch.setattr(race_module, "entry", lambda case, recipe, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            Race(CASE, [])
 
 
 def test_each_is_measured_alone_in_memory(monkeypatch):
@@ -109,7 +133,8 @@ def test_each_is_measured_alone_in_memory(monkeypatch):
     for name in ("entry", "timed_step"):
         plain = getattr(race_module, name)
         monkeypatch.setattr(race_module, name, lambda *a, name=name, plain=plain: came.append(name) or plain(*a))
-    Race(CASE, [AUTHORS, QUARTER])
+    race = Race(CASE, [AUTHORS, QUARTER])
+    race.warm_up([AUTHORS.name, QUARTER.name])
     assert came == ["entry"] * 3 + ["timed_step"] * 3
 
 
@@ -123,8 +148,61 @@ def test_memory_that_runs_out_beside_the_others(monkeypatch):
 
     monkeypatch.setattr(race_module, "timed_step", full)
     race = Race(CASE, [AUTHORS, QUARTER])
-    assert race.rows[AUTHORS.name].skipped == "out of memory beside the others"
+    race.warm_up([AUTHORS.name, QUARTER.name])
+    assert race.rows[AUTHORS.name].skipped == "out of memory"
     assert list(race.steps) == [OURS.name, QUARTER.name]
+
+
+def test_nobody_always_comes_after_the_same():
+    race = Race(CASE, [])
+    came = []
+    race.steps = {name: partial(came.append, name) for name in (OURS.name, "a", "b", "c")}
+    for _ in range(3):
+        race.run_baselines()
+    assert "".join(came) == "abcbcacab"
+
+
+def test_states_of_a_race_begin_with_the_same_weights():
+    first, second = build(OURS, CONFIG), build(MEANFLOW, CONFIG)
+    with torch.no_grad():
+        first.flow.network.final_layer.linear.weight.add_(1)
+    for state in (second, build(AUTHORS, CONFIG)):
+        for average, p, q in zip(
+            state.ema.parameters(), state.flow.parameters(), build(OURS, CONFIG).flow.parameters(), strict=True
+        ):
+            assert torch.equal(p, q) and torch.equal(p, average) and float(p.detach().std()) > 0.01
+    other = build(OURS, override(CONFIG, {"seed": 1})).flow
+    assert not any(map(torch.equal, other.parameters(), second.flow.parameters()))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 100, 767, 768, 2047, 2048, 5000])
+def test_largest_that_fits(limit):
+    tried = []
+    found = largest_that(lambda batch: tried.append(batch) or batch <= limit, 2048)
+    assert found <= min(limit, 2048) < found * 1.125 + 1 and len(set(tried)) == len(tried)
+    assert not found or max(batch for batch in tried if batch <= limit) == found
+
+
+def test_largest_batch(monkeypatch):
+    """Beyond 12 images memory runs out; what is counted is counted at the batch of the case."""
+    plain, counted = Case.batch, []
+
+    def batch(case, device):
+        if case.config.batch_size > 12:
+            raise torch.OutOfMemoryError("no more")
+        return plain(case, device)
+
+    monkeypatch.setattr(Case, "batch", batch)
+    monkeypatch.setattr(race_module, "LARGEST", 64)
+    monkeypatch.setattr(account, "flops", lambda work, flops=account.flops: counted.append(1) or flops(work))
+    row = largest(CASE, AUTHORS, rounds=2)
+    assert row.batch == 12 and len(row.seconds) == 2 and row.case.endswith("largest batch that fits")
+    assert len(counted) == 2  # a forward and a step, once
+    assert row.flops_per_image == entry(CASE, AUTHORS).flops_per_image
+    assert largest(CASE, falling(RedGate("no"))).failed
+    assert largest(CASE, AUTHORS._replace(why_not=lambda config: "elsewhere")).skipped == "elsewhere"
+    monkeypatch.setattr(race_module, "timed_step", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no more")))
+    assert largest(CASE, AUTHORS).skipped == "out of memory"
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"seconds": -1.0}, {"kernel_seconds": float("nan")}], ids=str)
@@ -133,6 +211,25 @@ def test_options_of_the_benchmarks(wrong):
     conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(**options), stash={}))
     with pytest.raises(pytest.UsageError, match="--" + next(iter(wrong)).replace("_", "-")):
         conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(**options | wrong), stash={}))
+
+
+def test_what_was_measured_is_on_record_however_the_run_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(record.write, "__defaults__", (tmp_path, "step"))
+    row = Row(case="c", recipe="r", seconds=[1.0]).as_dict()
+    for code, said in ((0, ".json"), (1, "not everything passed or was reached"), (2, "passed or was reached")):
+        lines: list[str] = []
+        config = SimpleNamespace(
+            stash={conftest.ROWS: [row, row], conftest.KERNEL_ROWS: []},
+            option=SimpleNamespace(batch=None),
+            rootpath=tmp_path,
+            getoption=lambda name: True,
+            invocation_params=SimpleNamespace(args=["benchmarks/"]),
+        )
+        conftest.pytest_terminal_summary(SimpleNamespace(line=lines.append, section=lines.append), code, config)
+        assert lines[-1].startswith("recorded: ") and lines[-1].endswith(said)
+        run = record.newest(tmp_path)
+        assert run is not None and run["rows"] == [row, row]
+        (tmp_path / run["file"]).unlink()
 
 
 def test_another_batch():
@@ -148,7 +245,7 @@ def test_every_recipe_runs_or_says_why_not():
         assert reasons[name] is None
     if not torch.cuda.is_available():
         assert "GPU" in str(reasons["soflow-fast, CUDA graph"])
-    assert heats(CASE, CONTESTANTS[1:]) == [CONTESTANTS[1:]]
+    assert set(HEADLINE) < set(CONTESTANTS) and HEADLINE[0] is OURS
 
 
 def test_what_a_row_says_without_figures():
