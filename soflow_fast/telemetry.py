@@ -75,7 +75,7 @@ class Progress:
 class Appended:
     """A file that grows by whole pieces. What the disk refuses stays in memory, in order, for the next time.
 
-    The first refusal in a row is told to `warn`. What is kept is a logged step's numbers, about 600 bytes with those for
+    The first refusal in a row is told to `warn`. What is kept is a logged step's numbers, about 600 bytes with those of
     TensorBoard: 60 MB of host memory after 100 000 such lines. The file is open only while it is written to: a disk can
     be made read-only meanwhile, and NFS tells of a quota when a file is closed.
     """
