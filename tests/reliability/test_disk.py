@@ -189,7 +189,8 @@ def between(until: Callable[..., Any]) -> Callable[..., None]:
     so that what is refused then is refused from its first byte on."""
 
     def calm(place: Place) -> bool:
-        begun = any(".partial" in str(path) for path in place.seen.rglob("*"))
+        found = os.walk(place.seen)  # which, unlike rglob, passes over folders that vanish meanwhile
+        begun = any(".partial" in name for _, folders, files in found for name in [*folders, *files])
         return not begun and len(checkpoint.list_checkpoints(place.seen)) == KEEP
 
     def attempt(training: Any, place: Place, act: Callable[[int], bool]) -> bool:
