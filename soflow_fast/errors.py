@@ -7,9 +7,8 @@ import errno
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 
 class UserError(Exception):
@@ -83,14 +82,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         _received.append(signum)
         raise Interrupted(signum)
 
-    def thread_failed(failure: threading.ExceptHookArgs) -> None:
-        if not isinstance(failure.exc_value, OSError):  # TensorBoard's writer raises those again in the main thread
-            threading.__excepthook__(failure)
-
     _received.clear()
     for number in (signal.SIGTERM, signal.SIGINT):  # from the first moment, so that even start-up ends with 143 or 130
         signal.signal(number, stopped)
-    threading.excepthook = thread_failed
     try:
         main()
         sys.stdout.flush()
@@ -105,7 +99,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         code = 128 + signal.SIGINT
         _say("interrupted")
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
-        _drop_output()
+        _drop(sys.stdout)
         code = 0
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _STORAGE:
@@ -121,7 +115,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError:  # output to a full disk: Python would try again at exit, and complain
-        _drop_output()
+        _drop(sys.stdout)
     if (
         at_once
     ):  # Python would end a thread in the midst of foreign code, and with it the process otherwise than by `code`
@@ -129,9 +123,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-def _drop_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say(line: str) -> None:
-    print("soflow: " + " ".join(line.split()), file=sys.stderr, flush=True)
+    try:
+        print("soflow: " + " ".join(line.split()), file=sys.stderr, flush=True)
+    except OSError:  # to a full disk: the exit code still says it, and at exit Python would put another in its place
+        _drop(sys.stderr)

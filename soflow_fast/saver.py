@@ -29,6 +29,7 @@ class Saver:
         # Not the thread's own `join`: interrupted once, it takes the thread for stopped (CPython 3.11).
         self._idle = threading.Event()
         self._idle.set()
+        self._thread: threading.Thread | None = None
         self._failed: tuple[int, BaseException] | None = None
         self._abandoned = False
 
@@ -43,6 +44,7 @@ class Saver:
         except BaseException:
             self._idle.set()
             raise
+        self._thread = thread
 
     def finish(self, state: TrainState) -> None:
         """Save `state` before this returns. Raises OSError if that failed."""
@@ -66,6 +68,9 @@ class Saver:
 
     def _join(self) -> tuple[int, BaseException] | None:
         self._idle.wait()
+        if self._thread:  # it still frees its tensors: Python, if it ended now, would end it in the midst of that, and
+            self._thread.join()  # C++ would abort the process
+            self._thread = None
         failed, self._failed = self._failed, None
         return failed
 

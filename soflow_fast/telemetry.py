@@ -1,10 +1,11 @@
 """What a user sees of a run: progress line, JSON lines, TensorBoard, sample grids. Clock readings are handed in."""
 
-import errno
+import io
 import json
 import os
+import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,6 +62,8 @@ class Progress:
             self.stream.flush()
         except BrokenPipeError:  # `train | head`: nobody reads on, and the run is worth more than its lines
             self._gone, self.live = True, False
+        except OSError:  # `train > file` on a full disk: Python's buffer keeps it for the next time, and for the end
+            pass
 
     def close(self) -> None:
         """End the live line, so that what follows stands on a line of its own."""
@@ -69,10 +72,74 @@ class Progress:
             self._width = 0
 
 
-class MetricsLog:
+class Appended:
+    """A file that grows by whole pieces. What the disk refuses stays in memory, in order, for the next time.
+
+    The first refusal in a row is told to `warn`. What is kept is a logged step's numbers, about 600 bytes with those of
+    TensorBoard: 60 MB of host memory after 100 000 such lines. The file is open only while it is written to: a disk can
+    be made read-only meanwhile, and NFS tells of a quota when a file is closed.
+    """
+
+    def __init__(self, path: Path, what: str, warn: Callable[[str], None], size: int = 0) -> None:
+        self._path, self._what, self._warn = path, what, warn
+        self._whole, self._kept, self._refused = size, [], False
+
+    def add(self, piece: bytes, keep: bool = True) -> None:
+        """Append `piece`, after those that are kept; one that is refused is kept in turn, or forgotten."""
+        self._kept.append(piece)
+        try:
+            self._write()
+        except OSError as error:
+            if not keep:
+                self._kept.pop()
+            if not self._refused:
+                self._warn(f"{self._what} not written, kept in memory until it can be: {error}")
+            self._refused = True
+        else:
+            self._refused = False
+
+    def finish(self) -> None:
+        """Write what is still kept, for the last time. Raises OSError."""
+        try:
+            if self._kept:
+                self._write()
+        finally:
+            self._kept.clear()
+
+    def close(self) -> None:
+        """`finish`, with a warning in place of the error."""
+        try:
+            self.finish()
+        except OSError as error:
+            self._warn(f"{self._what} lacks its end, which was never written: {error}")
+
+    def _write(self) -> None:
+        with naming(self._path):
+            written, refusal = 0, None
+            with self._path.open("ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                if size > self._whole:  # a part of a piece that could not be taken back at once
+                    file.truncate(self._whole)
+                end = min(size, self._whole)
+                try:
+                    for piece in self._kept:
+                        rest = memoryview(piece)
+                        while rest:  # a disk that is nearly full takes a part, and names its reason the next time
+                            rest = rest[file.write(rest) :]
+                        end, written = end + len(piece), written + 1
+                except OSError as error:
+                    refusal = error
+                    file.truncate(end)
+            self._whole = end  # only now, as closing may have failed
+            del self._kept[:written]
+            if refusal:
+                raise refusal
+
+
+class MetricsLog(Appended):
     """metrics.jsonl: one JSON object a line, ordered by step. Opening it at a step drops the lines after that step."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, warn: Callable[[str], None]) -> None:
         kept = []
         if path.exists():
             for line in path.read_text().splitlines():
@@ -83,57 +150,54 @@ class MetricsLog:
                 except (ValueError, KeyError, TypeError):  # a line cut off by a kill
                     break
                 kept.append(line + "\n")
-        replace_file(path, "".join(kept).encode())
-        self._path, self._file = path, path.open("ab", buffering=0)
+        content = "".join(kept).encode()
+        replace_file(path, content)
+        super().__init__(path, path.name, warn, len(content))
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system: the whole line or, on a full disk, nothing of it."""
-        line = (json.dumps(dict(entry)) + "\n").encode()
-        before = self._path.stat().st_size
-        with naming(self._path):
-            try:
-                if self._file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                self._file.truncate(before)
-                raise
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        self.add((json.dumps(dict(entry)) + "\n").encode())
 
 
 class TensorBoard:
-    """Scalars and sample grids for TensorBoard, in RUN/tensorboard."""
+    """Scalars and sample grids for TensorBoard, in RUN/tensorboard. `clock` gives seconds since 1970.
 
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    Not torch's SummaryWriter: its thread dies of a full disk with all that is queued, leaves a part of a record behind,
+    and the error comes up at whichever call happens to be the next one.
+    """
 
-        self._folder = folder
+    def __init__(self, folder: Path, step: int, clock: Callable[[], float], warn: Callable[[str], None]) -> None:
         with naming(folder):
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+            folder.mkdir(exist_ok=True)
+        # TensorBoard takes the files that have "tfevents" in their names, in the order of these.
+        name = f"events.out.tfevents.{clock():010.0f}.{socket.gethostname()}.{os.getpid()}.{step}"
+        self._clock, self._file = clock, Appended(folder / name, folder.name, warn)
+        self._append(file_version="brain.Event:2")
+        self._append(step=step + 1, session_log={"status": 1})  # a start: hides what earlier ones had from here on
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Each number of `entry` under its name, at its step."""
-        with naming(self._folder):
-            for name, value in entry.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, entry["step"])
+        values = [{"tag": name, "simple_value": value} for name, value in entry.items() if name != "step"]
+        self._append(step=entry["step"], summary={"value": values})
 
-    def image(self, grid: Tensor, step: int) -> None:
-        """A uint8 grid [H, W, C]."""
-        with naming(self._folder):
-            self._writer.add_image("samples", grid.numpy(), step, dataformats="HWC")
-
-    def flush(self) -> None:
-        """Write what is pending."""
-        with naming(self._folder):
-            self._writer.flush()
+    def image(self, grid: Tensor, content: bytes, step: int) -> None:
+        """A uint8 grid [H, W, C], with what `png` made of it. It is forgotten where the disk refuses it."""
+        H, W, C = grid.shape
+        image = {"height": H, "width": W, "colorspace": C, "encoded_image_string": content}
+        self._append(step=step, summary={"value": [{"tag": "samples", "image": image}]}, keep=False)
 
     def close(self) -> None:
-        """Write what is pending and close."""
-        with naming(self._folder):
-            self._writer.close()
+        """Write what is kept, or warn that it never was."""
+        self._file.close()
+
+    def _append(self, keep: bool = True, **fields: Any) -> None:
+        from tensorboard.compat.proto import event_pb2 as protocol
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        messages: Any = protocol  # made when it is imported: nothing in it has a type
+        RecordWriter(record).write(messages.Event(wall_time=self._clock(), **fields).SerializeToString())
+        self._file.add(record.getvalue(), keep)
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -160,8 +224,6 @@ def make_grid(images: Tensor, columns: int = 0, least: int = 40) -> Tensor:
 
 def png(image: Tensor) -> bytes:
     """A uint8 image [H, W, C] as the bytes of a PNG file."""
-    import io
-
     from PIL import Image
 
     array = image.numpy()

@@ -122,6 +122,7 @@ class Run:
     def __init__(self, state: TrainState, source: Source, run_dir: Path) -> None:
         self.state, self.source, self.run_dir = state, source, run_dir
         self.progress = telemetry.Progress(state.config.steps)
+        self._grid_refused = False
         state.guard.limit = GIVE_UP if state.config.run.on_nonfinite == "skip" else 1
 
     def go(self) -> TrainState:
@@ -152,9 +153,10 @@ class Run:
             if pending:
                 where = f"step {state.step} of {config.steps}"
                 raise Interrupted(pending[0], f"stopped and saved at {where}; the same command resumes")
-        say(f"trained {state.step} steps; samples: {self._grid(state.step, 'final')}")
-        if config.data.kind == "digits" and config.model.num_classes:
-            evaluate(state, self.run_dir, say)
+        with self._after_the_last_save():
+            say(f"trained {state.step} steps; samples: {self._grid(state.step, 'final')}")
+            if config.data.kind == "digits" and config.model.num_classes:
+                evaluate(state, self.run_dir, say)
         return state
 
     def _loop(self, pending: list[int]) -> None:
@@ -164,8 +166,8 @@ class Run:
         before, before_step = began, first
         with (
             closing(self.progress),
-            closing(telemetry.MetricsLog(self.run_dir / "metrics.jsonl", first)) as log,
-            closing(telemetry.TensorBoard(self.run_dir / "tensorboard", first)) as board,
+            closing(telemetry.MetricsLog(self.run_dir / "metrics.jsonl", first, self._warn)) as log,
+            closing(telemetry.TensorBoard(self.run_dir / "tensorboard", first, time.time, self._warn)) as board,
             Saver(self.run_dir, every.keep, self._warn) as saver,
         ):
             while state.step < config.steps:
@@ -182,14 +184,15 @@ class Run:
                     board.write(entry)
                     self.progress.update(step, values, (step - first) / (now - began), images, now)
                 if not last and every.sample_every and step % every.sample_every == 0:
-                    self._grid(step, f"step-{step:08d}", board)
+                    self._grid_on_the_way(step, board)
                 if last or stop or (every.checkpoint_every and step % every.checkpoint_every == 0):
                     self._read(metrics)
                     self._save(saver, final=last or stop)
-                    board.flush()
                 saver.poll()
                 if stop:
                     break
+            with self._after_the_last_save():
+                log.finish()
 
     def _step(self, x0: torch.Tensor, y: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """The next step, in smaller micro-batches from now on where memory runs out: it has changed nothing then."""
@@ -240,16 +243,36 @@ class Run:
     def _warn(self, text: str) -> None:
         self.progress.say(f"warning: {text}")
 
+    @contextmanager
+    def _after_the_last_save(self) -> Iterator[None]:
+        """Raise StorageError for what the disk refuses inside, saying that the checkpoint is safe."""
+        try:
+            yield
+        except OSError as error:
+            what = f"--run-dir {self.run_dir}: the checkpoint of step {self.state.step} is saved, but not all else"
+            raise storage_error(error, what) from None
+
+    def _grid_on_the_way(self, step: int, board: telemetry.TensorBoard) -> None:
+        """A grid that may be missing: the first one in a row that the disk refuses is a warning."""
+        try:
+            self._grid(step, f"step-{step:08d}", board)
+        except OSError as error:
+            if not self._grid_refused:
+                self._warn(f"sample grid of step {step} not written: {error}")
+            self._grid_refused = True
+        else:
+            self._grid_refused = False
+
     def _grid(self, step: int, name: str, board: telemetry.TensorBoard | None = None) -> Path:
         """A grid of one-step samples of the EMA weights, the same noise and labels every time."""
         model = self.state.config.model
         labels = torch.arange(GRID) % max(model.num_classes, 1) if model.num_classes else None
         shape = (GRID, model.in_channels, model.input_size, model.input_size)
         grid = telemetry.make_grid(telemetry.to_uint8(sample(self.state.ema, labels, seed=0, shape=shape)), columns=10)
-        path = self.run_dir / "samples" / f"{name}.png"
-        telemetry.replace_file(path, telemetry.png(grid))
+        path, content = self.run_dir / "samples" / f"{name}.png", telemetry.png(grid)
         if board:
-            board.image(grid, step)
+            board.image(grid, content, step)
+        telemetry.replace_file(path, content)
         return path
 
 

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -97,12 +96,10 @@ def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
         main = importlib.import_module(f"soflow_fast.{module}").main
         capfd.readouterr()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        hook = threading.excepthook
         try:
             with pytest.raises(SystemExit) as ended:
                 errors.run(lambda: main([str(argument) for argument in arguments]))
         finally:
-            threading.excepthook = hook
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         out, err = capfd.readouterr()

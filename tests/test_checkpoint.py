@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from soflow_fast import DiT, SolutionFlow, TrainState, checkpoint, load, preset, train_step
+from soflow_fast import DiT, SolutionFlow, TrainState, checkpoint, load, preset, saver, train_step
 from soflow_fast.config import Config, to_json
 from soflow_fast.errors import CheckpointError
 
@@ -387,3 +388,16 @@ def test_saving_on_a_full_disk_leaves_the_older_one(mount: Callable[..., Path], 
         checkpoint.save(disk / "run", advance(state, 1))
     assert sorted(os.listdir(disk / "run" / "checkpoints")) == ["step-00000001", "step-00000002"]
     load(disk / "run")
+
+
+def test_no_thread_is_left_when_a_save_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would end it, at exit, while it frees its tensors, and C++ would abort the process with SIGABRT."""
+    plain, gate = saver.Saver._write, threading.Event()
+
+    def write(self: saver.Saver, content: checkpoint.Snapshot) -> None:
+        plain(self, content)
+        gate.wait(0.2)  # what comes after the save is done
+
+    monkeypatch.setattr(saver.Saver, "_write", write)
+    saver.Saver(tmp_path, 2, pytest.fail).finish(build())
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]

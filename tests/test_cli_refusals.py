@@ -219,6 +219,15 @@ def test_output_to_a_full_disk(environment: dict[str, str]) -> None:
     assert (done.returncode, done.stderr) == (2, "soflow: error: cannot read or write: No space left on device\n")
 
 
+MISTAKE = "from soflow_fast import errors, train; errors.run(lambda: train.main(['--steps', 'x']))"
+
+
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code(environment: dict[str, str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", MISTAKE], env=environment, stdout=full, stderr=full)
+    assert done.returncode == 2
+
+
 def test_a_reader_that_goes_away_is_no_error(environment: dict[str, str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

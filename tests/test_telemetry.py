@@ -1,11 +1,15 @@
 """What a user sees of a run, piece by piece; tests/test_cli.py sees it all together."""
 
+import copy
 import errno
 import io
 import json
 import os
+import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,12 +90,12 @@ def test_duration(seconds: float, text: str) -> None:
 
 def test_metrics_log_drops_what_comes_after_its_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = telemetry.MetricsLog(path, 0)
+    log = telemetry.MetricsLog(path, 0, pytest.fail)
     for step in (2, 4, 6):
         log.write({"step": step, "loss": 0.5})
     log.close()
     path.write_text(path.read_text() + '{"step": 8, "lo')  # cut off by a kill
-    log = telemetry.MetricsLog(path, 4)
+    log = telemetry.MetricsLog(path, 4, pytest.fail)
     log.write({"step": 6, "loss": 0.25})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 2, "loss": 0.5},
@@ -101,17 +105,141 @@ def test_metrics_log_drops_what_comes_after_its_step(tmp_path: Path) -> None:
     log.close()
 
 
+class Disk:
+    """Takes `room` bytes more in files opened by Path.open for appending, and then refuses with `number`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        plain, disk = Path.open, self
+        self.room, self.number, self.truncates, self.closes = 10**6, errno.ENOSPC, True, True
+
+        class File(io.FileIO):
+            def write(self, content: Any) -> int:
+                count = min(disk.room, len(content))
+                if not count:
+                    raise OSError(disk.number, os.strerror(disk.number))
+                disk.room -= count
+                return super().write(bytes(content[:count]))
+
+            def truncate(self, size: int | None = None) -> int:
+                if not disk.truncates:
+                    raise OSError(disk.number, os.strerror(disk.number))
+                return super().truncate(size)
+
+            def close(self) -> None:
+                fails = not (self.closed or disk.closes)
+                super().close()
+                if fails:
+                    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        monkeypatch.setattr(
+            Path,
+            "open",
+            lambda path, mode="r", *a, **k: File(path, mode) if "a" in mode else plain(path, mode, *a, **k),
+        )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("truncates", [True, False])
+def test_lines_that_the_disk_refuses_come_with_a_later_one(
+    number: int, truncates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every number of bytes that may fit of four lines: of each line some are there, or all, or none."""
+    for room in range(4 * 12 + 1):
+        disk, warnings, path = Disk(monkeypatch), [], tmp_path / f"{room}.jsonl"
+        log = telemetry.MetricsLog(path, 0, warnings.append)
+        log.write({"step": 0})
+        disk.room, disk.number, disk.truncates = room, number, truncates
+        for step in range(1, 4):
+            log.write({"step": step})
+        text = path.read_text()
+        assert text.startswith('{"step": 0}\n') and (not truncates or text.endswith("\n"))
+        refused = room < 3 * 12
+        assert len(warnings) == refused
+        for warning in warnings:
+            assert f"{room}.jsonl not written, kept in memory until it can be: [Errno {number}]" in warning
+        disk.room, disk.truncates = 10**6, True
+        log.write({"step": 4})
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+        disk.room = 3
+        log.write({"step": 5})
+        assert len(warnings) == refused + 1, "a new row of refusals has a warning of its own"
+        log.close()
+        assert warnings[-1].startswith(f"{room}.jsonl lacks its end, which was never written: [Errno {number}]")
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+        log.close()
+        assert len(warnings) == refused + 2
+
+
+def test_a_quota_that_is_told_of_at_closing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS does: whether the line is there is not known, so it is written again in the same place."""
+    disk, warnings, path = Disk(monkeypatch), [], tmp_path / "metrics.jsonl"
+    log = telemetry.MetricsLog(path, 0, warnings.append)
+    disk.closes = False
+    log.write({"step": 1})
+    log.write({"step": 2})
+    disk.closes = True
+    log.write({"step": 3})
+    log.finish()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3] and len(warnings) == 1
+
+
 def test_metrics_log_on_a_full_disk_keeps_whole_lines(mount: Callable[..., Path]) -> None:
-    disk = mount("size=8k")
+    disk, warnings = mount("size=8k"), []
     path = disk / "metrics.jsonl"
-    log = telemetry.MetricsLog(path, 0)
-    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics.jsonl'") as error:
-        for step in range(1, 10_000):
-            log.write({"step": step, "text": "x" * 100})
-    assert error.value.errno == errno.ENOSPC
-    log.close()
+    log = telemetry.MetricsLog(path, 0, warnings.append)
+    for step in range(1, 101):
+        log.write({"step": step, "text": "x" * 100})
+    assert len(warnings) == 1 and "No space left on device: '" in warnings[0]
     lines = path.read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > 10
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1)) and 10 < len(lines) < 100
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics.jsonl'"):
+        copy.deepcopy(log).finish()
+    subprocess.run(["mount", "-o", "remount,size=64k", str(disk)], check=True)
+    log.finish()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, 101))
+
+
+@pytest.mark.parametrize("room", [0, 1, 60, 100, 500, 1000])
+def test_tensorboard_has_what_a_full_disk_refused_but_no_grid(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    disk, warnings = Disk(monkeypatch), []
+    disk.room = room
+    threads = threading.active_count()
+    board = telemetry.TensorBoard(tmp_path / "tensorboard", 3, lambda: 1234.5, warnings.append)
+    grid = torch.arange(24_000, dtype=torch.uint8).reshape(80, 100, 3)
+    for step in range(4, 40):
+        board.write({"step": step, "loss": step / 2, "lr": 0.5})
+    board.image(grid, telemetry.png(grid), 39)
+    assert len(warnings) == 1 and warnings[0].startswith("tensorboard not written, kept in memory until it can be: ")
+    disk.room = 10**6
+    board.write({"step": 40, "loss": 20.0, "lr": 0.5})
+    board.image(grid, telemetry.png(grid), 40)
+    board.close()
+    assert len(warnings) == 1 and threading.active_count() == threads
+    read = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    found = [(point.step, point.value, point.wall_time) for point in read.Scalars("loss")]
+    assert found == [(step, step / 2, 1234.5) for step in range(4, 41)]
+    assert [(i.step, i.width, i.height, i.encoded_image_string) for i in read.Images("samples")] == [
+        (40, 100, 80, telemetry.png(grid))
+    ]
+
+
+def test_tensorboard_shows_a_step_once_after_a_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for started, first, last in ((9.0, 0, 6), (1e9, 3, 8)):
+        board = telemetry.TensorBoard(tmp_path / "tensorboard", first, lambda: started, pytest.fail)  # noqa: B023
+        for step in range(first + 1, last + 1):
+            board.write({"step": step, "loss": float(first)})
+        board.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in read.Scalars("loss")] == [
+        *((step, 0.0) for step in (1, 2, 3)),
+        *((step, 3.0) for step in (4, 5, 6, 7, 8)),
+    ]
 
 
 def test_replace_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,3 +294,27 @@ def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
     progress.say("one")
     progress.update(10, {"memory_mb": 1.0}, 1.0, 1.0, 100.0)
     progress.close()
+
+
+def test_output_that_is_refused_comes_later(tmp_path: Path) -> None:
+    """A progress line or warning to a file on a full disk: the buffer keeps it, and the run goes on."""
+
+    class Full(io.RawIOBase):
+        full, content = True, b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, content: Any) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.content += bytes(content)
+            return len(content)
+
+    raw = Full()
+    progress = telemetry.Progress(10, io.TextIOWrapper(io.BufferedWriter(raw)))
+    progress.say("one")
+    progress.update(10, {"memory_mb": 1.0}, 1.0, 1.0, 100.0)
+    raw.full = False
+    progress.say("two")
+    assert raw.content.decode().splitlines() == ["one", "step 10/10  0:00 left  1 img/s  1 MB", "two"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,34 +38,51 @@ class Training(NamedTuple):
         return int(self.ask({"wait": self.pid}))
 
 
-@pytest.fixture(scope="session")
-def started(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Training]]:
-    """`started(*arguments)`: a training that has just begun, at the command line's first statement. A function of `os`
-    called `hang` never returns in it."""
-    folder = tmp_path_factory.mktemp("outputs")
-    process = subprocess.Popen(
-        [sys.executable, str(STARTER)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin and process.stdout and process.stdout.readline() == "ready\n"
-    outputs: list[Path] = []
+class Starter:
+    """Starts trainings by forking one process that has imported everything; see starter.py. `prefix`: what runs it."""
 
-    def ask(request: dict[str, Any]) -> str:
-        assert process.stdin and process.stdout
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        return process.stdout.readline()
+    def __init__(self, environment: dict[str, str], folder: Path, prefix: tuple[str, ...]) -> None:
+        command = [*prefix, sys.executable, str(STARTER)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+        assert self.process.stdout and self.process.stdout.readline() == "ready\n"
+        self._folder, self._count = folder, 0
 
-    def started(*arguments: object, hang: str = "") -> Training:
-        outputs.append(folder / f"{len(outputs)}.txt")
-        outputs[-1].touch()
+    def ask(self, request: dict[str, Any]) -> str:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline()
+
+    def __call__(self, *arguments: object, hang: str = "") -> Training:
+        output = self._folder / f"{self._count}.txt"
+        self._count += 1
+        output.touch()
         return Training(
-            int(ask({"arguments": [*map(str, arguments)], "output": str(outputs[-1]), "hang": hang})), outputs[-1], ask
+            int(self.ask({"arguments": [*map(str, arguments)], "output": str(output), "hang": hang})), output, self.ask
         )
 
-    yield started
-    process.stdin.close()  # which ends the starter, and with it whatever a failed test has left running
-    process.wait()
-    process.stdout.close()
+    def close(self) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()  # which ends the starter, and with it whatever a failed test has left running
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def starting(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Starter]]:
+    """`starting(*prefix)`: a `started` of its own, run by a command such as unshare."""
+    with ExitStack() as stack:
+        yield lambda *prefix: stack.enter_context(
+            closing(Starter(environment, tmp_path_factory.mktemp("outputs"), prefix))
+        )
+
+
+@pytest.fixture(scope="session")
+def started(starting: Callable[..., Starter]) -> Starter:
+    """`started(*arguments)`: a training that has just begun, at the command line's first statement. A function of `os`
+    called `hang` never returns in it."""
+    return starting()
 
 
 @pytest.fixture(scope="session")
