@@ -287,7 +287,7 @@ def _replace(node: Any, path: list[str], value: Any, full_name: str) -> Any:
 
 def _build(base: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be an object, got {_shown(values)}")
+        raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be an object, got {shown(values)}")
     hints = get_type_hints(type(base))
     arguments = {}
     for name, value in values.items():
@@ -336,9 +336,10 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
         what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         wanted = what.get(kind, f"{len(parts)} numbers") + (" or auto" if name == "micro_batch" else "")
-        raise ValueError(f"{name} must be {wanted}, got {_shown(value)}") from None
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}") from None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a message shows it: long ones shortened."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -66,7 +66,8 @@ class TimeEmbedder(nn.Module):
 
 
 class Table(nn.Embedding):
-    """An embedding that draws no numbers on the meta device: torch would import its compiler to draw none, for seconds."""
+    """An embedding that draws nothing on the meta device: torch would import its compiler for that, which takes
+    seconds."""
 
     def reset_parameters(self) -> None:
         if self.weight.device.type != "meta":

@@ -344,7 +344,7 @@ class AdamWEMA(torch.optim.AdamW):
             raise ValueError("AdamWEMA: no group can be added: it has no averages or copies")
         unwrap(torch.optim.AdamW.add_param_group)(self, param_group)
 
-    # torch wraps these so that its compiler leaves them alone, and the wrapper imports the compiler, which takes seconds.
+    # torch wraps these for its compiler to leave them alone, and the wrapper imports the compiler, which takes seconds.
     state_dict = unwrap(torch.optim.AdamW.state_dict)
     load_state_dict = unwrap(torch.optim.AdamW.load_state_dict)
     zero_grad = unwrap(torch.optim.AdamW.zero_grad)
