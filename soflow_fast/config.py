@@ -279,7 +279,7 @@ def _replace(node: Any, path: list[str], value: Any, full_name: str) -> Any:
     inner = getattr(node, head, None) if head in names else None
     if head not in names or bool(rest) != is_dataclass(inner):
         known = [*flatten(Config()), *SHORT_NAMES]
-        raise ValueError(f"unknown field {full_name!r}{nearest(full_name, known)}")
+        raise ValueError(f"unknown field {shown(full_name)}{nearest(full_name, known)}")
     if rest:
         return replace(node, **{head: _replace(inner, rest, value, full_name)})
     return replace(node, **{head: _coerce(value, get_type_hints(type(node))[head], full_name)})
@@ -292,7 +292,7 @@ def _build(base: Any, values: Any, prefix: str) -> Any:
     arguments = {}
     for name, value in values.items():
         if name not in hints:
-            raise ValueError(f"unknown field {prefix + str(name)!r}{nearest(str(name), hints)}")
+            raise ValueError(f"unknown field {shown(prefix + str(name))}{nearest(str(name), hints)}")
         inner = getattr(base, name)
         if is_dataclass(inner):
             arguments[name] = _build(inner, value, f"{prefix}{name}.")
@@ -341,5 +341,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 
 def shown(value: Any) -> str:
     """A value as a message shows it: long ones shortened."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to write the longest
+        return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
