@@ -29,9 +29,11 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse; an unknown flag raises ConfigError with the nearest known one."""
         values, unknown = self.parse_known_args(arguments)
-        for name, value in vars(values).items():
+        for action in self._actions:
+            value = getattr(values, action.dest, None)
             if isinstance(value, str) and "\0" in value:  # no file's name has one
-                raise ConfigError(f"--{name.replace('_', '-')} {value!r}: holds a zero byte")
+                name = action.option_strings[0] if action.option_strings else action.metavar
+                raise ConfigError(f"{name} {shown(value)}: holds a zero byte")
         if unknown:
             name = unknown[0].split("=")[0]
             close = difflib.get_close_matches(name, self.flags(), 1, 0.5)
