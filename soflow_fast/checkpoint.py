@@ -229,7 +229,9 @@ def _load_one(folder: Path, device: str | torch.device) -> tuple[SolutionFlow, C
         _read_state(folder, files)
     try:
         config = validate(from_json(files["config.json"].decode()))
-    except (ValueError, KeyError) as error:
+    except KeyError:
+        raise CheckpointError(f"{folder}: config.json is missing") from None
+    except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     flow = build_flow(config)
     _load_weights(flow, _tensors(folder, files, "ema.safetensors"), folder)

@@ -5,11 +5,15 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from .config import SHORT_NAMES, Config, override
+from .config import SHORT_NAMES, Config, override, shown
 from .errors import ConfigError, UserError
 from .validation import validate
 
 T = TypeVar("T")
+
+MOST_CALLS = 1000
+"""Network calls per image, of which one to four are what these networks are for."""
+MOST_SEED = 2**63 - 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,9 +29,11 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse; an unknown flag raises ConfigError with the nearest known one."""
         values, unknown = self.parse_known_args(arguments)
-        for name, value in vars(values).items():
+        for action in self._actions:
+            value = getattr(values, action.dest, None)
             if isinstance(value, str) and "\0" in value:  # no file's name has one
-                raise ConfigError(f"--{name.replace('_', '-')} {value!r}: holds a zero byte")
+                name = action.option_strings[0] if action.option_strings else action.metavar
+                raise ConfigError(f"{name} {shown(value)}: holds a zero byte")
         if unknown:
             name = unknown[0].split("=")[0]
             close = difflib.get_close_matches(name, self.flags(), 1, 0.5)
@@ -56,14 +62,14 @@ def configure(config: Config, changes: dict[str, Any]) -> Config:
         raise ConfigError(flag_of(str(error))) from None
 
 
-def whole_number(name: str, text: str, least: int) -> int:
-    """A flag's text as an int of at least `least`. Raises ConfigError naming the flag."""
+def whole_number(name: str, text: str, least: int, most: int) -> int:
+    """A flag's text as an int from `least` to `most`. Raises ConfigError naming the flag."""
     try:
         value = int(text)
     except ValueError:
         value = least - 1
-    if value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {text!r}")
+    if not least <= value <= most:
+        raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {shown(text)}")
     return value
 
 

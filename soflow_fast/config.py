@@ -279,7 +279,7 @@ def _replace(node: Any, path: list[str], value: Any, full_name: str) -> Any:
     inner = getattr(node, head, None) if head in names else None
     if head not in names or bool(rest) != is_dataclass(inner):
         known = [*flatten(Config()), *SHORT_NAMES]
-        raise ValueError(f"unknown field {full_name!r}{nearest(full_name, known)}")
+        raise ValueError(f"unknown field {shown(full_name)}{nearest(full_name, known)}")
     if rest:
         return replace(node, **{head: _replace(inner, rest, value, full_name)})
     return replace(node, **{head: _coerce(value, get_type_hints(type(node))[head], full_name)})
@@ -287,12 +287,12 @@ def _replace(node: Any, path: list[str], value: Any, full_name: str) -> Any:
 
 def _build(base: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be an object, got {_shown(values)}")
+        raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be an object, got {shown(values)}")
     hints = get_type_hints(type(base))
     arguments = {}
     for name, value in values.items():
         if name not in hints:
-            raise ValueError(f"unknown field {prefix + str(name)!r}{nearest(str(name), hints)}")
+            raise ValueError(f"unknown field {shown(prefix + str(name))}{nearest(str(name), hints)}")
         inner = getattr(base, name)
         if is_dataclass(inner):
             arguments[name] = _build(inner, value, f"{prefix}{name}.")
@@ -336,9 +336,12 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
         what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         wanted = what.get(kind, f"{len(parts)} numbers") + (" or auto" if name == "micro_batch" else "")
-        raise ValueError(f"{name} must be {wanted}, got {_shown(value)}") from None
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}") from None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a message shows it: long ones shortened."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to write the longest
+        return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -47,12 +47,12 @@ def dry_run(config: Config) -> str:
 
 def _dry_run(config: Config) -> str:
     wanted, config = config, resolved(config)
+    synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
+    source = None if synthetic else open_source(config)  # before what takes seconds: it finds most mistakes
     predicted = ledger(wanted if config.run.device == "cpu" else config)  # the precision is another on the CPU
     state = TrainState.build(config)
     backend = resolve_attention(state)
     model = config.model
-    synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
-    source = None if synthetic else open_source(config)
     one = forward_flops(state)
     batch = config.batch_size
     if state.device.type == "cpu":

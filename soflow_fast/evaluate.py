@@ -9,8 +9,11 @@ import json
 import sys
 
 from . import errors
-from .cli import Parser, whole_number
+from .cli import MOST_CALLS, MOST_SEED, Parser, whole_number
 from .errors import ConfigError
+
+MOST = 10**6
+"""Samples: all are held in memory, and each is compared with each of the data."""
 
 
 def parser() -> Parser:
@@ -28,8 +31,8 @@ def parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError."""
     values = parser().parse(arguments)
-    n, seed = whole_number("--n", values.n, 100), whole_number("--seed", values.seed, 0)
-    calls = [whole_number("--nfe", part.strip(), 1) for part in values.nfe.split(",")]
+    n, seed = whole_number("--n", values.n, 100, MOST), whole_number("--seed", values.seed, 0, MOST_SEED)
+    calls = dict.fromkeys(whole_number("--nfe", part.strip(), 1, MOST_CALLS) for part in values.nfe.split(","))
 
     from .checkpoint import load_with_config
     from .evaluation import describe, measure_digits

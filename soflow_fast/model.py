@@ -65,12 +65,21 @@ class TimeEmbedder(nn.Module):
         )
 
 
+class Table(nn.Embedding):
+    """An embedding that draws nothing on the meta device: torch would import its compiler for that, which takes
+    seconds."""
+
+    def reset_parameters(self) -> None:
+        if self.weight.device.type != "meta":
+            super().reset_parameters()
+
+
 class LabelEmbedder(nn.Module):
     """Labels [B] -> [B, D]; the last row of the table is the null label."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        self.embedding_table = Table(num_classes + 1, hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
@@ -183,7 +192,10 @@ class DiT(nn.Module):
     @torch.no_grad()
     def initialize(self, source: torch.Generator | None = None) -> None:
         """The public initialisation: Xavier uniform, zero biases; label table and the two Linear weights of the **t**
-        embedder N(0, 0.02), while the s embedder keeps Xavier; adaLN and output layers zero."""
+        embedder N(0, 0.02), while the s embedder keeps Xavier; adaLN and output layers zero. Nothing on the meta
+        device."""
+        if self.pos_embed.device.type == "meta":
+            return
         self.pos_embed.copy_(sincos_positions(self.config.hidden_size, math.isqrt(self.pos_embed.shape[1])))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):

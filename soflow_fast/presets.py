@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from .config import Config, DataConfig, DiTConfig, ObjectiveConfig, OptimConfig, RunConfig, override
+from .config import Config, DataConfig, DiTConfig, ObjectiveConfig, OptimConfig, RunConfig, override, shown
 from .errors import ConfigError
 
 
@@ -72,7 +72,7 @@ def preset(name: str, **changes: Any) -> Config:
     if name not in PRESETS:
         close = difflib.get_close_matches(str(name), PRESETS, 1, 0.4)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"unknown preset {name!r}{hint}; the presets are {', '.join(PRESETS)}")
+        raise ConfigError(f"unknown preset {shown(name)}{hint}; the presets are {', '.join(PRESETS)}")
     try:
         return override(PRESETS[name](), changes)
     except ValueError as error:

@@ -3,19 +3,25 @@
     python -m soflow_fast.sample runs/digits --out out --n 64 --nfe 1
     python -m soflow_fast.sample runs/digits --out out --labels 3,5 --seed 7
 
-Writes grid.png and an image each, 00000.png and on. Image i depends on the seed, its label and i alone.
+Writes an image each, 00000.png and on, and grid.png of the first 1024. Image i depends on the seed, its label and i
+alone.
 """
 
 import os
 import shutil
 import sys
 import types
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import errors
-from .cli import Parser, user_value, whole_number
+from .cli import MOST_CALLS, MOST_SEED, Parser, user_value, whole_number
 from .errors import ConfigError, StorageError, storage_error
+
+MOST = 10**7
+"""Images of one call: each is a file."""
+GRID = 1024
 
 
 def parser() -> Parser:
@@ -34,8 +40,8 @@ def parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError."""
     values = parser().parse(arguments)
-    n, nfe = whole_number("--n", values.n, 1), whole_number("--nfe", values.nfe, 1)
-    seed, out = whole_number("--seed", values.seed, 0), Path(values.out)
+    n, nfe = whole_number("--n", values.n, 1, MOST), whole_number("--nfe", values.nfe, 1, MOST_CALLS)
+    seed, out = whole_number("--seed", values.seed, 0, MOST_SEED), Path(values.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file")
 
@@ -50,11 +56,20 @@ def main(arguments: list[str] | None = None) -> None:
     labels = _labels(values.labels, model.num_classes, n)
     shape = (n, model.in_channels, model.input_size, model.input_size)
     y = None if labels is None else torch.tensor(labels)
-    x = user_value(lambda: sampling.sample(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
-    images = telemetry.to_uint8(x)
-    files = {"grid.png": telemetry.png(telemetry.make_grid(images))}
-    files |= {f"{i:05d}.png": telemetry.png(image) for i, image in enumerate(images)}
-    _write(out, files)
+    batches = user_value(lambda: sampling.sample_batches(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        first, count = [], 0
+        for x in batches:
+            images = telemetry.to_uint8(x)
+            if count < GRID:
+                first.append(images[: GRID - count])
+            for image in images:
+                yield f"{count:05d}.png", telemetry.png(image)
+                count += 1
+        yield "grid.png", telemetry.png(telemetry.make_grid(torch.cat(first)))
+
+    _write(out, files())
     print(f"{n} images of {nfe} network call{'s' if nfe > 1 else ''} each: {out / 'grid.png'}")
 
 
@@ -66,27 +81,25 @@ def _labels(text: str | None, num_classes: int, n: int) -> list[int] | None:
     chosen = (
         list(range(num_classes))
         if text is None
-        else [whole_number("--labels", part.strip(), 0) for part in text.split(",")]
+        else [whole_number("--labels", part.strip(), 0, num_classes - 1) for part in text.split(",")]
     )
-    if max(chosen) >= num_classes:
-        raise ConfigError(f"--labels {max(chosen)}: the classes are 0 to {num_classes - 1}")
     return [chosen[i % len(chosen)] for i in range(n)]
 
 
-def _write(out: Path, files: dict[str, bytes]) -> None:
-    """All files or none: they are written aside, on the same disk, and then moved in."""
+def _write(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """All files, names with their contents, or none: they are written aside, on the same disk, and then moved in."""
     new = not out.exists()
     aside = (out.parent if new else out) / f".{out.name}.partial-{os.getpid()}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             aside.mkdir()
-            for name, content in files.items():
+            for name, content in files:
                 (aside / name).write_bytes(content)
             if new:
                 os.rename(aside, out)
             else:
-                for name in files:
+                for name in os.listdir(aside):
                     os.replace(aside / name, out / name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Drawing images: n network calls, each from the current time straight to the data (arXiv 2512.15657)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -40,31 +40,48 @@ def sample(
     Raises:
         ValueError: for nfe < 1, noise and seed both or neither given, shapes or labels that do not fit.
     """
-    if nfe < 1:
-        raise ValueError(f"nfe must be at least 1, got {nfe}")
     if (noise is None) == (seed is None):
         raise ValueError("give either noise, one tensor per network call, or a seed")
-    parameter = next(flow.parameters())
+    if noise is None:
+        batches = list(sample_batches(flow, y, nfe=nfe, seed=int(seed or 0), shape=shape, batch_size=batch_size))
+        return torch.cat(batches) if batches else next(flow.parameters()).new_empty(_shape(flow, y, shape))
+    parameter, labels = _checked(flow, y, nfe)
+    if len(noise) != nfe:
+        raise ValueError(f"noise must hold one tensor per network call: {nfe}, got {len(noise)}")
+    if any(n.shape != noise[0].shape for n in noise):
+        raise ValueError(f"noise must be of one shape, got {[list(n.shape) for n in noise]}")
+    return _solve(flow, lambda k: noise[k].to(parameter), nfe, labels)
+
+
+def sample_batches(
+    flow: SolutionFlow,
+    y: Tensor | Sequence[int] | None = None,
+    *,
+    nfe: int = 1,
+    seed: int = 0,
+    shape: Sequence[int] | None = None,
+    batch_size: int = BATCH,
+) -> Iterator[Tensor]:
+    """The images of `sample` from a seed, one network call's [up to `batch_size`, C, H, W] after the other: of any
+    number of images no more than that is held. Raises ValueError as `sample` does, before the first."""
+    parameter, labels = _checked(flow, y, nfe)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    labels = None if y is None else _checked_labels(flow, torch.as_tensor(y, device=parameter.device))
-    if noise is not None:
-        if len(noise) != nfe:
-            raise ValueError(f"noise must hold one tensor per network call: {nfe}, got {len(noise)}")
-        if any(n.shape != noise[0].shape for n in noise):
-            raise ValueError(f"noise must be of one shape, got {[list(n.shape) for n in noise]}")
-        return _solve(flow, [n.to(parameter) for n in noise], labels)
-    shape = _shape(flow, labels, shape)
-    if labels is not None and len(labels) != shape[0]:
-        raise ValueError(f"y must hold {shape[0]} labels, got {len(labels)}")
-    images = []
-    for first in range(0, shape[0], batch_size):
-        last = min(first + batch_size, shape[0])
+    count, *image = _shape(flow, labels, shape)
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"y must hold {count} labels, got {len(labels)}")
+
+    @torch.no_grad()
+    def batch(first: int) -> Tensor:
+        last = min(first + batch_size, count)
         index = [min(i, last - 1) for i in range(first, first + batch_size)]
-        drawn = [torch.stack([image_noise(int(seed or 0), i, k, shape[1:]) for i in index]) for k in range(nfe)]
-        batch = _solve(flow, [n.to(parameter) for n in drawn], None if labels is None else labels[index])
-        images.append(batch[: last - first])
-    return torch.cat(images) if images else parameter.new_empty(shape)
+
+        def noise(k: int) -> Tensor:
+            return torch.stack([image_noise(seed, i, k, image) for i in index]).to(parameter)
+
+        return _solve(flow, noise, nfe, None if labels is None else labels[index])[: last - first]
+
+    return map(batch, range(0, count, batch_size))
 
 
 def image_noise(seed: int, index: int, call: int, shape: Sequence[int]) -> Tensor:
@@ -72,14 +89,23 @@ def image_noise(seed: int, index: int, call: int, shape: Sequence[int]) -> Tenso
     return torch.randn(tuple(shape), generator=generator(seed, index, call, "sample noise"))
 
 
-def _solve(flow: SolutionFlow, noise: Sequence[Tensor], labels: Tensor | None) -> Tensor:
-    nfe, x = len(noise), noise[0]
+def _solve(flow: SolutionFlow, noise: Callable[[int], Tensor], nfe: int, labels: Tensor | None) -> Tensor:
+    """noise: that of a network call, by its number."""
+    x = noise(0)
     for k in range(nfe):
         t, after = (torch.full((len(x),), 1 - i / nfe, device=x.device, dtype=x.dtype) for i in (k, k + 1))
         x = flow.solution(x, t, torch.zeros_like(t), labels)
         if k + 1 < nfe:
-            x = flow.point(x, noise[k + 1], after)[0]
+            x = flow.point(x, noise(k + 1), after)[0]
     return x
+
+
+def _checked(flow: SolutionFlow, y: Tensor | Sequence[int] | None, nfe: int) -> tuple[Tensor, Tensor | None]:
+    """A parameter of the flow, for device and dtype, and the labels there. Raises ValueError."""
+    if nfe < 1:
+        raise ValueError(f"nfe must be at least 1, got {nfe}")
+    parameter = next(flow.parameters())
+    return parameter, None if y is None else _checked_labels(flow, torch.as_tensor(y, device=parameter.device))
 
 
 def _checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
@@ -94,7 +120,7 @@ def _checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
     return labels.long()
 
 
-def _shape(flow: SolutionFlow, labels: Tensor | None, shape: Sequence[int] | None) -> Sequence[int]:
+def _shape(flow: SolutionFlow, labels: Tensor | Sequence[int] | None, shape: Sequence[int] | None) -> Sequence[int]:
     if shape is not None:
         return shape
     config = getattr(flow.network, "config", None)

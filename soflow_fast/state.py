@@ -60,7 +60,9 @@ class TrainState:
             raise ConfigError(f"--cuda-graph: needs a GPU, the device is {device.type}")
         precision = resolve_precision(config.precision, device)
         quotient = resolve_quotient(config, precision, device)
-        flow = build_flow(config).to_empty(device="cpu")
+        flow = build_flow(config)
+        values = flow.state_dict()  # `to_empty` would do, but it imports sympy for its work on the meta device
+        flow.load_state_dict({k: torch.empty(v.shape, dtype=v.dtype) for k, v in values.items()}, assign=True)
         flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
         flow = flow.to(device)
         ema = copy.deepcopy(flow).requires_grad_(False).eval()

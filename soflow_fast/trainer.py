@@ -39,7 +39,10 @@ def train(config: Config) -> TrainState:
     with enough_memory(config):
         config = resolved(config)
         run_dir = Path(config.run.run_dir)
-        check_run_dir(run_dir, config)
+        try:
+            check_run_dir(run_dir, config)
+        except OSError as error:
+            raise storage_error(error, "--run-dir") from None
         source = open_source(config)
         state = TrainState.build(config)
         set_attention(state, resolve_attention(state))

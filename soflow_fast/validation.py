@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from .config import AUTO, Config, DiTConfig, FlowConfig, ObjectiveConfig, flatten, nearest
+from .config import AUTO, Config, DiTConfig, FlowConfig, ObjectiveConfig, flatten, nearest, shown
 
 PATHS = ("linear", "trig")
 COEFFICIENTS = ("euler", "trig")
@@ -22,6 +22,8 @@ QUOTIENTS = ("auto", "increments", "pair")
 QUOTIENT_PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 TEACHERS = ("student", "ema", "ema-literal")
 DATA_KINDS = ("digits", "images", "latents")
+# What float32 holds: beyond, torch raises in the midst of a step or takes 0 for a number.
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 def validate(config: Config) -> Config:
@@ -31,6 +33,8 @@ def validate(config: Config) -> Config:
         _require(_of_type(value, usual[name]), name, _TYPES[type(usual[name])], value)
         for number in value if isinstance(value, tuple) else (value,):
             _require(not isinstance(number, float) or math.isfinite(number), name, "finite", value)
+            holds = not isinstance(usual[name], (float, tuple)) or number == 0 or SMALLEST <= abs(number) <= LARGEST
+            _require(holds, name, "0 or of a size from 1.2e-38 to 3.4e38, as float32 is", value)
     validate_model(config.model, "model.")
     validate_flow(config.flow, "flow.")
     validate_objective(config.objective, "objective.")
@@ -147,9 +151,11 @@ def _of_type(value: Any, usual: Any) -> bool:
 
 def _require(holds: bool, name: str, what: str, value: Any) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {what}, got {value!r}")
+        raise ValueError(f"{name} must be {what}, got {shown(value)}")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{nearest(str(value), allowed)}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(allowed)}, got {shown(value)}{nearest(str(value), allowed)}"
+        )

@@ -349,6 +349,17 @@ def test_same_seed_same_images_however_many(finished: Any, call: Call, files: Ca
     assert drawn["threes"]["00003.png"] == few["00003.png"]
 
 
+def test_the_grid_is_of_the_first_images(finished: Any, call: Call, files: Call, tmp_path: Path) -> None:
+    """All of a million would be larger than the memory."""
+    for name, most, n in (("few", 70, 70), ("cut", 70, 200)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sample, "GRID", most)
+            assert call("sample", finished.folder, "--out", tmp_path / name, "--n", n).code == 0
+    few, cut = (files(tmp_path / name) for name in ("few", "cut"))
+    assert len(few) == 71 and len(cut) == 201
+    assert all(cut[name] == content for name, content in few.items())
+
+
 def test_sample_takes_a_run_a_checkpoint_and_an_export(run_dir: Path, call: Call, files: Call, tmp_path: Path) -> None:
     from soflow_fast.checkpoint import export, load_with_config
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import soflow_fast
 from soflow_fast import DiT, DiTConfig, SolutionFlow, sample
-from soflow_fast.sampling import image_noise
+from soflow_fast.sampling import image_noise, sample_batches
 
 SHAPE = (1, 4, 4)
 
@@ -62,6 +62,20 @@ def test_same_seed_same_images_however_many(flow: SolutionFlow) -> None:
         assert torch.equal(many, sample(flow, labels, nfe=nfe, seed=5))
         assert not torch.equal(many, sample(flow, labels, nfe=nfe, seed=6))
         assert len({tuple(image.flatten().tolist()) for image in many}) == 70
+
+
+def test_batches_are_drawn_when_they_are_asked_for(flow: SolutionFlow) -> None:
+    labels = torch.arange(10) % 3
+    parts = [*sample_batches(flow, labels, nfe=2, seed=5, batch_size=4)]
+    assert [len(part) for part in parts] == [4, 4, 2] and not any(part.requires_grad for part in parts)
+    assert torch.equal(torch.cat(parts), sample(flow, labels, nfe=2, seed=5, batch_size=4))
+    network = Recorder()
+    batches = sample_batches(SolutionFlow(network), nfe=3, shape=[10**12, *SHAPE], batch_size=4)
+    assert len(network.calls) == 0
+    next(batches)
+    assert len(network.calls) == 3
+    with pytest.raises(ValueError, match="y must hold 5 labels"):  # at once
+        sample_batches(flow, labels, shape=[5, *SHAPE])
 
 
 def test_the_network_always_runs_on_whole_batches() -> None:

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,3 +340,31 @@ def test_a_run_from_before_a_field_was_known_goes_on(whole: tuple[Path, TrainSta
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="another configuration"):
         trainer.check_run_dir(run_dir, whole[1].config)
+
+
+STARTS = """
+import shutil, sys
+from importlib import import_module
+from pathlib import Path
+from soflow_fast import trainer
+from soflow_fast.presets import preset
+
+trainer.EVALUATION_SAMPLES = 100
+config = preset("digits", device="cpu", precision="fp32", steps=2, checkpoint_every=1, run_dir="run")
+trainer.train(config)
+shutil.rmtree("run/checkpoints/step-00000002")
+trainer.train(config)
+import_module("soflow_fast.sample").main(["run", "--out", "out", "--n", "1", "--device", "cpu"])
+assert Path("out/00000.png").exists()
+print(*(name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules))
+"""
+
+
+def test_a_run_its_resume_and_its_samples_do_without_the_compiler(environment: dict[str, str], tmp_path: Path) -> None:
+    """torch imports it, two to four seconds, at the first of many calls that do not look like it."""
+    ended = subprocess.run(
+        [sys.executable, "-c", STARTS], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "resuming run at step 1 of 2" in ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1] == "", ended.stdout

@@ -20,6 +20,7 @@ addresses of its capture: gradients must stay where they were then.
 
 import math
 from functools import partial
+from inspect import unwrap
 
 import torch
 from torch import Tensor
@@ -341,7 +342,12 @@ class AdamWEMA(torch.optim.AdamW):
         """torch's; refused where there are averages or copies, which would lack the new parameters."""
         if getattr(self, "_emas", ()) or getattr(self, "_copies", None) is not None:
             raise ValueError("AdamWEMA: no group can be added: it has no averages or copies")
-        super().add_param_group(param_group)
+        unwrap(torch.optim.AdamW.add_param_group)(self, param_group)
+
+    # torch wraps these for its compiler to leave them alone, and the wrapper imports the compiler, which takes seconds.
+    state_dict = unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = unwrap(torch.optim.AdamW.load_state_dict)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
 
     @torch.no_grad()
     def step(self, closure=None, *, grad_scale=None, finite=None):

@@ -13,17 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save as to_safetensors
 
-from soflow_fast import DiT, Objective
+from soflow_fast import trainer, validation
 from soflow_fast.cli import configure
-from soflow_fast.config import Config, flatten, from_json, to_json
-from soflow_fast.errors import ConfigError
-from soflow_fast.flow import SolutionFlow
+from soflow_fast.config import SHORT_NAMES, Config, flatten, from_json, to_json
+from soflow_fast.dry_run import dry_run
+from soflow_fast.errors import ConfigError, UserError
 from soflow_fast.presets import preset
+from soflow_fast.state import TrainState, build_flow
+from soflow_fast.step import train_step
 
 # Content of a config.json, and what the line must name.
 CONFIGS: dict[str, tuple[bytes, str]] = {
@@ -37,6 +39,9 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "zeros": (bytes(1000), "not JSON"),
     "not a number": (b'{"optim": {"lr": NaN}}', "optim.lr"),
     "infinite": (b'{"optim": {"lr": 1e999}}', "optim.lr"),
+    "beyond float32": (b'{"optim": {"lr": 3.5e38}}', "optim.lr must be 0 or of a size from"),
+    "below float32": (b'{"objective": {"eps": 1e-39}}', "objective.eps must be 0 or of a size from"),
+    "4000 digits": (b'{"batch_size": ' + b"9" * 4000 + b"}", "--batch-size"),
     "huge int": (b'{"steps": ' + b"9" * 5000 + b"}", "--config"),
     "section is a number": (b'{"model": 3}', "model must be an object"),
     "section is null": (b'{"objective": null}', "objective must be an object"),
@@ -133,7 +138,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "manifest of nothing": (put("manifest.json", b"{}", False), "sample", "not a whole checkpoint"),
     "manifest is a list": (put("manifest.json", b"[]", False), "sample", "not a whole checkpoint"),
     "manifest is deep": (put("manifest.json", b"[" * 100_000, False), "sample", "not a whole checkpoint"),
-    "manifest without sums": (put("manifest.json", b'{"sha256": {}}', False), "sample", "config.json"),
+    "manifest without sums": (put("manifest.json", b'{"sha256": {}}', False), "sample", "config.json is missing"),
     "manifest climbs": (put("manifest.json", b'{"sha256": {"../x": "0"}}', False), "sample", "damaged"),
     "state is deep": (put("state.json", b"[" * 100_000), "sample", "state.json"),
     "step is negative": (edited("step", -1), "train", "state.json"),
@@ -158,14 +163,19 @@ LINES: dict[str, tuple[list[str], str]] = {
     "zero byte in a path": (["train", "--run-dir", "a\0b"], "--run-dir"),
     "zero byte in a config": (["train", "--config", "a\0b"], "--config"),
     "zero byte in data": (["train", "cifar10", "--data", "a\0b"], "--data"),
-    "zero byte in a run": (["sample", "a\0b", "--out", "out"], "a"),
+    "zero byte in a run": (["sample", "a\0b", "--out", "out"], "RUN 'a\\x00b'"),
     "zero byte in out": (["sample", "RUN", "--out", "a\0b"], "--out"),
-    "lone surrogate": (["train", "--run-dir", "\udcff" * 300], "name too long"),
+    "lone surrogate": (["train", "--run-dir", "\udcff" * 300], "--run-dir: "),
     "number of another script": (["train", "--steps", "\u00b2"], "--steps"),
     "long number": (["train", "--steps", "9" * 5000], "--steps"),
-    "empty field": (["train", "--set", "=1"], "field"),
-    "field of a section": (["train", "--set", "model=1"], "model"),
+    "empty field": (["train", "--set", "=1"], "unknown field ''"),
+    "field of a section": (["train", "--set", "model=1"], "unknown field 'model'"),
     "field of a field": (["train", "--set", "steps.x=1"], "steps.x"),
+    "many images": (["sample", "RUN", "--out", "out", "--n", "1000000000"], "--n"),
+    "many calls": (["sample", "RUN", "--out", "out", "--nfe", "1000000"], "--nfe"),
+    "many labels": (["sample", "RUN", "--out", "out", "--labels", "1," * 30_000 + "10"], "--labels"),
+    "many samples": (["evaluate", "RUN", "--n", "1000000000"], "--n"),
+    "many steps": (["evaluate", "RUN", "--nfe", "1," * 30_000 + "100000"], "--nfe"),
     "huge seed": (["sample", "RUN", "--out", "out", "--seed", "9" * 5000], "--seed"),
 }
 
@@ -221,64 +231,162 @@ def test_command_lines(
 # Random configurations
 
 USUAL = flatten(Config())
-NAMES = st.sampled_from(sorted(USUAL))
-JUNK = st.one_of(
-    st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=8), st.lists(st.floats(), max_size=3)
-)
-WHOLE = st.one_of(st.integers(-2, 70), st.sampled_from([2**12, 2**16, 2**20, 2**31, 2**63, 10**30]))
-WORDS = (
-    "auto on off linear trig euler constant cosine exponent soflow torch none mlp block stop skip pair increments ema"
-)
-TEXT = st.one_of(
-    st.sampled_from([*WORDS.split(), "fp32", "bf16", "digits", "images", "sdpa", "student"]), st.text(max_size=4)
+NAMES = [*USUAL, *(f"--{short.replace('_', '-')}" for short in SHORT_NAMES)]
+DECAY = st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 0.5, 1 - 2**-53]))
+PART = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0]))
+LARGE = st.sampled_from([0, 1, 7, 2**31, 2**63, 10**30])
+ABOVE_0 = st.one_of(st.floats(1e-4, 2), st.sampled_from([validation.SMALLEST, 1e-30, 1.0, 1e30, validation.LARGEST]))
+TIMES = st.tuples(st.floats(-1e3, 1e3), ABOVE_0).map(list)
+
+# What each field may be, and now and then what only just passes; sizes that fit together come from `sizes`.
+FITTING: dict[str, st.SearchStrategy[Any]] = {
+    "flow.path": st.sampled_from(validation.PATHS),
+    "flow.coefficients": st.sampled_from(validation.COEFFICIENTS),
+    "objective.guidance_scale": st.one_of(st.floats(1, 9), st.sampled_from([1.0, validation.LARGEST])),
+    "objective.guidance_decay_time": st.one_of(PART, ABOVE_0),
+    "objective.mix_ratio": PART,
+    "objective.p": st.one_of(PART, ABOVE_0),
+    "objective.eps": ABOVE_0,
+    "objective.r_schedule": st.sampled_from(validation.R_SCHEDULES),
+    "objective.r_init": st.one_of(st.floats(1e-3, 1), st.sampled_from([validation.SMALLEST, 1.0])),
+    "objective.r_end": st.one_of(st.floats(1e-3, 1), st.sampled_from([validation.SMALLEST, 1.0])),
+    "objective.fm_fraction": PART,
+    "objective.label_drop": PART,
+    **{f"objective.{name}": TIMES for name in ("fm_time", "sc_time", "sc_end_time")},
+    "objective.teacher": st.sampled_from(validation.TEACHERS),
+    "optim.lr": ABOVE_0,
+    "optim.lr_schedule": st.sampled_from(validation.LR_SCHEDULES),
+    "optim.warmup_steps": LARGE,
+    "optim.betas": st.lists(DECAY, min_size=2, max_size=2),
+    "optim.eps": ABOVE_0,
+    "optim.weight_decay": st.one_of(PART, ABOVE_0),
+    "optim.grad_clip": st.one_of(PART, ABOVE_0),
+    "optim.ema_decay": DECAY,
+    "optim.ema_warmup": st.booleans(),
+    "data.kind": st.sampled_from(validation.DATA_KINDS),
+    "data.flip": st.booleans(),
+    "run.log_every": LARGE.map(lambda n: n + 1),
+    "run.sample_every": LARGE,
+    "run.checkpoint_every": LARGE,
+    "run.check_quotient_every": LARGE,
+    "run.keep": LARGE.map(lambda n: n + 2),
+    "run.on_nonfinite": st.sampled_from(validation.ON_NONFINITE),
+    "run.optimizer": st.sampled_from(["soflow", "torch"]),
+    "run.recompute": st.sampled_from(validation.RECOMPUTE),
+    "run.attention": st.sampled_from(["auto", "sdpa", "sdpa-math"]),
+    "steps": st.sampled_from([1, 2, 1000, 10**8 - 1]),
+    "batch_size": st.sampled_from([1, 2, 7, 2**20]),
+    "micro_batch": st.one_of(LARGE, st.just("auto")),
+    "precision": st.sampled_from(["auto", "fp32", "bf16"]),
+    "quotient": st.sampled_from(validation.QUOTIENTS),
+    "quotient_precision": st.sampled_from(["auto", "bf16", "fp32"]),
+    "seed": st.integers(0, 2**63 - 1),
+}
+WORDS = sorted({word for value in vars(validation).values() if isinstance(value, tuple) for word in value})
+WILD = st.one_of(
+    st.integers(-2, 70),
+    st.sampled_from([2**12, 2**16, 2**20, 2**31, 2**63, 10**30, 10**400]),
+    st.floats(),
+    st.sampled_from([5e-324, 1e-39, 3.5e38, 1e308]),
+    st.booleans(),
+    st.none(),
+    st.text(max_size=8),
+    st.sampled_from(WORDS),
+    st.lists(st.floats(), max_size=3),
 )
 
 
-def values(name: str) -> st.SearchStrategy[Any]:
-    """Mostly of the field's type, and often what it may be."""
-    usual = USUAL[name]
-    near: Any = TEXT
-    if isinstance(usual, bool):
-        near = st.booleans()
-    elif isinstance(usual, int):
-        near = WHOLE
-    elif isinstance(usual, float):
-        near = st.one_of(st.floats(0, 1), st.floats(-1e3, 1e3))
-    elif isinstance(usual, tuple):
-        near = st.tuples(st.floats(-3, 3), st.floats(-1, 3)).map(list)
-    return st.one_of(near, near, near, near, JUNK)
+@st.composite
+def sizes(draw: Any) -> dict[str, Any]:
+    """A tiny network whose sizes fit together."""
+    patch, heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 4]))
+    return {
+        "model.input_size": patch * draw(st.integers(1, 3)),
+        "model.patch_size": patch,
+        "model.in_channels": draw(st.integers(1, 5)),
+        "model.hidden_size": heads * 4 * draw(st.integers(1, 3)),
+        "model.num_heads": heads,
+        "model.depth": draw(st.integers(1, 2)),
+        "model.mlp_ratio": draw(st.sampled_from([0.25, 1, 2.6, 4.0])),
+        "model.num_classes": draw(st.sampled_from([0, 1, 10])),
+    }
 
 
-CHANGES = st.lists(NAMES.flatmap(lambda name: st.tuples(st.just(name), values(name))), max_size=6).map(dict)
-SIZES = st.fixed_dictionaries(
-    {"model.hidden_size": st.sampled_from([8, 24, 64]), "model.num_heads": st.sampled_from([1, 2, 3])}
+def some(known: dict[str, st.SearchStrategy[Any]], most: int) -> st.SearchStrategy[dict[str, Any]]:
+    """Up to so many fields with values of their own strategies."""
+    chosen = st.sampled_from(sorted(known)).flatmap(lambda name: st.tuples(st.just(name), known[name]))
+    return st.lists(chosen, max_size=most).map(dict)
+
+
+FIT = st.builds(lambda model, others: {**model, **others}, sizes(), some(FITTING, 12))
+SLIPS = some(dict.fromkeys(USUAL, WILD), 2)
+ANY = st.one_of(
+    FIT,  # twice, as hypothesis takes each as often
+    FIT.map(lambda fit: fit),
+    st.builds(lambda fit, slips: {**fit, **slips}, FIT, SLIPS),
+    some(dict.fromkeys(USUAL, WILD), 6),
 )
+
+
+def parameters(config: Config) -> int:
+    """Of the whole network, from two blocks without data."""
+    one, two = (
+        sum(p.numel() for p in build_flow(replace(config, model=replace(config.model, depth=d))).parameters())
+        for d in (1, 2)
+    )
+    return one + (two - one) * (config.model.depth - 1)
+
+
+def a_step(config: Config) -> None:
+    """What a run does up to its first metrics, on a few images."""
+    small = replace(config, batch_size=min(config.batch_size, 5), run=replace(config.run, device="cpu", compile="off"))
+    state = TrainState.build(trainer.resolved(small))
+    trainer.set_attention(state, trainer.resolve_attention(state))
+    model, n = small.model, small.batch_size
+    images = torch.zeros(n, model.in_channels, model.input_size, model.input_size)
+    for value in train_step(state, images, torch.zeros(n, dtype=torch.int64)).values():
+        assert value.shape == ()
+
+
+def one_line(error: UserError) -> None:
+    text = str(error)
+    assert any(name in text for name in NAMES) and "\n" not in text and len(text) < 400, text
 
 
 def test_random_configurations_build_or_are_refused(count: Any) -> None:
-    ended = {"built": 0, "refused": 0}
+    runs = count(250, 1000)
+    ended = {"refused": 0, "built": 0, "stepped": 0, "tried out": 0}
 
     @settings(
-        max_examples=count(250, 1000),
+        max_examples=runs,
         deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
     )
-    @given(changes=CHANGES, sizes=SIZES)
-    def check(changes: dict[str, Any], sizes: dict[str, int]) -> None:
+    @given(changes=ANY)
+    def check(changes: dict[str, Any]) -> None:
         try:
-            config = configure(preset("digits"), {**sizes, **changes})
+            config = configure(preset("digits"), changes)
         except ConfigError as error:
-            assert str(error) and "\n" not in str(error)
+            one_line(error)
             ended["refused"] += 1
             return
         assert from_json(to_json(config)) == config
-        model = replace(config.model, depth=min(config.model.depth, 2))  # more of the same
-        with torch.device("meta"):
-            SolutionFlow(DiT(model), config.flow.path, config.flow.coefficients)
-        Objective(config.objective).r(config.steps - 1, config.steps)
         ended["built"] += 1
+        if parameters(config) > 100_000:
+            return
+        try:
+            a_step(config)
+            ended["stepped"] += 1
+            if ended["tried out"] < count(2, 20):  # a second each
+                run = replace(config.run, device="cpu", compile="off")
+                dry_run(replace(config, data=replace(config.data, kind="latents"), run=run))
+                ended["tried out"] += 1
+        except UserError as error:  # for what this machine or the data lacks
+            one_line(error)
 
     check()
-    assert min(ended.values()) >= count(250, 1000) // 20, ended
+    assert ended["built"] >= 0.4 * runs and ended["refused"] >= 0.2 * runs, ended
+    assert ended["stepped"] >= 0.3 * runs and ended["tried out"] == count(2, 20), ended
