@@ -15,7 +15,9 @@ from soflow_fast.data import open_source
 SMALL = {"model.hidden_size": 16, "model.depth": 2, "model.num_heads": 2, "batch_size": 8, "device": "cpu"}
 
 
-def test_memory_and_open_files(started: Any, until: Any, count: Any, tiny: list[str], tmp_path: Path) -> None:
+def test_memory_and_open_files(
+    started: Any, until: Any, count: Any, tiny: list[str], tmp_path: Path, record_property: Any
+) -> None:
     steps, run_dir = count(800, 10_000), tmp_path / "run"
     settled = steps // 4  # the first saves, grids and lines make what then stays
     flags = ["--steps", steps, "--checkpoint-every", 50, "--set=run.log_every=10", "--set=run.sample_every=200"]
@@ -35,7 +37,8 @@ def test_memory_and_open_files(started: Any, until: Any, count: Any, tiny: list[
     at, memory, files = (np.array(column) for column in zip(*seen, strict=True))
     assert len(seen) >= 30
     slope = 1000 * np.polyfit(at, memory, 1)[0]
-    print(f"{slope:.2f} MB per 1000 steps, {files.min()} to {files.max()} open files")
+    record_property("steps", steps)
+    record_property("MB per 1000 steps", slope)
     # A short run has not come to rest: what it takes once and keeps is most of its slope. The whole one is the measure.
     assert slope < count(20, 1)
     half = len(files) // 2  # a file that is being written is open at some of the readings; one that is leaked, at all

@@ -1,0 +1,48 @@
+"""The record of the whole tests of reliability."""
+
+import sys
+
+from benchmarks import record, soak
+
+TESTS = """
+import os
+import pytest
+
+def test_good(record_property):
+    assert os.environ["SOFLOW_SOAK"] == "1"
+    record_property("MB per 1000 steps", 0.25)
+
+def test_bad():
+    assert False
+
+@pytest.mark.skip
+def test_absent():
+    pass
+"""
+
+
+def test_files_are_counted_and_what_they_measured_is_kept(tmp_path, capsys):
+    (tmp_path / "test_one.py").write_text(TESTS)
+    (tmp_path / "test_two.py").write_text("def test_good():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    assert soak.main(command, tmp_path) == 1
+    run = record.newest(tmp_path, "soak")
+    assert run is not None and "recorded: " in capsys.readouterr().out
+    rows = {row["file"]: {name: value for name, value in row.items() if name != "seconds"} for row in run["rows"]}
+    assert rows == {
+        "test_one": {
+            "file": "test_one",
+            "passed": 1,
+            "failed": 1,
+            "skipped": 1,
+            "measured": {"MB per 1000 steps": 0.25},
+        },
+        "test_two": {"file": "test_two", "passed": 1, "failed": 0, "skipped": 0, "measured": {}},
+    }
+    assert soak.main([*command[:-1], str(tmp_path / "test_two.py")], tmp_path) == 0
+
+
+def test_pytest_that_does_not_run_leaves_no_record(tmp_path, capsys):
+    assert soak.main([sys.executable, "-c", "raise SystemExit(3)"], tmp_path) == 2
+    assert "pytest left no report (exit code 3)" in capsys.readouterr().err
+    assert record.newest(tmp_path, "soak") is None
