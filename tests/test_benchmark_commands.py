@@ -218,6 +218,7 @@ def test_a_way_of_sampling_that_runs_out_of_memory_says_so(tiny, monkeypatch, ca
     monkeypatch.setattr(sampling, "contestants", contestants)
     sampling.main(["--seconds", "0"])
     run = record.newest(benchmark="sampling")
+    assert run is not None
     rows = {row["way"]: row for row in run["rows"] if row["batch"] == 3}
     assert len(rows["fp32"]["seconds"]) == len(rows["bf16"]["seconds"]) == 5
     assert [(rows[n]["why_not"], rows[n]["seconds"]) for n in ("never", "later")] == [
@@ -237,6 +238,7 @@ def test_a_gate_that_runs_out_of_memory_is_a_row(tiny, monkeypatch):
     monkeypatch.setattr(sweeps, "check", check)
     sweeps.main(["--seconds", "0"])
     run = record.newest(benchmark="sweeps")
+    assert run is not None
     assert [row["why_not"] for row in run["rows"]] == [None] * 4 + ["out of memory"] * 2
 
 

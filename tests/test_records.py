@@ -174,7 +174,7 @@ def test_a_record_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
     # What a kill leaves behind is none of the files that are read.
     (tmp_path / f".{path.name}.1.tmp").write_text("{")
-    assert record.newest(tmp_path)["command"] == "one"
+    assert latest(tmp_path)["command"] == "one"
 
 
 def test_what_is_not_finished_takes_no_finished_record_away(tmp_path):
@@ -182,20 +182,22 @@ def test_what_is_not_finished_takes_no_finished_record_away(tmp_path):
     begun = record.begin(tmp_path)
     parts = [record.write(ROWS[:k], "today's", tmp_path, begun=begun, finished=False) for k in (1, 2)]
     assert parts[0] == parts[1] != whole and len(json.loads(parts[0].read_text())["rows"]) == 2
-    assert record.newest(tmp_path)["command"] == "yesterday's"
+    assert latest(tmp_path)["command"] == "yesterday's"
     whole.unlink()
-    left = record.newest(tmp_path)
+    left = latest(tmp_path)
     assert left["command"] == "today's" and "ended before all was measured" in report.measured(left, "")
     assert record.write(ROWS, "today's", tmp_path, begun=begun) == whole and [*tmp_path.glob("*.json")] == [whole]
-    assert "ended before" not in report.measured(record.newest(tmp_path), "")
+    assert "ended before" not in report.measured(latest(tmp_path), "")
 
 
 def test_a_gpu_goes_before_a_cpu_and_then_the_latest(tmp_path):
     written(tmp_path, "cpu", ROWS, date="2026-03-01T00:00:00+00:00")
-    assert record.newest(tmp_path, "sampling")["file"] == "cpu.json"
+    cpu = record.newest(tmp_path, "sampling")
+    assert cpu is not None and cpu["file"] == "cpu.json"
     for name, date in (("old", "2026-01-01T00:00:00+00:00"), ("new", "2026-02-01T00:00:00+00:00")):
         written(tmp_path, name, ROWS, date=date, gpu={"memory": 1})
-    assert record.newest(tmp_path, "sampling")["file"] == "new.json"
+    gpu = record.newest(tmp_path, "sampling")
+    assert gpu is not None and gpu["file"] == "new.json"
 
 
 def test_the_command_is_what_was_typed(monkeypatch):
@@ -204,6 +206,12 @@ def test_the_command_is_what_was_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/sampling.py", "--seconds", "0.01"])
     assert record.command("benchmarks.sampling") == "python -m benchmarks.sampling --seconds 0.01"
     assert shlex.split(typed)[4] == "bf16, increments"
+
+
+def latest(folder: Path) -> dict:
+    run = record.newest(folder)
+    assert run is not None
+    return run
 
 
 def git(root: Path, *arguments: str) -> None:
