@@ -5,10 +5,12 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from soflow_fast import errors
+from soflow_fast.cli import Parser
 from soflow_fast.quotient import products
 from soflow_fast.state import resolve_device
 
@@ -56,8 +58,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main() -> None:
-    """The command."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command, which takes no arguments."""
+    Parser(prog="python -m benchmarks.ceilings", description=__doc__).parse(argv)
     device = resolve_device("auto")
     for precision in ("fp32", "bf16") if device.type == "cpu" else ("fp32", "tf32", "bf16"):
         print(f"{precision} product: {product_ceiling(device, precision) / 1e12:.4g} TFLOP/s")
@@ -65,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -3,37 +3,48 @@
 Each run is the command itself in a process of its own, with a run directory that is thrown away.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import record
+from benchmarks import command, record
+from soflow_fast import errors
+from soflow_fast.cli import Parser
+from soflow_fast.errors import UserError
 
 
 def run(seed: int, folder: Path) -> dict:
-    """Train the digits with one seed; the seconds of the whole command and the figures that it measured."""
+    """Train the digits with one seed; the seconds of the whole command and the figures that it measured.
+
+    Raises UserError if it fails, for reasons that it has said itself.
+    """
     run_dir = folder / f"seed-{seed}"
-    command = [sys.executable, "-m", "soflow_fast.train", "--seed", str(seed), "--run-dir", str(run_dir)]
+    training = [sys.executable, "-m", "soflow_fast.train", "--seed", str(seed), "--run-dir", str(run_dir)]
     began = time.monotonic()
-    subprocess.run(command, check=True, cwd=record.ROOT)
+    code = subprocess.run(training, cwd=record.ROOT).returncode
+    if code != 0:
+        raise UserError(f"--seeds {seed}: the training ended with exit code {code}")
     seconds = time.monotonic() - began
     return {"seed": seed, "seconds": seconds, **json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
-    seeds = parser.parse_args().seeds
+    parser = Parser(prog="python -m benchmarks.digits", description=__doc__)
+    parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0], metavar="N")
+    seeds = parser.parse(argv).seeds
+    command.distinct("--seeds", seeds)
+    typed, begun, rows = record.command("benchmarks.digits", argv), record.begin(), []
     with tempfile.TemporaryDirectory() as folder:
-        rows = [run(seed, Path(folder)) for seed in seeds]
-    command = f"python -m benchmarks.digits --seeds {' '.join(map(str, seeds))}"
-    print(f"recorded: {record.shown(record.write(rows, command, benchmark='digits'))}")
+        for seed in seeds:
+            rows.append(run(seed, Path(folder)))
+            record.write(rows, typed, benchmark="digits", begun=begun, finished=False)
+    print(f"recorded: {record.shown(record.write(rows, typed, benchmark='digits', begun=begun))}")
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -5,20 +5,20 @@ forward, with a pass of their own, and with a plain bf16 pair; and paired_forwar
 samples. Everything in turn, round after round, in one run. Nothing is asserted of the times.
 """
 
-import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from benchmarks import record
+from benchmarks import command, record
 from benchmarks.cases import Case, cases
 from benchmarks.gates import check_precision
 from benchmarks.race import figures, synchronize
 from benchmarks.recipes import OURS, build
-from soflow_fast import paired_forward
+from soflow_fast import errors, paired_forward
+from soflow_fast.cli import Parser
 from soflow_fast.quotient import Quotient, products
 from soflow_fast.state import TrainState
 from soflow_fast.step import train_step
@@ -83,19 +83,21 @@ def measure(case: Case, seconds: float) -> list[dict]:
     ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.increments", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=40.0, help="about how long to time each network (40)")
-    seconds = parser.parse_args().seconds
-    rows = []
+    parser = Parser(prog="python -m benchmarks.increments", description=__doc__)
+    about = "about how long to time each network (40)"
+    parser.add_argument("--seconds", type=command.seconds, default=40.0, help=about)
+    seconds = parser.parse(argv).seconds
+    typed, begun, rows = record.command("benchmarks.increments", argv), record.begin(), []
     for case in cases():
         rows += measure(case, seconds)
         for row in rows[-len(WAYS) - 2 :]:
             print(f"{row['case']}: {row['way']}: {figures(row)['median_ms']:.1f} ms", flush=True)
-    path = record.write(rows, "python -m benchmarks.increments", benchmark="increments")
+        record.write(rows, typed, benchmark="increments", begun=begun, finished=False)
+    path = record.write(rows, typed, benchmark="increments", begun=begun)
     print(f"recorded: {record.shown(path)}")
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

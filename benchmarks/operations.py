@@ -4,8 +4,6 @@ S of a docstring in soflow_kernels is `stream` here, in elements; its multiples 
 the docstring has no formula, because products or launches are what counts.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,11 +13,11 @@ import torch
 from torch import Tensor
 
 import soflow_kernels as k
+from benchmarks.norms import boundary, modulated, norms
 
 Inputs = dict[str, Any]
 FREQUENCIES = 256
 CLASSES = 1000
-EPS = 1e-6
 
 
 class Sizes(NamedTuple):
@@ -88,7 +86,7 @@ def operations(device: torch.device) -> list[Operation]:
             stream=_tokens,
             forward=2,
             backward=3,
-            others={name: norm if isinstance(norm, str) else partial(_modulated, norm) for name, norm in found.items()},
+            others={name: norm if isinstance(norm, str) else partial(modulated, norm) for name, norm in found.items()},
         ),
         Operation(
             name="gate_residual_layernorm_modulate",
@@ -99,7 +97,7 @@ def operations(device: torch.device) -> list[Operation]:
             stream=_tokens,
             forward=4,
             backward=6,
-            others={name: norm if isinstance(norm, str) else partial(_boundary, norm) for name, norm in found.items()},
+            others={name: norm if isinstance(norm, str) else partial(boundary, norm) for name, norm in found.items()},
         ),
         Operation(
             name="gate_residual",
@@ -241,48 +239,6 @@ def operations(device: torch.device) -> list[Operation]:
         ),
         *(_adamw(low) for low in (False, True)),
     ]
-
-
-def norms(device: torch.device) -> dict[str, Callable[[Tensor], Tensor] | str]:
-    """Other people's layer norms as functions of x [B, T, D], or why they are not here."""
-    packages = {
-        "Liger": ("liger_kernel", "liger_kernel.transformers.functional", "liger-kernel", _liger),
-        "apex": ("apex", "apex.normalization.fused_layer_norm", "apex", _apex),
-        "flash-attn": ("flash_attn", "flash_attn.ops.triton.layer_norm", "flash-attn", _flash),
-    }
-    found: dict[str, Callable[[Tensor], Tensor] | str] = {}
-    for name, (package, module, title, make) in packages.items():
-        if importlib.util.find_spec(package) is None:
-            found[name] = f"{title} is not installed"
-        elif device.type != "cuda":
-            found[name] = f"{title} needs a GPU"
-        else:
-            try:
-                found[name] = make(importlib.import_module(module))
-            except (ImportError, AttributeError) as error:
-                found[name] = f"{title} cannot be imported: {' '.join(str(error).split())}"
-    return found
-
-
-def _liger(module: Any) -> Callable[[Tensor], Tensor]:
-    return lambda x: module.liger_layer_norm(x, x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1]), EPS)
-
-
-def _apex(module: Any) -> Callable[[Tensor], Tensor]:
-    return lambda x: module.fused_layer_norm(x, (x.shape[-1],), EPS)
-
-
-def _flash(module: Any) -> Callable[[Tensor], Tensor]:
-    return lambda x: module.layer_norm_fn(x, x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1]), eps=EPS)
-
-
-def _modulated(norm: Callable[[Tensor], Tensor], x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift.unsqueeze(1), norm(x), 1 + scale.unsqueeze(1))
-
-
-def _boundary(norm: Callable[[Tensor], Tensor], x, y, gate, shift, scale, bias) -> tuple[Tensor, Tensor]:
-    x = torch.addcmul(x, gate.unsqueeze(1), y + bias)
-    return x, _modulated(norm, x, shift, scale)
 
 
 def _tokens(sizes: Sizes) -> int:

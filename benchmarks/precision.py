@@ -5,17 +5,17 @@ way and held against float64, at several r. Quality: the digits are trained in e
 `python -m benchmarks.report` makes the tables and the plot of docs/precision.md from the record.
 """
 
-import argparse
-import concurrent.futures
 import copy
-import multiprocessing
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from benchmarks import record
+from benchmarks import command, record
+from soflow_fast import errors as outcome
+from soflow_fast.cli import Parser
 from soflow_fast.config import Config
 from soflow_fast.data import open_source
 from soflow_fast.evaluation import measure_digits
@@ -123,18 +123,21 @@ def quality(name: str, r_end: float, seed: int, steps: int) -> dict:
     return row | {"last": metrics, "nfe": figures}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
-    parser.add_argument("--steps", type=int, default=1500, help="updates of each run (1500)")
-    parser.add_argument("--r-end", type=float, nargs="+", default=[0.002, 0.0003], metavar="R")
+    parser = Parser(prog="python -m benchmarks.precision", description=__doc__)
+    parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--steps", type=command.count, default=1500, metavar="N", help="updates of each run (1500)")
+    parser.add_argument("--r-end", type=command.fraction, nargs="+", default=[0.002, 0.0003], metavar="R")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    options = parser.parse_args()
+    about = "runs at a time, one thread each"
+    parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
+    options = parser.parse(argv)
+    for name in ("seeds", "r_end", "recipes"):
+        command.distinct(f"--{name.replace('_', '-')}", getattr(options, name))
+    typed, begun = record.command("benchmarks.precision", argv), record.begin()
     jobs = [(name, r, seed) for seed in options.seeds for r in options.r_end for name in options.recipes]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+    with command.workers(options.workers) as pool:
         table = pool.submit(errors, options.seeds[0], options.steps)
         runs = [pool.submit(quality, *job, options.steps) for job in jobs]
         rows = list(table.result())
@@ -142,11 +145,10 @@ def main() -> None:
             row = run.result()
             rows.append(row)
             print({k: row[k] for k in ("recipe", "r_end", "seed", "seconds")}, row["nfe"].get(1), flush=True)
-    seeds = " ".join(map(str, options.seeds))
-    command = f"python -m benchmarks.precision --seeds {seeds} --steps {options.steps}"
-    path = record.write(rows, command, benchmark="precision")
+            record.write(rows, typed, benchmark="precision", begun=begun, finished=False)
+    path = record.write(rows, typed, benchmark="precision", begun=begun)
     print(f"recorded: {record.shown(path)}")
 
 
 if __name__ == "__main__":
-    main()
+    outcome.run(main)

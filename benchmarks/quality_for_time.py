@@ -6,18 +6,18 @@ du/dt only where r != t; once with its published times, 75 % of them with r = t,
 found for SoFlow. Runs go side by side, one thread each. `python -m benchmarks.report` makes the table and the plot.
 """
 
-import argparse
-import concurrent.futures
-import multiprocessing
 import os
 import time
+from collections.abc import Sequence
 
 import torch
 
-from benchmarks import record
+from benchmarks import command, record
 from benchmarks.baselines import meanflow
 from benchmarks.contestants import QUARTER, on_a_quarter
 from benchmarks.recipes import OURS, Recipe
+from soflow_fast import errors
+from soflow_fast.cli import Parser
 from soflow_fast.config import Config
 from soflow_fast.data import open_source
 from soflow_fast.evaluation import measure_digits
@@ -52,33 +52,35 @@ def run(method: str, seed: int, steps: int, every: int) -> dict:
     return {"method": method, "seed": seed, "points": points}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_for_time", description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
-    parser.add_argument("--steps", type=int, default=2000, help="updates of each run (2000)")
-    parser.add_argument("--every", type=int, default=0, help="updates between two points (an eighth of the steps)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    options = parser.parse_args()
-    if options.steps < 1 or options.every < 0 or options.workers < 1:
-        parser.error("--steps, --every and --workers must be positive")
+    parser = Parser(prog="python -m benchmarks.quality_for_time", description=__doc__)
+    parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--steps", type=command.count, default=2000, metavar="N", help="updates of each run (2000)")
+    about = "updates between two points (an eighth of the steps)"
+    parser.add_argument("--every", type=command.count, metavar="N", help=about)
+    about = "runs at a time, one thread each"
+    parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
+    options = parser.parse(argv)
+    command.distinct("--seeds", options.seeds)
+    typed, begun = record.command("benchmarks.quality_for_time", argv), record.begin()
     every = options.every or max(1, options.steps // 8)
     # Seed by seed, so that runs that are compared go at about the same time.
     jobs = [(method, seed) for seed in options.seeds for method in METHODS]
     rows = []
-    with concurrent.futures.ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+    with command.workers(options.workers) as pool:
         pending = [pool.submit(run, method, seed, options.steps, every) for method, seed in jobs]
-        for result in map(concurrent.futures.Future.result, pending):
+        for training in pending:
+            result = training.result()
             rows.append(result)
+            record.write(rows, typed, benchmark="quality-for-time", begun=begun, finished=False)
             last = result["points"][-1]
             print(
                 f"{result['method']}, seed {result['seed']}: {last['seconds']:.0f} s, {last['frechet']:.1f}", flush=True
             )
-    seeds = " ".join(map(str, options.seeds))
-    command = f"python -m benchmarks.quality_for_time --seeds {seeds} --steps {options.steps}"
-    path = record.write(rows, command, benchmark="quality-for-time")
-    print(f"recorded: {path.relative_to(record.ROOT)}")
+    path = record.write(rows, typed, benchmark="quality-for-time", begun=begun)
+    print(f"recorded: {record.shown(path)}")
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -1,10 +1,9 @@
 """`python -m benchmarks.report` puts the newest records' tables between their markers in README.md and docs/.
 
-With --check it writes nothing and exits 1 if a page differs from the records. The plots need matplotlib.
+With --check it writes nothing and exits 1 if a page or plot differs from the records. To draw needs matplotlib.
 --compare A B shows two records of one benchmark side by side.
 """
 
-import argparse
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -12,9 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import plots, record
-from benchmarks.compare import Incomparable, compare, find
+from benchmarks.compare import compare, find
 from benchmarks.race import figures, speed_ups
-from benchmarks.tables import kernel_table, markdown, number, quartiles, sweep_table
+from benchmarks.tables import kernel_table, markdown, number, quartiles, sweep_base, sweep_table
+from soflow_fast import errors
+from soflow_fast.cli import Parser
+from soflow_fast.errors import UserError
 
 HEAD = (
     "network and batch", "recipe", "precision", "images/s", "ms per step (quartiles)", "time over ours",
@@ -162,26 +164,35 @@ def sampling(run: dict) -> str:
     lines = []
     for (case, batch), group in itertools.groupby(run["rows"], key=lambda row: (row["case"], row["batch"])):
         for k, row in enumerate(group):
-            ms, images = quartiles(row["seconds"], 1e-3), number(figures(row)["images_per_s"])
+            if row["seconds"]:
+                ms, images = quartiles(row["seconds"], 1e-3), number(figures(row)["images_per_s"])
+            else:
+                ms, images = row["why_not"], ""
             lines.append([case if k == 0 else "", row["way"], str(batch) if k == 0 else "", ms, images])
     head = ["network", "one network call", "batch", "ms (quartiles)", "images/s"]
     return page(head, 3, lines, run, f"In turn, one run. `{run['command']}`.")
 
 
 def kernels(run: dict) -> str:
-    """A record of benchmarks/test_kernels.py as Markdown."""
+    """A record of benchmarks/test_kernels.py as Markdown: what it is of, a line per operation, pass and way."""
+    if "gpu" in run:
+        what = "Of a GPU, at the shapes of DiT-XL/2."
+    else:
+        what = (
+            "Of a CPU, at small shapes, each operation's reference in place of its kernel: that the benchmark works is "
+            "all that this shows. It says nothing of the kernels."
+        )
     note = (
         "Every operation's ways in turn, one run. MB by the formulas of the operations' docstrings, where they have "
         f"one; their share of what a copy moves per second in the same run. `{run['command']}`."
     )
-    return f"{kernel_table(run['rows'])}\n\n{measured(run, note)}"
+    return f"{what}\n\n{kernel_table(run['rows'])}\n\n{measured(run, note)}"
 
 
 def sweeps(run: dict) -> str:
     """A record of benchmarks.sweeps as Markdown: the plot, a line per point and recipe."""
-    middle = run["rows"][0]["case"]
     note = (
-        f"Both recipes in turn. The first line's network is {middle}; each part changes one number. Peak memory of "
+        f"Both recipes in turn. {sweep_base(run['rows'])} Peak memory of "
         "each recipe alone: allocated on a GPU, what the process's resident memory rose by on a CPU. "
         f"`{run['command']}`."
     )
@@ -244,8 +255,9 @@ def measured(run: dict, note: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     threads = f"{run['threads']} CPU thread{'s' * (run['threads'] != 1)}"
     commit = f", commit {run['commit']}" if run["commit"] else ""
+    early = " The run was ended before all was measured." if run.get("unfinished") else ""
     return (
-        f"{run['date'][:10]}, {run['device']}, {threads}, {versions}{commit}. {note} "
+        f"{run['date'][:10]}, {run['device']}, {threads}, {versions}{commit}.{early} {note} "
         f"Every sample: `benchmarks/records/{run['file']}`."
     )
 
@@ -268,49 +280,90 @@ def insert(text: str, block: str, name: str = "step") -> str:
     return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
 
-def main(argv: Sequence[str] | None = None, root: Path = record.ROOT, folder: Path = record.RECORDS) -> int:
-    """The command; returns its exit code: 1 for a difference found by --check, 2 for no record or no markers, or for
-    records that cannot be compared."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page differs")
+def main(argv: Sequence[str] | None = None, root: Path = record.ROOT, folder: Path | None = None) -> int:
+    """The command; returns its exit code: 1 for a difference found by --check, 2 for what the user has to mend, said in
+    one line: no record, a damaged one, two that cannot be compared, no markers, no matplotlib."""
+    parser = Parser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page or plot differs")
     about = "write nothing; show two records side by side: files, or names in benchmarks/records"
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help=about)
-    arguments = parser.parse_args(argv)
-    if arguments.compare:
-        try:
-            print(compare(*(find(name, folder) for name in arguments.compare)))
-        except Incomparable as error:
-            print(f"--compare: {error}", file=sys.stderr)
-            return 2
-        return 0
-    check = arguments.check
+    try:
+        arguments = parser.parse(argv)
+        folder = folder or record.RECORDS
+        if arguments.compare:
+            a, b = arguments.compare
+            print(compare(find(a, folder), find(b, folder)))
+            return 0
+        return bring_up_to_date(root, folder, arguments.check)
+    except UserError as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return UserError.exit_code
+
+
+def bring_up_to_date(root: Path, folder: Path, check: bool) -> int:
+    """Write the pages and plots of the newest records, or (check) see whether they are there: 1 if one is not.
+
+    Raises UserError naming the record, page or package that stands in the way.
+    """
     runs = {name: run for name, block in BLOCKS.items() if (run := record.newest(folder, block.benchmark))}
     if not runs:
-        print("no record in benchmarks/records: make one with pytest benchmarks/ --record", file=sys.stderr)
-        return 2
-    code = 0
+        raise UserError(f"no record in {record.shown(folder)}: make one with pytest benchmarks/ --record")
+    differing = []
     for page in dict.fromkeys(BLOCKS[name].page for name in runs):
         mine = {name: run for name, run in runs.items() if BLOCKS[name].page == page}
         try:
             text = wanted = (root / page).read_text(encoding="utf-8")
             for name, run in mine.items():
-                wanted = insert(wanted, BLOCKS[name].render(run), name)
+                wanted = insert(wanted, rendered(name, run), name)
         except (OSError, ValueError) as error:
-            print(f"{page}: {error}", file=sys.stderr)
-            return 2
-        if text == wanted:
-            continue
-        if check:
-            print(f"{page} differs from {', '.join(run['file'] for run in mine.values())}", file=sys.stderr)
-            code = 1
-        else:
-            (root / page).write_text(wanted, encoding="utf-8")
-    for name, run in runs.items() if not check else ():
-        draw, picture = BLOCKS[name].plot or (None, "")
-        if draw:
-            draw(run, root / picture)
-    return code
+            raise UserError(f"{page}: {getattr(error, 'strerror', None) or error}") from None
+        if text != wanted:
+            differing.append(f"{page} differs from {', '.join(run['file'] for run in mine.values())}")
+            if not check:
+                record.replace(root / page, wanted.encode())
+    plots_of = {
+        root / block.plot[1]: (block.plot[0], runs[name])
+        for name, block in BLOCKS.items()
+        if block.plot and name in runs
+    }
+    for path, (draw, run) in plots_of.items():
+        if fault := plots.fault(run, path):
+            differing.append(f"{record.shown(path)}: {fault}")
+        if not check:
+            redraw(draw, run, path, needed=fault is not None)
+    for line in differing if check else ():
+        print(line, file=sys.stderr)
+    return 1 if check and differing else 0
+
+
+def redraw(draw: Callable[[dict, Path], None], run: dict, path: Path, needed: bool) -> None:
+    """Draw a plot. Raises UserError if there is nothing to draw with and the one that is there is of another record."""
+    try:
+        draw(run, path)
+    except ImportError as error:
+        if needed:
+            raise UserError(f"{record.shown(path)}: cannot be drawn: {error} (pip install matplotlib)") from None
+    except MALFORMED as error:
+        raise malformed(run, error) from None
+
+
+MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)
+"""What comes of rows that are not those of their benchmark."""
+
+
+def rendered(name: str, run: dict) -> str:
+    """A block's text. Raises UserError naming the record if its rows are not those of its benchmark."""
+    try:
+        return BLOCKS[name].render(run)
+    except MALFORMED as error:
+        raise malformed(run, error) from None
+
+
+def malformed(run: dict, error: BaseException) -> UserError:
+    """For a record that says what benchmark it is of, and does not hold what that needs."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return UserError(f"{run['file']}: its rows are not those of {run['benchmark']} ({what})")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    errors.run(lambda: sys.exit(main()))

@@ -4,19 +4,20 @@ On each network of `pytest benchmarks/`, at batch 1 and at a large one: one netw
 and on a GPU as a CUDA graph. Everything in turn, round after round, in one run. Nothing is asserted of the times.
 """
 
-import argparse
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks import command, record
 from benchmarks.cases import Case, cases
-from benchmarks.race import figures, synchronize
+from benchmarks.race import figures, release, synchronize
 from benchmarks.recipes import OURS, build
+from soflow_fast import errors
+from soflow_fast.cli import Parser
 from soflow_fast.one_step import OneStep
 from soflow_fast.state import resolve_device
 
@@ -25,8 +26,8 @@ WARM = 6
 """Rounds that do not count: compilers and recordings come to rest."""
 
 
-def contestants(case: Case, batch: int) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+def contestants(case: Case, batch: int) -> dict[str, Callable[[], Callable[[], object]]]:
+    """What is timed, by name: each call makes it, and returns what makes samples."""
     model, device = case.config.model, resolve_device(case.config.run.device)
     noise = torch.randn(batch, model.in_channels, model.input_size, model.input_size, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -36,38 +37,62 @@ def contestants(case: Case, batch: int) -> dict[str, Callable[[], object]]:
     if device.type == "cuda":
         ways["bf16, CUDA graph"] = {"precision": "bf16", "cuda_graph": True}
         ways["bf16, compiled, CUDA graph"] = {"precision": "bf16", "compile": True, "cuda_graph": True}
-    return {name: partial(OneStep(build(OURS, case.config).flow, **way), noise, y) for name, way in ways.items()}
+
+    def make(way: dict[str, Any]) -> Callable[[], object]:
+        return partial(OneStep(build(OURS, case.config).flow, **way), noise, y)
+
+    return {name: partial(make, way) for name, way in ways.items()}
 
 
 def measure(case: Case, batch: int, seconds: float) -> list[dict]:
-    """A row a way, with the time of every round."""
-    steps = contestants(case, batch)
+    """A row a way, with the time of every round; one that runs out of memory says so, and the others go on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for name in [name for name in steps for _ in range(WARM)]:
-        steps[name]()
-    began, rounds = time.perf_counter(), 0
-    while rounds < 5 or (rounds < 1000 and time.perf_counter() - began < seconds):
-        for name, step in steps.items():
-            synchronize(device)
-            start = time.perf_counter()
-            step()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
-        rounds += 1
     size = case.describe().rsplit(", batch", 1)[0]
-    return [{"case": size, "way": name, "batch": batch, "seconds": values} for name, values in times.items()]
+    rows: dict[str, dict] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    for name, make in contestants(case, batch).items():
+        rows[name] = {"case": size, "way": name, "batch": batch, "why_not": None, "seconds": []}
+        try:
+            steps[name] = _warm(make)
+        except torch.OutOfMemoryError:
+            rows[name]["why_not"] = "out of memory"
+        if name not in steps:
+            release()
+    began, rounds = time.perf_counter(), 0
+    while steps and (rounds < 5 or (rounds < 1000 and time.perf_counter() - began < seconds)):
+        for name, step in list(steps.items()):
+            try:
+                synchronize(device)
+                start = time.perf_counter()
+                step()
+                synchronize(device)
+                rows[name]["seconds"].append(time.perf_counter() - start)
+            except torch.OutOfMemoryError:
+                del steps[name]
+                rows[name] |= {"why_not": "out of memory beside the others", "seconds": []}
+        rounds += 1
+    return list(rows.values())
 
 
-def main() -> None:
+def _warm(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    step = make()
+    for _ in range(WARM):
+        step()
+    return step
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=10.0, help="about how long to time each size (10)")
-    parser.add_argument("--within", type=float, help="begin no size after so many seconds; record those that there are")
-    arguments = parser.parse_args()
-    began = time.monotonic()
+    parser = Parser(prog="python -m benchmarks.sampling", description=__doc__)
+    about = "about how long to time each size (10)"
+    parser.add_argument("--seconds", type=command.seconds, default=10.0, help=about)
+    about = "begin no size after so many seconds; record those that there are"
+    parser.add_argument("--within", type=command.seconds, help=about)
+    arguments = parser.parse(argv)
+    typed = record.command("benchmarks.sampling", argv)
+    begun, began = record.begin(), time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
+    rows: list[dict] = []
     for case in cases():
         for batch in (1, LARGE[device]):
             if rows and arguments.within is not None and time.monotonic() - began > arguments.within:
@@ -75,10 +100,12 @@ def main() -> None:
                 continue
             for row in measure(case, batch, arguments.seconds):
                 rows.append(row)
-                print(f"{row['case']}, batch {batch}: {row['way']}: {figures(row)['median_ms']:.2f} ms", flush=True)
-    path = record.write(rows, "python -m benchmarks.sampling", benchmark="sampling")
+                figure = row["why_not"] or f"{figures(row)['median_ms']:.2f} ms"
+                print(f"{row['case']}, batch {batch}: {row['way']}: {figure}", flush=True)
+            record.write(rows, typed, benchmark="sampling", begun=begun, finished=False)
+    path = record.write(rows, typed, benchmark="sampling", begun=begun)
     print(f"recorded: {record.shown(path)}")
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -5,23 +5,24 @@ the peak memory of each recipe alone, then their steps in turn. Nothing is asser
 `python -m benchmarks.report` makes the table of docs/benchmarks.md and docs/sweeps.svg from the record.
 """
 
-import argparse
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from benchmarks import gates, record
+from benchmarks import command, gates, record
 from benchmarks.account import peak_memory
 from benchmarks.baselines.authors import AUTHORS
 from benchmarks.cases import Case
 from benchmarks.race import synchronize
 from benchmarks.recipes import OURS, Recipe, build
 from benchmarks.tables import quartiles
+from soflow_fast import errors
+from soflow_fast.cli import Parser
 from soflow_fast.config import Config, DataConfig, DiTConfig, RunConfig, override
 
 RECIPES = (OURS, AUTHORS)
@@ -113,20 +114,24 @@ def memory(recipe: Recipe, config: Config) -> tuple[str, int | None]:
     return state.precision, None if rose is None else rose()
 
 
+def blank(point: Point) -> list[dict]:
+    """A row a recipe, nothing measured yet."""
+    row: dict = {"axis": point.axis, "value": point.value, "case": Case("sweep", point.config).describe()}
+    row |= {"precision": point.config.precision, "batch": point.config.batch_size, "peak_bytes": None, "why_not": None}
+    return [row | {"recipe": recipe.name, "seconds": []} for recipe in RECIPES]
+
+
 def measure(point: Point, seconds: float) -> list[dict]:
     """A row a recipe, with the time of every round."""
     config, device = point.config, torch.device(point.config.run.device)
     case = Case("sweep", config)
-    rows, steps = [], []
-    for recipe in RECIPES:
-        row: dict = {"axis": point.axis, "value": point.value, "case": case.describe(), "recipe": recipe.name}
-        row |= {"precision": config.precision, "batch": config.batch_size, "peak_bytes": None, "why_not": None}
-        rows.append(row | {"seconds": []})
+    rows, steps = blank(point), []
+    for recipe, row in zip(RECIPES, rows, strict=True):
         _free(device)  # what came before
         try:
-            rows[-1]["precision"], rows[-1]["peak_bytes"] = memory(recipe, config)
+            row["precision"], row["peak_bytes"] = memory(recipe, config)
         except torch.OutOfMemoryError:
-            rows[-1]["why_not"] = "out of memory"
+            row["why_not"] = "out of memory"
     _free(device)
     try:
         for recipe, row in zip(RECIPES, rows, strict=True):
@@ -174,34 +179,40 @@ def in_order_of_worth(points: list[Point]) -> list[Point]:
     return sorted(points, key=lambda point: max(1, found[point.axis].index(point)))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweeps", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="about how long to time each point (4)")
-    parser.add_argument(
-        "--within", type=float, help="begin no point after so many seconds; record those that there are"
-    )
-    arguments = parser.parse_args()
-    began, points, rows, checked = time.monotonic(), sweep().points(), [], set()
+    parser = Parser(prog="python -m benchmarks.sweeps", description=__doc__)
+    about = "about how long to time each point (4)"
+    parser.add_argument("--seconds", type=command.seconds, default=4.0, help=about)
+    about = "begin no point after so many seconds; record those that there are"
+    parser.add_argument("--within", type=command.seconds, help=about)
+    arguments = parser.parse(argv)
+    typed = record.command("benchmarks.sweeps", argv)
+    begun, began = record.begin(), time.monotonic()
+    points, checked = sweep().points(), set()
+    rows: list[dict] = []
+    found: list[dict]
+    order = {(point.axis, point.value): index for index, point in enumerate(points)}
     for point in in_order_of_worth(points):
         if rows and arguments.within is not None and time.monotonic() - began > arguments.within:
             print(f"time is up: {point.axis} {point.value} and what follows is left out", flush=True)
             break
-        if point.config.model not in checked:
-            check(point.config)
-            checked.add(point.config.model)
-        found = measure(point, arguments.seconds)
-        rows += found
+        try:
+            if point.config.model not in checked:
+                check(point.config)
+                checked.add(point.config.model)
+            found = measure(point, arguments.seconds)
+        except torch.OutOfMemoryError:  # in the gate: `measure` answers for its own
+            found = [row | {"why_not": "out of memory"} for row in blank(point)]
+        rows = sorted([*rows, *found], key=lambda row: order[row["axis"], row["value"]])
         for row in found:
             peak = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:.0f} MiB"
             figure = row["why_not"] or f"{quartiles(row['seconds'], 1e-3)} ms{peak}"
             print(f"{point.axis} {point.value}: {row['recipe']}: {figure}", flush=True)
-    order = {(point.axis, point.value): index for index, point in enumerate(points)}
-    rows.sort(key=lambda row: order[row["axis"], row["value"]])
-    command = f"python -m benchmarks.sweeps --seconds {arguments.seconds:g}"
-    path = record.write(rows, command, benchmark="sweeps")
+        record.write(rows, typed, benchmark="sweeps", begun=begun, finished=False)
+    path = record.write(rows, typed, benchmark="sweeps", begun=begun)
     print(f"recorded: {record.shown(path)}")
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

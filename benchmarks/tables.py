@@ -1,6 +1,7 @@
 """Records of operations and sweeps as Markdown. `benchmarks.report` puts them into pages."""
 
 import itertools
+import re
 import statistics
 
 from benchmarks import kernels
@@ -79,3 +80,34 @@ def sweep_table(rows: list[dict]) -> str:
             peak = "not measured" if row["peak_bytes"] is None else number(row["peak_bytes"] / 2**20)
             lines.append([at, recipe, timed, ratio, peak])
     return markdown(["at", "recipe", "ms per step (quartiles)", "time over ours", "peak MiB"], 3, lines)
+
+
+def sweep_base(rows: list[dict]) -> str:
+    """A sentence on the network of a sweep, read off its rows: the figures that a part does not change are the same in
+    all of them, and those of the base. Where parts disagree each is named with its own."""
+    parts: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        parts.setdefault(row["axis"], []).append(_sizes(row["case"]))
+    kept = {
+        axis: {name: size for name, size in cases[0].items() if all(case.get(name) == size for case in cases)}
+        for axis, cases in parts.items()
+    }
+    base: dict[str, str] = {}
+    agreed = True
+    for axis, sizes in kept.items():
+        for name, size in sizes.items():
+            # A part of a single point keeps what it would change, too.
+            if name != axis:
+                agreed = agreed and base.setdefault(name, size) == size
+    if agreed:
+        order = [name for name in _sizes(rows[0]["case"]) if name in base]
+        names = list(parts)
+        each = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+        return f"The network in the middle: {', '.join(base[name] for name in order)}; the parts change its {each}."
+    each = (f"{axis} at {', '.join(s for n, s in sizes.items() if n != axis)}" for axis, sizes in kept.items())
+    return f"The parts: {'; '.join(each)}."
+
+
+def _sizes(case: str) -> dict[str, str]:
+    """ "sweep: hidden 192, 64 tokens" as {"hidden": "hidden 192", "tokens": "64 tokens"}."""
+    return {re.sub(r"[\d ]", "", size): size for size in case.partition(": ")[2].split(", ")}

@@ -1,16 +1,13 @@
-"""The benchmarks of operations and sweeps, records side by side, and everything for a GPU in one command, all tiny."""
+"""The benchmarks of operations and sweeps, and everything for a GPU in one command, all tiny."""
 
-import contextlib
-import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import soflow_kernels
-from benchmarks import bandwidth, gpu, kernels, operations, record, report, sweeps, tables
+from benchmarks import bandwidth, gpu, kernels, norms, operations, record, report, sweeps, tables
 from benchmarks.gates import RedGate
 from benchmarks.operations import Sizes
 
@@ -96,7 +93,7 @@ def test_gate_is_red_for_a_kernel_that_leaves_nan():
         out[1, 0, 0, 0] = torch.nan
         return out
 
-    with pytest.raises(RedGate, match="increment of output 0: relative error nan"):
+    with pytest.raises(RedGate, match=r"increment of output 0: relative error nan.*worst row: relative error nan"):
         kernels.KernelRace(replace(OPERATIONS["silu_increment"], ours=wrong), False, TINY, CPU)
 
 
@@ -105,10 +102,10 @@ def test_another_way_that_is_wrong_or_raises_is_not_timed():
         raise RuntimeError("no such\ndevice")
 
     operation = OPERATIONS["layernorm_modulate"]
-    others = {"wrong": lambda x, shift, scale: 2 * x, "raises": raises, "absent": "it is not installed"}
+    others = {"wrong": lambda x, shift, scale: 0 * x, "raises": raises, "absent": "it is not installed"}
     race = kernels.KernelRace(replace(operation, others=others), False, TINY, CPU)
     why = {row["way"]: row["why_not"] for row in race.rows}
-    assert "wrong against eager PyTorch: output 0: relative error" in why["wrong"]
+    assert why["wrong"].startswith("wrong against float64: output 0: relative error 1.0e+00 above ")
     assert (why["raises"], why["absent"]) == ("RuntimeError: no such device", "it is not installed")
     assert set(race.steps) == {kernels.OURS, kernels.EAGER}
 
@@ -124,21 +121,31 @@ def test_norms_of_others_are_raced_with_the_same_formula(monkeypatch):
         layer_norm_fn = staticmethod(lambda x, weight, bias, residual=None, eps=1e-6: affine(x, weight, bias, eps))
         fused_layer_norm = staticmethod(lambda x, shape, eps: torch.nn.functional.layer_norm(x, shape, eps=eps))
 
-    monkeypatch.setattr(operations.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(operations.importlib, "import_module", lambda name: Packages)
-    assert set(operations.norms(CPU).values()) == {f"{n} needs a GPU" for n in ("liger-kernel", "apex", "flash-attn")}
+    monkeypatch.setattr(norms.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(norms.importlib, "import_module", lambda name: Packages)
+    assert set(norms.norms(CPU).values()) == {f"{n} needs a GPU" for n in ("liger-kernel", "apex", "flash-attn")}
     raced = [op for op in operations.operations(torch.device("cuda")) if op.others]
     assert len(raced) == 2
     for operation in raced:
-        race = kernels.KernelRace(operation, True, TINY, CPU)
-        assert set(race.steps) == {kernels.OURS, kernels.EAGER, "Liger", "apex", "flash-attn"}
+        for dtype in (torch.float32, torch.bfloat16):
+            race = kernels.KernelRace(operation, True, TINY, CPU, dtype)
+            assert set(race.steps) == {kernels.OURS, kernels.EAGER, "Liger", "apex", "flash-attn"}
 
     def fail(name):
         raise ImportError("built for\nanother torch")
 
-    monkeypatch.setattr(operations.importlib, "import_module", fail)
-    why = operations.norms(torch.device("cuda"))["apex"]
+    monkeypatch.setattr(norms.importlib, "import_module", fail)
+    why = norms.norms(torch.device("cuda"))["apex"]
     assert why == "apex cannot be imported: built for another torch"
+
+
+def test_weights_of_a_norm_are_made_once_for_a_width_and_dtype():
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    norm = norms._affine(lambda x, weight, bias: given.append((weight, bias)) or x)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        norm(torch.zeros(2, 3, dtype=dtype))
+    assert all(a is b for a, b in zip(given[0], given[1], strict=True)) and given[2][0].dtype == torch.bfloat16
+    assert given[0][0].tolist() == [1.0] * 3 and given[0][1].tolist() == [0.0] * 3
 
 
 def test_bytes_are_those_of_the_docstrings():
@@ -227,10 +234,10 @@ def test_sweeps_end_when_time_is_up(within, tmp_path, monkeypatch, capsys):
     config = sweeps.network("cpu", batch=4, hidden=16, depth=1, heads=2, side=4)
     monkeypatch.setattr(sweeps, "sweep", lambda: sweeps.Sweep(config, (4, 8, 16), (1,), ()))
     monkeypatch.setattr(sweeps.record, "write", lambda rows, *_, **__: written.append(rows) or tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sweeps", "--seconds", "0", *([f"--within={within}"] if within else [])])
+    monkeypatch.setattr(sweeps.record, "RECORDS", tmp_path)
     written: list[list[dict]] = []
-    sweeps.main()
-    points = [(row["axis"], row["value"]) for row in written[0]][::2]
+    sweeps.main(["--seconds", "0", *([f"--within={within}"] if within else [])])
+    points = [(row["axis"], row["value"]) for row in written[-1]][::2]
     assert points == ([("batch", 4), ("batch", 8), ("batch", 16), ("tokens", 1)] if within is None else [("batch", 4)])
     assert ("time is up: batch 8" in capsys.readouterr().out) == (within is not None)
 
@@ -271,75 +278,27 @@ def test_sweep_page_and_plot(sweep_rows, tmp_path):
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "benchmarks.md"
     page.write_text("<!-- benchmark:sweeps -->\n<!-- /benchmark:sweeps -->\n")
-    with contextlib.suppress(ImportError):  # the plot comes last
-        assert report.main([], tmp_path, tmp_path) == 0
-        plot = (tmp_path / "docs" / "sweeps.svg").read_bytes()
-        assert b"<svg" in plot[:500]
-        assert report.main([], tmp_path, tmp_path) == 0 and (tmp_path / "docs" / "sweeps.svg").read_bytes() == plot
+    report.main([], tmp_path, tmp_path)
     text = page.read_text()
     assert "| 8 images in a batch | soflow-fast, fp32 |" in text and text.count("authors' recipe, fp32") == 6
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    base = "The network in the middle: hidden 16, depth 1, 4 tokens, batch 4; the parts change its"
+    assert f"{base} batch, tokens and depth." in text
+
+    pytest.importorskip("matplotlib")
+    plot = (tmp_path / "docs" / "sweeps.svg").read_bytes()
+    assert b"<svg" in plot[:500]
+    assert report.main([], tmp_path, tmp_path) == 0 and (tmp_path / "docs" / "sweeps.svg").read_bytes() == plot
 
 
-def written(folder: Path, name: str, given: list[dict], **changes: object) -> str:
-    path = record.write(given, "a command", folder, "sampling")
-    values = json.loads(path.read_text()) | changes
-    path.unlink()
-    (folder / f"{name}.json").write_text(json.dumps(values))
-    return name
-
-
-ROWS = [
-    {"case": "tiny", "way": way, "batch": 1, "seconds": seconds}
-    for way, seconds in (("fp32", [0.1, 0.2, 0.3]), ("bf16", [0.1]))
-]
-
-
-def test_compare(tmp_path, capsys):
-    slower = [{**ROWS[0], "seconds": [0.5, 0.5]}, {**ROWS[0], "way": "new"}]
-    a = written(tmp_path, "a", ROWS, device="one", versions={"torch": "2.12", "numpy": "2"})
-    written(tmp_path, "b", slower, device="other", versions={"torch": "2.13", "numpy": "2"})
-    assert report.main(["--compare", a, str(tmp_path / "b.json")], tmp_path, tmp_path) == 0
-    out = capsys.readouterr().out
-    assert "| device | one | other |" in out and "| versions.torch | 2.12 | 2.13 |" in out and "numpy" not in out
-    assert "| tiny, 1, fp32 | 200.0 | 500.0 | 2.50x |" in out
-    assert "Only in a.json: 1 rows." in out and "Only in b.json: 1 rows." in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "rows", "what"),
-    [
-        ({"benchmark": "step"}, ROWS, "a.json is of sampling, b.json of step"),
-        ({}, [{**ROWS[0], "case": "another"}], "a.json and b.json have no row in common that has times"),
-        ({}, [{**ROWS[0], "seconds": []}], "a.json and b.json have no row in common that has times"),
-        ({"rows": 3}, ROWS, "b: is no record of a benchmark"),
-    ],
-)
-def test_records_that_cannot_be_compared(tmp_path, capsys, changes, rows, what):
-    a, b = written(tmp_path, "a", ROWS), written(tmp_path, "b", rows, **changes)
-    assert report.main(["--compare", a, b], tmp_path, tmp_path) == 2
-    assert capsys.readouterr() == ("", f"--compare: {what}\n")
-
-
-def test_a_record_that_is_not_there_or_damaged(tmp_path, capsys):
-    a = written(tmp_path, "a", ROWS)
-    (tmp_path / "damaged.json").write_text("{")
-    for name, what in (("absent", "neither a file nor a record"), ("damaged", "Expecting property name")):
-        assert report.main(["--compare", a, name], tmp_path, tmp_path) == 2
-        out, err = capsys.readouterr()
-        assert not out and err.startswith(f"--compare: {name}: {what}") and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("kind", ["step", "digits", "increments"])
-def test_records_that_are_here_compare_with_themselves(kind):
-    run = record.newest(benchmark=kind)
-    if run is None:
-        pytest.skip(f"no record of {kind}")
-    text = report.compare(run, run)
-    assert ", batch 64, 64" not in text
-    timed = [row for row in run["rows"] if row["seconds"]]  # others say why they were not run
-    assert text.count("| 1.00x |") == len(timed) and "Only in" not in text
+def test_the_base_of_a_sweep_is_read_off_its_rows(sweep_rows):
+    batches = [row for row in sweep_rows if row["axis"] == "batch"]
+    wanted = "The network in the middle: hidden 16, depth 1, 4 tokens; the parts change its batch."
+    assert tables.sweep_base(batches) == wanted
+    other = [row | {"case": row["case"].replace("batch 4", "batch 64")} for row in sweep_rows if row["axis"] == "depth"]
+    rest = [row for row in sweep_rows if row["axis"] == "tokens"]
+    wanted = "The parts: tokens at hidden 16, depth 1, batch 4; depth at hidden 16, 4 tokens, batch 64."
+    assert tables.sweep_base(rest + other) == wanted
 
 
 def part(name: str, code: str, share: float = 1.0) -> gpu.Part:
