@@ -1,6 +1,7 @@
 """`--record`, the rows of this session, and their tables at the end of the run."""
 
 import itertools
+import shlex
 import signal
 
 import pytest
@@ -8,15 +9,17 @@ import pytest
 from benchmarks import record
 from benchmarks.race import figures, speed_ups
 from benchmarks.tables import kernel_table
+from soflow_fast.errors import UserError
 
 ROWS = pytest.StashKey[list[dict]]()
 KERNEL_ROWS = pytest.StashKey[list[dict]]()
+BEGUN = pytest.StashKey[dict | None]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("soflow-fast benchmarks")
     group.addoption("--record", action="store_true", help="write benchmarks/records/<date>-<device>.json")
-    group.addoption("--headline", action="store_true", help="only the steps that matter most: the rest takes hours")
+    group.addoption("--headline", action="store_true", help="only the recipes of contestants.HEADLINE")
     group.addoption(
         "--seconds", type=float, default=45.0, help="about how long to time each network, at least 5 rounds"
     )
@@ -33,6 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in (("--seconds", option.seconds), ("--kernel-seconds", option.kernel_seconds)):
         if not 0 <= value < float("inf"):
             raise pytest.UsageError(f"{name} must be at least 0 and finite, got {value}")
+    try:
+        config.stash[BEGUN] = record.begin() if option.record else None
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
     # Whoever ends the run by a signal, such as one whose time is up, has what was measured on record.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.stash[ROWS] = []
@@ -64,8 +71,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     words = [str(word).replace(f"{config.rootpath}/", "") for word in config.invocation_params.args]
     for benchmark, rows in ((of_steps, steps), ("kernels", kernels)):
         if len(rows) > 1:
-            path = record.write(rows, " ".join(["pytest", *words]), benchmark=benchmark)
-            but = "" if exitstatus == 0 else "; not everything passed or was reached"
+            begun, passed = config.stash[BEGUN], exitstatus == 0
+            path = record.write(rows, shlex.join(["pytest", *words]), None, benchmark, begun=begun, finished=passed)
+            but = "" if passed else "; not everything passed or was reached"
             terminalreporter.line(f"recorded: {record.shown(path)}{but}")
 
 

@@ -222,6 +222,22 @@ def quality_for_time(run: dict) -> str:
     return f"{markdown(head, len(head) - 1, lines)}\n\n{picture}\n\n{measured(run, note)}"
 
 
+def soak(run: dict) -> str:
+    """A record of benchmarks.soak in words."""
+    total = {name: sum(row[name] for row in run["rows"]) for name in ("passed", "failed", "skipped")}
+    minutes = sum(row["duration"] for row in run["rows"]) / 60
+    found = {name: value for row in run["rows"] for name, value in row["measured"].items()}
+    where = ", ".join(f"`{row['file']}`" for row in run["rows"] if row["failed"])
+    note = (
+        f"{total['passed']} passed, {total['failed']} failed{f' ({where})' * bool(where)}, {total['skipped']} skipped, "
+    )
+    note += f"{minutes:.1f} minutes. `{run['command']}`."
+    if "MB per 1000 steps" in found:
+        slope, steps = found["MB per 1000 steps"], found["steps"]
+        note += f" Over {steps:.0f} steps resident memory rose by {slope:.2f} MB per 1000."
+    return measured(run, note)
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -241,6 +257,7 @@ BLOCKS = {
     "digits": Block("README.md", "digits", digits),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
     "step-batch": Block("docs/benchmarks.md", "step-batch", table),
+    "soak": Block("README.md", "soak", soak),
     "increments": Block("docs/precision.md", "increments", increments),
     "precision-quality": Block(
         "docs/precision.md", "precision", precision_quality, (plots.precision, "docs/precision.svg")
@@ -255,7 +272,7 @@ def measured(run: dict, note: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     threads = f"{run['threads']} CPU thread{'s' * (run['threads'] != 1)}"
     commit = f", commit {run['commit']}" if run["commit"] else ""
-    early = " The run was ended before all was measured." if run.get("unfinished") else ""
+    early = " Not everything passed or was reached." if run.get("unfinished") else ""
     return (
         f"{run['date'][:10]}, {run['device']}, {threads}, {versions}{commit}.{early} {note} "
         f"Every sample: `benchmarks/records/{run['file']}`."

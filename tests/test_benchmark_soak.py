@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import record, soak
+from benchmarks import record, report, soak
 
 TESTS = """
 import os
@@ -28,7 +28,7 @@ def test_files_are_counted_and_what_they_measured_is_kept(tmp_path, capsys):
     assert soak.main(command, tmp_path) == 1
     run = record.newest(tmp_path, "soak")
     assert run is not None and "recorded: " in capsys.readouterr().out
-    rows = {row["file"]: {name: value for name, value in row.items() if name != "seconds"} for row in run["rows"]}
+    rows = {row["file"]: {name: value for name, value in row.items() if name != "duration"} for row in run["rows"]}
     assert rows == {
         "test_one": {
             "file": "test_one",
@@ -46,3 +46,22 @@ def test_pytest_that_does_not_run_leaves_no_record(tmp_path, capsys):
     assert soak.main([sys.executable, "-c", "raise SystemExit(3)"], tmp_path) == 2
     assert "pytest left no report (exit code 3)" in capsys.readouterr().err
     assert record.newest(tmp_path, "soak") is None
+
+
+def test_the_page_says_how_it_ended():
+    row = {"passed": 3, "failed": 0, "skipped": 1, "duration": 90.0, "measured": {}}
+    rows = [row | {"file": "test_soak", "measured": {"steps": 800, "MB per 1000 steps": 0.25}}, row | {"file": "b"}]
+    run = {
+        "rows": rows,
+        "command": "c",
+        "versions": {},
+        "threads": 1,
+        "commit": None,
+        "date": "2026-11-21",
+        "device": "d",
+    }
+    text = report.soak(run | {"file": "f"})
+    assert "6 passed, 0 failed, 2 skipped, 3.0 minutes. `c`." in text
+    assert "Over 800 steps resident memory rose by 0.25 MB per 1000." in text
+    text = report.soak(run | {"file": "f", "rows": [row | {"file": "b", "failed": 2}]})
+    assert "3 passed, 2 failed (`b`), 1 skipped" in text and "memory" not in text

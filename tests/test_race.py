@@ -206,19 +206,19 @@ def test_largest_batch(monkeypatch):
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"seconds": -1.0}, {"kernel_seconds": float("nan")}], ids=str)
 def test_options_of_the_benchmarks(wrong):
-    options = {"batch": 32, "seconds": 1.0, "kernel_seconds": 1.0}
+    options = {"batch": 32, "seconds": 1.0, "kernel_seconds": 1.0, "record": False}
     conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(**options), stash={}))
     with pytest.raises(pytest.UsageError, match="--" + next(iter(wrong)).replace("_", "-")):
         conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(**options | wrong), stash={}))
 
 
 def test_what_was_measured_is_on_record_however_the_run_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(record.write, "__defaults__", (tmp_path, "step"))
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
     row = Row(case="c", recipe="r", seconds=[1.0]).as_dict()
     for code, said in ((0, ".json"), (1, "not everything passed or was reached"), (2, "passed or was reached")):
         lines: list[str] = []
         config = SimpleNamespace(
-            stash={conftest.ROWS: [row, row], conftest.KERNEL_ROWS: []},
+            stash={conftest.ROWS: [row, row], conftest.KERNEL_ROWS: [], conftest.BEGUN: None},
             option=SimpleNamespace(batch=None),
             rootpath=tmp_path,
             getoption=lambda name: True,
