@@ -27,7 +27,7 @@ SAMPLES = 4000
 METHODS: dict[str, Recipe] = {
     "SoFlow": OURS,
     "MeanFlow, published times": QUARTER,
-    "MeanFlow, SoFlow's times": on_a_quarter("MeanFlow", meanflow.by_jvp, settings=meanflow.Settings(time=None)),
+    "MeanFlow, SoFlow's times": on_a_quarter("MeanFlow", meanflow.by_tangents, settings=meanflow.Settings(time=None)),
 }
 
 
