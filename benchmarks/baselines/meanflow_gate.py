@@ -161,7 +161,8 @@ def derivatives_taken(work: Callable[[], Result]) -> tuple[list[Tensor], Result]
     plain = meanflow.target
 
     def noted(v: Tensor, t: Tensor, r: Tensor, derivative: Tensor) -> Tensor:
-        taken.append(derivative)
+        with torch.no_grad():
+            taken.append(derivative.clone())
         return plain(v, t, r, derivative)
 
     meanflow.target = noted
