@@ -246,6 +246,7 @@ def losses_on_a_quarter(
             at = At(z[n:], t[n:], r[n:], label[n:], v[n:])
             du = derivative(state, at, Student(known[n:], tape)).float()
         u_target = torch.cat([v[:n], target(v[n:], t[n:], r[n:], du)])
+    del tape  # it would keep through the backward what the backward frees as it goes
     return _backward(state, u, u_target, n, settings)
 
 
