@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from benchmarks.baselines import meanflow
+from benchmarks.baselines import dual, meanflow
 from benchmarks.baselines.authors import AUTHORS, COMPILED
 from benchmarks.baselines.meanflow import Derivative, Settings, jvp
 from benchmarks.baselines.meanflow_gate import DERIVATIVE_TOLERANCE, TF32_TOLERANCE, check
@@ -18,11 +18,12 @@ def on_a_quarter(
     derivative: Derivative,
     tolerance: float | None = DERIVATIVE_TOLERANCE,
     *,
+    taped: bool = True,
     compiled: bool = False,
     settings: Settings = PUBLISHED,
 ) -> Recipe:
-    """MeanFlow with du/dt where r != t only."""
-    losses = partial(meanflow.losses_on_a_quarter, derivative=derivative)
+    """MeanFlow with du/dt where r != t only. taped: the derivative takes the products of the student's forward."""
+    losses = partial(meanflow.losses_on_a_quarter, derivative=derivative, taped=taped)
     return Recipe(
         name,
         partial(meanflow.build, compiled=compiled),
@@ -53,19 +54,24 @@ MEANFLOW = Recipe(
     partial(meanflow.network_calls, separate=True),
     gate=partial(
         check,
-        derivative=lambda state, at, given: jvp(state.flow.network, at)[1],
+        derivative=lambda state, at, student: jvp(state.flow.network, at)[1],
         settings=PUBLISHED,
         tolerance=DERIVATIVE_TOLERANCE,
     ),
 )
-QUARTER = on_a_quarter("MeanFlow, JVP on a quarter", meanflow.by_jvp)
-QUARTER_COMPILED = on_a_quarter("MeanFlow, JVP on a quarter, compiled", meanflow.by_compiled_jvp, compiled=True)
+QUARTER = on_a_quarter("MeanFlow, JVP on a quarter", meanflow.by_tangents)
+QUARTER_COMPILED = on_a_quarter(
+    "MeanFlow, JVP on a quarter, compiled", partial(meanflow.by_tangents, compiled=True), compiled=True
+)
 FLASH = on_a_quarter(
-    "MeanFlow, jvp-flash-attention on a quarter, compiled", meanflow.by_flash_jvp, TF32_TOLERANCE, compiled=True
+    "MeanFlow, jvp-flash-attention on a quarter, compiled",
+    partial(meanflow.by_tangents, compiled=True, attention=dual.flash),
+    TF32_TOLERANCE,
+    compiled=True,
 )._replace(why_not=why_no_flash_jvp, counted_as=QUARTER)
-DIFFERENCE = on_a_quarter("MeanFlow, finite difference", meanflow.by_difference, None)
+DIFFERENCE = on_a_quarter("MeanFlow, finite difference", meanflow.by_difference, None, taped=False)
 DIFFERENCE_COMPILED = on_a_quarter(
-    "MeanFlow, finite difference, compiled", meanflow.by_difference, None, compiled=True
+    "MeanFlow, finite difference, compiled", meanflow.by_difference, None, taped=False, compiled=True
 )._replace(why_not=why_no_compiled_difference)
 
 GRAPH = next(recipe for recipe in VARIANTS if recipe.name == "soflow-fast, CUDA graph")

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from benchmarks import gates, increments, precision, record, report
-from benchmarks.baselines.authors import AUTHORS
+from benchmarks.baselines import fused
+from benchmarks.baselines.authors import AUTHORS, train_step_fused
 from benchmarks.cases import Case
 from benchmarks.race import Race, speed_ups
-from benchmarks.recipes import OURS
+from benchmarks.recipes import OURS, VARIANTS, build, ours
 from soflow_fast import increments as walk
 from soflow_fast.config import Config, DataConfig, DiTConfig, ObjectiveConfig, RunConfig, override
 
@@ -189,6 +190,89 @@ def test_gate_compares_the_precision_that_is_timed(monkeypatch):
     monkeypatch.setattr(walk._Walk, "product", lambda self, a, b, operand=None: 0 * plain(self, a, b, operand))
     with pytest.raises(gates.RedGate, match="bf16 against float32"):
         gates.check_precision(low)
+
+
+FUSED = AUTHORS._replace(name="fused", build=fused.build, step=train_step_fused)
+"""The authors' recipe as it is compiled, but for the compiler: in bf16 throughout."""
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("recipe", [FUSED, OURS, VARIANTS[0]], ids=lambda recipe: recipe.name)
+def test_a_baseline_is_held_to_the_precision_that_is_timed(recipe, seed):
+    errors = gates.check_timed(replace(CONFIG, precision="bf16", seed=seed), recipe)
+    assert set(errors) == {"fm_mse in bf16", "sc_mse in bf16", "grad_norm in bf16", "gradient in bf16"}
+    assert errors["gradient in bf16"] > 1e-4, "bf16 rounds"
+    assert gates.check_timed(CONFIG, recipe) == {}
+
+
+def test_check_goes_through_the_timed_precision():
+    assert "gradient in bf16" in gates.check(replace(CONFIG, precision="bf16"), FUSED)
+    assert "gradient in bf16" in gates.check(replace(CONFIG, precision="bf16"), ours("steps")._replace(gate_steps=1))
+    several = gates.check(replace(CONFIG, precision="bf16"), ours("steps")._replace(gate_steps=3))
+    assert "sc_mse in bf16" in several and "gradient in bf16" not in several
+
+
+def in_bf16_alone(fault):
+    """A step that goes wrong in bf16 and is right in float32."""
+
+    def step(state, x0, y):
+        return fault(state, x0, y) if state.precision == "bf16" else FUSED.step(state, x0, y)
+
+    return step
+
+
+def other_objective(**changes):
+    def step(state, x0, y):
+        kept = state.objective
+        state.objective = type(kept)(replace(kept.config, **changes))
+        metrics = FUSED.step(state, x0, y)
+        state.objective = kept
+        return metrics
+
+    return step
+
+
+def without_consistency(state, x0, y):
+    with pytest.MonkeyPatch.context() as patch:
+        term = state.objective.consistency
+        patch.setattr(state.objective, "consistency", lambda *given: (t := term(*given))._replace(loss=0 * t.loss))
+        return FUSED.step(state, x0, y)
+
+
+FAULTS = {
+    "guidance": other_objective(guidance_scale=2.0),
+    "mix": other_objective(mix_ratio=0.5),
+    "weights": other_objective(p=0.5),
+    "other labels": lambda state, x0, y: FUSED.step(state, x0, y.flip(0)),
+    "no consistency loss": without_consistency,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_gate_is_red_for_what_is_wrong_in_the_timed_precision_alone(fault):
+    tampered = FUSED._replace(step=in_bf16_alone(fault))
+    config = override(CONFIG, {"model.hidden_size": 64})
+    assert gates.check(config, tampered)
+    with pytest.raises(gates.RedGate, match="fused in bf16 against float32"):
+        gates.check(replace(config, precision="bf16"), tampered)
+
+
+def test_rounding_that_hides_everything_is_red(monkeypatch):
+    monkeypatch.setattr(gates, "ROUNDING_LIMIT", 1e-4)
+    with pytest.raises(gates.RedGate, match="gradient is rounding by"):
+        gates.check_timed(replace(CONFIG, precision="bf16"), FUSED)
+
+
+def test_the_yardstick_is_the_engines_own_step():
+    """The gate's formulas in float64 around the float32 network: our gradients and mean squares to rounding."""
+    config = override(CONFIG, gates.CHANGES)
+    state = build(OURS, config)
+    x0, y = gates.random_batch(config, state.device)
+    exact = gates.whole_step(gates.Rounding(state.flow.network, "fp32"), state, x0, y)
+    metrics = OURS.step(state, x0, y)
+    assert gates.relative([gates.gradient(p) for p in state.flow.parameters()], exact.gradients) < 1e-5
+    for name, found in (("fm_mse", exact.fm), ("sc_mse", exact.sc)):
+        assert gates.relative([metrics[name]], [found.square().mean()]) < 1e-5
 
 
 def test_a_pass_of_increments_counts_as_a_call():

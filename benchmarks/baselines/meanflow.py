@@ -15,41 +15,40 @@ omega and kappa follow from the engine's guidance: SoFlow's target m (v + (w - 1
 one above with omega = m w and kappa = 1 - m, of effective scale omega / (1 - kappa) = w; it ends at t_d, where the
 engine's fades.
 
-Four ways to du/dt. "as published" takes u and du/dt of the whole batch from one torch.func.jvp, whose primal is what is
-differentiated, after two calls for guidance. The others are what the method comes to when nothing is wasted: du/dt only
-where r != t, without gradient; the student's forward apart, with fused attention, on the whole batch; one call for
-guidance, which takes u(z, t, t | c) only where r != t and finds it in the student's forward elsewhere. torch's fused
-attention has no forward-mode derivative, so under a JVP attention is composed of products and a softmax.
+"As published" takes u and du/dt of the whole batch from one torch.func.jvp, whose primal is what is differentiated,
+after two calls for guidance; torch's fused attention has no forward-mode derivative, so attention is composed of
+products and a softmax. This is what ports of it to PyTorch do, three products for each linear layer included: the one
+of the weight's tangent, which is zero, counts among its forwards per image as it is paid for.
+
+The others are what the method comes to when nothing is wasted: du/dt only where r != t, without gradient; the student's
+forward apart, with fused attention, on the whole batch; one call for guidance, which takes u(z, t, t | c) only where
+r != t and finds it in the student's forward elsewhere. Their ways to du/dt: the tangents beside the values of the
+student's forward (`dual`), with attention composed or by jvp_flash_attention, and a finite difference.
 """
 
-import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from benchmarks.baselines import fused
+from benchmarks.baselines import dual, fused
 from benchmarks.recipes import plain_operations
 from soflow_fast.config import Config
 from soflow_fast.flow import per_sample
-from soflow_fast.low_precision import operands
-from soflow_fast.model import Block, DiT
+from soflow_fast.model import DiT, Tape
 from soflow_fast.objective import Objective, with_null
-from soflow_fast.products import Entry, Weight, normed_linear
 from soflow_fast.quotient import products
 from soflow_fast.rng import generator
 from soflow_fast.state import TrainState, resolve_device
 from soflow_fast.step import split
 
 STEP = 1e-3
-"""h of the finite difference, in float32: where truncation, h/2 |d2u/dt2|, meets rounding, some 2^-22 |u| / h."""
-FLASH_HEADS = (16, 32, 64, 128, 256)
-"""The head dimensions of jvp_flash_attention; others are filled up with zeros."""
+"""h of the finite difference, in float32: where truncation, h/2 |d2u/dt2|, meets the forwards' rounding over h."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,16 @@ class At(NamedTuple):
     v: Tensor
 
 
-Derivative = Callable[[TrainState, At, Tensor], Tensor]
-"""(state, at, u(z, r, t) of the student, detached) -> du/dt [B, C, H, W], without gradient."""
+class Student(NamedTuple):
+    """What the student's forward came to at (z, r, t), without gradient."""
+
+    output: Tensor
+    tape: Tape | None
+    """Its products, where the derivative wants them."""
+
+
+Derivative = Callable[[TrainState, At, Student], Tensor]
+"""(state, at, the student there) -> du/dt [B, C, H, W], without gradient."""
 
 
 def draw(state: TrainState, shape: torch.Size, settings: Settings) -> Draws:
@@ -121,24 +128,18 @@ def guided(
         return v
     c = objective.config
     omega, kappa = c.mix_ratio * c.guidance_scale, 1 - c.mix_ratio
-    target = omega * v + (1 - omega - kappa) * u_null + (0 if u_label is None else kappa * u_label)
-    return torch.where(per_sample(~dropped & (t <= c.guidance_decay_time), v) != 0, target, v)
+    mixed = omega * v + (1 - omega - kappa) * u_null + (0 if u_label is None else kappa * u_label)
+    return torch.where(per_sample(~dropped & (t <= c.guidance_decay_time), v) != 0, mixed, v)
+
+
+def target(v: Tensor, t: Tensor, r: Tensor, derivative: Tensor) -> Tensor:
+    """u_tgt [B, C, H, W]. The gate looks here at the du/dt that a step takes."""
+    return v - per_sample(t - r, v) * derivative
 
 
 def composed_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of q, k, v [B, heads, T, d] as products and a softmax, which have forward-mode derivatives."""
     return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
-
-
-def flash_attention_of_duals(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """jvp_flash_attention. Its `attention` drops tangents; `fwd_dual` carries them."""
-    from jvp_flash_attention.jvp_attention import JVPAttn  # pyright: ignore[reportMissingImports]
-
-    d = q.shape[-1]
-    missing = next(size for size in FLASH_HEADS if size >= d) - d
-    if missing:
-        q, k, v = (torch.nn.functional.pad(value, (0, missing)) for value in (q, k, v))
-    return JVPAttn.fwd_dual(q, k, v, sm_scale=d**-0.5)[..., :d]
 
 
 @contextmanager
@@ -152,7 +153,7 @@ def attending(network: DiT, function: Callable[[Tensor, Tensor, Tensor], Tensor]
     stack, network.stack = network.stack, None
     attentions = [block.attn for block in network.blocks]
     for attention in attentions:
-        attention.forward = _forward(function, attention.num_heads)
+        attention.forward = partial(_attend, function, attention.num_heads)
     try:
         yield
     finally:
@@ -161,16 +162,9 @@ def attending(network: DiT, function: Callable[[Tensor, Tensor, Tensor], Tensor]
             del attention.forward
 
 
-@functools.cache
-def _forward(function: Callable[[Tensor, Tensor, Tensor], Tensor], heads: int) -> Callable[[Tensor], Tensor]:
-    """`Attention.forward` with another attention; the same object every time, or compiled code would not know it."""
-
-    def forward(qkv: Tensor) -> Tensor:
-        B, T, D = qkv.shape
-        q, k, v = qkv.reshape(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        return function(q, k, v).transpose(1, 2).reshape(B, T, D // 3)
-
-    return forward
+def _attend(function: Callable[[Tensor, Tensor, Tensor], Tensor], heads: int, qkv: Tensor) -> Tensor:
+    """`Attention.forward` with another attention."""
+    return dual.together(function(*dual.apart(qkv, heads)))
 
 
 def jvp(network: DiT, at: At) -> tuple[Tensor, Tensor]:
@@ -180,83 +174,31 @@ def jvp(network: DiT, at: At) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(lambda z, t: network(z, t, at.r, at.y), (at.z, at.t), tangents)[:2]
 
 
-def by_jvp(state: TrainState, at: At, given: Tensor) -> Tensor:
-    """torch.func.jvp."""
-    return jvp(state.flow.network, at)[1]
+def by_tangents(
+    state: TrainState, at: At, student: Student, *, compiled: bool = False, attention: dual.Attention | None = None
+) -> Tensor:
+    """The tangents beside the student's values. attention: of tangents, None: `dual.composed`."""
+    assert student.tape is not None
+    way = dual.compiled() if compiled else dual.EAGER
+    ends = dual.Dual(at.z, at.v), at.t, at.r, at.y
+    return dual.derivative(state.flow.network, *ends, student.tape, way, attention)
 
 
-def by_compiled_jvp(state: TrainState, at: At, given: Tensor) -> Tensor:
-    """torch.func.jvp block by block, each compiled with its derivative: torch.compile takes neither a compiled block
-    under torch.func.jvp nor the copies of weights inside of it."""
-    return jvp_by_blocks(state.flow.network, at, _compiled_block_jvp())
-
-
-def jvp_by_blocks(network: DiT, at: At, block_jvp: Callable[..., Any]) -> Tensor:
-    """du/dt along (v, 0, 1), the tangents handed from block to block as the DiT's forward hands on its values."""
-    device = at.z.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else network.pos_embed.dtype
-
-    def start(z: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        c = network.conditioning(t, at.r, at.y)
-        return (network.x_embedder(z) + network.pos_embed).to(dtype), *network.modulations(c, dtype)
-
-    def end(*values: Tensor) -> Tensor:
-        x, branch, gate, shift, scale = values
-        final = operands(network.final_layer.linear, network.pos_embed.dtype)
-        return network.unpatchify(normed_linear(Entry(x, branch, gate, None, shift, scale), final)[1])
-
-    with torch.autocast(device, enabled=False), attending(network, composed_attention):
-        values, tangents = torch.func.jvp(start, (at.z, at.t), (at.v, torch.ones_like(at.t)))[:2]
-        x, m = [values[:1], tangents[:1]], (values[1:], tangents[1:])
-        for k, block in enumerate(network.blocks):
-            first, last = 6 * k - (k > 0), 6 * k + 5  # the gate of the branch that is still open comes with it
-            given = [(*of_x, *of_m[first:last]) for of_x, of_m in zip(x, m, strict=True)]
-            weights = [operands(layer, dtype) for layer in block.products()]
-            x = list(block_jvp(block, weights, *given))
-        return torch.func.jvp(end, *((*of_x, *of_m[-3:]) for of_x, of_m in zip(x, m, strict=True)))[1]
-
-
-def block_jvp(block: Block, weights: list[Weight], values: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
-    """The values (x, branch) that leave a block and their tangents, of those of (x, branch, gate of it, shift, scale,
-    gate, shift, scale) that enter it; the first block has no branch and no gate of it."""
-
-    def forward(*given: Tensor) -> tuple[Tensor, Tensor]:
-        x, *branch = given[:-5]
-        y, gate = branch or (None, None)
-        shift, scale, *inner = given[-5:]
-        out = block.forward(Entry(x, y, gate, None, shift, scale), tuple(inner), weights)  # pyright: ignore[reportArgumentType]
-        return out[:2]
-
-    return torch.func.jvp(forward, values, tangents)
-
-
-@functools.cache
-def _compiled_block_jvp() -> Callable[..., Any]:
-    return torch.compile(block_jvp, fullgraph=True, dynamic=False)
-
-
-def by_flash_jvp(state: TrainState, at: At, given: Tensor) -> Tensor:
-    """Forward-mode AD with jvp_flash_attention, which reads the tangents off dual tensors."""
-    network = state.flow.network
-    # Compiled blocks refuse dual tensors.
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, attending(network, flash_attention_of_duals), forward_ad.dual_level():
-        z, t = forward_ad.make_dual(at.z, at.v), forward_ad.make_dual(at.t, torch.ones_like(at.t))
-        tangent = forward_ad.unpack_dual(network(z, t, at.r, at.y)).tangent
-        assert tangent is not None, "forward-mode AD lost the tangent"
-        return tangent
-
-
-def by_difference(state: TrainState, at: At, given: Tensor) -> Tensor:
+def by_difference(state: TrainState, at: At, student: Student) -> Tensor:
     """A finite difference in float32, as lower precision would drown it: against the student's value where that is
     float32, else central, both ends in one call."""
     network, dz = state.flow.network, STEP * at.v
     with products("fp32", at.z.device):
-        if state.precision == "fp32":
-            return (given - network(at.z - dz, at.t - STEP, at.r, at.y)) / STEP
+        if one_sided(state):
+            return (student.output - network(at.z - dz, at.t - STEP, at.r, at.y)) / STEP
         ends = (torch.cat([at.z + dz, at.z - dz]), torch.cat([at.t + STEP, at.t - STEP]), at.r.repeat(2))
         upper, lower = network(*ends, at.y.repeat(2)).chunk(2)
         return (upper - lower) / (2 * STEP)
+
+
+def one_sided(state: TrainState) -> bool:
+    """Whether the student's value is one end of the finite difference."""
+    return state.precision == "fp32"
 
 
 def losses_as_published(state: TrainState, x0: Tensor, y: Tensor, settings: Settings) -> dict[str, Tensor]:
@@ -272,13 +214,14 @@ def losses_as_published(state: TrainState, x0: Tensor, y: Tensor, settings: Sett
     v = guided(objective, v, t, dropped, u_null, u_label)
     label: Any = with_null(flow, y, dropped)
     u, derivative = jvp(network, At(z, t, r, label, v))
-    return _backward(state, u.float(), v - per_sample(t - r, v) * derivative.detach().float(), n, settings)
+    return _backward(state, u.float(), target(v, t, r, derivative.detach().float()), n, settings)
 
 
 def losses_on_a_quarter(
-    state: TrainState, x0: Tensor, y: Tensor, settings: Settings, derivative: Derivative
+    state: TrainState, x0: Tensor, y: Tensor, settings: Settings, derivative: Derivative, taped: bool = False
 ) -> dict[str, Tensor]:
-    """du/dt without gradient where r != t, beside the student's forward of the whole batch."""
+    """du/dt without gradient where r != t, beside the student's forward of the whole batch. taped: of the former it
+    takes the products of the latter."""
     flow, network, objective = state.flow, state.flow.network, state.objective
     x1, t, r, dropped, n = draw(state, x0.shape, settings)
     z, v = flow.point(x0, x1, t)
@@ -291,22 +234,25 @@ def losses_on_a_quarter(
             x, times, labels = torch.cat([z, z[n:]]), torch.cat([t, t[n:]]), torch.cat([null, label[n:]])
         with torch.no_grad():
             u_null, u_label = network(x, times, times, labels).float().split([len(z), len(x) - len(z)])
-    u = network(z, t, r, label).float()
+    tape = Tape(slice(n, None)) if taped else None
+    u = network(z, t, r, label, tape=tape).float()
     known = u.detach()
     if u_label is not None:
         u_label = torch.cat([known[:n], u_label]) if objective.mixed else None
     v = guided(objective, v, t, dropped, u_null, u_label)
-    target = v
+    u_target = v
     if n < len(z):
         with torch.no_grad():
-            du = derivative(state, At(z[n:], t[n:], r[n:], label[n:], v[n:]), known[n:]).float()
-        target = torch.cat([v[:n], v[n:] - per_sample(t[n:] - r[n:], v) * du])
-    return _backward(state, u, target, n, settings)
+            at = At(z[n:], t[n:], r[n:], label[n:], v[n:])
+            du = derivative(state, at, Student(known[n:], tape)).float()
+        u_target = torch.cat([v[:n], target(v[n:], t[n:], r[n:], du)])
+    del tape  # it would keep through the backward what the backward frees as it goes
+    return _backward(state, u, u_target, n, settings)
 
 
-def _backward(state: TrainState, u: Tensor, target: Tensor, n: int, settings: Settings) -> dict[str, Tensor]:
+def _backward(state: TrainState, u: Tensor, u_target: Tensor, n: int, settings: Settings) -> dict[str, Tensor]:
     """The loss of u against the target, backward through it, and what it came to."""
-    error = (u - target).square().flatten(1)
+    error = (u - u_target).square().flatten(1)
     square = error.sum(1)
     loss = (square / (square.detach() + settings.eps) ** settings.p).mean()
     state.optimizer.zero_grad(set_to_none=True)

@@ -1,34 +1,46 @@
 """The gate of the MeanFlow baselines: du/dt, loss, gradients and update against float64, written down once more.
 
 A library operation without a forward-mode formula gives a zero tangent and says nothing, so du/dt is not checked by
-another derivative of the same code but by finite differences of a float64 copy of the network. The step is then held to
-a float64 step that is given the very du/dt of the recipe: its tolerance does not depend on how du/dt was come by, and
-two recipes that pass differ by no more than their du/dt make them.
+another derivative of the same code but by finite differences of a float64 copy of the network.
+
+Twice: in float32, and in the precision that is timed. In float32 the step is held to a float64 step that is given the
+very du/dt of the recipe: its tolerance does not depend on how du/dt was come by, and two recipes that pass differ by no
+more than their du/dt make them. In a lower precision every tolerance is measured: it is twice the error that the same
+quantity has if these formulas are evaluated in float64 around a network, and its torch.func.jvp, that round as the
+recipe's do. Rounding at other places is of the same size; where it is too large to tell right from wrong, that is red.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.meanflow import STEP, At, Derivative, Draws, Settings, draw
+from benchmarks.baselines import meanflow
+from benchmarks.baselines.meanflow import STEP, At, Derivative, Draws, Settings, Student, draw, jvp, one_sided
 from benchmarks.gates import (
     BATCH,
     CHANGES,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
+    ROUNDING_LIMIT,
     RedGate,
+    Rounding,
     compare_gradients,
     count_calls,
+    gradient,
     judge,
+    of_square,
     random_batch,
     relative,
 )
 from benchmarks.recipes import Recipe, build, plain_operations
 from soflow_fast.config import Config, override
-from soflow_fast.flow import SolutionFlow
+from soflow_fast.model import DiT, Tape
 from soflow_fast.quotient import products
-from soflow_fast.state import TrainState, build_flow
+from soflow_fast.state import TrainState, build_flow, resolve_device, resolve_precision
 
 DERIVATIVE_TOLERANCE = 2e-4
 """Of a float32 JVP: some hundred operations, each within 2^-23, and what cancels between them."""
@@ -36,13 +48,15 @@ TF32_TOLERANCE = 4e-3
 """Of one whose products are in TF32, 2^-11 each: jvp_flash_attention's, for operands in float32."""
 WIDE_STEP = 1e-4
 """h of the central difference in float64: its error, h^2/6 |d3u/dt3| and 2^-52 |u| / h, is about 1e-8 of u."""
+IN_STEP = "du/dt in the step"
+Result = TypeVar("Result")
 
 
 class Exact(NamedTuple):
-    """One step in float64, up to its gradients."""
+    """One step, up to its gradients."""
 
-    derivative: Tensor
-    """du/dt by finite differences where r != t, whatever du/dt the loss was given."""
+    residual: Tensor
+    """u - u_tgt, [B, C, H, W]."""
     loss: Tensor
     fm_mse: Tensor
     sc_mse: Tensor
@@ -52,59 +66,169 @@ class Exact(NamedTuple):
 def check(
     config: Config, recipe: Recipe, derivative: Derivative, settings: Settings, tolerance: float | None = None
 ) -> dict[str, float]:
-    """Hold one update of a MeanFlow recipe to float64; returns the relative errors by name.
+    """Hold one update of a MeanFlow recipe to float64, in float32 and in the precision of `config`; returns the
+    relative errors by name.
 
-    derivative: the recipe's way to du/dt; tolerance: of it, None: what h makes of a finite difference, truncation and
-    rounding. Raises RedGate naming all that differs.
+    derivative: the recipe's way to du/dt; tolerance: of it in float32, None: what truncation and rounding make of a
+    finite difference, in any precision. Raises RedGate naming all that differs.
     """
+    errors = check_in("fp32", config, recipe, derivative, settings, tolerance)
+    precision = resolve_precision(config.precision, resolve_device(config.run.device))
+    if precision != "fp32":
+        low = check_in(precision, config, recipe, derivative, settings, tolerance)
+        errors |= {f"{name} in {precision}": error for name, error in low.items()}
+    return errors
+
+
+def check_in(
+    precision: str,
+    config: Config,
+    recipe: Recipe,
+    derivative: Derivative,
+    settings: Settings,
+    tolerance: float | None = None,
+) -> dict[str, float]:
+    """`check` in one precision."""
     batch = config.batch_size if recipe.compiled else min(BATCH, config.batch_size)
-    config = override(config, CHANGES | {"batch_size": batch})
+    config = override(config, CHANGES | {"batch_size": batch, "precision": precision})
     state = build(recipe, config)
-    wide = widened(state)
+    wide, rounding = Rounding(widened(state)), Rounding(state.flow.network, state.precision)
     x0, y = random_batch(config, state.device)
     draws = draw(state, x0.shape, settings)
-    exact = step_in_float64(wide, state, x0, y, draws, settings)
-    given, at = at_float64(wide, state, x0, y, draws)
-    if not exact.derivative.norm() >= 1e-2 * given.norm():
+    u, at = place(wide, state, x0, y, draws)
+    derivatives = {"exact": derivative_of(wide, at), "found": found_at(state, at, derivative)}
+    if not derivatives["exact"].norm() >= 1e-2 * u.norm():
         raise RedGate(f"{recipe.name}: du/dt is too small on this network for its absence to be seen")
-    with torch.no_grad(), plain_operations(), products(state.precision, state.device):
-        found = derivative(state, single(at), given.float())
+    given = derivatives["found" if state.precision == "fp32" else "exact"]
+    before = [p.detach().double() for p in wide.inner.parameters()]
+    step = whole_step(wide, state, x0, y, draws, settings, lambda at: given)
+    if state.precision == "fp32":
+        tolerances = {"du/dt": tolerance or 0.0}
+    else:
+        right = whole_step(rounding, state, x0, y, draws, settings, partial(derivative_of, rounding))
+        tolerances = measured(step, right, draws.n_equal, before, config)
+        tolerances["du/dt"] = relative([derivative_of(rounding, at)], [derivatives["exact"]])
+        for name, error in tolerances.items():
+            if not error <= ROUNDING_LIMIT:
+                raise RedGate(f"{recipe.name}: {name} in {precision} is rounding by {error:.1e}, which hides all else")
+            tolerances[name] = 2 * error + (LOSS_TOLERANCE if name.endswith(("mse", "loss")) else GRADIENT_TOLERANCE)
     if tolerance is None:
-        network = wide.network
-        with torch.no_grad(), plain_operations():
-            before = network(at.z - STEP * at.v, at.t - STEP, at.r, at.y)
-        truncation = relative([(given - before) / STEP], [exact.derivative])
-        tolerance = truncation + float(2**-22 * given.norm() / (STEP * exact.derivative.norm())) + LOSS_TOLERANCE
-    errors = {"du/dt": relative([found], [exact.derivative])}
+        tolerances["du/dt"] = difference_tolerance(state, wide, at, derivatives["exact"])
+    # The step takes it along a guided velocity that the network rounds, from a forward of another size of batch.
+    direction = 0.0
+    if state.precision != "fp32":
+        _, rounded = place(rounding, state, x0, y, draws)
+        direction = relative([derivative_of(wide, rounded)], [derivatives["exact"]])
+    tolerances[IN_STEP] = 2 * (tolerances["du/dt"] + direction)
+    errors = {"du/dt": relative([derivatives["found"]], [derivatives["exact"]])}
 
-    calls, metrics = count_calls(recipe, state, x0, y)
+    taken, (calls, metrics) = derivatives_taken(lambda: count_calls(recipe, state, x0, y))
     wanted = recipe.network_calls(state.objective)
     faults = [] if calls == wanted else [f"calls the network {calls} times, not {wanted}"]
-    step = step_in_float64(wide, state, x0, y, draws, settings, found.double())
+    if len(taken) != 1:
+        faults.append(f"takes du/dt for its target {len(taken)} times, not once")
+    errors[IN_STEP] = max((relative([du[-len(u) :]], [derivatives["exact"]]) for du in taken), default=math.inf)
     for name in ("loss", "fm_mse", "sc_mse"):
         errors[name] = relative([metrics[name]], [getattr(step, name)])
-    norm = torch.stack([g.norm() for g in step.gradients]).norm()
-    errors["grad_norm"] = relative([metrics["grad_norm"]], [norm])
-    errors |= compare_gradients(state, step.gradients)
-    optim = config.optim
-    before = [p.detach().double() for p in wide.parameters()]
-    # AdamW's first step: its corrected averages are the gradient and its square.
-    directions = [g / (g.abs() + optim.eps) for g in step.gradients]
-    moves = [-optim.lr * (d + optim.weight_decay * p) for d, p in zip(directions, before, strict=True)]
-    averages = [(1 - optim.ema_decay) * move for move in moves]
-    for name, right in (("flow", moves), ("ema", averages)):
+    errors["grad_norm"] = relative([metrics["grad_norm"]], [torch.stack([g.norm() for g in step.gradients]).norm()])
+    if state.precision == "fp32":
+        errors |= compare_gradients(state, step.gradients)
+    else:
+        errors["gradient"] = relative([gradient(p) for p in state.flow.parameters()], step.gradients)
+    for name, right in moves(step.gradients, before, config).items():
         mine = [p.detach().double() - p0 for p, p0 in zip(getattr(state, name).parameters(), before, strict=True)]
         errors[f"update of {name}"] = relative(mine, right)
-    tolerances = {name: LOSS_TOLERANCE if name.endswith(("mse", "loss")) else GRADIENT_TOLERANCE for name in errors}
-    tolerances["du/dt"] = tolerance
-    return judge(f"{recipe.name} against float64", errors, tolerances, faults)
+    if state.precision == "fp32":
+        fixed = {name: LOSS_TOLERANCE if name.endswith(("mse", "loss")) else GRADIENT_TOLERANCE for name in errors}
+        tolerances = fixed | tolerances
+    return judge(f"{recipe.name} in {precision} against float64", errors, tolerances, faults)
 
 
-def widened(state: TrainState) -> SolutionFlow:
-    """The state's flow in float64."""
+@torch.no_grad()
+def derivative_of(network: Rounding, at: At) -> Tensor:
+    """du/dt: of a float64 network by a central difference, of one that rounds by torch.func.jvp."""
+    if not network.precision:
+        ends = [network(at.z + h * at.v, at.t + h, at.r, at.y) for h in (WIDE_STEP, -WIDE_STEP)]
+        return (ends[0] - ends[1]) / (2 * WIDE_STEP)
+    stance = torch.compiler.set_stance("force_eager")
+    with stance, plain_operations(), products(network.precision, at.z.device):
+        return jvp(network.inner, single(at))[1].double()
+
+
+def derivatives_taken(work: Callable[[], Result]) -> tuple[list[Tensor], Result]:
+    """Each du/dt from which some work made a target, and the work's result."""
+    taken = []
+    plain = meanflow.target
+
+    def noted(v: Tensor, t: Tensor, r: Tensor, derivative: Tensor) -> Tensor:
+        with torch.no_grad():
+            taken.append(derivative.clone())
+        return plain(v, t, r, derivative)
+
+    meanflow.target = noted
+    try:
+        return taken, work()
+    finally:
+        meanflow.target = plain
+
+
+def measured(exact: Exact, right: Exact, n: int, before: list[Tensor], config: Config) -> dict[str, float]:
+    """What rounding makes of the figures of a right step, as relative errors; n: how many samples have r = t.
+
+    A sample's loss moves by no more than its square does.
+    """
+
+    def squares(part: slice) -> float:
+        return of_square(relative([right.residual[part]], [exact.residual[part]]))
+
+    found = {"fm_mse": squares(slice(n)), "sc_mse": squares(slice(n, None))}
+    found["loss"] = max(squares(slice(k, k + 1)) for k in range(len(exact.residual)))
+    found["gradient"] = found["grad_norm"] = relative(right.gradients, exact.gradients)
+    theirs, mine = (moves(step.gradients, before, config) for step in (right, exact))
+    return found | {f"update of {name}": relative(theirs[name], mine[name]) for name in mine}
+
+
+def moves(gradients: list[Tensor], weights: list[Tensor], config: Config) -> dict[str, list[Tensor]]:
+    """How far weights and averages go: AdamW's first step, whose corrected averages are gradient and its square."""
+    optim = config.optim
+    directions = [g / (g.abs() + optim.eps) for g in gradients]
+    flow = [-optim.lr * (d + optim.weight_decay * p) for d, p in zip(directions, weights, strict=True)]
+    return {"flow": flow, "ema": [(1 - optim.ema_decay) * move for move in flow]}
+
+
+@torch.no_grad()
+def found_at(state: TrainState, at: At, derivative: Derivative) -> Tensor:
+    """The recipe's du/dt in the precision of the state, beside the student's forward there."""
+    at, tape = single(at), Tape(slice(None))
+    with plain_operations(), products(state.precision, state.device):
+        with torch.compiler.set_stance("force_eager"):
+            output = state.flow.network(at.z, at.t, at.r, at.y, tape=tape).float()
+        return derivative(state, at, Student(output, tape)).double()
+
+
+@torch.no_grad()
+def difference_tolerance(state: TrainState, wide: Rounding, at: At, exact: Tensor) -> float:
+    """What a finite difference of float32 forwards may err by: its truncation, which the same difference in float64
+    shows, and what float32 makes of the very forwards behind it, over the distance of the two."""
+    rounding, near = Rounding(state.flow.network, "fp32"), single(at)
+    ends, error = [], torch.zeros((), dtype=torch.float64, device=state.device)
+    for h in (0.0, -STEP) if one_sided(state) else (STEP, -STEP):
+        ends.append(wide(at.z + h * at.v, at.t + h, at.r, at.y))
+        # In float32 the end itself is rounded as well.
+        error += (rounding(near.z + h * near.v, near.t + h, near.r, near.y) - ends[-1]).norm()
+    distance = STEP if one_sided(state) else 2 * STEP
+    truncation = relative([(ends[0] - ends[1]) / distance], [exact])
+    found = truncation + float(error / (distance * exact.norm())) + LOSS_TOLERANCE
+    if not found <= ROUNDING_LIMIT:
+        raise RedGate(f"a finite difference by {STEP} may err by {found:.1e} on this network, which hides all else")
+    return found
+
+
+def widened(state: TrainState) -> DiT:
+    """The state's network in float64."""
     wide = build_flow(state.config).to_empty(device=state.device).double()
     wide.load_state_dict(state.flow.state_dict())
-    return wide
+    return wide.network
 
 
 def single(at: At) -> At:
@@ -119,68 +243,60 @@ def point(x0: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def guided_velocity(wide: SolutionFlow, state: TrainState, z: Tensor, v: Tensor, y: Tensor, draws: Draws) -> Tensor:
+def guided_velocity(network: Rounding, state: TrainState, z: Tensor, v: Tensor, y: Tensor, draws: Draws) -> Tensor:
     """v~ of the whole batch."""
     c, t = state.objective.config, draws.t.double()
     w, m = c.guidance_scale, c.mix_ratio
     if w <= 1:
         return v
-    with plain_operations():
-        u_null, u_label = wide.network(z, t, t, None), wide.network(z, t, t, y)
+    u_null, u_label = network(z, t, t, None), network(z, t, t, y)
     omega, kappa = m * w, 1 - m
     target = omega * v + kappa * u_label + (1 - omega - kappa) * u_null
     plain = draws.label_dropped | (draws.t > c.guidance_decay_time)
     return torch.stack([a if left else b for a, b, left in zip(v, target, plain, strict=True)])
 
 
-def labels(wide: SolutionFlow, y: Tensor, draws: Draws) -> Tensor:
+def labels(network: Rounding, y: Tensor, draws: Draws) -> Tensor:
     """The labels that the network sees."""
-    return y.masked_fill(draws.label_dropped, wide.network.num_classes)
+    return y.masked_fill(draws.label_dropped, network.inner.num_classes)
 
 
 @torch.no_grad()
-def at_float64(wide: SolutionFlow, state: TrainState, x0: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, At]:
+def place(network: Rounding, state: TrainState, x0: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, At]:
     """u(z, r, t), and where it is taken, of the samples with r != t."""
     z, v = point(x0, draws)
-    v, label = guided_velocity(wide, state, z, v, y, draws), labels(wide, y, draws)
+    v, label = guided_velocity(network, state, z, v, y, draws), labels(network, y, draws)
     late = slice(draws.n_equal, None)
     at = At(z[late], draws.t[late].double(), draws.r[late].double(), label[late], v[late])
-    with plain_operations():
-        return wide.network(at.z, at.t, at.r, at.y), at
+    return network(at.z, at.t, at.r, at.y), at
 
 
-def step_in_float64(
-    wide: SolutionFlow,
+def whole_step(
+    network: Rounding,
     state: TrainState,
     x0: Tensor,
     y: Tensor,
     draws: Draws,
     settings: Settings,
-    derivative: Tensor | None = None,
+    derivative: Callable[[At], Tensor],
 ) -> Exact:
-    """The formulas of `meanflow`, sample by sample; du/dt by finite differences unless one is given."""
-    network, n = wide.network, draws.n_equal
+    """The formulas of `meanflow`, sample by sample, in float64 around a network. derivative: du/dt where r != t."""
+    n = draws.n_equal
     z, v = point(x0, draws)
-    v, label, t, r = (
-        guided_velocity(wide, state, z, v, y, draws),
-        labels(wide, y, draws),
-        draws.t.double(),
-        draws.r.double(),
-    )
-    _, at = at_float64(wide, state, x0, y, draws)
-    with torch.no_grad(), plain_operations():
-        ends = [network(at.z + h * at.v, at.t + h, at.r, at.y) for h in (WIDE_STEP, -WIDE_STEP)]
-    exact = (ends[0] - ends[1]) / (2 * WIDE_STEP)
-    du = torch.cat([torch.zeros_like(v[:n]), exact if derivative is None else derivative])
-    with plain_operations():
-        u = network(z, t, r, label)
-        losses, means = [], []
-        for i in range(len(z)):
-            error = u[i] - (v[i] - (t[i] - r[i]) * du[i])
-            square = error.square().sum()
-            losses.append(square / (square.detach() + settings.eps) ** settings.p)
-            means.append(error.detach().square().mean())
-        loss = torch.stack(losses).mean()
-        gradients = torch.autograd.grad(loss, list(wide.parameters()), allow_unused=True)
-    filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, wide.parameters(), strict=True)]
-    return Exact(exact, loss.detach(), torch.stack(means[:n]).mean(), torch.stack(means[n:]).mean(), filled)
+    v, label = guided_velocity(network, state, z, v, y, draws), labels(network, y, draws)
+    t, r = draws.t.double(), draws.r.double()
+    du = torch.cat([torch.zeros_like(v[:n]), derivative(At(z[n:], t[n:], r[n:], label[n:], v[n:]))])
+    u = network(z, t, r, label)
+    losses, means, residuals = [], [], []
+    for i in range(len(z)):
+        residual = u[i] - (v[i] - (t[i] - r[i]) * du[i])
+        square = residual.square().sum()
+        losses.append(square / (square.detach() + settings.eps) ** settings.p)
+        means.append(residual.detach().square().mean())
+        residuals.append(residual.detach())
+    loss = torch.stack(losses).mean()
+    parameters = list(network.inner.parameters())
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+    fm_mse, sc_mse = torch.stack(means[:n]).mean(), torch.stack(means[n:]).mean()
+    return Exact(torch.stack(residuals), loss.detach(), fm_mse, sc_mse, [g.double() for g in filled])
