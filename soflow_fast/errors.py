@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -63,6 +64,18 @@ def received() -> list[int]:
     return list(_received)
 
 
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Raise ConfigError with `advice` where memory runs out inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
+        if not known and "can't allocate memory" not in str(error):  # torch's, of the CPU
+            raise
+        raise ConfigError(advice) from None
+
+
 _STORAGE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
@@ -76,11 +89,17 @@ def storage_error(error: OSError, what: str) -> StorageError:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit: 0, 2 for the user's mistakes (one line on stderr), 130 and 143 after SIGINT and SIGTERM."""
-    at_once = False
+    """Call `main` and exit: 0, 2 for the user's mistakes (one line on stderr), 130 and 143 after SIGINT and SIGTERM.
+
+    Exit code 2 goes before 130 and 143: it says that a signal came but that the state could not be saved. A second
+    signal exits at once.
+    """
+    at_once = ending = False
 
     def stopped(signum: int, frame: object) -> None:
         _received.append(signum)
+        if ending or len(_received) > 1:  # an exception now would leave through the handler of the first one
+            os._exit(128 + signum)
         raise Interrupted(signum)
 
     def thread_failed(failure: threading.ExceptHookArgs) -> None:
@@ -92,8 +111,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         signal.signal(number, stopped)
     threading.excepthook = thread_failed
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+            sys.stdout.flush()
+        finally:
+            ending = True
         code = 128 + _received[0] if _received else 0
     except (UserError, Diverged) as error:
         code = error.exit_code

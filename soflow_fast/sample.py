@@ -15,7 +15,7 @@ from typing import Any
 
 from . import errors
 from .cli import Parser, user_value, whole_number
-from .errors import ConfigError, StorageError, storage_error
+from .errors import ConfigError, Diverged, StorageError, enough_memory, storage_error
 
 
 def parser() -> Parser:
@@ -45,15 +45,18 @@ def main(arguments: list[str] | None = None) -> None:
     from .checkpoint import load_with_config
     from .state import resolve_device
 
-    flow, config = load_with_config(values.run, resolve_device(values.device))
-    model = config.model
-    labels = _labels(values.labels, model.num_classes, n)
-    shape = (n, model.in_channels, model.input_size, model.input_size)
-    y = None if labels is None else torch.tensor(labels)
-    x = user_value(lambda: sampling.sample(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
-    images = telemetry.to_uint8(x)
-    files = {"grid.png": telemetry.png(telemetry.make_grid(images))}
-    files |= {f"{i:05d}.png": telemetry.png(image) for i, image in enumerate(images)}
+    with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer at a time, or on another --device"):
+        flow, config = load_with_config(values.run, resolve_device(values.device))
+        model = config.model
+        labels = _labels(values.labels, model.num_classes, n)
+        shape = (n, model.in_channels, model.input_size, model.input_size)
+        y = None if labels is None else torch.tensor(labels)
+        x = user_value(lambda: sampling.sample(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
+        if not torch.isfinite(x).all():
+            raise Diverged(f"{values.run}: its samples are not finite")
+        images = telemetry.to_uint8(x)
+        files = {"grid.png": telemetry.png(telemetry.make_grid(images))}
+        files |= {f"{i:05d}.png": telemetry.png(image) for i, image in enumerate(images)}
     _write(out, files)
     print(f"{n} images of {nfe} network call{'s' if nfe > 1 else ''} each: {out / 'grid.png'}")
 

@@ -40,7 +40,7 @@ class Training(NamedTuple):
 @pytest.fixture(scope="session")
 def started(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Training]]:
     """`started(*arguments)`: a training that has just begun, at the command line's first statement. A function of `os`
-    called `hang` never returns in it."""
+    called `hang` never returns in it; each fsync takes `slow` seconds more."""
     folder = tmp_path_factory.mktemp("outputs")
     process = subprocess.Popen(
         [sys.executable, str(STARTER)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -54,12 +54,11 @@ def started(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
         process.stdin.flush()
         return process.stdout.readline()
 
-    def started(*arguments: object, hang: str = "") -> Training:
+    def started(*arguments: object, hang: str = "", slow: float = 0) -> Training:
         outputs.append(folder / f"{len(outputs)}.txt")
         outputs[-1].touch()
-        return Training(
-            int(ask({"arguments": [*map(str, arguments)], "output": str(outputs[-1]), "hang": hang})), outputs[-1], ask
-        )
+        given = {"arguments": [*map(str, arguments)], "output": str(outputs[-1]), "hang": hang, "slow": slow}
+        return Training(int(ask(given)), outputs[-1], ask)
 
     yield started
     process.stdin.close()  # which ends the starter, and with it whatever a failed test has left running
