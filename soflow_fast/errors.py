@@ -156,4 +156,6 @@ def _drop_output() -> None:
 
 
 def _say(line: str) -> None:
-    print("soflow: " + " ".join(line.split()), file=sys.stderr, flush=True)
+    line = " ".join(line.split())  # what is left may hold a file's name, whose control characters a terminal obeys
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print("soflow: " + line, file=sys.stderr, flush=True)

@@ -29,17 +29,19 @@ def read_file(path: Path, most: int, *, follow: bool = False) -> bytes:
         if error.errno == errno.ELOOP and not follow:
             raise OSError(errno.ELOOP, "is a link", str(path)) from None
         raise
-    with open(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
             raise OSError(number, "is no regular file", str(path))
         if status.st_size > most:
             raise OSError(errno.EFBIG, f"has {status.st_size} bytes, more than {most}", str(path))
-        try:
+        with open(handle, "rb", closefd=False) as file:
             return file.read(status.st_size)
-        except MemoryError:
-            raise OSError(errno.ENOMEM, f"{status.st_size} bytes do not fit into memory", str(path)) from None
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "does not fit into memory", str(path)) from None
+    finally:
+        os.close(handle)
 
 
 def sync(path: Path) -> None:
