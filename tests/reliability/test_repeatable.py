@@ -2,10 +2,13 @@
 
 import ast
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import soflow_kernels
-from soflow_fast import TrainState, preset, train_step
+from soflow_fast import TrainState, checkpoint, preset, train_step
 from soflow_fast.data import open_source
 
 SMALL = {"model.hidden_size": 16, "model.depth": 2, "model.num_heads": 2, "batch_size": 16, "device": "cpu"}
@@ -28,6 +31,32 @@ def state_hash(seed: int) -> str:
 def test_three_runs_have_one_hash_and_another_seed_has_another() -> None:
     assert len({state_hash(0) for _ in range(3)}) == 1
     assert state_hash(1) != state_hash(0)
+
+
+def test_three_processes_write_the_same_checkpoints(
+    environment: dict[str, str], tiny: list[str], tmp_path: Path, files: Any
+) -> None:
+    """Three that hash differently, and one of another seed."""
+    arguments = [*tiny, "--teacher", "ema", "--steps", "6", "--checkpoint-every", "3"]
+    program = "from soflow_fast import errors, train, trainer; import sys; trainer.evaluate = print; "
+    program += "errors.run(lambda: train.main(sys.argv[1:]))"
+    hashes = []
+    for pair in ((0, 1), (2, 3)):  # two at a time
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, *arguments, "--run-dir", str(tmp_path / str(k)), "--seed", str(k // 3)],
+                env={**environment, "PYTHONHASHSEED": str(k)},
+                stdout=subprocess.DEVNULL,
+            )
+            for k in pair
+        ]
+        assert [process.wait() for process in processes] == [0, 0]
+    for k in range(4):
+        found = files(checkpoint.directory(tmp_path / str(k)))
+        assert len(found) == 14
+        tensors = [name for name in sorted(found) if name.endswith(".safetensors")]
+        hashes.append([hashlib.sha256(found[name]).hexdigest() for name in tensors])
+    assert hashes[0] == hashes[1] == hashes[2] and not set(hashes[0]) & set(hashes[3])
 
 
 def atomics(text: str) -> list[str]:
