@@ -1,4 +1,4 @@
-"""A run directory: one process trains in it, others may read; what it has lost is told, and what it still has is kept."""
+"""A run directory: one process trains in it, others may read; what it has lost is told, and what is left is kept."""
 
 import errno
 import fcntl
