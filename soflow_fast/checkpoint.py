@@ -238,11 +238,11 @@ def _optimizer_entries(
         if shape is None or value.shape != shape or value.dtype != torch.float32:
             raise CheckpointError(f"{folder}: optimiser of another model: {key[:60]} does not fit")
         entries.setdefault(index, {})[name] = value
-    if len(entries) < len(parameters) and (entries or begun):
-        raise CheckpointError(f"{folder}: optimiser of {len(entries)} weights, the model has {len(parameters)}")
     for index, entry in entries.items():
         if len(entry) < 3:
             raise CheckpointError(f"{folder}: optimiser of another model: {index} has only {', '.join(entry)}")
+    if len(entries) < len(parameters) and (entries or begun):
+        raise CheckpointError(f"{folder}: optimiser of {len(entries)} weights, the model has {len(parameters)}")
     return entries
 
 
@@ -325,7 +325,7 @@ def read_verified(folder: Path) -> dict[str, bytes]:
         _read_state(folder, files)
     for name in wanted:
         if name not in (*TEXTS, *TENSORS):
-            raise CheckpointError(f"{folder}: not a whole checkpoint (its manifest names {name[:60]!r})")
+            raise CheckpointError(f"{folder}: damaged, its manifest names {name[:60]!r}")
     most = _most_bytes(_config(folder, files))
     return files | {name: _read_one(folder / name, most, wanted[name]) for name in TENSORS if name in wanted}
 

@@ -200,7 +200,7 @@ def put(state: TrainState, kind: str, value: float) -> str:
 
 
 @pytest.mark.parametrize(
-    ("policy", "value", "at"), [("stop", math.nan, 10), ("skip", -math.inf, 10), ("stop", math.inf, 25)]
+    ("policy", "value", "at"), [("stop", math.nan, 10), ("skip", -math.inf, 10), ("stop", math.inf, 15)]
 )
 @pytest.mark.parametrize("kind", ["network", "ema", "teacher", "optimizer"])
 def test_a_state_that_is_not_finite_is_never_saved(
@@ -218,11 +218,11 @@ def test_a_state_that_is_not_finite_is_never_saved(
     with pytest.raises(
         Diverged, match=rf"{kind}\.safetensors: .* not finite after step {at}; .* last checkpoint stands"
     ):
-        trainer.train(configuration(tmp_path, on_nonfinite=policy))
+        trainer.train(configuration(tmp_path, on_nonfinite=policy, steps=15))
     assert checkpoint.list_checkpoints(tmp_path)[0].name == f"step-{at - 5:08d}"
     assert not list(checkpoint.directory(tmp_path).glob(".partial*"))
     monkeypatch.setattr(trainer, "train_step", step.train_step)
-    assert trainer.train(configuration(tmp_path, on_nonfinite=policy)).step == 25
+    assert trainer.train(configuration(tmp_path, on_nonfinite=policy, steps=15)).step == 15
 
 
 def test_an_update_that_overflows_is_never_saved(tmp_path: Path) -> None:

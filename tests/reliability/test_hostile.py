@@ -120,7 +120,7 @@ def is_a_device(path: Path) -> None:
 
 def is_huge(path: Path) -> None:
     with path.open("wb") as file:
-        file.truncate(2**40)
+        file.truncate(2**30)
 
 
 def is_elsewhere(path: Path) -> None:
