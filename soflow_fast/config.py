@@ -267,6 +267,12 @@ def difference(old: Config, new: Config) -> list[str]:
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]
 
 
+def disagreement(old: Config, new: Config) -> list[str]:
+    """`difference`; a field that `old` left open ("auto") is what it has come to in `new`."""
+    open_fields = {name: flatten(new)[name] for name, value in flatten(old).items() if value == "auto"}
+    return difference(override(old, open_fields), new)
+
+
 def nearest(name: str, known: Any) -> str:
     """ " (did you mean ...?)" for a misspelt name, or nothing."""
     close = difflib.get_close_matches(name, list(known), 1, 0.5)

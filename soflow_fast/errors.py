@@ -7,7 +7,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
 
@@ -62,6 +63,18 @@ def received() -> list[int]:
     return list(_received)
 
 
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Raise ConfigError with `advice` where memory runs out inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
+        if not known and "can't allocate memory" not in str(error):  # torch's, of the CPU
+            raise
+        raise ConfigError(advice) from None
+
+
 _STORAGE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
@@ -75,19 +88,28 @@ def storage_error(error: OSError, what: str) -> StorageError:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit: 0, 2 for the user's mistakes (one line on stderr), 130 and 143 after SIGINT and SIGTERM."""
-    at_once = False
+    """Call `main` and exit: 0, 2 for the user's mistakes (one line on stderr), 130 and 143 after SIGINT and SIGTERM.
+
+    Exit code 2 goes before 130 and 143: it says that a signal came but that the state could not be saved. A second
+    signal exits at once.
+    """
+    at_once = ending = False
 
     def stopped(signum: int, frame: object) -> None:
         _received.append(signum)
+        if ending or len(_received) > 1:  # an exception now would leave through the handler of the first one
+            os._exit(128 + signum)
         raise Interrupted(signum)
 
     _received.clear()
     for number in (signal.SIGTERM, signal.SIGINT):  # from the first moment, so that even start-up ends with 143 or 130
         signal.signal(number, stopped)
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+            sys.stdout.flush()
+        finally:
+            ending = True
         code = 128 + _received[0] if _received else 0
     except (UserError, Diverged) as error:
         code = error.exit_code
@@ -128,7 +150,9 @@ def _drop(stream: TextIO) -> None:
 
 
 def _say(line: str) -> None:
+    line = " ".join(line.split())  # what is left may hold a file's name, whose control characters a terminal obeys
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     try:
-        print("soflow: " + " ".join(line.split()), file=sys.stderr, flush=True)
+        print("soflow: " + line, file=sys.stderr, flush=True)
     except OSError:  # to a full disk: the exit code still says it, and at exit Python would put another in its place
         _drop(sys.stderr)

@@ -10,7 +10,7 @@ import sys
 
 from . import errors
 from .cli import MOST_CALLS, MOST_SEED, Parser, whole_number
-from .errors import ConfigError
+from .errors import ConfigError, enough_memory
 
 MOST = 10**6
 """Samples: all are held in memory, and each is compared with each of the data."""
@@ -38,10 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
     from .evaluation import describe, measure_digits
     from .state import resolve_device
 
-    flow, config = load_with_config(values.run, resolve_device(values.device))
-    if config.data.kind != "digits" or not config.model.num_classes:
-        raise ConfigError(f"{values.run}: only labelled digits can be evaluated in this version")
-    figures = {nfe: measure_digits(flow, n, nfe, seed) for nfe in calls}
+    with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer, or on another --device"):
+        flow, config = load_with_config(values.run, resolve_device(values.device))
+        if config.data.kind != "digits" or not config.model.num_classes:
+            raise ConfigError(f"{values.run}: only labelled digits can be evaluated in this version")
+        figures = {nfe: measure_digits(flow, n, nfe, seed) for nfe in calls}
     if values.json:
         print(json.dumps({"samples": n, "seed": seed, "nfe": {k: v._asdict() for k, v in figures.items()}}))
     else:

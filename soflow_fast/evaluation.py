@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .data.digits import load_digits, to_pixels
+from .errors import Diverged
 from .flow import SolutionFlow
 from .sampling import sample
 
@@ -50,9 +51,15 @@ def digit_scores(x: Tensor, y: Tensor) -> DigitScores:
 
 
 def measure_digits(flow: SolutionFlow, n: int, nfe: int, seed: int) -> DigitScores:
-    """The figures of n samples of a flow trained on the digits, labels 0..9 in turn, `nfe` network calls each."""
+    """The figures of n samples of a flow trained on the digits, labels 0..9 in turn, `nfe` network calls each.
+
+    Raises Diverged if the samples are not finite.
+    """
     labels = torch.arange(n) % 10
-    return digit_scores(sample(flow, labels, nfe=nfe, seed=seed), labels)
+    samples = sample(flow, labels, nfe=nfe, seed=seed)
+    if not torch.isfinite(samples).all():
+        raise Diverged(f"samples of {nfe} network calls are not finite: there is nothing to evaluate")
+    return digit_scores(samples, labels)
 
 
 def describe(nfe: int, scores: DigitScores) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import errors
 from .cli import MOST_CALLS, MOST_SEED, Parser, user_value, whole_number
-from .errors import ConfigError, StorageError, storage_error
+from .errors import ConfigError, Diverged, StorageError, enough_memory, storage_error
 
 MOST = 10**7
 """Images of one call: each is a file."""
@@ -51,25 +51,28 @@ def main(arguments: list[str] | None = None) -> None:
     from .checkpoint import load_with_config
     from .state import resolve_device
 
-    flow, config = load_with_config(values.run, resolve_device(values.device))
-    model = config.model
-    labels = _labels(values.labels, model.num_classes, n)
-    shape = (n, model.in_channels, model.input_size, model.input_size)
-    y = None if labels is None else torch.tensor(labels)
-    batches = user_value(lambda: sampling.sample_batches(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
+    with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer at a time, or on another --device"):
+        flow, config = load_with_config(values.run, resolve_device(values.device))
+        model = config.model
+        labels = _labels(values.labels, model.num_classes, n)
+        shape = (n, model.in_channels, model.input_size, model.input_size)
+        y = None if labels is None else torch.tensor(labels)
+        batches = user_value(lambda: sampling.sample_batches(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
 
-    def files() -> Iterator[tuple[str, bytes]]:
-        first, count = [], 0
-        for x in batches:
-            images = telemetry.to_uint8(x)
-            if count < GRID:
-                first.append(images[: GRID - count])
-            for image in images:
-                yield f"{count:05d}.png", telemetry.png(image)
-                count += 1
-        yield "grid.png", telemetry.png(telemetry.make_grid(torch.cat(first)))
+        def files() -> Iterator[tuple[str, bytes]]:
+            first, count = [], 0
+            for x in batches:
+                if not torch.isfinite(x).all():
+                    raise Diverged(f"{values.run}: its samples are not finite")
+                images = telemetry.to_uint8(x)
+                if count < GRID:
+                    first.append(images[: GRID - count])
+                for image in images:
+                    yield f"{count:05d}.png", telemetry.png(image)
+                    count += 1
+            yield "grid.png", telemetry.png(telemetry.make_grid(torch.cat(first)))
 
-    _write(out, files())
+        _write(out, files())
     print(f"{n} images of {nfe} network call{'s' if nfe > 1 else ''} each: {out / 'grid.png'}")
 
 

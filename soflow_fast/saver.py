@@ -20,6 +20,10 @@ class _Abandoned(BaseException):
 class Saver:
     """One save at a time: the next one waits for the one before it. `warn` is told of a save that the disk refused.
 
+    What a crash costs: the newest whole checkpoint is of the last interval but one while that of the last one is being
+    written, so at most one interval and the steps made during the write; under two intervals in all, as the loop waits
+    for the write before it makes the step that is saved next. A save that the disk refused adds its interval.
+
     As a context manager: a block that ends well or by an Exception waits for the save under way; one that is
     interrupted abandons it.
     """
@@ -31,6 +35,7 @@ class Saver:
         self._idle.set()
         self._thread: threading.Thread | None = None
         self._failed: tuple[int, BaseException] | None = None
+        self._warnings: list[str] = []
         self._abandoned = False
 
     def begin(self, state: TrainState) -> None:
@@ -55,7 +60,7 @@ class Saver:
 
     def poll(self) -> None:
         """Tell of a save that has failed since."""
-        if self._failed:
+        if self._failed or self._warnings:
             self.wait()
 
     def wait(self) -> None:
@@ -72,11 +77,14 @@ class Saver:
             self._thread.join()  # C++ would abort the process
             self._thread = None
         failed, self._failed = self._failed, None
+        warnings, self._warnings = self._warnings, []
+        for text in warnings:
+            self.warn(text)
         return failed
 
     def _write(self, content: checkpoint.Snapshot) -> None:
         try:
-            checkpoint.write(self.run_dir, content, self.keep, self._proceed)
+            checkpoint.write(self.run_dir, content, self.keep, self._proceed, self._warnings.append)
         except _Abandoned:
             pass
         except BaseException as error:  # a thread's: raised again in the one that waits for it

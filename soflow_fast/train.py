@@ -24,6 +24,7 @@ from . import errors
 from .cli import Parser, configure
 from .config import SHORT_NAMES, Config, from_json
 from .errors import ConfigError
+from .files import TEXT, read_file
 from .presets import PRESETS, preset
 
 
@@ -105,7 +106,7 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, bool, boo
 
 def _read(path: str) -> Config:
     try:
-        text = Path(path).read_text()
+        text = read_file(Path(path), TEXT, follow=True).decode()
         named = from_json(text).preset  # what the file leaves out is as in the preset that it names
         return from_json(text, preset(named))
     except OSError as error:

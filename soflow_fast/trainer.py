@@ -2,23 +2,25 @@
 
 import json
 import math
+import os
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import checkpoint, telemetry
+from . import checkpoint, errors, telemetry
 from .attention_choice import choose, try_out
-from .config import AUTO, Config, difference, flatten, from_json, override, to_json
+from .config import AUTO, Config, disagreement, from_json, to_json
 from .data import Source, open_source
 from .errors import ConfigError, Diverged, Interrupted, received, storage_error
 from .evaluation import DigitScores, describe, measure_digits
+from .files import LOCK, TEXT, make_folder, read_file, refuse_second_writer, set_aside, sole_writer, write_file
 from .guard import GIVE_UP
 from .quotient import products, resolve_quotient
 from .sampling import sample
@@ -34,13 +36,15 @@ EVALUATION_SAMPLES = 4000
 def train(config: Config) -> TrainState:
     """Run `config` to its last step, from where its run directory is, and evaluate it. Returns the final state.
 
-    Raises UserError for what the user can mend, Interrupted after SIGINT or SIGTERM (the state is saved before).
+    Raises UserError for what the user can mend, Interrupted after SIGINT or SIGTERM. The state is saved before that; if
+    the disk refuses it, that is the error that is raised, and exit code 2 says that more was lost than time.
     """
     with enough_memory(config):
         config = resolved(config)
         run_dir = Path(config.run.run_dir)
         try:
             check_run_dir(run_dir, config)
+            refuse_second_writer(run_dir)
         except OSError as error:
             raise storage_error(error, "--run-dir") from None
         source = open_source(config)
@@ -102,16 +106,19 @@ def check_run_dir(run_dir: Path, config: Config) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"--run-dir {run_dir}: is a file")
     if not known.exists():
-        if run_dir.exists() and any(run_dir.iterdir()):
+        if run_dir.exists() and any(path.name != LOCK for path in run_dir.iterdir()):
             raise ConfigError(f"--run-dir {run_dir}: neither empty nor a run (it has no config.json)")
         return
     try:
-        old = from_json(known.read_text())
+        text = read_file(known, TEXT).decode()
+        if not text.strip("\0 \n"):  # a loss of power: the checkpoints hold the configuration too, and it is compared
+            return
+        old = from_json(text)
+    except OSError as error:
+        raise storage_error(error, "cannot read the run's configuration") from None
     except ValueError as error:
         raise ConfigError(f"{known}: {error}") from None
-    # A field that the file does not know yet, or that was left open, is what it comes to now.
-    open_fields = {name: value for name, value in flatten(config).items() if flatten(old)[name] == "auto"}
-    changed = difference(override(old, open_fields), config)
+    changed = disagreement(old, config)
     if changed:
         raise ConfigError(
             f"--run-dir {run_dir}: holds a run with another configuration ({'; '.join(changed)}); "
@@ -129,19 +136,29 @@ class Run:
         state.guard.limit = GIVE_UP if state.config.run.on_nonfinite == "skip" else 1
 
     def go(self) -> TrainState:
-        """Train to the end and evaluate."""
+        """Train to the end and evaluate, while no other process writes there."""
+        with ExitStack() as held:
+            with self._writing():
+                make_folder(self.run_dir)
+                held.enter_context(sole_writer(self.run_dir, self._warn))
+            check_run_dir(self.run_dir, self.state.config)  # another process may have made it meanwhile
+            return self._go()
+
+    def _go(self) -> TrainState:
         state, config = self.state, self.state.config
         say = self.progress.say
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            telemetry.replace_file(self.run_dir / "config.json", to_json(config).encode())
+        resumed = checkpoint.resume(self.run_dir, state, self._warn)
+        with self._writing():
+            write_file(self.run_dir / "config.json", to_json(config).encode())
             (self.run_dir / "samples").mkdir(exist_ok=True)
             for stale in self.run_dir.rglob(".*.partial-*"):  # of a start that was killed
                 if stale.is_file():
                     stale.unlink()
-        except OSError as error:
-            raise storage_error(error, f"--run-dir {self.run_dir}") from None
-        if checkpoint.resume(self.run_dir, state, self._warn):
+            log = self.run_dir / "metrics.jsonl"
+            if not resumed and os.path.lexists(log) and log.stat().st_size:
+                kept = set_aside(log)
+                self._warn(f"{log} has lines but there is no checkpoint: from step 0 again; kept as {kept.name}")
+        if resumed:
             say(f"resuming {self.run_dir} at step {state.step} of {config.steps}")
         else:
             millions = state.parameter_count() / 1e6
@@ -174,6 +191,8 @@ class Run:
             Saver(self.run_dir, every.keep, self._warn) as saver,
         ):
             while state.step < config.steps:
+                if every.checkpoint_every and (state.step + 1) % every.checkpoint_every == 0:
+                    saver.wait()  # so that a crash never costs two intervals
                 metrics = self._step(*self.source.batch(state.step, state.rank, state.world))
                 step, last, stop = state.step, state.step == config.steps, bool(pending)
                 # What is measured now and then has a line at its step: a resumed run would not know it any more.
@@ -243,6 +262,14 @@ class Run:
             what = f"--run-dir {self.run_dir}: cannot save the checkpoint of step {self.state.step}"
             raise storage_error(error, what) from None
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raise StorageError naming the run directory where the disk refuses something."""
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(error, f"--run-dir {self.run_dir}") from None
+
     def _warn(self, text: str) -> None:
         self.progress.say(f"warning: {text}")
 
@@ -291,20 +318,12 @@ def evaluate(state: TrainState, run_dir: Path, say: Callable[[str], None]) -> di
     return figures
 
 
-@contextmanager
-def enough_memory(config: Config) -> Iterator[None]:
-    """Raise ConfigError where memory runs out inside."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "can't allocate memory" not in str(error):  # what torch says on the CPU
-            raise
-        what = (
-            f"--batch-size {config.batch_size}: out of memory; give a smaller --micro-batch, --recompute block, "
-            f"a smaller batch or network (model.hidden_size {config.model.hidden_size}, depth {config.model.depth})"
-        )
-        raise ConfigError(what) from None
+def enough_memory(config: Config) -> AbstractContextManager[None]:
+    """Within it, memory that runs out is a ConfigError."""
+    return errors.enough_memory(
+        f"--batch-size {config.batch_size}: out of memory; give a smaller --micro-batch, --recompute block, "
+        f"a smaller batch or network (model.hidden_size {config.model.hidden_size}, depth {config.model.depth})"
+    )
 
 
 def seconds_per_step(state: TrainState, x0: torch.Tensor, y: torch.Tensor) -> float:

@@ -183,8 +183,11 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(run: Pa
     flip(newest / "ema.safetensors", 500)
     state = build()
     checkpoint.resume(run, state, lambda text: None)
+    damaged = {file.name: file.read_bytes() for file in newest.iterdir()}
     checkpoint.save(run, advance(state, 1), keep=1)
     assert checkpoint.list_checkpoints(run) == [newest]
+    aside = newest.with_name(f"{newest.name}.aside")
+    assert {file.name: file.read_bytes() for file in aside.iterdir()} == damaged, "it is its owner's to remove"
     again = build()
     assert checkpoint.resume(run, again, pytest.fail)
     assert_equal(again, advance(build(), 2))
@@ -197,6 +200,7 @@ def test_a_damaged_checkpoint_pushes_no_good_one_out(run: Path, tmp_path: Path) 
     checkpoint.resume(run, state, lambda text: None)
     checkpoint.save(run, advance(state, 1), keep=1)
     assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step-00000003"]
+    assert (run / "checkpoints" / "step-00000009.aside").is_dir()
 
 
 def test_load_gives_the_ema_weights_for_use(run: Path) -> None:
@@ -239,6 +243,11 @@ def test_a_later_format_is_refused(run: Path) -> None:
         with pytest.raises(CheckpointError, match=rf"{newest}: of format 2; this version reads up to 1"):
             use()
     assert checkpoint.load_with_config(before)[1] == build().config
+    names = sorted(os.listdir(run / "checkpoints"))
+    for use in (lambda: load(run), lambda: checkpoint.resume(run, build(), pytest.fail)):  # no older one in its place
+        with pytest.raises(CheckpointError, match="use a later one"):
+            use()
+    assert sorted(os.listdir(run / "checkpoints")) == names
 
 
 def test_nothing_to_load_is_said(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_run_whose_checkpoints_are_of_no_use(
         for folder in list_checkpoints(run_dir):
             damage(folder / "ema.safetensors")
     else:
-        small = {"model.depth": 1, "model.num_heads": 2, "device": "cpu"}
+        small = {"model.depth": 1, "model.num_heads": 2, "device": "cpu", "steps": 20, "batch_size": 8}
         other = TrainState.build(preset("digits", **{"model.hidden_size": 24, **small}))
         right = TrainState.build(preset("digits", **{"model.hidden_size": 16, **small}))
         other.config, other.step = right.config, 19

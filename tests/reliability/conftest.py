@@ -54,13 +54,12 @@ class Starter:
         self.process.stdin.flush()
         return self.process.stdout.readline()
 
-    def __call__(self, *arguments: object, hang: str = "") -> Training:
+    def __call__(self, *arguments: object, hang: str = "", slow: float = 0) -> Training:
         output = self._folder / f"{self._count}.txt"
         self._count += 1
         output.touch()
-        return Training(
-            int(self.ask({"arguments": [*map(str, arguments)], "output": str(output), "hang": hang})), output, self.ask
-        )
+        given = {"arguments": [*map(str, arguments)], "output": str(output), "hang": hang, "slow": slow}
+        return Training(int(self.ask(given)), output, self.ask)
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout
@@ -81,7 +80,7 @@ def starting(environment: dict[str, str], tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def started(starting: Callable[..., Starter]) -> Starter:
     """`started(*arguments)`: a training that has just begun, at the command line's first statement. A function of `os`
-    called `hang` never returns in it."""
+    called `hang` never returns in it; each fsync takes `slow` seconds more."""
     return starting()
 
 

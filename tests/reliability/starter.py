@@ -1,7 +1,8 @@
 """Starts trainings by forking a process that has imported everything: a start costs milliseconds, not seconds.
 
-A line of JSON on stdin, {"arguments": [...], "output": FILE, "hang": NAME}, forks one; the answer is its process id.
-{"wait": ID} answers its exit code, negative for the signal that killed it; {"command": [...]} that of a command.
+A line of JSON on stdin, {"arguments": [...], "output": FILE, "hang": NAME, "slow": SECONDS}, forks one; the answer is
+its process id. {"wait": ID} answers its exit code, negative for the signal that killed it; {"command": [...]} that of a
+command.
 """
 
 import functools
@@ -12,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,6 +25,11 @@ for heavy in ("torch._dynamo", "sklearn.datasets", "sklearn.svm", "scipy.linalg"
     importlib.import_module(heavy)
 torch.set_num_threads(1)
 trainer.EVALUATION_SAMPLES = 100
+
+
+def slowly(function: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
+    time.sleep(seconds)
+    return function(*arguments)
 
 
 def main() -> None:
@@ -45,6 +53,8 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             if request["hang"]:
                 setattr(os, request["hang"], lambda *_: time.sleep(3600))
+            if request["slow"]:
+                os.fsync = functools.partial(slowly, os.fsync, request["slow"])
             errors.run(functools.partial(train.main, request["arguments"]))
         running.add(child)
         print(child, flush=True)

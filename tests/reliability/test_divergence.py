@@ -12,7 +12,8 @@ import torch
 
 from soflow_fast import TrainState, checkpoint, preset, step, trainer
 from soflow_fast.config import Config
-from soflow_fast.errors import Diverged
+from soflow_fast.data import open_source
+from soflow_fast.errors import CheckpointError, ConfigError, Diverged
 from soflow_fast.guard import GIVE_UP, PLACES, Guard, Seen, look
 from soflow_fast.objective import Objective
 
@@ -184,6 +185,81 @@ def test_the_counts_survive_a_restart(tmp_path: Path, monkeypatch: pytest.Monkey
         trainer.train(configuration(tmp_path, on_nonfinite="skip"))
     spoil(monkeypatch, "input", math.nan, range(0))
     assert trainer.train(configuration(tmp_path)).step == 25, "the stricter run makes its first step"
+
+
+def put(state: TrainState, kind: str, value: float) -> str:
+    """A number that is not finite where the step's own checks do not look before the next one. Returns its file."""
+    if kind == "optimizer":
+        next(iter(state.optimizer.state.values()))["exp_avg_sq"].flatten()[3] = value
+    else:
+        flow = {"network": state.flow, "ema": state.ema, "teacher": state.teacher}[kind]
+        assert flow
+        with torch.no_grad():
+            next(flow.parameters()).flatten()[3] = value
+    return f"{kind}.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("policy", "value", "at"), [("stop", math.nan, 10), ("skip", -math.inf, 10), ("stop", math.inf, 15)]
+)
+@pytest.mark.parametrize("kind", ["network", "ema", "teacher", "optimizer"])
+def test_a_state_that_is_not_finite_is_never_saved(
+    kind: str, value: float, policy: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a periodic save and at the last one; the checkpoint before it stands, and the run goes on from there."""
+
+    def stepped(state: TrainState, x0: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        metrics = step.train_step(state, x0, y)
+        if state.step == at:
+            put(state, kind, value)
+        return metrics
+
+    monkeypatch.setattr(trainer, "train_step", stepped)
+    with pytest.raises(
+        Diverged, match=rf"{kind}\.safetensors: .* not finite after step {at}; .* last checkpoint stands"
+    ):
+        trainer.train(configuration(tmp_path, on_nonfinite=policy, steps=15))
+    assert checkpoint.list_checkpoints(tmp_path)[0].name == f"step-{at - 5:08d}"
+    assert not list(checkpoint.directory(tmp_path).glob(".partial*"))
+    monkeypatch.setattr(trainer, "train_step", step.train_step)
+    assert trainer.train(configuration(tmp_path, on_nonfinite=policy, steps=15)).step == 15
+
+
+def test_an_update_that_overflows_is_never_saved(tmp_path: Path) -> None:
+    """Every loss and gradient of the first step is finite, and its update is not."""
+    with pytest.raises(Diverged, match=r"not finite after step 1; "):
+        trainer.train(configuration(tmp_path, checkpoint_every=1, **{"optim.lr": 1e38, "optim.weight_decay": 10.0}))
+    assert checkpoint.list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["network", "ema", "teacher", "optimizer"])
+def test_a_checkpoint_that_is_not_finite_is_passed_over(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an earlier version may have saved it."""
+    state = TrainState.build(configuration(tmp_path))
+    source = open_source(state.config)
+    for _ in range(2):
+        step.train_step(state, *source.batch(state.step))
+        if state.step == 2:
+            file = put(state, kind, math.nan)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_first_not_finite", lambda tensors: "")
+            checkpoint.save(tmp_path, state)
+    again, warnings = TrainState.build(configuration(tmp_path)), []
+    assert checkpoint.resume(tmp_path, again, warnings.append) and again.step == 1
+    assert len(warnings) == 1 and f"step-00000002/{file}: " in warnings[0] and "is not finite; using" in warnings[0]
+    assert checkpoint.load(tmp_path).training is False
+    if kind == "ema":
+        with pytest.raises(CheckpointError, match="is not finite"):
+            checkpoint.load(checkpoint.list_checkpoints(tmp_path)[0])
+
+
+@pytest.mark.parametrize("name", ["optim.lr", "optim.eps"])
+@pytest.mark.parametrize("value", [1e-50, 1e-39, 3.5e38, 1e300])
+def test_rates_that_float32_does_not_have_are_refused(name: str, value: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be in .* the range of float32"):
+        trainer.train(configuration(tmp_path, **{name: value}))
 
 
 def test_the_guard_never_waits_for_the_device() -> None:

@@ -1,10 +1,13 @@
 """Files made by somebody who means harm: no code runs from them, nothing is read or written elsewhere, and no file
 fills the memory."""
 
+import hashlib
 import io
 import json
+import math
 import os
 import pickle
+import stat
 import struct
 import subprocess
 import tracemalloc
@@ -16,8 +19,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 
-from soflow_fast import load_official
+from soflow_fast import checkpoint, load_official
 from soflow_fast.data.images import load_images
 from soflow_fast.errors import CheckpointError, DataError
 
@@ -84,8 +89,6 @@ def test_a_pickle_is_refused_wherever_a_file_is_asked_for(
 def test_a_pickle_inside_a_checkpoint_whose_sums_are_right_is_refused(
     hostile: dict[str, Path], mark: Path, refused: Any, run_dir: Path, tmp_path: Path
 ) -> None:
-    import hashlib
-
     newest = run_dir / "checkpoints" / "step-00000020"
     for name in ("ema.safetensors", "config.json", "state.json", "manifest.json"):
         whole = {file.name: file.read_bytes() for file in newest.iterdir()}
@@ -98,6 +101,104 @@ def test_a_pickle_inside_a_checkpoint_whose_sums_are_right_is_refused(
         for file, content in whole.items():
             (newest / file).write_bytes(content)
     assert not mark.exists()
+
+
+def never_ends(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def waits(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def is_a_device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero
+    except PermissionError:
+        pytest.skip("making a device is not permitted here")
+
+
+def is_huge(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**30)
+
+
+def is_elsewhere(path: Path) -> None:
+    """The right file, behind a link out of the folder."""
+    path.symlink_to(path.with_name(f"{path.name}.kept").rename(path.parents[2] / f"outside-{path.name}"))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json", "state.json", "ema.safetensors"])
+@pytest.mark.parametrize("strange", [never_ends, waits, is_a_device, is_huge, is_elsewhere])
+def test_a_file_that_fills_the_memory_or_is_none_or_is_elsewhere(name: str, strange: Any, run_dir: Path) -> None:
+    newest = checkpoint.list_checkpoints(run_dir)[0]
+    (newest / name).rename(newest / f"{name}.kept")
+    strange(newest / name)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=rf"{newest}: not a whole checkpoint .*{name}") as error:
+            checkpoint.load(newest)
+        checkpoint.load(run_dir)  # from the one before
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert "\n" not in str(error.value) and peak < 100 * 2**20
+
+
+@pytest.mark.parametrize("strange", [waits, is_a_device, is_huge])
+def test_a_configuration_that_is_no_file(strange: Any, refused: Any, tmp_path: Path) -> None:
+    strange(tmp_path / "config.json")
+    assert f"--config {tmp_path / 'config.json'}: " in refused("train", "--config", tmp_path / "config.json")
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "config.json").rename(run / "config.json")
+    assert str(run) in refused("train", "--run-dir", run, "--device", "cpu")
+
+
+def test_links_that_the_user_names_are_followed(run_dir: Path, call: Any, tmp_path: Path) -> None:
+    """A link to a run, to a checkpoint and to a configuration."""
+    newest = checkpoint.list_checkpoints(run_dir)[0]
+    for name, place in (("run", run_dir), ("checkpoint", newest), ("config.json", newest / "config.json")):
+        (tmp_path / name).symlink_to(place)
+    for name in ("run", "checkpoint"):
+        checkpoint.load(tmp_path / name)
+    assert call("train", "--config", tmp_path / "config.json", "--dry-run").code == 0
+
+
+@pytest.mark.parametrize(("kind", "length"), [("F4", 32), ("F6_E2M3", 48), ("F6_E3M2", 48), ("F8_E8M0", 64)])
+def test_numbers_of_a_kind_that_torch_does_not_read(kind: str, length: int, run_dir: Path) -> None:
+    newest = checkpoint.list_checkpoints(run_dir)[0]
+    header = json.dumps({"x": {"dtype": kind, "shape": [64], "data_offsets": [0, length]}}).encode()
+    put(newest, "ema.safetensors", struct.pack("<Q", len(header)) + header + bytes(length))
+    with pytest.raises(CheckpointError, match=rf"ema\.safetensors: holds numbers of a kind .*{kind}"):
+        checkpoint.load(newest)
+
+
+def test_weights_that_are_not_finite_and_weights_that_make_such_samples(
+    run_dir: Path, call: Any, tmp_path: Path
+) -> None:
+    newest = checkpoint.list_checkpoints(run_dir)[0]
+    weights = load_file(newest / "ema.safetensors")
+    for value, code, said in ((math.nan, 2, "is not finite"), (1e38, 1, "not finite")):
+        spoilt = {name: torch.full_like(weight, value) for name, weight in weights.items()}
+        put(newest, "ema.safetensors", to_safetensors(spoilt))
+        for module, more in (("sample", ["--out", tmp_path / "out"]), ("evaluate", ["--n", "100"])):
+            result = call(module, newest, *more)
+            assert result.code == code and said in result.err and result.err.count("\n") == 1, result
+    assert not (tmp_path / "out").exists()
+
+
+def put(folder: Path, name: str, content: bytes) -> None:
+    """Replace a file of a checkpoint and set its sum right."""
+    sums = json.loads((folder / "manifest.json").read_text())
+    (folder / name).write_bytes(content)
+    sums["sha256"][name] = hashlib.sha256(content).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(sums))
+
+
+def test_what_is_said_moves_no_cursor(refused: Any, tmp_path: Path) -> None:
+    line = refused("evaluate", tmp_path / "\x1b[2J\x9b2J\x07\u202e")
+    assert line.endswith("\\x1b[2J\\x9b2J\\x07\\u202e: no such run or checkpoint\n")
 
 
 def test_an_image_that_asks_for_a_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

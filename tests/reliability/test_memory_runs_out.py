@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from soflow_fast import checkpoint, step, trainer
+from soflow_fast import checkpoint, evaluate, step, trainer
+
+ON_CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
 
 
 def test_one_line_with_advice(refused: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +23,28 @@ def test_one_line_with_advice(refused: Any, tiny: list[str], tmp_path: Path, mon
     (newest,) = checkpoint.list_checkpoints(tmp_path / "run")
     assert newest.name == "step-00000005"
     checkpoint.read_verified(newest)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(ON_CPU)])
+@pytest.mark.parametrize("where", ["soflow_fast.checkpoint.load_with_config", "soflow_fast.flow.SolutionFlow.solution"])
+@pytest.mark.parametrize("module", ["sample", "evaluate"])
+def test_where_samples_are_drawn(
+    module: str, where: str, error: Exception, refused: Any, run_dir: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """While the weights are loaded, and while they are used."""
+
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(where, fail)
+    line = refused(module, run_dir, "--n", "100", *(["--out", tmp_path / "out"] if module == "sample" else []))
+    assert f"--n 100: out of memory with {run_dir}; draw fewer" in line and not (tmp_path / "out").exists()
+
+
+def test_other_errors_stay_what_they_are(run_dir: Path, monkeypatch: Any) -> None:
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("soflow_fast.flow.SolutionFlow.solution", fail)
+    with pytest.raises(RuntimeError, match="ours"):
+        evaluate.main([str(run_dir), "--n", "100"])

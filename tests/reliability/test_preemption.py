@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,11 @@ def test_a_second_signal_does_not_wait_for_a_disk_that_hangs(
     started: Any, until: Any, tiny: list[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    training = started(*tiny, *FLAGS, "--run-dir", run_dir, hang="fsync")
-    until(checkpoint.directory(run_dir).exists)
+    # Only the signal makes it save, so it has been seen when that begins; of two that have not, SIGINT would be first.
+    training = started(*tiny, *FLAGS, "--checkpoint-every", "0", "--run-dir", run_dir, hang="rename")
+    until(lambda: re.search("^step", training.output.read_text(), re.M))
     training.kill(signal.SIGTERM)
+    until(lambda: is_saving(run_dir))
     time.sleep(0.2)
     assert not is_over(training.pid), "the first one waits for the checkpoint"
     training.kill(signal.SIGINT)
@@ -124,6 +127,54 @@ def test_a_second_signal_does_not_wait_for_a_disk_that_hangs(
     until(lambda: "training digits" in training.output.read_text())
     training.kill(signal.SIGTERM)
     assert training.wait() == 143 and not is_saving(run_dir)
+
+
+@pytest.mark.parametrize("first", CODES)
+@pytest.mark.parametrize("second", CODES)
+@pytest.mark.parametrize("moment", ["at once", "while it is told", "after a save"])
+def test_two_signals_anywhere_are_no_traceback(
+    first: int, second: int, moment: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own. At once: the second comes before the exception of the first has gone anywhere."""
+
+    def main() -> None:
+        if moment == "after a save":
+            with trainer.signals() as pending:
+                os.kill(os.getpid(), first)
+            raise Interrupted(pending[0])
+        with contextlib.ExitStack() as stack:
+            if moment == "at once":
+                stack.callback(os.kill, os.getpid(), second)
+            os.kill(os.getpid(), first)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            if moment != "at once":
+                monkeypatch.setattr(errors, "_say", lambda line: os.kill(os.getpid(), second))
+            errors.run(main)
+        except SystemExit as ended:
+            os._exit(200 + (ended.code not in CODES.values()))
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == CODES[second], capfd.readouterr().err
+
+
+def test_a_save_that_is_refused_goes_before_the_signal(
+    started: Any, until: Any, tiny: list[str], tmp_path: Path
+) -> None:
+    """Exit code 2: the signal's own says that nothing was lost."""
+    run_dir = tmp_path / "run"
+    checkpoint.directory(run_dir).parent.mkdir()
+    training = started(*tiny, *FLAGS, "--checkpoint-every", "0", "--run-dir", run_dir)
+    until(lambda: re.search("^step", training.output.read_text(), re.M))
+    checkpoint.directory(run_dir).write_text("no folder")
+    training.kill(signal.SIGTERM)
+    assert training.wait() == 2
+    line = training.output.read_text().splitlines()[-1]
+    assert re.match(rf"soflow: error: --run-dir {run_dir}: cannot save the checkpoint of step \d+: ", line), line
 
 
 def test_a_signal_whose_exception_was_lost_is_not_lost() -> None:

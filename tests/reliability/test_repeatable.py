@@ -2,10 +2,13 @@
 
 import ast
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import soflow_kernels
-from soflow_fast import TrainState, preset, train_step
+from soflow_fast import TrainState, checkpoint, preset, train_step
 from soflow_fast.data import open_source
 
 SMALL = {"model.hidden_size": 16, "model.depth": 2, "model.num_heads": 2, "batch_size": 16, "device": "cpu"}
@@ -28,6 +31,27 @@ def state_hash(seed: int) -> str:
 def test_three_runs_have_one_hash_and_another_seed_has_another() -> None:
     assert len({state_hash(0) for _ in range(3)}) == 1
     assert state_hash(1) != state_hash(0)
+
+
+def test_three_processes_write_the_same_checkpoints(
+    started: Any, environment: dict[str, str], tiny: list[str], tmp_path: Path, files: Any
+) -> None:
+    """One of them hashes differently, and so has other orders of its sets."""
+    arguments = [*tiny, "--teacher", "ema", "--steps", "6", "--checkpoint-every", "3", "--run-dir"]
+    other = subprocess.Popen(
+        [sys.executable, "-m", "soflow_fast.train", *arguments, str(tmp_path / "2")],
+        env={**environment, "PYTHONHASHSEED": "7"},
+        stdout=subprocess.DEVNULL,
+    )
+    assert [started(*arguments, tmp_path / str(k)).wait() for k in range(2)] == [0, 0]
+    assert other.wait() == 0
+    hashes = set()
+    for k in range(3):
+        found = files(checkpoint.directory(tmp_path / str(k)))
+        assert len(found) == 14
+        tensors = [found[name] for name in sorted(found) if name.endswith(".safetensors")]
+        hashes.add(hashlib.sha256(b"".join(tensors)).hexdigest())
+    assert len(hashes) == 1
 
 
 def atomics(text: str) -> list[str]:
