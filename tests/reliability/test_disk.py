@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from soflow_fast import checkpoint, saver, telemetry, trainer
+from soflow_fast import checkpoint, files, saver, telemetry, trainer
 
 FLAGS = ["--steps", "20", "--checkpoint-every", "5", "--set=run.sample_every=0"]
 NUMBERS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO]
@@ -89,6 +89,7 @@ def test_other_files_that_the_disk_refuses(
             raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(telemetry, "replace_file", lambda path, content: (refuse(path), plain(path, content)))
+    monkeypatch.setattr(trainer, "write_file", lambda path, content: (refuse(path), files.write_file(path, content)))
     monkeypatch.setattr(telemetry.MetricsLog, "_write", lambda self: (refuse(self._path), log(self)))
     if name == "metrics.jsonl":  # what can be written when it is opened
         monkeypatch.setattr(telemetry, "replace_file", plain)
