@@ -32,8 +32,9 @@ def read_file(path: Path, most: int, *, follow: bool = False) -> bytes:
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
-            raise OSError(number, "is no regular file", str(path))
+            if stat.S_ISDIR(status.st_mode):
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
         if status.st_size > most:
             raise OSError(errno.EFBIG, f"has {status.st_size} bytes, more than {most}", str(path))
         with open(handle, "rb", closefd=False) as file:

@@ -28,7 +28,7 @@ def test_a_link_is_followed_on_request_only(tmp_path: Path) -> None:
 def test_what_is_no_file_is_refused_at_once(follow: bool, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(OSError, match="is no regular file") as error:
+        with pytest.raises(OSError, match=r"is no regular file|Is a directory") as error:
             files.read_file(path, 9, follow=follow)
         assert error.value.filename == str(path)
     with pytest.raises(FileNotFoundError):
