@@ -4,8 +4,10 @@ Library code raises; only `run`, which every command line goes through, exits.
 """
 
 import errno
+import io
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
@@ -40,7 +42,7 @@ class Diverged(Exception):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, after whatever had to be saved was saved. Exit code 130 or 143.
+    """SIGINT, SIGTERM or SIGHUP, after whatever had to be saved was saved. Exit code 130, 143 or 129.
 
     Raised in signal handlers, wherever the program happens to be: as with KeyboardInterrupt, no `except Exception`
     there may swallow it.
@@ -53,7 +55,13 @@ class Interrupted(BaseException):
         """Whether threads that are still writing are not to be waited for."""
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _received: list[int] = []
+
+
+def handled() -> list[signal.Signals]:
+    """The signals that end a run: not SIGHUP where it is ignored, as by nohup."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def received() -> list[int]:
@@ -74,20 +82,28 @@ def storage_error(error: OSError, what: str) -> StorageError:
     return StorageError(f"{what}{name}: {error.strerror or error}")
 
 
+def printable(text: str) -> str:
+    """`text` with what is not printable, as a terminal's control sequences in the name of a file, as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit: 0, 2 for the user's mistakes (one line on stderr), 130 and 143 after SIGINT and SIGTERM."""
+    """Call `main` and exit: 0, 2 for the user's mistakes (one line on stderr), 128 + its number after a signal."""
     at_once = False
 
     def stopped(signum: int, frame: object) -> None:
+        if signum == signal.SIGHUP and _received:  # a terminal that goes sends several, and some beside a SIGTERM
+            return
         _received.append(signum)
         raise Interrupted(signum)
 
     _received.clear()
-    for number in (signal.SIGTERM, signal.SIGINT):  # from the first moment, so that even start-up ends with 143 or 130
+    for number in handled():  # from the first moment, so that even start-up ends with 143, 130 or 129
         signal.signal(number, stopped)
+    _open_streams()
     try:
         main()
-        sys.stdout.flush()
+        _flush()
         code = 128 + _received[0] if _received else 0
     except (UserError, Diverged) as error:
         code = error.exit_code
@@ -110,7 +126,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             _say("interrupted")
         else:
             raise
-    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left to be saved
+    for number in handled():  # nothing is left to be saved
         signal.signal(number, lambda *_: os._exit(code))
     try:
         sys.stdout.flush()
@@ -123,12 +139,36 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
+def _open_streams() -> None:
+    """Give standard output and error a place where they were closed, as by `>&-`: what is opened next would take their
+    numbers, and all that C code prints. What the encoding of the output lacks is printed as an escape."""
+    handle = 0
+    while handle <= 2:
+        handle = os.open(os.devnull, os.O_RDWR)
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flush() -> None:
+    """Print what is still in Python's buffer. Raises OSError, but not for a terminal that was closed."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EIO or not stat.S_ISCHR(os.fstat(sys.stdout.fileno()).st_mode):
+            raise
+        _drop(sys.stdout)
+
+
 def _drop(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say(line: str) -> None:
     try:
-        print("soflow: " + " ".join(line.split()), file=sys.stderr, flush=True)
+        print("soflow: " + printable(" ".join(line.split())), file=sys.stderr, flush=True)
     except OSError:  # to a full disk: the exit code still says it, and at exit Python would put another in its place
         _drop(sys.stderr)

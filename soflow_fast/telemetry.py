@@ -1,5 +1,6 @@
 """What a user sees of a run: progress line, JSON lines, TensorBoard, sample grids. Clock readings are handed in."""
 
+import errno
 import io
 import json
 import os
@@ -13,19 +14,25 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from .errors import printable
+
 PLAIN_LINE_EVERY = 10.0
 """Seconds between progress lines where the output is not a terminal."""
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+"""What a reader that went away gives, a terminal that was closed, and a closed file."""
 
 
 class Progress:
-    """A live line on a terminal; elsewhere a plain line every ten seconds."""
+    """A live line on a terminal; elsewhere a plain line every ten seconds. Nothing that becomes of the output, or of
+    what it cannot encode, ends the run."""
 
     def __init__(self, total: int, stream: TextIO | None = None) -> None:
         self.total = total
-        self.stream = stream or sys.stdout
-        self.live = self.stream.isatty()
+        known: TextIO | None = stream or sys.stdout  # None where it was closed before Python began
+        self._gone = known is None or getattr(known, "closed", False)
+        self.stream = known or io.StringIO()
+        self.live = not self._gone and self.stream.isatty()
         self._width = 0
-        self._gone = False
         self._last = float("-inf")
 
     def update(self, step: int, metrics: Mapping[str, float], rate: float, images: float, now: float) -> None:
@@ -40,7 +47,7 @@ class Progress:
         parts += [f"{images:.0f} img/s", f"{metrics['memory_mb']:.0f} MB"]
         text = "  ".join(parts)
         if self.live:
-            columns = os.get_terminal_size(self.stream.fileno()).columns or 80  # 0: the terminal does not know
+            columns = self._columns()
             text = (text if len(text) < columns else text.replace("  ", " "))[: max(columns - 1, 20)]
             self._write("\r" + text.ljust(self._width))
             self._width = len(text)
@@ -48,22 +55,32 @@ class Progress:
             self._write(text + "\n")
 
     def say(self, text: str) -> None:
-        """A line of its own, above the live line."""
+        """A line of its own, above the live line. What names of files may do to a terminal is made visible."""
+        text = printable(text)
         if self.live and self._width:
             text = "\r" + " " * self._width + "\r" + text
             self._width = 0
         self._write(text + "\n")
 
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns or 80  # 0: the terminal does not know
+        except OSError:  # one that was closed
+            return 80
+
     def _write(self, text: str) -> None:
         if self._gone:
             return
         try:
-            self.stream.write(text)
+            encoding = getattr(self.stream, "encoding", None) or "utf-8"
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self.stream.flush()
-        except BrokenPipeError:  # `train | head`: nobody reads on, and the run is worth more than its lines
+        except ValueError:  # closed meanwhile
             self._gone, self.live = True, False
-        except OSError:  # `train > file` on a full disk: Python's buffer keeps it for the next time, and for the end
-            pass
+        except OSError as error:
+            if error.errno in GONE or isinstance(error, BrokenPipeError):  # as `train | head`, or a terminal's window
+                self._gone, self.live = True, False
+            # Of a full disk a later line may find room; what it refuses is lost here, and is in metrics.jsonl.
 
     def close(self) -> None:
         """End the live line, so that what follows stands on a line of its own."""

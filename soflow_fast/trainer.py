@@ -5,6 +5,7 @@ import math
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -17,7 +18,7 @@ from . import checkpoint, telemetry
 from .attention_choice import choose, try_out
 from .config import AUTO, Config, difference, flatten, from_json, override, to_json
 from .data import Source, open_source
-from .errors import ConfigError, Diverged, Interrupted, received, storage_error
+from .errors import ConfigError, Diverged, Interrupted, handled, received, storage_error
 from .evaluation import DigitScores, describe, measure_digits
 from .guard import GIVE_UP
 from .quotient import products, resolve_quotient
@@ -34,7 +35,8 @@ EVALUATION_SAMPLES = 4000
 def train(config: Config) -> TrainState:
     """Run `config` to its last step, from where its run directory is, and evaluate it. Returns the final state.
 
-    Raises UserError for what the user can mend, Interrupted after SIGINT or SIGTERM (the state is saved before).
+    Raises UserError for what the user can mend, Interrupted after SIGINT, SIGTERM or SIGHUP (the state is saved before;
+    outside of Python's main thread no signal is handled).
     """
     with enough_memory(config):
         config = resolved(config)
@@ -329,15 +331,19 @@ def memory_mb(device: torch.device) -> float:
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list that is yielded; a second one raises Interrupted at once."""
+    """Collect SIGINT, SIGTERM and SIGHUP in the list that is yielded; a second one raises Interrupted at once.
+
+    Nobody asks twice by SIGHUP: a terminal that goes sends several, and systemd one beside its SIGTERM.
+    """
     pending = received()  # one whose exception was lost at start-up
 
     def handle(signum: int, frame: object) -> None:
-        if pending:
+        if signum != signal.SIGHUP and any(number != signal.SIGHUP for number in pending):
             raise Interrupted(signum, "stopped at once by a second signal; the last checkpoint stands", at_once=True)
         pending.append(signum)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    here = threading.current_thread() is threading.main_thread()  # Python lets no other thread set a handler
+    before = {number: signal.signal(number, handle) for number in (handled() if here else ())}
     try:
         yield pending
     finally:

@@ -54,10 +54,12 @@ class Starter:
         self.process.stdin.flush()
         return self.process.stdout.readline()
 
-    def __call__(self, *arguments: object, hang: str = "") -> Training:
-        output = self._folder / f"{self._count}.txt"
-        self._count += 1
-        output.touch()
+    def __call__(self, *arguments: object, hang: str = "", output: Path | None = None) -> Training:
+        """output: a file that is there already, of whatever kind, in place of one of its own."""
+        if output is None:
+            output = self._folder / f"{self._count}.txt"
+            self._count += 1
+            output.touch()
         return Training(
             int(self.ask({"arguments": [*map(str, arguments)], "output": str(output), "hang": hang})), output, self.ask
         )

@@ -128,7 +128,7 @@ def test_a_second_signal_does_not_wait_for_a_disk_that_hangs(
 
 def test_a_signal_whose_exception_was_lost_is_not_lost() -> None:
     """Python drops what is raised in a destructor; here something else catches it."""
-    handlers = {number: signal.getsignal(number) for number in CODES}
+    handlers = {number: signal.getsignal(number) for number in errors.SIGNALS}
     hook, seen = threading.excepthook, []
 
     def swallowed() -> None:
