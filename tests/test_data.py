@@ -1,6 +1,8 @@
 """Data sets: what they hold, the order in which a run sees them, and what is refused."""
 
 import io
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 
 from soflow_fast.config import Config, override
-from soflow_fast.data import Source, open_source
+from soflow_fast.data import Source, digits, open_source
 from soflow_fast.data.digits import load_digits, to_pixels
 from soflow_fast.data.images import LARGEST_FILE, load_images
 from soflow_fast.errors import DataError
@@ -49,15 +51,33 @@ def archive(tmp_path: Path) -> Path:
     return path
 
 
-def test_digits_are_the_real_ones_scaled() -> None:
+@pytest.mark.parametrize("found", [True, False])
+def test_digits_are_the_real_ones_scaled(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from scikit-learn's file, or by scikit-learn where that lies elsewhere."""
     from sklearn.datasets import load_digits as original
 
+    if not found:
+        monkeypatch.setattr(digits.Path, "is_file", lambda path: False)
     x, y = load_digits()
     assert x.shape == (1797, 1, 8, 8) and x.dtype == torch.float32 and y.dtype == torch.int64
     assert float(x.min()) == -1 and float(x.max()) == 1
     assert torch.equal(to_pixels(x), torch.from_numpy(original().data).float())
     assert torch.equal(x[:, 0], torch.from_numpy(original().images).float() / 8 - 1)
     assert torch.equal(y, torch.from_numpy(original().target))
+
+
+OPENED = """
+import sys
+from soflow_fast.data import open_source
+from soflow_fast.presets import preset
+assert len(open_source(preset("digits"))) == 1797
+assert not any(name.split(".")[0] in ("sklearn", "scipy") for name in sys.modules)
+"""
+
+
+def test_the_digits_are_opened_without_scikit_learn(environment: dict[str, str]) -> None:
+    """Which takes a second to import, on the way to what is wrong with a checkpoint."""
+    subprocess.run([sys.executable, "-c", OPENED], env=environment, check=True)
 
 
 @pytest.mark.parametrize("where", ["folder", "archive"])
