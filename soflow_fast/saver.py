@@ -19,13 +19,16 @@ class _Abandoned(BaseException):
 
 class Saver:
     """One save at a time: the next one waits for the one before it. `warn` is told of a save that the disk refused.
+    `before` is called in the thread, before each one.
 
     As a context manager: a block that ends well or by an Exception waits for the save under way; one that is
     interrupted abandons it.
     """
 
-    def __init__(self, run_dir: Path, keep: int, warn: Callable[[str], None]) -> None:
-        self.run_dir, self.keep, self.warn = run_dir, keep, warn
+    def __init__(
+        self, run_dir: Path, keep: int, warn: Callable[[str], None], before: Callable[[], None] = lambda: None
+    ) -> None:
+        self.run_dir, self.keep, self.warn, self.before = run_dir, keep, warn, before
         # Not the thread's own `join`: interrupted once, it takes the thread for stopped (CPython 3.11).
         self._idle = threading.Event()
         self._idle.set()
@@ -76,6 +79,7 @@ class Saver:
 
     def _write(self, content: checkpoint.Snapshot) -> None:
         try:
+            self.before()
             checkpoint.write(self.run_dir, content, self.keep, self._proceed)
         except _Abandoned:
             pass

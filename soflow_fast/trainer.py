@@ -136,7 +136,7 @@ class Run:
         say = self.progress.say
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            telemetry.replace_file(self.run_dir / "config.json", to_json(config).encode())
+            telemetry.replace_file(self.run_dir / "config.json", to_json(config).encode(), sync=True)
             (self.run_dir / "samples").mkdir(exist_ok=True)
             for stale in self.run_dir.rglob(".*.partial-*"):  # of a start that was killed
                 if stale.is_file():
@@ -173,7 +173,7 @@ class Run:
             closing(self.progress),
             closing(telemetry.MetricsLog(self.run_dir / "metrics.jsonl", first, self._warn)) as log,
             closing(telemetry.TensorBoard(self.run_dir / "tensorboard", first, time.time, self._warn)) as board,
-            Saver(self.run_dir, every.keep, self._warn) as saver,
+            Saver(self.run_dir, every.keep, self._warn, before=log.sync) as saver,
         ):
             while state.step < config.steps:
                 metrics = self._step(*self.source.batch(state.step, state.rank, state.world))

@@ -83,7 +83,7 @@ def starting(environment: dict[str, str], tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def started(starting: Callable[..., Starter]) -> Starter:
     """`started(*arguments)`: a training that has just begun, at the command line's first statement. A function of `os`
-    called `hang` never returns in it."""
+    called `hang` never returns in a thread of it."""
     return starting()
 
 

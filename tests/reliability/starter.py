@@ -1,6 +1,7 @@
 """Starts trainings by forking a process that has imported everything: a start costs milliseconds, not seconds.
 
-A line of JSON on stdin, {"arguments": [...], "output": FILE, "hang": NAME}, forks one; the answer is its process id.
+A line of JSON on stdin, {"arguments": [...], "output": FILE, "hang": NAME}, forks one; the answer is its process id. In
+it the function of `os` called "hang" never returns in a thread.
 {"wait": ID} answers its exit code, negative for the signal that killed it; {"command": [...]} that of a command.
 """
 
@@ -11,7 +12,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,6 +26,12 @@ for heavy in ("torch._dynamo", "sklearn.datasets", "sklearn.svm", "scipy.linalg"
     importlib.import_module(heavy)
 torch.set_num_threads(1)
 trainer.EVALUATION_SAMPLES = 100
+
+
+def hanging(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does not return, but for the main thread's calls."""
+    main = threading.main_thread()
+    return lambda *given: plain(*given) if threading.current_thread() is main else time.sleep(3600)
 
 
 def main() -> None:
@@ -44,7 +54,7 @@ def main() -> None:
             os.dup2(output, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             if request["hang"]:
-                setattr(os, request["hang"], lambda *_: time.sleep(3600))
+                setattr(os, request["hang"], hanging(getattr(os, request["hang"])))
             errors.run(functools.partial(train.main, request["arguments"]))
         running.add(child)
         print(child, flush=True)

@@ -104,7 +104,7 @@ def caught(pid: int, number: int) -> bool:
 def test_a_terminal_that_is_lost_while_a_process_starts(
     started: Any, until: Any, tiny: list[str], tmp_path: Path
 ) -> None:
-    training = started(*tiny, *HOURS, "--run-dir", tmp_path / "run", hang="mkdir")
+    training = started(*tiny, *HOURS, "--run-dir", tmp_path / "run")
     until(lambda: caught(training.pid, signal.SIGHUP))
     for _ in range(3):
         training.kill(signal.SIGHUP)
