@@ -237,3 +237,14 @@ def test_training_outside_of_the_main_thread(tiny: list[str], tmp_path: Path) ->
     thread.start()
     thread.join()
     assert ended == [2] and saved(tmp_path / "run") == 2
+
+
+def test_a_run_directory_that_is_no_text(call: Callable[..., Any], tiny: list[str], tmp_path: Path) -> None:
+    """A byte that is no UTF-8, which Python has as a lone surrogate: files may be called so."""
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/r\xffn")
+    flags = [*tiny, "--steps", "4", "--checkpoint-every", "2", "--set=model.num_classes=0", "--run-dir", place]
+    first, again = call("train", *flags), call("train", *flags)
+    assert (first.code, again.code) == (0, 0) and saved(Path(place)) == 4
+    assert "/r\\udcffn: " in first.out and "/r\\udcffn at step 4 of 4" in again.out
+    drawn = call("sample", place, "--out", place + "/out", "--n", "2")
+    assert drawn.code == 0 and os.path.exists(os.fsencode(place) + b"/out/grid.png"), drawn
