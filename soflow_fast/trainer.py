@@ -30,6 +30,7 @@ from .step import train_step
 GRID = 100
 """Images in a sample grid."""
 EVALUATION_SAMPLES = 4000
+NOTHING_TO_SAVE = "stopped before the first step; the same command begins where this one did"
 
 
 def train(config: Config) -> TrainState:
@@ -153,8 +154,16 @@ class Run:
                 f"attention {state.flow.network.blocks[0].attn.backend}"
             )
         if state.step < config.steps:
-            with signals() as pending:  # elsewhere they act at once: there is nothing to save
-                self._loop(pending)
+            first = state.step
+            with signals(
+                lambda: state.step == first
+            ) as pending:  # elsewhere they act at once: there is nothing to save
+                try:
+                    self._loop(pending)
+                except Exception:
+                    if pending and state.step == first:  # torch's compiler has made an error of its own of the signal
+                        raise Interrupted(pending[0], NOTHING_TO_SAVE) from None
+                    raise
             if pending:
                 where = f"step {state.step} of {config.steps}"
                 raise Interrupted(pending[0], f"stopped and saved at {where}; the same command resumes")
@@ -330,8 +339,9 @@ def memory_mb(device: torch.device) -> float:
 
 
 @contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP in the list that is yielded; a second one raises Interrupted at once.
+def signals(idle: Callable[[], bool] = lambda: False) -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGHUP in the list that is yielded; a second one raises Interrupted at once, and the
+    first one too while it is `idle`: nothing would be saved that is not, and the first step may compile for minutes.
 
     Nobody asks twice by SIGHUP: a terminal that goes sends several, and systemd one beside its SIGTERM.
     """
@@ -341,6 +351,8 @@ def signals() -> Iterator[list[int]]:
         if signum != signal.SIGHUP and any(number != signal.SIGHUP for number in pending):
             raise Interrupted(signum, "stopped at once by a second signal; the last checkpoint stands", at_once=True)
         pending.append(signum)
+        if idle() and len(pending) == 1:
+            raise Interrupted(signum, NOTHING_TO_SAVE)
 
     here = threading.current_thread() is threading.main_thread()  # Python lets no other thread set a handler
     before = {number: signal.signal(number, handle) for number in (handled() if here else ())}
