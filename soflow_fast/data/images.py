@@ -27,8 +27,8 @@ LARGEST_FILE = 64 * 2**20
 def load_images(path: str, size: int) -> tuple[Tensor, Tensor]:
     """Images [N, 3, size, size] uint8 and labels [N] int64, classes numbered in the order of their folders' names.
 
-    Links to folders are followed, as torchvision's ImageFolder does, but not back into a folder that they are in. Gray of
-    16 bits is rounded to 8. Raises DataError naming the file that is missing, unreadable or of another size.
+    Links to folders are followed, as torchvision's ImageFolder does, but not back into a folder that they are in. Gray
+    of 16 bits is rounded to 8. Raises DataError naming the file that is missing, unreadable or of another size.
     """
     from PIL import Image
 
