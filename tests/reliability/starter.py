@@ -22,7 +22,7 @@ import torch
 from soflow_fast import errors, train, trainer
 
 TENSORBOARD = ("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer")
-for heavy in ("torch._dynamo", "sklearn.datasets", "sklearn.svm", "scipy.linalg", *TENSORBOARD):
+for heavy in ("sklearn.datasets", "sklearn.svm", "scipy.linalg", *TENSORBOARD):
     importlib.import_module(heavy)
 torch.set_num_threads(1)
 trainer.EVALUATION_SAMPLES = 100

@@ -91,7 +91,7 @@ def test_signals_while_a_process_starts(
     for k in range(count(2, 8)):
         number = list(CODES)[k % 2]
         process = start(
-            *("train", *tiny, *FLAGS, "--run-dir", tmp_path / str(k)),
+            *("train", *tiny, *FLAGS, "--steps", 10**6, "--run-dir", tmp_path / str(k)),  # never done meanwhile
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
