@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import Config, from_json, to_json
-from .errors import CheckpointError
+from .errors import CheckpointError, printable
 from .flow import SolutionFlow
 from .state import TrainState, build_flow
 from .validation import validate
@@ -219,7 +219,9 @@ def load_with_config(source: str | os.PathLike, device: str | torch.device = "cp
     if not found:
         raise CheckpointError(f"{path}: holds no checkpoint")
     return _newest_usable(
-        found, lambda folder: _load_one(folder, device), lambda text: print(f"soflow: warning: {text}", file=sys.stderr)
+        found,
+        lambda folder: _load_one(folder, device),
+        lambda text: print(f"soflow: warning: {printable(text)}", file=sys.stderr),
     )
 
 

@@ -1,7 +1,9 @@
 """Output that goes away, is full, closed or cannot encode a name, and the signal of a lost terminal: no run is lost to
 any of them."""
 
+import hashlib
 import io
+import json
 import os
 import pty
 import re
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from soflow_fast import checkpoint, errors, telemetry, trainer
 from soflow_fast.config import Config
@@ -248,3 +252,17 @@ def test_a_run_directory_that_is_no_text(call: Callable[..., Any], tiny: list[st
     assert "/r\\udcffn: " in first.out and "/r\\udcffn at step 4 of 4" in again.out
     drawn = call("sample", place, "--out", place + "/out", "--n", "2")
     assert drawn.code == 0 and os.path.exists(os.fsencode(place) + b"/out/grid.png"), drawn
+
+
+def test_a_warning_of_a_damaged_checkpoint_is_printable(run_dir: Path, capsys: Any) -> None:
+    """The name in it is that of a tensor, whoever wrote the file."""
+    newest = checkpoint.list_checkpoints(run_dir)[0]
+    tensors = newest / "ema.safetensors"
+    found = safetensors.torch.load(tensors.read_bytes())
+    tensors.write_bytes(safetensors.torch.save({**found, "\x1b[2Jx": torch.zeros(1)}))
+    known = json.loads((newest / "manifest.json").read_text())
+    known["sha256"][tensors.name] = hashlib.sha256(tensors.read_bytes()).hexdigest()
+    (newest / "manifest.json").write_text(json.dumps(known))
+    checkpoint.load(run_dir)
+    err = capsys.readouterr().err
+    assert "of another model: \\x1b[2Jx does not fit; using" in err and err.removesuffix("\n").isprintable()
