@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import Config, disagreement, from_json, to_json
-from .errors import CheckpointError, Diverged
+from .errors import CheckpointError, Diverged, printable
 from .files import TEXT, make_folder, read_file, remove, set_aside, sync
 from .flow import SolutionFlow
 from .state import TrainState, build_flow
@@ -94,7 +94,7 @@ def _first_not_finite(tensors: dict[str, Tensor]) -> str:
 
 
 def _warn(text: str) -> None:
-    print(f"soflow: warning: {text}", file=sys.stderr)
+    print(f"soflow: warning: {printable(text)}", file=sys.stderr)
 
 
 def save(run_dir: Path, state: TrainState, keep: int = 2) -> Path:

@@ -4,8 +4,10 @@ Library code raises; only `run`, which every command line goes through, exits.
 """
 
 import errno
+import io
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +43,7 @@ class Diverged(Exception):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, after whatever had to be saved was saved. Exit code 130 or 143.
+    """SIGINT, SIGTERM or SIGHUP, after whatever had to be saved was saved. Exit code 130, 143 or 129.
 
     Raised in signal handlers, wherever the program happens to be: as with KeyboardInterrupt, no `except Exception`
     there may swallow it.
@@ -54,7 +56,13 @@ class Interrupted(BaseException):
         """Whether threads that are still writing are not to be waited for."""
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _received: list[int] = []
+
+
+def handled() -> list[signal.Signals]:
+    """The signals that end a run: not SIGHUP where it is ignored, as by nohup."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def received() -> list[int]:
@@ -87,27 +95,35 @@ def storage_error(error: OSError, what: str) -> StorageError:
     return StorageError(f"{what}{name}: {error.strerror or error}")
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit: 0, 2 for the user's mistakes (one line on stderr), 130 and 143 after SIGINT and SIGTERM.
+def printable(text: str) -> str:
+    """`text` with what is not printable, as a terminal's control sequences in the name of a file, as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
-    Exit code 2 goes before 130 and 143: it says that a signal came but that the state could not be saved. A second
-    signal exits at once.
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call `main` and exit: 0, 2 for the user's mistakes (one line on stderr), 128 + its number after a signal.
+
+    Exit code 2 goes before those: it says that a signal came but that the state could not be saved. A second signal
+    exits at once.
     """
     at_once = ending = False
 
     def stopped(signum: int, frame: object) -> None:
+        if signum == signal.SIGHUP and _received:  # a terminal that goes sends several, and some beside a SIGTERM
+            return
         _received.append(signum)
         if ending or len(_received) > 1:  # an exception now would leave through the handler of the first one
             os._exit(128 + signum)
         raise Interrupted(signum)
 
     _received.clear()
-    for number in (signal.SIGTERM, signal.SIGINT):  # from the first moment, so that even start-up ends with 143 or 130
+    for number in handled():  # from the first moment, so that even start-up ends with 143, 130 or 129
         signal.signal(number, stopped)
+    _open_streams()
     try:
         try:
             main()
-            sys.stdout.flush()
+            _flush()
         finally:
             ending = True
         code = 128 + _received[0] if _received else 0
@@ -132,7 +148,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             _say("interrupted")
         else:
             raise
-    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left to be saved
+    for number in handled():  # nothing is left to be saved
         signal.signal(number, lambda *_: os._exit(code))
     try:
         sys.stdout.flush()
@@ -145,14 +161,36 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
+def _open_streams() -> None:
+    """Give standard output and error a place where they were closed, as by `>&-`: what is opened next would take their
+    numbers, and all that C code prints. What the encoding of the output lacks is printed as an escape."""
+    handle = 0
+    while handle <= 2:
+        handle = os.open(os.devnull, os.O_RDWR)
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flush() -> None:
+    """Print what is still in Python's buffer. Raises OSError, but not for a terminal that was closed."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EIO or not stat.S_ISCHR(os.fstat(sys.stdout.fileno()).st_mode):
+            raise
+        _drop(sys.stdout)
+
+
 def _drop(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say(line: str) -> None:
-    line = " ".join(line.split())  # what is left may hold a file's name, whose control characters a terminal obeys
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     try:
-        print("soflow: " + line, file=sys.stderr, flush=True)
+        print("soflow: " + printable(" ".join(line.split())), file=sys.stderr, flush=True)
     except OSError:  # to a full disk: the exit code still says it, and at exit Python would put another in its place
         _drop(sys.stderr)

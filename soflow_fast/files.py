@@ -62,14 +62,16 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or as it was before, a loss of power included."""
+def write_file(path: Path, content: bytes, *, synced: bool = True) -> None:
+    """Write a file so that it is there whole or as it was before; synced: a loss of power included."""
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         temporary.write_bytes(content)
-        sync(temporary)
+        if synced:
+            sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
+        if synced:
+            sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None

@@ -19,6 +19,7 @@ class _Abandoned(BaseException):
 
 class Saver:
     """One save at a time: the next one waits for the one before it. `warn` is told of a save that the disk refused.
+    `before` is called in the thread, before each one.
 
     What a crash costs: the newest whole checkpoint is of the last interval but one while that of the last one is being
     written, so at most one interval and the steps made during the write; under two intervals in all, as the loop waits
@@ -28,8 +29,10 @@ class Saver:
     interrupted abandons it.
     """
 
-    def __init__(self, run_dir: Path, keep: int, warn: Callable[[str], None]) -> None:
-        self.run_dir, self.keep, self.warn = run_dir, keep, warn
+    def __init__(
+        self, run_dir: Path, keep: int, warn: Callable[[str], None], before: Callable[[], None] = lambda: None
+    ) -> None:
+        self.run_dir, self.keep, self.warn, self.before = run_dir, keep, warn, before
         # Not the thread's own `join`: interrupted once, it takes the thread for stopped (CPython 3.11).
         self._idle = threading.Event()
         self._idle.set()
@@ -84,6 +87,7 @@ class Saver:
 
     def _write(self, content: checkpoint.Snapshot) -> None:
         try:
+            self.before()
             checkpoint.write(self.run_dir, content, self.keep, self._proceed, self._warnings.append)
         except _Abandoned:
             pass

@@ -1,11 +1,13 @@
 """What a user sees of a run: progress line, JSON lines, TensorBoard, sample grids. Clock readings are handed in."""
 
+import errno
 import io
 import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,19 +15,26 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from . import files
+from .errors import printable
+
 PLAIN_LINE_EVERY = 10.0
 """Seconds between progress lines where the output is not a terminal."""
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+"""What a reader that went away gives, a terminal that was closed, and a closed file."""
 
 
 class Progress:
-    """A live line on a terminal; elsewhere a plain line every ten seconds."""
+    """A live line on a terminal; elsewhere a plain line every ten seconds. Nothing that becomes of the output, or of
+    what it cannot encode, ends the run."""
 
     def __init__(self, total: int, stream: TextIO | None = None) -> None:
         self.total = total
-        self.stream = stream or sys.stdout
-        self.live = self.stream.isatty()
+        known: TextIO | None = stream or sys.stdout  # None where it was closed before Python began
+        self._gone = known is None or getattr(known, "closed", False)
+        self.stream = known or io.StringIO()
+        self.live = not self._gone and self.stream.isatty()
         self._width = 0
-        self._gone = False
         self._last = float("-inf")
 
     def update(self, step: int, metrics: Mapping[str, float], rate: float, images: float, now: float) -> None:
@@ -40,7 +49,7 @@ class Progress:
         parts += [f"{images:.0f} img/s", f"{metrics['memory_mb']:.0f} MB"]
         text = "  ".join(parts)
         if self.live:
-            columns = os.get_terminal_size(self.stream.fileno()).columns or 80  # 0: the terminal does not know
+            columns = self._columns()
             text = (text if len(text) < columns else text.replace("  ", " "))[: max(columns - 1, 20)]
             self._write("\r" + text.ljust(self._width))
             self._width = len(text)
@@ -48,22 +57,32 @@ class Progress:
             self._write(text + "\n")
 
     def say(self, text: str) -> None:
-        """A line of its own, above the live line."""
+        """A line of its own, above the live line. What names of files may do to a terminal is made visible."""
+        text = printable(text)
         if self.live and self._width:
             text = "\r" + " " * self._width + "\r" + text
             self._width = 0
         self._write(text + "\n")
 
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns or 80  # 0: the terminal does not know
+        except OSError:  # one that was closed
+            return 80
+
     def _write(self, text: str) -> None:
         if self._gone:
             return
         try:
-            self.stream.write(text)
+            encoding = getattr(self.stream, "encoding", None) or "utf-8"
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self.stream.flush()
-        except BrokenPipeError:  # `train | head`: nobody reads on, and the run is worth more than its lines
+        except ValueError:  # closed meanwhile
             self._gone, self.live = True, False
-        except OSError:  # `train > file` on a full disk: Python's buffer keeps it for the next time, and for the end
-            pass
+        except OSError as error:
+            if error.errno in GONE or isinstance(error, BrokenPipeError):  # as `train | head`, or a terminal's window
+                self._gone, self.live = True, False
+            # Of a full disk a later line may find room; what it refuses is lost here, and is in metrics.jsonl.
 
     def close(self) -> None:
         """End the live line, so that what follows stands on a line of its own."""
@@ -83,9 +102,11 @@ class Appended:
     def __init__(self, path: Path, what: str, warn: Callable[[str], None], size: int = 0) -> None:
         self._path, self._what, self._warn = path, what, warn
         self._whole, self._kept, self._refused = size, [], False
+        self._unsynced: OSError | None = None
 
     def add(self, piece: bytes, keep: bool = True) -> None:
         """Append `piece`, after those that are kept; one that is refused is kept in turn, or forgotten."""
+        self._tell()
         self._kept.append(piece)
         try:
             self._write()
@@ -98,6 +119,19 @@ class Appended:
         else:
             self._refused = False
 
+    def sync(self) -> None:
+        """Have the disk keep what was written, however the machine ends; in another thread than `add`, if need be. A
+        refusal is told by the next `add` or `close`: nothing that waits for this is to fail of it."""
+        try:
+            with naming(self._path):
+                handle = os.open(self._path, os.O_RDONLY)
+                try:
+                    getattr(os, "fdatasync", os.fsync)(handle)
+                finally:
+                    os.close(handle)
+        except OSError as error:
+            self._unsynced = error
+
     def finish(self) -> None:
         """Write what is still kept, for the last time. Raises OSError."""
         try:
@@ -108,10 +142,16 @@ class Appended:
 
     def close(self) -> None:
         """`finish`, with a warning in place of the error."""
+        self._tell()
         try:
             self.finish()
         except OSError as error:
             self._warn(f"{self._what} lacks its end, which was never written: {error}")
+
+    def _tell(self) -> None:
+        if self._unsynced:
+            self._warn(f"{self._what} may lack its last lines if the machine stops: {self._unsynced}")
+            self._unsynced = None
 
     def _write(self) -> None:
         with naming(self._path):
@@ -137,26 +177,63 @@ class Appended:
 
 
 class MetricsLog(Appended):
-    """metrics.jsonl: one JSON object a line, ordered by step. Opening it at a step drops the lines after that step."""
+    """metrics.jsonl: one JSON object a line, ordered by step.
+
+    Opening it at a step drops the lines after that step, and a last one that was cut off; damaged lines stay where they
+    are, and are told to `warn`.
+    """
 
     def __init__(self, path: Path, step: int, warn: Callable[[str], None]) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                    if entry["step"] > step:
-                        break
-                except (ValueError, KeyError, TypeError):  # a line cut off by a kill
-                    break
-                kept.append(line + "\n")
-        content = "".join(kept).encode()
-        replace_file(path, content)
+        kept, damaged = lines_until(path.read_bytes(), step) if path.exists() else ([], [])
+        if damaged:
+            which = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+            warn(f"{path}: damaged in line{'s' if len(damaged) > 1 else ''} {which}; left as it is")
+        content = b"".join(line + b"\n" for line in kept)
+        replace_file(path, content, sync=True)
         super().__init__(path, path.name, warn, len(content))
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system: the whole line or, on a full disk, nothing of it."""
         self.add((json.dumps(dict(entry)) + "\n").encode())
+
+
+def lines_until(content: bytes, step: int) -> tuple[list[bytes], list[int]]:
+    """The lines of metrics.jsonl up to that of `step`, and the numbers, from 1, of the damaged ones among them."""
+    lines = content.split(b"\n")
+    if b"}" not in lines[-1]:  # cut off by a kill, or the empty rest after the last line's end
+        lines.pop()
+    steps = [_step(line) for line in lines]
+    whole = in_order(steps)
+    until = next((i for i in whole if (steps[i] or 0) > step), len(lines))
+    known = set(whole)
+    return lines[:until], [i + 1 for i in range(until) if i not in known]
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None if it is damaged."""
+    try:
+        found = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if type(found) is int else None
+
+
+def in_order(values: Sequence[int | None]) -> list[int]:
+    """Where the longest row of rising values is: a value that damage has changed is in most cases not in it."""
+    ends: list[int] = []  # by length, less one: where the row of that length ends that ends with the least value
+    least: list[int] = []
+    before: dict[int, int | None] = {}
+    for i, value in enumerate(values):
+        k = len(least) if value is None else bisect_left(least, value)
+        if value is None or least[k : k + 1] == [value]:  # of equal ones the first
+            continue
+        least[k : k + 1], ends[k : k + 1] = [value], [i]
+        before[i] = ends[k - 1] if k else None
+    found, at = [], ends[-1] if ends else None
+    while at is not None:
+        found.append(at)
+        at = before[at]
+    return found[::-1]
 
 
 class TensorBoard:
@@ -232,16 +309,9 @@ def png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or as it was before."""
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with naming(path):
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+def replace_file(path: Path, content: bytes, sync: bool = False) -> None:
+    """Write a file so that it is there whole or as it was before. sync: also if the machine stops, and for good."""
+    files.write_file(path, content, synced=sync)
 
 
 @contextmanager

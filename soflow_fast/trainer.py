@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -18,7 +19,7 @@ from . import checkpoint, errors, telemetry
 from .attention_choice import choose, try_out
 from .config import AUTO, Config, disagreement, from_json, to_json
 from .data import Source, open_source
-from .errors import ConfigError, Diverged, Interrupted, received, storage_error
+from .errors import ConfigError, Diverged, Interrupted, handled, received, storage_error
 from .evaluation import DigitScores, describe, measure_digits
 from .files import LOCK, TEXT, make_folder, read_file, refuse_second_writer, set_aside, sole_writer, write_file
 from .guard import GIVE_UP
@@ -31,13 +32,15 @@ from .step import train_step
 GRID = 100
 """Images in a sample grid."""
 EVALUATION_SAMPLES = 4000
+NOTHING_TO_SAVE = "stopped before the first step; the same command begins where this one did"
 
 
 def train(config: Config) -> TrainState:
     """Run `config` to its last step, from where its run directory is, and evaluate it. Returns the final state.
 
-    Raises UserError for what the user can mend, Interrupted after SIGINT or SIGTERM. The state is saved before that; if
-    the disk refuses it, that is the error that is raised, and exit code 2 says that more was lost than time.
+    Raises UserError for what the user can mend, Interrupted after SIGINT, SIGTERM or SIGHUP (outside of Python's main
+    thread no signal is handled). The state is saved before that; if the disk refuses it, that is the error that is
+    raised, and exit code 2 says that more was lost than time.
     """
     with enough_memory(config):
         config = resolved(config)
@@ -168,8 +171,16 @@ class Run:
                 f"attention {state.flow.network.blocks[0].attn.backend}"
             )
         if state.step < config.steps:
-            with signals() as pending:  # elsewhere they act at once: there is nothing to save
-                self._loop(pending)
+            first = state.step
+            with signals(
+                lambda: state.step == first
+            ) as pending:  # elsewhere they act at once: there is nothing to save
+                try:
+                    self._loop(pending)
+                except Exception:
+                    if pending and state.step == first:  # torch's compiler has made an error of its own of the signal
+                        raise Interrupted(pending[0], NOTHING_TO_SAVE) from None
+                    raise
             if pending:
                 where = f"step {state.step} of {config.steps}"
                 raise Interrupted(pending[0], f"stopped and saved at {where}; the same command resumes")
@@ -188,7 +199,7 @@ class Run:
             closing(self.progress),
             closing(telemetry.MetricsLog(self.run_dir / "metrics.jsonl", first, self._warn)) as log,
             closing(telemetry.TensorBoard(self.run_dir / "tensorboard", first, time.time, self._warn)) as board,
-            Saver(self.run_dir, every.keep, self._warn) as saver,
+            Saver(self.run_dir, every.keep, self._warn, before=log.sync) as saver,
         ):
             while state.step < config.steps:
                 if every.checkpoint_every and (state.step + 1) % every.checkpoint_every == 0:
@@ -347,16 +358,23 @@ def memory_mb(device: torch.device) -> float:
 
 
 @contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list that is yielded; a second one raises Interrupted at once."""
+def signals(idle: Callable[[], bool] = lambda: False) -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGHUP in the list that is yielded; a second one raises Interrupted at once, and the
+    first one too while it is `idle`: nothing would be saved that is not, and the first step may compile for minutes.
+
+    Nobody asks twice by SIGHUP: a terminal that goes sends several, and systemd one beside its SIGTERM.
+    """
     pending = received()  # one whose exception was lost at start-up
 
     def handle(signum: int, frame: object) -> None:
-        if pending:
+        if signum != signal.SIGHUP and any(number != signal.SIGHUP for number in pending):
             raise Interrupted(signum, "stopped at once by a second signal; the last checkpoint stands", at_once=True)
         pending.append(signum)
+        if idle() and len(pending) == 1:
+            raise Interrupted(signum, NOTHING_TO_SAVE)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    here = threading.current_thread() is threading.main_thread()  # Python lets no other thread set a handler
+    before = {number: signal.signal(number, handle) for number in (handled() if here else ())}
     try:
         yield pending
     finally:

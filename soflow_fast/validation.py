@@ -1,6 +1,7 @@
 """What a configuration must mean: every check names its field."""
 
 import math
+import os
 from typing import Any
 
 from .config import AUTO, Config, DiTConfig, FlowConfig, ObjectiveConfig, flatten, nearest, shown
@@ -51,6 +52,8 @@ def validate(config: Config) -> Config:
     _require(optim.grad_clip >= 0, "optim.grad_clip", "at least 0", optim.grad_clip)
     _require(0 <= optim.ema_decay < 1, "optim.ema_decay", "in [0, 1)", optim.ema_decay)
     _one_of("data.kind", config.data.kind, DATA_KINDS)
+    for name, path in (("data.path", config.data.path), ("run.run_dir", run.run_dir)):
+        _require(_can_be_a_name(path), name, "a name that a file can have, without zero byte or lone surrogate", path)
     for name, least in (
         ("log_every", 1),
         ("sample_every", 0),
@@ -150,6 +153,13 @@ def _of_type(value: Any, usual: Any) -> bool:
     if isinstance(usual, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is type(usual)
+
+
+def _can_be_a_name(path: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def _require(holds: bool, name: str, what: str, value: Any) -> None:

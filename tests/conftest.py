@@ -95,7 +95,7 @@ def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
     def call(module: str, *arguments: object) -> Result:
         main = importlib.import_module(f"soflow_fast.{module}").main
         capfd.readouterr()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in errors.SIGNALS}
         try:
             with pytest.raises(SystemExit) as ended:
                 errors.run(lambda: main([str(argument) for argument in arguments]))

@@ -1,15 +1,20 @@
 """Data sets: what they hold, the order in which a run sees them, and what is refused."""
 
 import io
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from soflow_fast.config import Config, override
-from soflow_fast.data import Source, open_source
+from soflow_fast.data import Source, digits, open_source
 from soflow_fast.data.digits import load_digits, to_pixels
 from soflow_fast.data.images import LARGEST_FILE, load_images
 from soflow_fast.errors import DataError
@@ -49,15 +54,33 @@ def archive(tmp_path: Path) -> Path:
     return path
 
 
-def test_digits_are_the_real_ones_scaled() -> None:
+@pytest.mark.parametrize("found", [True, False])
+def test_digits_are_the_real_ones_scaled(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from scikit-learn's file, or by scikit-learn where that lies elsewhere."""
     from sklearn.datasets import load_digits as original
 
+    if not found:
+        monkeypatch.setattr(digits.Path, "is_file", lambda path: False)
     x, y = load_digits()
     assert x.shape == (1797, 1, 8, 8) and x.dtype == torch.float32 and y.dtype == torch.int64
     assert float(x.min()) == -1 and float(x.max()) == 1
     assert torch.equal(to_pixels(x), torch.from_numpy(original().data).float())
     assert torch.equal(x[:, 0], torch.from_numpy(original().images).float() / 8 - 1)
     assert torch.equal(y, torch.from_numpy(original().target))
+
+
+OPENED = """
+import sys
+from soflow_fast.data import open_source
+from soflow_fast.presets import preset
+assert len(open_source(preset("digits"))) == 1797
+assert not any(name.split(".")[0] in ("sklearn", "scipy") for name in sys.modules)
+"""
+
+
+def test_the_digits_are_opened_without_scikit_learn(environment: dict[str, str]) -> None:
+    """Which takes a second to import, on the way to what is wrong with a checkpoint."""
+    subprocess.run([sys.executable, "-c", OPENED], env=environment, check=True)
 
 
 @pytest.mark.parametrize("where", ["folder", "archive"])
@@ -74,6 +97,87 @@ def test_channels_and_rows_stay_in_place(tmp_path: Path) -> None:
     Image.fromarray(pixels.numpy()).save(tmp_path / "a" / "x.png")
     images, _ = load_images(str(tmp_path), 4)
     assert torch.equal(images[0], pixels.permute(2, 0, 1))
+
+
+def test_gray_of_16_bits_is_scaled(tmp_path: Path) -> None:
+    """Its ends to the ends, and no level further off than half a level of 8 bits."""
+    pixels = np.arange(16).reshape(4, 4) * 4369
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels.astype(np.uint16)).save(tmp_path / "a" / "x.png")
+    with Image.open(tmp_path / "a" / "x.png") as written:
+        assert np.array_equal(np.asarray(written), pixels)
+    images, _ = load_images(str(tmp_path), 4)
+    assert torch.equal(images[0, 0].int(), torch.arange(16).reshape(4, 4).int() * 17)
+    assert torch.equal(images[0, 0], images[0, 1]) and torch.equal(images[0, 0], images[0, 2])
+    x, _ = open_source(images_config(tmp_path)).batch(0)
+    assert float(x.min()) == -1 and float(x.max()) == 1
+    Image.fromarray((pixels + 100).clip(0, 65535).astype(np.uint16)).save(tmp_path / "a" / "x.png")
+    images, _ = load_images(str(tmp_path), 4)
+    off = images[0, 0].double() / 255 - torch.from_numpy((pixels + 100).clip(0, 65535)) / 65535
+    assert float(off.abs().max()) <= 0.5 / 255
+
+
+def test_linked_folders_and_files_are_followed(folder: Path, tmp_path: Path) -> None:
+    whole, labels = load_images(str(folder), 4)
+    elsewhere, linked = tmp_path / "elsewhere", tmp_path / "linked"
+    (folder / "cat").rename(elsewhere)
+    (folder / "cat").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "dog" / "grey.png").rename(tmp_path / "grey.png")
+    (folder / "dog" / "grey.png").symlink_to(tmp_path / "grey.png")
+    linked.symlink_to(folder, target_is_directory=True)
+    for place in (folder, linked):
+        images, again = load_images(str(place), 4)
+        assert torch.equal(images, whole) and torch.equal(again, labels)
+
+
+def test_two_links_to_one_folder_are_two_classes(folder: Path) -> None:
+    (folder / "eel").symlink_to(folder / "cat", target_is_directory=True)
+    assert load_images(str(folder), 4)[1].tolist() == [0, 1, 1, 2, 3, 3]
+
+
+def test_links_that_lead_back_are_not_followed(folder: Path) -> None:
+    whole, labels = load_images(str(folder), 4)
+    (folder / "cat" / "up").symlink_to(folder, target_is_directory=True)
+    (folder / "dog" / "here").symlink_to(".", target_is_directory=True)
+    images, again = load_images(str(folder), 4)
+    assert torch.equal(images, whole) and torch.equal(again, labels)
+    (folder / "cat" / "self").symlink_to("self")
+    images, again = load_images(str(folder), 4)
+    assert torch.equal(images, whole) and torch.equal(again, labels)
+
+
+def test_nothing_is_left_out_in_silence(folder: Path) -> None:
+    (folder / "cat" / "lost.png").symlink_to(folder / "nowhere.png")
+    with pytest.raises(DataError, match=r"cat/lost.png is no file, or a link to none$"):
+        load_images(str(folder), 4)
+    (folder / "cat" / "lost.png").unlink()
+    (folder / "cat" / "self.png").symlink_to("self.png")
+    with pytest.raises(DataError, match=r"cat/self.png is no file, or a link to none$"):
+        load_images(str(folder), 4)
+    (folder / "cat" / "self.png").unlink()
+    os.mkfifo(folder / "cat" / "pipe.png")
+    with pytest.raises(DataError, match=r"cat/pipe.png is no file, or a link to none$"):
+        load_images(str(folder), 4)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "cat":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"cannot be read \(.*cat'\)$"):
+        load_images(str(folder), 4)
+
+
+def test_a_zip_that_holds_a_name_twice_is_refused(archive: Path) -> None:
+    with zipfile.ZipFile(archive, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):
+        file.writestr("cat/b.png", picture(9))
+    with pytest.raises(DataError, match=r"set.zip: cat/b.png is in it twice$"):
+        load_images(str(archive), 4)
 
 
 def images_config(path: object, **changes: object) -> Config:

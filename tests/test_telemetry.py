@@ -105,6 +105,85 @@ def test_metrics_log_drops_what_comes_after_its_step(tmp_path: Path) -> None:
     log.close()
 
 
+def opened(content: bytes, step: int, path: Path) -> tuple[list[bytes], list[str]]:
+    """The lines of a log with `content` after it was opened at `step`, and the warnings."""
+    warnings: list[str] = []
+    path.write_bytes(content)
+    telemetry.MetricsLog(path, step, warnings.append).close()
+    left = path.read_bytes()
+    assert left.endswith(b"\n") or not left
+    return left.splitlines(keepends=True), warnings
+
+
+def is_a_line(text: bytes) -> bool:
+    try:
+        return type(json.loads(text)["step"]) is int
+    except (ValueError, KeyError):
+        return False
+
+
+@pytest.mark.parametrize("step", [20, 14, 13])
+def test_a_flipped_bit_in_the_log_costs_no_other_line(step: int) -> None:
+    """Every bit of every byte: the other lines are as they were. What it has changed stays in its place and is named,
+    unless it is a line of some step still, which only the lines around it can show to be wrong."""
+    lines = [json.dumps({"step": k, "loss": k / 7}).encode() for k in range(2, 21, 2)]
+    content = b"".join(line + b"\n" for line in lines)
+    named = 0
+    for place in range(len(content)):
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            parts = bytes(damaged).rstrip(b"\n").split(b"\n")
+            left, numbers = telemetry.lines_until(bytes(damaged), step)
+            untouched = [line for line in lines if line in parts and json.loads(line)["step"] <= step]
+            assert [line for line in left if line in lines] == untouched
+            changed = [line for line in parts if line not in lines]
+            of = 2 * content[:place].count(b"\n") + 2
+            if of <= step and not all(map(is_a_line, changed)):
+                assert left == [*(line for line in parts[: len(left)])] and set(changed) <= set(left)
+                assert numbers == [i + 1 for i, line in enumerate(parts) if line in changed]
+                named += 1
+    before = content.index(lines[step // 2]) if step < 20 else len(content)
+    assert named > 4 * before, "half of all"
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept", "named"),
+    [
+        ([2, 4, 6, 94, 10, 12], 6, "line 4;"),
+        ([2, 90, 91, 8, 10, 12, 14], 6, "lines 2, 3;"),
+        ([2, 4, 6, 8, 10, 16, 12, 18, 20], 7, "line 6;"),
+        ([2, 4, 6, 8, 10, 94, 12, 18, 20], 7, "line 6;"),
+        ([2, 4, 6, 8, 10, 16, 8, 18, 20], 5, ""),
+        ([2, 4, "6", None, 10, 10, True, 12, 14], 8, "lines 3, 4, 6, 7;"),
+        ([*range(1, 12), 0, 0, 0, 0, 0, 0, 12], 18, "lines 12, 13, 14, 15, 16, ...;"),
+        ([], 0, ""),
+    ],
+    ids=str,
+)
+def test_lines_out_of_order_are_damaged(steps: list[Any], kept: int, named: str, tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "at": i}).encode() + b"\n" for i, step in enumerate(steps)]
+    left, warnings = opened(b"".join(lines), 12, tmp_path / "metrics.jsonl")
+    assert len(warnings) == bool(named) and all(f"damaged in {named} left as it is" in text for text in warnings)
+    assert left == lines[:kept]
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\xff\xfe", b"\0" * 40, b"[" * 5000, b'{"step": ' + b"9" * 5000 + b"}", b"7", b"", b"{}"]
+)
+def test_a_line_of_junk_stays(junk: bytes, tmp_path: Path) -> None:
+    first, last = b'{"step": 2}\n', b'{"step": 4}\n'
+    left, warnings = opened(first + junk + b"\n" + last, 4, tmp_path / "metrics.jsonl")
+    assert left == [first, junk + b"\n", last] and "damaged in line 2;" in warnings[0] and len(warnings) == 1
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 6, "lo', b"\0" * 100, b"\xff"])
+def test_a_last_line_that_was_cut_off_goes(torn: bytes, tmp_path: Path) -> None:
+    lines = [b'{"step": 2}\n', b'{"step": 4}\n']
+    assert opened(b"".join(lines) + torn, 6, tmp_path / "metrics.jsonl") == (lines, [])
+    assert opened(b"".join(lines)[:-1], 6, tmp_path / "metrics.jsonl") == (lines, []), "only its end was lost"
+
+
 class Disk:
     """Takes `room` bytes more in files opened by Path.open for appending, and then refuses with `number`."""
 

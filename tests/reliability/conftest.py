@@ -54,10 +54,12 @@ class Starter:
         self.process.stdin.flush()
         return self.process.stdout.readline()
 
-    def __call__(self, *arguments: object, hang: str = "", slow: float = 0) -> Training:
-        output = self._folder / f"{self._count}.txt"
-        self._count += 1
-        output.touch()
+    def __call__(self, *arguments: object, hang: str = "", slow: float = 0, output: Path | None = None) -> Training:
+        """output: a file that is there already, of whatever kind, in place of one of its own."""
+        if output is None:
+            output = self._folder / f"{self._count}.txt"
+            self._count += 1
+            output.touch()
         given = {"arguments": [*map(str, arguments)], "output": str(output), "hang": hang, "slow": slow}
         return Training(int(self.ask(given)), output, self.ask)
 
@@ -80,7 +82,7 @@ def starting(environment: dict[str, str], tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def started(starting: Callable[..., Starter]) -> Starter:
     """`started(*arguments)`: a training that has just begun, at the command line's first statement. A function of `os`
-    called `hang` never returns in it; each fsync takes `slow` seconds more."""
+    called `hang` never returns in a thread of it; each fsync takes `slow` seconds more."""
     return starting()
 
 

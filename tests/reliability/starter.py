@@ -1,8 +1,8 @@
 """Starts trainings by forking a process that has imported everything: a start costs milliseconds, not seconds.
 
 A line of JSON on stdin, {"arguments": [...], "output": FILE, "hang": NAME, "slow": SECONDS}, forks one; the answer is
-its process id. {"wait": ID} answers its exit code, negative for the signal that killed it; {"command": [...]} that of a
-command.
+its process id. In it the function of `os` called "hang" never returns in a thread.
+{"wait": ID} answers its exit code, negative for the signal that killed it; {"command": [...]} that of a command.
 """
 
 import functools
@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from soflow_fast import errors, train, trainer
 
 TENSORBOARD = ("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer")
-for heavy in ("torch._dynamo", "sklearn.datasets", "sklearn.svm", "scipy.linalg", *TENSORBOARD):
+for heavy in ("sklearn.datasets", "sklearn.svm", "scipy.linalg", *TENSORBOARD):
     importlib.import_module(heavy)
 torch.set_num_threads(1)
 trainer.EVALUATION_SAMPLES = 100
@@ -30,6 +31,12 @@ trainer.EVALUATION_SAMPLES = 100
 def slowly(function: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
     time.sleep(seconds)
     return function(*arguments)
+
+
+def hanging(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does not return, but for the main thread's calls."""
+    main = threading.main_thread()
+    return lambda *given: plain(*given) if threading.current_thread() is main else time.sleep(3600)
 
 
 def main() -> None:
@@ -52,7 +59,7 @@ def main() -> None:
             os.dup2(output, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             if request["hang"]:
-                setattr(os, request["hang"], lambda *_: time.sleep(3600))
+                setattr(os, request["hang"], hanging(getattr(os, request["hang"])))
             if request["slow"]:
                 os.fsync = functools.partial(slowly, os.fsync, request["slow"])
             errors.run(functools.partial(train.main, request["arguments"]))

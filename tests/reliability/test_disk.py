@@ -88,7 +88,7 @@ def test_other_files_that_the_disk_refuses(
         if path.name == name:
             raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(telemetry, "replace_file", lambda path, content: (refuse(path), plain(path, content)))
+    monkeypatch.setattr(telemetry, "replace_file", lambda path, *rest, **how: (refuse(path), plain(path, *rest, **how)))
     monkeypatch.setattr(trainer, "write_file", lambda path, content: (refuse(path), files.write_file(path, content)))
     monkeypatch.setattr(telemetry.MetricsLog, "_write", lambda self: (refuse(self._path), log(self)))
     if name == "metrics.jsonl":  # what can be written when it is opened

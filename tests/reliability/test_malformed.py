@@ -55,6 +55,10 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "huge channels": (b'{"model": {"in_channels": 9000000000000}}', "model.in_channels"),
     "huge classes": (b'{"model": {"num_classes": 9000000000000}}', "model.num_classes"),
     "true for a number": (b'{"steps": true}', "steps"),
+    "zero byte in a path": (b'{"run": {"run_dir": "\\u0000x"}}', "--run-dir must be a name"),
+    "lone surrogate in a path": (b'{"run": {"run_dir": "x\\ud800y"}}', "--run-dir must be a name"),
+    "zero byte in data": (b'{"data": {"kind": "images", "path": "x\\u0000"}}', "--data must be a name"),
+    "lone surrogate in data": (b'{"data": {"kind": "images", "path": "\\udfff"}}', "--data must be a name"),
 }
 
 

@@ -92,7 +92,7 @@ def test_signals_while_a_process_starts(
     for k in range(count(2, 8)):
         number = list(CODES)[k % 2]
         process = start(
-            *("train", *tiny, *FLAGS, "--run-dir", tmp_path / str(k)),
+            *("train", *tiny, *FLAGS, "--steps", 10**6, "--run-dir", tmp_path / str(k)),  # never done meanwhile
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -179,7 +179,7 @@ def test_a_save_that_is_refused_goes_before_the_signal(
 
 def test_a_signal_whose_exception_was_lost_is_not_lost() -> None:
     """Python drops what is raised in a destructor; here something else catches it."""
-    handlers = {number: signal.getsignal(number) for number in CODES}
+    handlers = {number: signal.getsignal(number) for number in errors.SIGNALS}
     hook, seen = threading.excepthook, []
 
     def swallowed() -> None:
