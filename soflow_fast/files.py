@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .errors import ConfigError, storage_error
@@ -104,17 +104,22 @@ def sole_writer(run_dir: Path, warn: Callable[[str], None]) -> Iterator[None]:
     Raises ConfigError if another process holds it, OSError if there is no writing here. Some network file systems have
     no locks: `warn` is told, and nothing is held.
     """
-    handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"--run-dir {run_dir}: another process is training in it") from None
-        except OSError as error:
-            warn(f"{run_dir / LOCK}: cannot be locked ({error.strerror}); start no second training in this directory")
+    with ExitStack() as held:
+        # Not for writing: a file that is open so would keep its disk from being made read-only. But NFS wants it.
+        for mode in (os.O_RDONLY, os.O_RDWR):
+            handle = os.open(run_dir / LOCK, mode | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            held.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                raise ConfigError(f"--run-dir {run_dir}: another process is training in it") from None
+            except OSError as error:
+                if error.errno == errno.EBADF and mode == os.O_RDONLY:
+                    continue
+                name = run_dir / LOCK
+                warn(f"{name}: cannot be locked ({error.strerror}); start no second training in this directory")
         yield
-    finally:
-        os.close(handle)
 
 
 def refuse_second_writer(run_dir: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from soflow_fast import checkpoint, load
 from soflow_fast.config import from_json
+from soflow_fast.errors import ConfigError
 from soflow_fast.files import LOCK, sole_writer
 
 FLAGS = ["--steps", "90000", "--checkpoint-every", "10", "--set=run.log_every=1", "--set=run.sample_every=0"]
@@ -102,6 +103,21 @@ def test_a_file_system_without_locks(
     result = call("train", *tiny, "--steps", "2", "--run-dir", tmp_path / "run")
     assert (result.code, result.err) == (0, "")
     assert f"warning: {tmp_path / 'run' / LOCK}: cannot be locked ({os.strerror(number)})" in result.out
+
+
+def test_a_file_system_that_locks_what_is_open_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS does."""
+    plain = fcntl.flock
+
+    def flock(handle: int, operation: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        plain(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with sole_writer(tmp_path, pytest.fail), pytest.raises(ConfigError, match="another process"):
+        with sole_writer(tmp_path, pytest.fail):
+            pass
 
 
 def test_the_lock_goes_with_the_block(tmp_path: Path) -> None:
