@@ -117,13 +117,15 @@ def run_all(todo: Sequence[Part], seconds: float, records: Path) -> int:
 
 
 @contextlib.contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends what is inside as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT, ignored or not until now as in a shell's background, raise KeyboardInterrupt inside."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _written(folder: Path) -> dict[Path, int]:
@@ -143,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks.gpu: no GPU here (--allow-cpu tries it all small)", file=sys.stderr)
         return 2
     records = TRIAL if cpu else record.RECORDS
-    with stopped_by_sigterm():
+    with stopped_by_signals():
         return min(run_all(parts(arguments.minutes, cpu), 60 * arguments.minutes, records), 1)
 
 

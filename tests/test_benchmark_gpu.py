@@ -25,7 +25,11 @@ sys.exit(gpu.main(["--allow-cpu"]))
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_early_it_names_the_records_and_leaves_no_process(signum, environment, tmp_path):
     command = [sys.executable, "-c", HANGING, str(tmp_path)]
-    process = subprocess.Popen(command, env=environment, cwd=record.ROOT, stdout=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what is to run in its background
+    try:
+        process = subprocess.Popen(command, env=environment, cwd=record.ROOT, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout
     pid = next(line for line in process.stdout if line.startswith("part ")).split()[1]
     process.send_signal(signum)

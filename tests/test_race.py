@@ -213,7 +213,8 @@ def test_largest_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"seconds": -1.0}, {"kernel_seconds": float("nan")}], ids=str)
-def test_options_of_the_benchmarks(wrong):
+def test_options_of_the_benchmarks(wrong, monkeypatch):
+    monkeypatch.setattr(conftest.signal, "signal", lambda *_: None)
     options = {"batch": 32, "seconds": 1.0, "kernel_seconds": 1.0, "record": False}
     conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(**options), stash={}))
     with pytest.raises(pytest.UsageError, match="--" + next(iter(wrong)).replace("_", "-")):
