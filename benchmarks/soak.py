@@ -41,7 +41,8 @@ def main(command: Sequence[str] = COMMAND, folder: Path | None = None) -> int:
     with tempfile.TemporaryDirectory() as place:
         report = Path(place) / "junit.xml"
         environment = os.environ | {"SOFLOW_SOAK": "1", "PYTHONPATH": paths.rstrip(os.pathsep)}
-        code = subprocess.run([*command, f"--junitxml={report}"], cwd=record.ROOT, env=environment).returncode
+        told = [f"--junitxml={report}", "-o", "junit_family=xunit1"]  # the one that has what tests measured
+        code = subprocess.run([*command, *told], cwd=record.ROOT, env=environment).returncode
         if not report.exists():
             print(f"benchmarks.soak: pytest left no report (exit code {code})", file=sys.stderr)
             return 2

@@ -24,7 +24,7 @@ def test_absent():
 def test_files_are_counted_and_what_they_measured_is_kept(tmp_path, capsys):
     (tmp_path / "test_one.py").write_text(TESTS)
     (tmp_path / "test_two.py").write_text("def test_good():\n    pass\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(tmp_path)]
     assert soak.main(command, tmp_path) == 1
     run = record.newest(tmp_path, "soak")
     assert run is not None and "recorded: " in capsys.readouterr().out
