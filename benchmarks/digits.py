@@ -38,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0], metavar="N")
     seeds = parser.parse(argv).seeds
     command.distinct("--seeds", seeds)
-    typed, begun, rows = record.command("benchmarks.digits", argv), record.begin(), []
+    kept, rows = record.Growing("digits", argv), []
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
             rows.append(run(seed, Path(folder)))
-            record.write(rows, typed, benchmark="digits", begun=begun, finished=False)
-    print(f"recorded: {record.shown(record.write(rows, typed, benchmark='digits', begun=begun))}")
+            kept.keep(rows)
+    kept.finish(rows)
 
 
 if __name__ == "__main__":

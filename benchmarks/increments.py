@@ -89,14 +89,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = "about how long to time each network (40)"
     parser.add_argument("--seconds", type=command.seconds, default=40.0, help=about)
     seconds = parser.parse(argv).seconds
-    typed, begun, rows = record.command("benchmarks.increments", argv), record.begin(), []
+    kept, rows = record.Growing("increments", argv), []
     for case in cases():
         rows += measure(case, seconds)
         for row in rows[-len(WAYS) - 2 :]:
             print(f"{row['case']}: {row['way']}: {figures(row)['median_ms']:.1f} ms", flush=True)
-        record.write(rows, typed, benchmark="increments", begun=begun, finished=False)
-    path = record.write(rows, typed, benchmark="increments", begun=begun)
-    print(f"recorded: {record.shown(path)}")
+        kept.keep(rows)
+    kept.finish(rows)
 
 
 if __name__ == "__main__":

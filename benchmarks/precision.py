@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse(argv)
     for name in ("seeds", "r_end", "recipes"):
         command.distinct(f"--{name.replace('_', '-')}", getattr(options, name))
-    typed, begun = record.command("benchmarks.precision", argv), record.begin()
+    kept = record.Growing("precision", argv)
     jobs = [(name, r, seed) for seed in options.seeds for r in options.r_end for name in options.recipes]
     with command.workers(options.workers) as pool:
         table = pool.submit(errors, options.seeds[0], options.steps)
@@ -145,9 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = run.result()
             rows.append(row)
             print({k: row[k] for k in ("recipe", "r_end", "seed", "seconds")}, row["nfe"].get(1), flush=True)
-            record.write(rows, typed, benchmark="precision", begun=begun, finished=False)
-    path = record.write(rows, typed, benchmark="precision", begun=begun)
-    print(f"recorded: {record.shown(path)}")
+            kept.keep(rows)
+    kept.finish(rows)
 
 
 if __name__ == "__main__":

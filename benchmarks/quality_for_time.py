@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
     options = parser.parse(argv)
     command.distinct("--seeds", options.seeds)
-    typed, begun = record.command("benchmarks.quality_for_time", argv), record.begin()
+    kept = record.Growing("quality-for-time", argv)
     every = options.every or max(1, options.steps // 8)
     # Seed by seed, so that runs that are compared go at about the same time.
     jobs = [(method, seed) for seed in options.seeds for method in METHODS]
@@ -78,13 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for training in pending:
             result = training.result()
             rows.append(result)
-            record.write(rows, typed, benchmark="quality-for-time", begun=begun, finished=False)
+            kept.keep(rows)
             last = result["points"][-1]
             print(
                 f"{result['method']}, seed {result['seed']}: {last['seconds']:.0f} s, {last['frechet']:.1f}", flush=True
             )
-    path = record.write(rows, typed, benchmark="quality-for-time", begun=begun)
-    print(f"recorded: {record.shown(path)}")
+    kept.finish(rows)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,25 @@ def write(
     return path
 
 
+class Growing:
+    """The record of one of our commands, "benchmarks.<benchmark>", written as it comes.
+
+    Made before anything is measured; `begin` says what that raises. arguments: as typed, None: those of this process.
+    """
+
+    def __init__(self, benchmark: str, arguments: Sequence[str] | None = None) -> None:
+        self._benchmark, self._begun = benchmark, begin()
+        self._command = command(f"benchmarks.{benchmark.replace('-', '_')}", arguments)
+
+    def keep(self, rows: list[dict]) -> None:
+        """Write what there is so far, as unfinished."""
+        write(rows, self._command, benchmark=self._benchmark, begun=self._begun, finished=False)
+
+    def finish(self, rows: list[dict]) -> None:
+        """Write the whole record and say where it is."""
+        print(f"recorded: {shown(write(rows, self._command, benchmark=self._benchmark, begun=self._begun))}")
+
+
 def replace(path: Path, content: bytes) -> Path:
     """Write a file, whole or not at all, whatever interrupts it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -89,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = "begin no size after so many seconds; record those that there are"
     parser.add_argument("--within", type=command.seconds, help=about)
     arguments = parser.parse(argv)
-    typed = record.command("benchmarks.sampling", argv)
-    begun, began = record.begin(), time.monotonic()
+    kept, began = record.Growing("sampling", argv), time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict] = []
     for case in cases():
@@ -102,9 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(row)
                 figure = row["why_not"] or f"{figures(row)['median_ms']:.2f} ms"
                 print(f"{row['case']}, batch {batch}: {row['way']}: {figure}", flush=True)
-            record.write(rows, typed, benchmark="sampling", begun=begun, finished=False)
-    path = record.write(rows, typed, benchmark="sampling", begun=begun)
-    print(f"recorded: {record.shown(path)}")
+            kept.keep(rows)
+    kept.finish(rows)
 
 
 if __name__ == "__main__":

@@ -187,8 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = "begin no point after so many seconds; record those that there are"
     parser.add_argument("--within", type=command.seconds, help=about)
     arguments = parser.parse(argv)
-    typed = record.command("benchmarks.sweeps", argv)
-    begun, began = record.begin(), time.monotonic()
+    kept, began = record.Growing("sweeps", argv), time.monotonic()
     points, checked = sweep().points(), set()
     rows: list[dict] = []
     found: list[dict]
@@ -209,9 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             peak = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:.0f} MiB"
             figure = row["why_not"] or f"{quartiles(row['seconds'], 1e-3)} ms{peak}"
             print(f"{point.axis} {point.value}: {row['recipe']}: {figure}", flush=True)
-        record.write(rows, typed, benchmark="sweeps", begun=begun, finished=False)
-    path = record.write(rows, typed, benchmark="sweeps", begun=begun)
-    print(f"recorded: {record.shown(path)}")
+        kept.keep(rows)
+    kept.finish(rows)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from soflow_fast import DiT, SolutionFlow, TrainState, checkpoint, load, preset, saver, train_step
+from soflow_fast import DiT, SolutionFlow, TrainState, checkpoint, load, saver
 from soflow_fast.config import Config, to_json
 from soflow_fast.errors import CheckpointError
+from tests.states import FIELDS, advance, build, save_two
 
-FIELDS: dict[str, Any] = {
-    "model.hidden_size": 16,
-    "model.depth": 1,
-    "model.num_heads": 2,
-    "batch_size": 4,
-    "steps": 20,
-    "device": "cpu",
-}
 FILES = {
     "config.json",
     "state.json",
@@ -36,18 +29,6 @@ FILES = {
     "optimizer.safetensors",
     "manifest.json",
 }
-
-
-def build(**changes: Any) -> TrainState:
-    return TrainState.build(preset("digits", **{**FIELDS, **changes}))
-
-
-def advance(state: TrainState, steps: int) -> TrainState:
-    """Some updates on data that depends on the step alone."""
-    for _ in range(steps):
-        source = torch.Generator().manual_seed(state.step)
-        train_step(state, torch.rand(4, 1, 8, 8, generator=source) * 2 - 1, torch.arange(4))
-    return state
 
 
 def content(state: TrainState) -> dict[str, torch.Tensor]:
@@ -68,11 +49,7 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with checkpoints of steps 1 and 2; to be copied, not changed."""
-    folder = tmp_path_factory.mktemp("saved") / "run"
-    state = build()
-    for _ in range(2):
-        checkpoint.save(folder, advance(state, 1))
-    return folder
+    return save_two(tmp_path_factory.mktemp("saved") / "run")
 
 
 @pytest.fixture

@@ -12,30 +12,10 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
-from soflow_fast import TrainState, checkpoint, load, preset, train_step
+from soflow_fast import TrainState, checkpoint, load
 from soflow_fast.errors import CheckpointError
 from soflow_fast.saver import Saver
-
-FIELDS: dict[str, Any] = {
-    "model.hidden_size": 16,
-    "model.depth": 1,
-    "model.num_heads": 2,
-    "batch_size": 4,
-    "steps": 20,
-    "device": "cpu",
-}
-
-
-def build(**changes: Any) -> TrainState:
-    return TrainState.build(preset("digits", **{**FIELDS, **changes}))
-
-
-def advance(state: TrainState, steps: int) -> TrainState:
-    """Some updates on data that depends on the step alone."""
-    for _ in range(steps):
-        source = torch.Generator().manual_seed(state.step)
-        train_step(state, torch.rand(4, 1, 8, 8, generator=source) * 2 - 1, torch.arange(4))
-    return state
+from tests.states import advance, build, save_two
 
 
 def assert_equal(a: TrainState, b: TrainState) -> None:
@@ -49,11 +29,7 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with checkpoints of steps 1 and 2; to be copied, not changed."""
-    folder = tmp_path_factory.mktemp("saved") / "run"
-    state = build()
-    for _ in range(2):
-        checkpoint.save(folder, advance(state, 1))
-    return folder
+    return save_two(tmp_path_factory.mktemp("saved") / "run")
 
 
 @pytest.fixture
