@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.ceilings import synchronize
 from benchmarks.recipes import plain_operations
-from soflow_fast.attention import flop_counter
-from soflow_fast.state import TrainState
+from soflow_fast.models.attention import flop_counter
+from soflow_fast.training.state import TrainState
 
 
 @contextlib.contextmanager

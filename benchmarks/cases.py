@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gates import random_batch
-from soflow_fast.config import Config, DataConfig, DiTConfig, RunConfig
+from soflow_fast.config.presets import preset
+from soflow_fast.config.schema import Config, DataConfig, DiTConfig, RunConfig
 from soflow_fast.data import open_source
-from soflow_fast.presets import preset
-from soflow_fast.state import build_flow
+from soflow_fast.training.state import build_flow
 
 
 class Case(NamedTuple):

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from soflow_fast import errors
-from soflow_fast.cli import Parser
-from soflow_fast.quotient import products
-from soflow_fast.state import resolve_device
+from soflow_fast.commands.parser import Parser
+from soflow_fast.training.consistency_target import products
+from soflow_fast.training.state import resolve_device
 
 SIDE = {"cuda": 8192, "cpu": 2048}
 """Of the square matrices that are multiplied."""

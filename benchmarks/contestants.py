@@ -7,8 +7,8 @@ from benchmarks.baselines.authors import AUTHORS, COMPILED
 from benchmarks.baselines.meanflow import Derivative, Settings, jvp
 from benchmarks.baselines.meanflow_gate import DERIVATIVE_TOLERANCE, TF32_TOLERANCE, check
 from benchmarks.recipes import OURS, VARIANTS, Recipe, why_no_compiler
-from soflow_fast.config import Config
-from soflow_fast.state import resolve_device
+from soflow_fast.config.schema import Config
+from soflow_fast.training.state import resolve_device
 
 PUBLISHED = Settings()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import command, record
 from soflow_fast import errors
-from soflow_fast.cli import Parser
+from soflow_fast.commands.parser import Parser
 from soflow_fast.errors import UserError
 
 

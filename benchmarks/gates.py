@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.recipes import OURS, Recipe, build, plain_operations
-from soflow_fast import quotient, step
-from soflow_fast.config import Config, override
+from soflow_fast.config.schema import Config, override
 from soflow_fast.flow import SolutionFlow
 from soflow_fast.objective import with_null
 from soflow_fast.rng import generator
-from soflow_fast.state import TrainState, resolve_device, resolve_precision
+from soflow_fast.training import consistency_target as quotient
+from soflow_fast.training import step
+from soflow_fast.training.state import TrainState, resolve_device, resolve_precision
 
 LOSS_TOLERANCE = 2e-4
 GRADIENT_TOLERANCE = 5e-4

@@ -18,10 +18,10 @@ from benchmarks.gates import check_precision
 from benchmarks.race import figures, synchronize
 from benchmarks.recipes import OURS, build
 from soflow_fast import errors, paired_forward
-from soflow_fast.cli import Parser
-from soflow_fast.quotient import Quotient, products
-from soflow_fast.state import TrainState
-from soflow_fast.step import train_step
+from soflow_fast.commands.parser import Parser
+from soflow_fast.training.consistency_target import Quotient, products
+from soflow_fast.training.state import TrainState
+from soflow_fast.training.step import train_step
 
 INCREMENTS = Quotient("increments", "bf16", "student")
 

@@ -21,7 +21,7 @@ from benchmarks.bandwidth import Stopwatch
 from benchmarks.gates import RedGate, relative
 from benchmarks.operations import Inputs, Operation, Sizes
 from soflow_fast import errors
-from soflow_fast.quotient import products
+from soflow_fast.training.consistency_target import products
 from soflow_kernels import testing
 
 OURS, EAGER, COMPILED = "soflow_kernels", "eager PyTorch", "torch.compile"

@@ -15,15 +15,15 @@ import torch
 
 from benchmarks import command, record
 from soflow_fast import errors as outcome
-from soflow_fast.cli import Parser
-from soflow_fast.config import Config
+from soflow_fast.commands.parser import Parser
+from soflow_fast.config.presets import preset
+from soflow_fast.config.schema import Config
 from soflow_fast.data import open_source
 from soflow_fast.evaluation import measure_digits
 from soflow_fast.flow import per_sample
-from soflow_fast.presets import preset
-from soflow_fast.quotient import Ends, Quotient, value_and_increment
-from soflow_fast.state import TrainState
-from soflow_fast.step import train_step
+from soflow_fast.training.consistency_target import Ends, Quotient, value_and_increment
+from soflow_fast.training.state import TrainState
+from soflow_fast.training.step import train_step
 
 ERROR_R = (0.1, 0.01, 0.002, 0.0003)
 WAYS = {

@@ -20,11 +20,11 @@ from benchmarks.baselines import meanflow
 from benchmarks.contestants import DIFFERENCE, on_a_quarter
 from benchmarks.recipes import OURS, Recipe
 from soflow_fast import errors
-from soflow_fast.cli import Parser
-from soflow_fast.config import Config
+from soflow_fast.commands.parser import Parser
+from soflow_fast.config.presets import preset
+from soflow_fast.config.schema import Config
 from soflow_fast.data import open_source
 from soflow_fast.evaluation import measure_digits
-from soflow_fast.presets import preset
 
 SAMPLES = 4000
 METHODS: dict[str, Recipe] = {

@@ -13,8 +13,8 @@ from benchmarks import account, ceilings, gates
 from benchmarks.cases import Case
 from benchmarks.ceilings import synchronize
 from benchmarks.recipes import OURS, Recipe, build
-from soflow_fast.config import Config
-from soflow_fast.state import resolve_device
+from soflow_fast.config.schema import Config
+from soflow_fast.training.state import resolve_device
 
 __all__ = ["OURS", "Race", "Row", "figures", "largest", "speed_ups", "synchronize"]
 

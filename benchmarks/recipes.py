@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import fused
-from soflow_fast import float8
-from soflow_fast.config import Config, override
+from soflow_fast.config.schema import Config, override
 from soflow_fast.errors import ConfigError
-from soflow_fast.model import DiT, DiTConfig
+from soflow_fast.models import float8
+from soflow_fast.models.dit import DiT, DiTConfig
 from soflow_fast.objective import Objective
 from soflow_fast.rng import generator
-from soflow_fast.state import TrainState, resolve_device, resolve_precision
-from soflow_fast.step import train_step
+from soflow_fast.training.state import TrainState, resolve_device, resolve_precision
+from soflow_fast.training.step import train_step
 from soflow_kernels import testing
 
 

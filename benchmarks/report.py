@@ -15,7 +15,7 @@ from benchmarks.compare import compare, find
 from benchmarks.race import figures, speed_ups
 from benchmarks.tables import kernel_table, markdown, number, quartiles, sweep_base, sweep_table
 from soflow_fast import errors
-from soflow_fast.cli import Parser
+from soflow_fast.commands.parser import Parser
 from soflow_fast.errors import UserError
 
 HEAD = (

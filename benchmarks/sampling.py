@@ -17,9 +17,9 @@ from benchmarks.cases import Case, cases
 from benchmarks.race import figures, release, synchronize
 from benchmarks.recipes import OURS, build
 from soflow_fast import errors
-from soflow_fast.cli import Parser
+from soflow_fast.commands.parser import Parser
 from soflow_fast.one_step import OneStep
-from soflow_fast.state import resolve_device
+from soflow_fast.training.state import resolve_device
 
 LARGE = {"cuda": 256, "cpu": 64}
 WARM = 6

@@ -22,8 +22,8 @@ from benchmarks.race import synchronize
 from benchmarks.recipes import OURS, Recipe, build
 from benchmarks.tables import quartiles
 from soflow_fast import errors
-from soflow_fast.cli import Parser
-from soflow_fast.config import Config, DataConfig, DiTConfig, RunConfig, override
+from soflow_fast.commands.parser import Parser
+from soflow_fast.config.schema import Config, DataConfig, DiTConfig, RunConfig, override
 
 RECIPES = (OURS, AUTHORS)
 WARM_UP = 2

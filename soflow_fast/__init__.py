@@ -6,38 +6,38 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .checkpoint import export, load
-    from .config import Config, DiTConfig, ObjectiveConfig
+    from .config.presets import preset
+    from .config.schema import Config, DiTConfig, ObjectiveConfig
     from .flow import SolutionFlow
-    from .increments import paired_forward
-    from .model import DiT
+    from .models.dit import DiT
+    from .models.official import load_official
+    from .models.paired_forward import paired_forward
     from .objective import LossTerm, Objective
-    from .official import load_official
     from .one_step import OneStep
-    from .presets import preset
     from .rng import generator
+    from .runs.checkpoint import export, load
     from .sampling import sample
-    from .state import TrainState
-    from .step import train_step
+    from .training.state import TrainState
+    from .training.step import train_step
 
 _HOMES = {
-    "Config": "config",
-    "DiT": "model",
-    "DiTConfig": "config",
+    "Config": "config.schema",
+    "DiT": "models.dit",
+    "DiTConfig": "config.schema",
     "LossTerm": "objective",
     "Objective": "objective",
-    "ObjectiveConfig": "config",
+    "ObjectiveConfig": "config.schema",
     "OneStep": "one_step",
     "SolutionFlow": "flow",
-    "TrainState": "state",
-    "export": "checkpoint",
+    "TrainState": "training.state",
+    "export": "runs.checkpoint",
     "generator": "rng",
-    "load": "checkpoint",
-    "load_official": "official",
-    "paired_forward": "increments",
-    "preset": "presets",
+    "load": "runs.checkpoint",
+    "load_official": "models.official",
+    "paired_forward": "models.paired_forward",
+    "preset": "config.presets",
     "sample": "sampling",
-    "train_step": "step",
+    "train_step": "training.step",
 }
 
 __all__ = [

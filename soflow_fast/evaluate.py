@@ -9,7 +9,7 @@ import json
 import sys
 
 from . import errors
-from .cli import MOST_CALLS, MOST_SEED, Parser, whole_number
+from .commands.parser import MOST_CALLS, MOST_SEED, Parser, whole_number
 from .errors import ConfigError, enough_memory
 
 MOST = 10**6
@@ -34,9 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     n, seed = whole_number("--n", values.n, 100, MOST), whole_number("--seed", values.seed, 0, MOST_SEED)
     calls = dict.fromkeys(whole_number("--nfe", part.strip(), 1, MOST_CALLS) for part in values.nfe.split(","))
 
-    from .checkpoint import load_with_config
     from .evaluation import describe, measure_digits
-    from .state import resolve_device
+    from .runs.checkpoint import load_with_config
+    from .training.state import resolve_device
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer, or on another --device"):
         flow, config = load_with_config(values.run, resolve_device(values.device))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from soflow_kernels import path_point
 
-from .config import FlowConfig
-from .validation import validate_flow
+from .config.schema import FlowConfig
+from .config.validation import validate_flow
 
 HALF_PI = math.pi / 2
 

@@ -15,9 +15,9 @@ from soflow_kernels import consistency_loss, euler_lookahead, flow_matching_loss
 from soflow_kernels.consistency import quotient
 from soflow_kernels.lookahead import Lookahead, guidance_decay
 
-from .config import ObjectiveConfig
+from .config.schema import ObjectiveConfig
+from .config.validation import validate_objective
 from .flow import SolutionFlow
-from .validation import validate_objective
 
 TIME_GAP = 1e-4
 """The least distance kept between t, l and s."""

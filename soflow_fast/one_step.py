@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from .capture import Captured
 from .errors import ConfigError
 from .flow import SolutionFlow
-from .quotient import products
-from .state import resolve_precision
+from .training.consistency_target import products
+from .training.cuda_graph import Captured
+from .training.state import resolve_precision
 
 
 class OneStep:

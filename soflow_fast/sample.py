@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import errors
-from .cli import MOST_CALLS, MOST_SEED, Parser, user_value, whole_number
+from .commands.parser import MOST_CALLS, MOST_SEED, Parser, user_value, whole_number
 from .errors import ConfigError, Diverged, StorageError, enough_memory, storage_error
 
 MOST = 10**7
@@ -47,9 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
 
-    from . import sampling, telemetry
-    from .checkpoint import load_with_config
-    from .state import resolve_device
+    from . import sampling
+    from .runs import telemetry
+    from .runs.checkpoint import load_with_config
+    from .training.state import resolve_device
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer at a time, or on another --device"):
         flow, config = load_with_config(values.run, resolve_device(values.device))

@@ -21,11 +21,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from . import errors
-from .cli import Parser, configure
-from .config import SHORT_NAMES, Config, from_json
+from .commands.parser import Parser, configure
+from .config.presets import PRESETS, preset
+from .config.schema import SHORT_NAMES, Config, from_json
 from .errors import ConfigError
 from .files import TEXT, read_file
-from .presets import PRESETS, preset
 
 
 def parser() -> Parser:
@@ -119,15 +119,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError and Interrupted."""
     config, dry_run, env = configuration(arguments)
     if env:
-        from .environment import report
+        from .commands.environment import report
 
         print(report(config.run.device))
     elif dry_run:
-        from .dry_run import dry_run as try_out
+        from .commands.dry_run import dry_run as try_out
 
         print(try_out(config))
     else:
-        from .trainer import train
+        from .runs.trainer import train
 
         train(config)
 

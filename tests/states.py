@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from soflow_fast import TrainState, checkpoint, preset, train_step
+from soflow_fast import TrainState, preset, train_step
+from soflow_fast.runs import checkpoint
 
 FIELDS: dict[str, Any] = {
     "model.hidden_size": 16,

@@ -18,16 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"soflow_fast": ROOT / "soflow_fast", "soflow_kernels": ROOT / "kernels" / "soflow_kernels"}
 MAX_LINES = 450
 
-LEAVES = {"soflow_fast.errors", "soflow_fast.rng", "soflow_fast.config"}
-MODELS = {"soflow_fast.model", "soflow_fast.policy", "soflow_fast.unet", "soflow_fast.increments"}
+LEAVES = {"soflow_fast.errors", "soflow_fast.rng", "soflow_fast.config.schema"}
+MODELS = {"soflow_fast.models", "soflow_fast.policy"}
 COMMAND_LINES = {f"soflow_fast.{name}" for name in ("train", "sample", "evaluate", "encode")}
 SERIALISERS = {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}
 CLOCKS = {
-    "time": {"soflow_fast.trainer"},
-    "timeit": {"soflow_fast.trainer"},
-    "datetime": {"soflow_fast.trainer"},
+    "time": {"soflow_fast.runs.trainer"},
+    "timeit": {"soflow_fast.runs.trainer"},
+    "datetime": {"soflow_fast.runs.trainer"},
     # errors.run turns a SIGTERM that comes before the trainer is there into exit code 143.
-    "signal": {"soflow_fast.trainer", "soflow_fast.errors"},
+    "signal": {"soflow_fast.runs.trainer", "soflow_fast.errors"},
 }
 GENERATORS = {
     "torch.Generator",
@@ -171,7 +171,7 @@ def rng_alone_makes_generators(source: Source) -> list[str]:
 
 
 def checkpoint_alone_writes_checkpoints(source: Source) -> list[str]:
-    return [] if source.module == "soflow_fast.checkpoint" else calls_of(source, WRITERS)
+    return [] if source.module == "soflow_fast.runs.checkpoint" else calls_of(source, WRITERS)
 
 
 def errors_alone_exits(source: Source) -> list[str]:
@@ -222,19 +222,22 @@ CASES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [
             ("soflow_fast.errors", "from .config import Config"),
             ("soflow_fast.rng", "from soflow_fast import config"),
-            ("soflow_fast.config", "def f():\n    import soflow_kernels.gelu"),
-            ("soflow_fast.config", "import importlib\nimportlib.import_module('.errors', __package__)"),
+            ("soflow_fast.config.schema", "def f():\n    import soflow_kernels.gelu"),
+            ("soflow_fast.config.schema", "import importlib\nimportlib.import_module('.errors', __package__)"),
         ],
-        [("soflow_fast.config", "import json"), ("soflow_fast.flow", "from .config import FlowConfig")],
+        [("soflow_fast.config.schema", "import json"), ("soflow_fast.flow", "from .config import FlowConfig")],
     ),
     objective_imports_no_model: (
         [
-            ("soflow_fast.objective", "from .model import DiT"),
-            ("soflow_fast.objective", "from . import policy"),
-            ("soflow_fast.objective", "def f():\n    from soflow_fast.unet import UNet"),
-            ("soflow_fast.objective", "import soflow_fast.increments as i"),
+            ("soflow_fast.objective", "from .models.dit import DiT"),
+            ("soflow_fast.objective", "from . import models"),
+            ("soflow_fast.objective", "def f():\n    from soflow_fast.models.unet import UNet"),
+            ("soflow_fast.objective", "import soflow_fast.models.paired_forward as i"),
         ],
-        [("soflow_fast.objective", "from .flow import SolutionFlow"), ("soflow_fast.state", "from .model import DiT")],
+        [
+            ("soflow_fast.objective", "from .flow import SolutionFlow"),
+            ("soflow_fast.training.state", "from .models.dit import DiT"),
+        ],
     ),
     kernels_import_torch_and_triton_only: (
         [
@@ -250,7 +253,7 @@ CASES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     ),
     nobody_imports_a_command_line: (
         [
-            ("soflow_fast.trainer", "from .train import main"),
+            ("soflow_fast.runs.trainer", "from ..train import main"),
             ("soflow_fast.pipeline", "from . import sample"),
             ("soflow_fast.pipeline", "from soflow_fast import sample"),
             ("soflow_fast.data.encoder", "from ..encode import main"),
@@ -261,38 +264,38 @@ CASES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     ),
     trainer_alone_reads_clocks_and_signals: (
         [
-            ("soflow_fast.telemetry", "import time"),
-            ("soflow_fast.checkpoint", "from datetime import datetime"),
+            ("soflow_fast.runs.telemetry", "import time"),
+            ("soflow_fast.runs.checkpoint", "from datetime import datetime"),
             ("soflow_fast.sampling", "def f():\n    from time import monotonic as now"),
             ("soflow_fast.train", "import signal"),
             ("soflow_fast.errors", "import time"),
         ],
-        [("soflow_fast.trainer", "import signal, time"), ("soflow_fast.errors", "import signal")],
+        [("soflow_fast.runs.trainer", "import signal, time"), ("soflow_fast.errors", "import signal")],
     ),
     rng_alone_makes_generators: (
         [
-            ("soflow_fast.step", "import torch\ng = torch.Generator('cpu')"),
-            ("soflow_fast.step", "from torch import Generator as G\ng = G()"),
-            ("soflow_fast.state", "import torch as t\nt.manual_seed(0)"),
-            ("soflow_fast.state", "import torch\ntorch.cuda.manual_seed_all(0)"),
-            ("soflow_fast.state", "def f(source):\n    source.manual_seed(0)"),
+            ("soflow_fast.training.step", "import torch\ng = torch.Generator('cpu')"),
+            ("soflow_fast.training.step", "from torch import Generator as G\ng = G()"),
+            ("soflow_fast.training.state", "import torch as t\nt.manual_seed(0)"),
+            ("soflow_fast.training.state", "import torch\ntorch.cuda.manual_seed_all(0)"),
+            ("soflow_fast.training.state", "def f(source):\n    source.manual_seed(0)"),
             ("soflow_fast.data.images", "import numpy as np\nr = np.random.default_rng(0)"),
         ],
         [
             ("soflow_fast.rng", "import torch\ng = torch.Generator().manual_seed(0)"),
-            ("soflow_fast.step", "import torch\ndef f(g: torch.Generator): ..."),
+            ("soflow_fast.training.step", "import torch\ndef f(g: torch.Generator): ..."),
         ],
     ),
     checkpoint_alone_writes_checkpoints: (
         [
-            ("soflow_fast.trainer", "import torch\ntorch.save({}, 'x')"),
-            ("soflow_fast.official", "from safetensors.torch import save_file as write\nwrite({}, 'x')"),
-            ("soflow_fast.state", "import safetensors.torch as st\nst.save_model(None, 'x')"),
-            ("soflow_fast.state", "import torch.distributed.checkpoint as dcp\ndcp.save({})"),
+            ("soflow_fast.runs.trainer", "import torch\ntorch.save({}, 'x')"),
+            ("soflow_fast.models.official", "from safetensors.torch import save_file as write\nwrite({}, 'x')"),
+            ("soflow_fast.training.state", "import safetensors.torch as st\nst.save_model(None, 'x')"),
+            ("soflow_fast.training.state", "import torch.distributed.checkpoint as dcp\ndcp.save({})"),
         ],
         [
-            ("soflow_fast.checkpoint", "from safetensors.torch import save_file\nsave_file({}, 'x')"),
-            ("soflow_fast.telemetry", "image.save('grid.png')"),
+            ("soflow_fast.runs.checkpoint", "from safetensors.torch import save_file\nsave_file({}, 'x')"),
+            ("soflow_fast.runs.telemetry", "image.save('grid.png')"),
         ],
     ),
     errors_alone_exits: (
@@ -301,8 +304,8 @@ CASES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("soflow_fast.train", "from sys import exit as leave\nleave(2)"),
             ("soflow_fast.train", "exit(2)"),
             ("soflow_fast.train", "import os\nos._exit(2)"),
-            ("soflow_fast.cli", "def f():\n    raise SystemExit(2)"),
-            ("soflow_fast.cli", "raise SystemExit"),
+            ("soflow_fast.commands.parser", "def f():\n    raise SystemExit(2)"),
+            ("soflow_fast.commands.parser", "raise SystemExit"),
         ],
         [
             ("soflow_fast.errors", "import sys\nsys.exit(2)"),
@@ -311,24 +314,24 @@ CASES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     ),
     no_code_from_data: (
         [
-            ("soflow_fast.config", "eval('1')"),
-            ("soflow_fast.config", "exec('x = 1')"),
-            ("soflow_fast.official", "import pickle"),
-            ("soflow_fast.official", "def f():\n    from pickle import loads"),
+            ("soflow_fast.config.schema", "eval('1')"),
+            ("soflow_fast.config.schema", "exec('x = 1')"),
+            ("soflow_fast.models.official", "import pickle"),
+            ("soflow_fast.models.official", "def f():\n    from pickle import loads"),
             ("soflow_fast.data.latents", "import numpy as np\nnp.load('x', allow_pickle=True)"),
         ],
         [
-            ("soflow_fast.checkpoint", "network.eval()"),
+            ("soflow_fast.runs.checkpoint", "network.eval()"),
             ("soflow_fast.data.latents", "np.load('x', allow_pickle=False)"),
         ],
     ),
     torch_load_takes_weights_only: (
         [
-            ("soflow_fast.official", "import torch\ntorch.load('x')"),
-            ("soflow_fast.official", "from torch import load\nload('x', weights_only=False)"),
-            ("soflow_fast.official", "import torch\ntorch.load('x', weights_only=flag)"),
+            ("soflow_fast.models.official", "import torch\ntorch.load('x')"),
+            ("soflow_fast.models.official", "from torch import load\nload('x', weights_only=False)"),
+            ("soflow_fast.models.official", "import torch\ntorch.load('x', weights_only=flag)"),
         ],
-        [("soflow_fast.official", "import torch\ntorch.load('x', weights_only=True)")],
+        [("soflow_fast.models.official", "import torch\ntorch.load('x', weights_only=True)")],
     ),
     no_utils: ([("soflow_fast.utils", ""), ("soflow_fast.data.utils", "")], [("soflow_fast.flow", "")]),
     files_stay_short: (
@@ -373,11 +376,11 @@ def test_rule_accepts_good_source(rule: Rule, module: str, text: str):
 
 
 def test_relative_imports_of_a_package_start_at_itself():
-    text = "from .source import Source\nfrom ..config import Config"
+    text = "from .source import Source\nfrom ..config.schema import Config"
     seen = [names for _, names in Source("soflow_fast.data", text, is_package=True).imports]
     assert seen == [
         ("soflow_fast.data.source", "soflow_fast.data.source.Source"),
-        ("soflow_fast.config", "soflow_fast.config.Config"),
+        ("soflow_fast.config.schema", "soflow_fast.config.schema.Config"),
     ]
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from test_products import network
 
-from soflow_fast import capture, sample
+from soflow_fast import sample
 from soflow_fast.errors import ConfigError
 from soflow_fast.flow import SolutionFlow
 from soflow_fast.one_step import OneStep
+from soflow_fast.training import cuda_graph as capture
+from tests.networks import network
 
 pytestmark = [  # torch's own, while it compiles
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),

@@ -29,11 +29,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.baselines import fused
 from benchmarks.recipes import Recipe, plain_operations, why_no_compiler
-from soflow_fast.config import Config
+from soflow_fast.config.schema import Config
 from soflow_fast.objective import Objective
-from soflow_fast.quotient import products
-from soflow_fast.state import TrainState, resolve_device
-from soflow_fast.step import draw, ema_decay, learning_rate
+from soflow_fast.training.consistency_target import products
+from soflow_fast.training.state import TrainState, resolve_device
+from soflow_fast.training.step import draw, ema_decay, learning_rate
 
 
 def build(config: Config) -> TrainState:

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from soflow_fast.low_precision import operands
-from soflow_fast.model import FREQUENCIES, MAX_PERIOD, DiT, Tape, TimeEmbedder
-from soflow_fast.products import EPS
+from soflow_fast.models.dit import FREQUENCIES, MAX_PERIOD, DiT, Tape, TimeEmbedder
+from soflow_fast.models.fused_layers import EPS
+from soflow_fast.models.low_precision import operands
 
 FLASH_HEADS = (16, 32, 64, 128, 256)
 """The head dimensions of jvp_flash_attention; others are filled up with zeros."""

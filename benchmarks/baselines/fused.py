@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soflow_fast.config import Config
-from soflow_fast.model import DiT
-from soflow_fast.state import TrainState
-from soflow_fast.step import ema_decay, learning_rate
+from soflow_fast.config.schema import Config
+from soflow_fast.models.dit import DiT
+from soflow_fast.training.state import TrainState
+from soflow_fast.training.step import ema_decay, learning_rate
 
 MIX_ORDER = "triton.mix_order_reduction"
 """An option of Inductor that torch 2.10 to 2.13 have."""

@@ -38,14 +38,14 @@ from torch import Tensor
 
 from benchmarks.baselines import dual, fused
 from benchmarks.recipes import plain_operations
-from soflow_fast.config import Config
+from soflow_fast.config.schema import Config
 from soflow_fast.flow import per_sample
-from soflow_fast.model import DiT, Tape
+from soflow_fast.models.dit import DiT, Tape
 from soflow_fast.objective import Objective, with_null
-from soflow_fast.quotient import products
 from soflow_fast.rng import generator
-from soflow_fast.state import TrainState, resolve_device
-from soflow_fast.step import split
+from soflow_fast.training.consistency_target import products
+from soflow_fast.training.state import TrainState, resolve_device
+from soflow_fast.training.step import split
 
 STEP = 1e-3
 """h of the finite difference, in float32: where truncation, h/2 |d2u/dt2|, meets the forwards' rounding over h."""

@@ -37,10 +37,10 @@ from benchmarks.gates import (
     relative,
 )
 from benchmarks.recipes import Recipe, build, plain_operations
-from soflow_fast.config import Config, override
-from soflow_fast.model import DiT, Tape
-from soflow_fast.quotient import products
-from soflow_fast.state import TrainState, build_flow, resolve_device, resolve_precision
+from soflow_fast.config.schema import Config, override
+from soflow_fast.models.dit import DiT, Tape
+from soflow_fast.training.consistency_target import products
+from soflow_fast.training.state import TrainState, build_flow, resolve_device, resolve_precision
 
 DERIVATIVE_TOLERANCE = 2e-4
 """Of a float32 JVP: some hundred operations, each within 2^-23, and what cancels between them."""

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config.schema import Config
 from ..errors import DataError
 from ..rng import generator
 

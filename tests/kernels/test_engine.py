@@ -70,7 +70,7 @@ def test_every_precision_trains_on_a_gpu(precision):
 def test_float8_products_leave_their_biases_to_the_kernels(device, monkeypatch):
     """Where a kernel adds a product's bias, the product must not."""
     pytest.importorskip("torchao.float8")
-    from soflow_fast import float8
+    from soflow_fast.models import float8
 
     state = build(device)
     network = state.flow.network

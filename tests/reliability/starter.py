@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from soflow_fast import errors, train, trainer
+from soflow_fast import errors, train
+from soflow_fast.runs import trainer
 
 TENSORBOARD = ("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer")
 for heavy in ("sklearn.datasets", "sklearn.svm", "scipy.linalg", *TENSORBOARD):

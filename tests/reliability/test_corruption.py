@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from soflow_fast import checkpoint
 from soflow_fast.errors import CheckpointError
+from soflow_fast.runs import checkpoint
 
 FLIPS = 200
 
@@ -44,7 +44,7 @@ def test_the_one_before_is_used_and_named(
     newest, before = checkpoint.list_checkpoints(run_dir)
     flip(newest / "network.safetensors", 9999)
     monkeypatch.chdir(run_dir.parents[1])
-    monkeypatch.setattr("soflow_fast.trainer.EVALUATION_SAMPLES", 100)
+    monkeypatch.setattr("soflow_fast.runs.trainer.EVALUATION_SAMPLES", 100)
     arguments = {
         "sample": [run_dir, "--out", "out", "--n", "1"],
         "evaluate": [run_dir, "--n", "100"],

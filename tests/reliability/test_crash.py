@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from soflow_fast import TrainState, checkpoint, preset, train_step
+from soflow_fast import TrainState, preset, train_step
 from soflow_fast.data import open_source
 from soflow_fast.errors import CheckpointError
-from soflow_fast.saver import Saver
+from soflow_fast.runs import checkpoint
+from soflow_fast.runs.async_save import Saver
 
 INTERVAL = 4
 FLAGS = f"--steps 90000 --checkpoint-every {INTERVAL} --set=run.log_every=1 --set=run.sample_every=0".split()

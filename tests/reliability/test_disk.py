@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from soflow_fast import checkpoint, files, saver, telemetry, trainer
+from soflow_fast import files
+from soflow_fast.runs import async_save as saver
+from soflow_fast.runs import checkpoint, telemetry, trainer
 
 FLAGS = ["--steps", "20", "--checkpoint-every", "5", "--set=run.sample_every=0"]
 NUMBERS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO]

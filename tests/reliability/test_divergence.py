@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from soflow_fast import TrainState, checkpoint, preset, step, trainer
-from soflow_fast.config import Config
+from soflow_fast import TrainState, preset
+from soflow_fast.config.schema import Config
 from soflow_fast.data import open_source
 from soflow_fast.errors import CheckpointError, ConfigError, Diverged
-from soflow_fast.guard import GIVE_UP, PLACES, Guard, Seen, look
 from soflow_fast.objective import Objective
+from soflow_fast.runs import checkpoint, trainer
+from soflow_fast.training import step
+from soflow_fast.training.nonfinite import GIVE_UP, PLACES, Guard, Seen, look
 
 BAD = 7
 """The step that goes wrong, counted from 1: not one that is logged or saved."""

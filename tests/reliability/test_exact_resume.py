@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from soflow_fast import checkpoint
-from soflow_fast.config import override
+from soflow_fast.config.presets import preset
+from soflow_fast.config.schema import override
 from soflow_fast.data import open_source
-from soflow_fast.presets import preset
+from soflow_fast.runs import checkpoint
 
 # What is measured now and then, every 9 steps, is neither logged nor saved at the same steps as the rest.
 FLAGS = [*["--steps", "60", "--checkpoint-every", "7", "--teacher", "ema"], "--set=run.log_every=2"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from soflow_fast import checkpoint, trainer
 from soflow_fast.errors import Interrupted
+from soflow_fast.runs import checkpoint, trainer
 
 FLAGS = ["--steps", "1000", "--set=run.log_every=1"]
 SAID = "soflow: stopped before the first step; the same command begins where this one did\n"

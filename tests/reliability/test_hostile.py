@@ -22,9 +22,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
-from soflow_fast import checkpoint, load_official
+from soflow_fast import load_official
 from soflow_fast.data.images import load_images
 from soflow_fast.errors import CheckpointError, DataError
+from soflow_fast.runs import checkpoint
 
 
 class Hostile:

@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save as to_safetensors
 
-from soflow_fast import trainer, validation
-from soflow_fast.cli import configure
-from soflow_fast.config import SHORT_NAMES, Config, flatten, from_json, to_json
-from soflow_fast.dry_run import dry_run
+from soflow_fast.commands.dry_run import dry_run
+from soflow_fast.commands.parser import configure
+from soflow_fast.config import validation
+from soflow_fast.config.presets import preset
+from soflow_fast.config.schema import SHORT_NAMES, Config, flatten, from_json, to_json
 from soflow_fast.errors import ConfigError, UserError
-from soflow_fast.presets import preset
-from soflow_fast.state import TrainState, build_flow
-from soflow_fast.step import train_step
+from soflow_fast.runs import trainer
+from soflow_fast.training.state import TrainState, build_flow
+from soflow_fast.training.step import train_step
 
 # Content of a config.json, and what the line must name.
 CONFIGS: dict[str, tuple[bytes, str]] = {

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from soflow_fast import checkpoint, evaluate, step, trainer
+from soflow_fast import evaluate
+from soflow_fast.runs import checkpoint, trainer
+from soflow_fast.training import step
 
 ON_CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
 
@@ -26,7 +28,9 @@ def test_one_line_with_advice(refused: Any, tiny: list[str], tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(ON_CPU)])
-@pytest.mark.parametrize("where", ["soflow_fast.checkpoint.load_with_config", "soflow_fast.flow.SolutionFlow.solution"])
+@pytest.mark.parametrize(
+    "where", ["soflow_fast.runs.checkpoint.load_with_config", "soflow_fast.flow.SolutionFlow.solution"]
+)
 @pytest.mark.parametrize("module", ["sample", "evaluate"])
 def test_where_samples_are_drawn(
     module: str, where: str, error: Exception, refused: Any, run_dir: Path, tmp_path: Path, monkeypatch: Any

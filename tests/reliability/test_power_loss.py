@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from soflow_fast import telemetry
+from soflow_fast.runs import telemetry
 
 FLAGS = ["--steps", "20", "--checkpoint-every", "5", "--set=run.sample_every=0", "--set=model.num_classes=0"]
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from soflow_fast import checkpoint, errors, trainer
+from soflow_fast import errors
 from soflow_fast.errors import Interrupted
+from soflow_fast.runs import checkpoint, trainer
 
 STEPS = 400 if os.environ.get("SOFLOW_SOAK") == "1" else 120
 FLAGS = f"--steps {STEPS} --checkpoint-every 8 --set=run.log_every=1 --set=run.sample_every=50".split()

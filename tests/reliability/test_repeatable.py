@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import soflow_kernels
-from soflow_fast import TrainState, checkpoint, preset, train_step
+from soflow_fast import TrainState, preset, train_step
 from soflow_fast.data import open_source
+from soflow_fast.runs import checkpoint
 
 SMALL = {"model.hidden_size": 16, "model.depth": 2, "model.num_heads": 2, "batch_size": 16, "device": "cpu"}
 

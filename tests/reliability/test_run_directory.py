@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from soflow_fast import checkpoint, load
-from soflow_fast.config import from_json
+from soflow_fast import load
+from soflow_fast.config.schema import from_json
 from soflow_fast.errors import ConfigError
 from soflow_fast.files import LOCK, sole_writer
+from soflow_fast.runs import checkpoint
 
 FLAGS = ["--steps", "90000", "--checkpoint-every", "10", "--set=run.log_every=1", "--set=run.sample_every=0"]
 SHORT = ["--steps", "20", "--checkpoint-every", "5", "--set=run.sample_every=0"]
@@ -23,7 +24,7 @@ SHORT = ["--steps", "20", "--checkpoint-every", "5", "--set=run.sample_every=0"]
 
 @pytest.fixture(autouse=True)
 def small_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("soflow_fast.trainer.EVALUATION_SAMPLES", 100)
+    monkeypatch.setattr("soflow_fast.runs.trainer.EVALUATION_SAMPLES", 100)
 
 
 def test_a_second_training_is_refused_and_the_first_goes_on(

@@ -20,8 +20,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from soflow_fast import checkpoint, errors, telemetry, trainer
-from soflow_fast.config import Config
+from soflow_fast import errors
+from soflow_fast.config.schema import Config
+from soflow_fast.runs import checkpoint, telemetry, trainer
 from soflow_fast.train import configuration
 
 FLAGS = ["--checkpoint-every", "5", "--set=run.log_every=1", "--set=run.sample_every=0"]

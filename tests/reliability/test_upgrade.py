@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from soflow_fast import TrainState, checkpoint, load, train_step
-from soflow_fast.checkpoint import load_with_config
+from soflow_fast import TrainState, load, train_step
 from soflow_fast.data import open_source
+from soflow_fast.runs import checkpoint
+from soflow_fast.runs.checkpoint import load_with_config
 
 RUN = Path(__file__).parents[1] / "data" / "run-format-1"
 

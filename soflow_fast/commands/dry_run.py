@@ -1,0 +1,98 @@
+"""`--dry-run`: build everything, make one step, say what the whole run needs. Writes nothing."""
+
+from dataclasses import replace
+
+import torch
+
+from ..config.schema import Config
+from ..data import open_source
+from ..models.attention import flop_counter
+from ..runs.telemetry import duration
+from ..runs.trainer import enough_memory, memory_mb, resolve_attention, resolved, seconds_per_step, set_attention
+from ..training.memory_estimate import ledger, summary
+from ..training.state import TrainState
+from ..training.step import split, train_step
+
+CPU_TFLOP_A_STEP = 0.25
+"""On a CPU the step is made on fewer images once a whole batch would need more than this."""
+
+
+def forward_flops(state: TrainState) -> int:
+    """FLOPs of one forward of the network on one image, counted by torch."""
+    model = state.config.model
+    x = torch.zeros(1, model.in_channels, model.input_size, model.input_size, device=state.device)
+    t = torch.ones(1, device=state.device)
+    counter = flop_counter()
+    with torch.no_grad(), counter:
+        state.flow.network(x, t, t)
+    return counter.get_total_flops()
+
+
+def forwards_per_image(state: TrainState, config: Config) -> float:
+    """Forwards per image of a whole step, from its three calls: guidance, student with backward, look-ahead."""
+    objective = state.objective
+    consistency = 1 - split(config.batch_size, config.objective.fm_fraction, 0, config.batch_size) / config.batch_size
+    guided = objective.guided and config.model.num_classes > 0
+    guidance = guided * (1 + consistency * objective.mixed)
+    how = state.quotient
+    own_start = how.kind == "pair" and how.precision == state.precision and how.teacher != "ema"
+    return guidance + 3 + consistency * (1 if own_start or state.rides_along() else 2)
+
+
+def dry_run(config: Config) -> str:
+    """The text that `--dry-run` prints. Raises UserError as a run would."""
+    with enough_memory(config):
+        return _dry_run(config)
+
+
+def _dry_run(config: Config) -> str:
+    wanted, config = config, resolved(config)
+    synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
+    source = None if synthetic else open_source(config)  # before what takes seconds: it finds most mistakes
+    predicted = ledger(wanted if config.run.device == "cpu" else config)  # the precision is another on the CPU
+    state = TrainState.build(config)
+    backend = resolve_attention(state)
+    model = config.model
+    one = forward_flops(state)
+    batch = config.batch_size
+    if state.device.type == "cpu":
+        batch = max(1, min(batch, int(CPU_TFLOP_A_STEP * 1e12 / (4.5 * one))))
+        state.config = replace(config, batch_size=batch)
+    else:
+        torch.cuda.reset_peak_memory_stats(state.device)
+    if source is None:
+        x = torch.randn(batch, model.in_channels, model.input_size, model.input_size)
+        y = torch.randint(max(model.num_classes, 1), (batch,))
+    else:
+        x, y = (value[:batch] for value in source.batch(0))
+    counter = flop_counter()
+    with counter:
+        metrics = train_step(state, x, y)
+    set_attention(state, backend)  # not before: only torch's own can be counted
+    flops = counter.get_total_flops() / batch if batch == config.batch_size else forwards_per_image(state, config) * one
+    seconds = seconds_per_step(state, x, y) * config.batch_size / batch
+    data = f"{len(source)} images" if source else "random numbers (no data was given or read)"
+    part = "" if batch == config.batch_size else f", scaled from a step of {batch}"
+    rows = [
+        (
+            "preset",
+            f"{config.preset}: DiT of hidden size {model.hidden_size}, depth {model.depth}, "
+            f"{(model.input_size // model.patch_size) ** 2} tokens; {state.precision} on {state.device}",
+        ),
+        ("attention", f"{backend}{' (the fastest here)' if config.run.attention == 'auto' else ''}"),
+        ("data", data),
+        ("parameters", f"{state.parameter_count() / 1e6:.2f} M"),
+        ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one:.2f} forwards"),
+        (
+            "memory",
+            f"{memory_mb(state.device):.0f} MB at its peak{'' if batch == config.batch_size else f', batch {batch}'}",
+        ),
+        ("on a GPU", f"predicted: {summary(predicted)}"),
+        (
+            "speed",
+            f"{1 / seconds:.3g} steps/s, {config.batch_size / seconds:.4g} images/s at batch {config.batch_size}{part}",
+        ),
+        ("time needed", f"{duration(seconds * config.steps)} for {config.steps} steps"),
+        ("first losses", ", ".join(f"{k} {float(v):.4f}" for k, v in metrics.items() if k.endswith(("loss", "mse")))),
+    ]
+    return "\n".join(f"{name:<13} {value}" for name, value in rows)

@@ -1,0 +1,1 @@
+"""What a run is: configuration, presets, and what they must mean."""

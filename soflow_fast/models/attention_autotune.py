@@ -1,0 +1,253 @@
+"""`--attention auto`: the backend that is fastest at a run's shape, of those that compute the right thing there.
+
+Which one that is depends on GPU, head dimension and length, and no rule is known that tells, so all are timed: forward,
+and forward with backward, as a step makes both. The choice is kept in a file, by everything that it depends on.
+"""
+
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..rng import generator
+from ..runs.telemetry import replace_file
+from ..version import __version__
+from .attention import BACKENDS, PACKAGES, attention, in_short, require, version, why_not
+
+WARM_UP = 3
+SAMPLES = 9
+CALLS = 5
+"""In each sample of the time, so that launching one kernel hides behind the one before, as it does in a step."""
+
+
+class Shape(NamedTuple):
+    """Of q, k and v."""
+
+    B: int
+    heads: int
+    T: int
+    head_dim: int
+
+
+class Comparison(NamedTuple):
+    """What trying every backend came to."""
+
+    seconds: dict[str, tuple[float, float]]
+    """Of a forward, and of a forward with backward, by backend."""
+    passed_over: dict[str, str]
+    """Why, by backend."""
+
+    def fastest(self) -> str:
+        """The backend with the least time for both; torch's own choice if none could be timed."""
+        return min(self.seconds, key=lambda name: sum(self.seconds[name]), default="sdpa")
+
+
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    B: int,
+    heads: int,
+    T: int,
+    head_dim: int,
+    clock: Callable[[], float],
+    cache: Path | None = None,
+    *,
+    compiled: bool = False,
+) -> str:
+    """The fastest right backend for q, k, v [B, heads, T, head_dim] of a dtype; `clock` gives seconds.
+
+    compiled: it is to be part of compiled blocks, so one that torch.compile cannot take whole is not right.
+    On the CPU it is "sdpa". Elsewhere it is what the file `cache` (None: the user's) holds, or is measured and put
+    there; a file that cannot be read or written only costs the measurement.
+    """
+    if not _worth_timing(device):
+        return "sdpa"
+    path = cache_path() if cache is None else cache
+    shape = Shape(B, heads, T, head_dim)
+    key = _key(device, dtype, shape, compiled)
+    known = _read(path).get(key)
+    backend = known.get("backend") if isinstance(known, dict) else None
+    if isinstance(backend, str) and backend in BACKENDS and why_not(backend, device, dtype, head_dim) is None:
+        return backend
+    found = compare(device, dtype, shape, clock, compiled)
+    entry = {"backend": found.fastest(), **found._asdict()}
+    _write(path, _read(path) | {key: entry})
+    return found.fastest()
+
+
+def try_out(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    B: int,
+    heads: int,
+    T: int,
+    head_dim: int,
+    *,
+    compiled: bool = False,
+) -> None:
+    """Raise ConfigError if a backend that was asked for cannot be used here, raises at this shape or is wrong."""
+    require(backend, device, dtype, head_dim)
+    if backend == "sdpa":
+        return
+    fault = Case(device, dtype, Shape(min(B, 2), heads, T, head_dim), compiled).fault(backend)
+    if fault:
+        raise ConfigError(f"--attention {backend}: {fault}")
+
+
+def compare(
+    device: torch.device, dtype: torch.dtype, shape: Shape, clock: Callable[[], float], compiled: bool = False
+) -> Comparison:
+    """Try and time every backend. One that cannot be used, raises or is wrong is passed over."""
+    case = Case(device, dtype, shape, compiled)
+    seconds, passed_over = {}, {}
+    for backend in BACKENDS:
+        reason = why_not(backend, device, dtype, shape.head_dim) or case.fault(backend)
+        if reason is None:
+            try:
+                seconds[backend] = case.seconds(backend, clock)
+            except Exception as error:  # memory, say
+                reason = in_short(error)
+        if reason is not None:
+            passed_over[backend] = reason
+    if device.type == "cuda":  # what was tried is no part of the run's memory
+        del case
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return Comparison(seconds, passed_over)
+
+
+def mixed(qkv: Tensor, backend: str) -> Tensor:
+    """[B, T, 3, heads, d] -> [B, T, heads d], as in a DiT block."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return attention(q, k, v, backend).transpose(1, 2).flatten(2)
+
+
+class Case:
+    """Operands of one shape, and the right results in float64 for the first and the last sample."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, shape: Shape, compiled: bool = False) -> None:
+        B, heads, T, d = shape
+        source = generator(0, 0, 0, "attention", device)
+        self.device, self.compiled = device, compiled
+        self.tolerance = 2 * unit(device, dtype)
+        self.qkv = torch.randn(B, T, 3, heads, d, generator=source, device=device).to(dtype).requires_grad_()
+        self.dout = torch.randn(B, T, heads * d, generator=source, device=device).to(dtype)
+        self.checked = [0, B - 1]
+        qkv = self.qkv.detach()[self.checked].double().requires_grad_()
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = ((q @ k.mT * d**-0.5).softmax(-1) @ v).transpose(1, 2).reshape(-1, T, heads * d)
+        (gradient,) = torch.autograd.grad(out, qkv, self.dout[self.checked].double())
+        self.right = out.detach(), gradient
+
+    def forward(self, backend: str) -> Tensor:
+        """The output. Compiled, it is recorded but left to eager kernels: what surrounds attention is not compared."""
+        if not self.compiled:
+            return mixed(self.qkv, backend)
+        with torch._dynamo.config.patch(recompile_limit=64):  # one variant for each backend, and without gradient
+            return torch.compile(mixed, backend="eager", fullgraph=True, dynamic=False)(self.qkv, backend)
+
+    def both(self, backend: str) -> tuple[Tensor, Tensor]:
+        """The output, and the gradient of the operands."""
+        out = self.forward(backend)
+        (gradient,) = torch.autograd.grad(out, self.qkv, self.dout)
+        return out.detach(), gradient
+
+    def fault(self, backend: str) -> str | None:
+        """Why a backend must not be used, after trying it. The errors are relative to the norm of the right result."""
+        try:
+            with warnings.catch_warnings():  # a kernel of torch that gives up says why in warnings as well
+                warnings.simplefilter("ignore")
+                results = self.both(backend)
+            for what, found, right in zip(("result", "gradient"), results, self.right, strict=True):
+                error = float((found[self.checked] - right).norm() / right.norm())
+                if not error <= self.tolerance:
+                    return f"its {what} is wrong: relative error {error:.1e}"
+        except Exception as error:  # each package has its own
+            return in_short(error)
+        return None
+
+    def seconds(self, backend: str, clock: Callable[[], float]) -> tuple[float, float]:
+        """The median times of a forward without gradient, and of a forward with backward."""
+        with torch.no_grad():
+            forward = self._median(lambda: self.forward(backend), clock)
+        return forward, self._median(lambda: self.both(backend), clock)
+
+    def _median(self, work: Callable[[], Any], clock: Callable[[], float]) -> float:
+        for _ in range(WARM_UP):
+            work()
+        times = []
+        for _ in range(SAMPLES):
+            self._synchronize()
+            began = clock()
+            for _ in range(CALLS):
+                work()
+            self._synchronize()
+            times.append((clock() - began) / CALLS)
+        return sorted(times)[SAMPLES // 2]
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def unit(device: torch.device, dtype: torch.dtype) -> float:
+    """The distance of 1 from the next number in the precision of the products.
+
+    Operands, weights and results are rounded to at most half of it each, and independently over rows: measured are
+    errors of up to 0.4 of it in bf16, of a gradient. Where sums are not wider than what is added up, they round as
+    well: in float32 of up to 4 units of the last place, hence 16.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return 2.0**-10 if _in_tf32(device, dtype) else 16 * torch.finfo(dtype).eps
+    return torch.finfo(dtype).eps
+
+
+def _in_tf32(device: torch.device, dtype: torch.dtype) -> bool:
+    tf32 = dtype == torch.float32 and device.type == "cuda"
+    return tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def cache_path() -> Path:
+    """soflow-fast/attention.json in the user's cache folder."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(folder) if os.path.isabs(folder) else Path(os.path.expanduser("~")) / ".cache"
+    return home / "soflow-fast" / "attention.json"
+
+
+def _worth_timing(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _key(device: torch.device, dtype: torch.dtype, shape: Shape, compiled: bool) -> str:
+    """Everything that the choice depends on."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    packages = [f"{p.name} {version(p.name)}" for p in PACKAGES.values()]
+    precision = "tf32" if _in_tf32(device, dtype) else str(dtype).removeprefix("torch.")
+    torches = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    sizes = " ".join(f"{name}={size}" for name, size in shape._asdict().items())
+    how = ["compiled"] if compiled else []
+    return "; ".join([gpu, f"soflow-fast {__version__}", torches, *packages, precision, sizes, *how])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
+    except OSError:
+        pass  # the next start measures again

@@ -1,0 +1,1 @@
+"""A whole run: the loop, its directory, checkpoints, logs."""

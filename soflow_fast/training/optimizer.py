@@ -1,0 +1,149 @@
+"""AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) and the averages of the weights, by three implementations.
+
+* "soflow": `soflow_kernels.AdamWEMA`, one pass over everything: update, averages, copies in low precision;
+* "torch": torch's fused AdamW, then the averages by `foreach` operations; copies are made again at their next use;
+* "apex": apex's FusedAdam, the same way.
+
+They agree to float32 rounding and read each other's state. A step whose gradients are not finite changes nothing.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soflow_kernels import AdamWEMA
+
+from ..config.schema import OptimConfig
+from ..errors import ConfigError
+from ..models.dit import DiT
+
+
+class _Averages:
+    """The averages of an optimiser that does not know them: a += (1 - d) (p - a), nothing where `finite` is False."""
+
+    def __init__(self, params: list[Tensor], emas: list[list[Tensor]]) -> None:
+        self.params, self.emas = params, emas
+        self.decays = torch.zeros(len(emas), dtype=torch.float64, device=params[0].device)
+
+    @torch.no_grad()
+    def update(self, finite: Tensor | None) -> None:
+        weights = (1 - self.decays) if finite is None else (1 - self.decays) * finite
+        for average, weight in zip(self.emas, weights.float(), strict=True):
+            chosen = [(p, a) for p, a in zip(self.params, average, strict=True) if p.grad is not None]
+            params, averages = [p for p, _ in chosen], [a for _, a in chosen]
+            change = torch._foreach_sub(params, averages)
+            torch._foreach_mul_(change, weight)
+            torch._foreach_add_(averages, change)
+
+
+class TorchAdamW(torch.optim.AdamW):
+    """torch's fused AdamW with the interface of `AdamWEMA`. Gradients must be of the parameters' dtype."""
+
+    def __init__(self, params: list[Tensor], emas: list[list[Tensor]], **settings: Any) -> None:
+        # `capturable` says that a CUDA graph may record the step.
+        super().__init__(params, fused=True, capturable=params[0].is_cuda, **settings)
+        self._averages = _Averages(params, emas)
+        self.ema_decays = self._averages.decays
+
+    @torch.no_grad()
+    def step(self, *, grad_scale: Tensor | None = None, finite: Tensor | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # What a gradient scaler would set: a divisor of the gradients, and 1 for a step that is to be skipped.
+        self.grad_scale = None if grad_scale is None else grad_scale.reciprocal()
+        self.found_inf = None if finite is None else (~finite).float()
+        super().step()
+        self._averages.update(finite)
+
+
+class ApexAdamW:
+    """apex's FusedAdam with the interface and the state_dict of `AdamWEMA`. Needs a GPU."""
+
+    def __init__(self, params: list[Tensor], emas: list[list[Tensor]], **settings: Any) -> None:
+        from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
+
+        self.inner: Any = FusedAdam(params, adam_w_mode=True, capturable=True, **settings)
+        self._averages = _Averages(params, emas)
+        self.ema_decays = self._averages.decays
+        self._scale: Tensor | None = None
+        self._found_inf: Tensor | None = None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self._averages.params:
+            p.grad = None if set_to_none or p.grad is None else torch.zeros_like(p.grad)
+
+    @torch.no_grad()
+    def step(self, *, grad_scale: Tensor | None = None, finite: Tensor | None = None) -> None:
+        params = self._averages.params
+        one = torch.ones(1, device=params[0].device)
+        self._scale = one if grad_scale is None else grad_scale.reciprocal().view(1)
+        self._found_inf = 0 * one if finite is None else (~finite).float().view(1)
+        for group in self.inner.param_groups:
+            if not isinstance(group["lr"], Tensor):  # its kernel reads the rate from the device
+                group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=one.device)
+        self.inner.step(grad_scaler=self)
+        self._averages.update(finite)
+
+    # The two questions that FusedAdam has for a gradient scaler.
+    def _check_inf_per_device(self, optimizer: Any) -> dict[torch.device, Tensor | None]:
+        return {self._averages.params[0].device: self._found_inf}
+
+    def _get_scale_async(self) -> Tensor | None:
+        return self._scale
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: a step of its own in every parameter's entry."""
+        found = self.inner.state_dict()
+        for group in found["param_groups"]:
+            step = group.pop("step", None)
+            for index in group["params"] if step is not None else ():
+                if index in found["state"]:
+                    found["state"][index]["step"] = torch.as_tensor(step).float().reshape(())
+        return found
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """As torch's; all parameters of a group must have taken the same number of steps."""
+        entries = {index: dict(entry) for index, entry in values["state"].items()}
+        groups = []
+        for group in values["param_groups"]:
+            steps = {int(entries[index].pop("step")) for index in group["params"] if index in entries}
+            if len(steps) > 1:
+                raise ValueError(f"parameters have taken {sorted(steps)} steps; FusedAdam counts one for all")
+            device = self._averages.params[0].device
+            counted = {"step": torch.tensor([steps.pop()], dtype=torch.int, device=device)} if steps else {}
+            groups.append({**group, **counted})
+        self.inner.load_state_dict({"state": entries, "param_groups": groups})
+
+
+Optimizer = AdamWEMA | TorchAdamW | ApexAdamW
+
+
+def build_optimizer(kind: str, settings: OptimConfig, network: DiT, averages: list[nn.Module]) -> Optimizer:
+    """The optimiser of a network and its averages, whose decays the step sets. Raises ConfigError if it is not here."""
+    params: list[Any] = list(network.parameters())
+    emas: Any = [list(average.parameters()) for average in averages]
+    options: Any = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
+    if kind == "torch":
+        return TorchAdamW(params, emas, **options)
+    if kind == "apex":
+        if importlib.util.find_spec("apex") is None:
+            raise ConfigError("--optimizer apex: apex is not installed (github.com/NVIDIA/apex, with its CUDA part)")
+        if params[0].device.type != "cuda":
+            raise ConfigError("--optimizer apex: FusedAdam needs a GPU")
+        try:
+            return ApexAdamW(params, emas, **options)
+        except (ImportError, RuntimeError) as error:
+            raise ConfigError(f"--optimizer apex: {error}") from None
+    return AdamWEMA(params, emas=emas, ema_decays=[0.0] * len(emas), copies=copies_of(network), **options)
+
+
+def copies_of(network: DiT) -> list[Tensor | None]:
+    """The copies in low precision that the network keeps of its parameters, in their order; None: there is none."""
+    kept = {}
+    for layer in network.copied_layers():
+        kept |= {layer.weight: layer.copy.weight, layer.bias: layer.copy.bias}
+    return [kept.get(parameter) for parameter in network.parameters()]

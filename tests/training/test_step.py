@@ -1,0 +1,330 @@
+"""The training step: network calls, FLOPs, the split of the batch, and that it is the objective's own gradient."""
+
+import copy
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+
+from soflow_fast import ObjectiveConfig, TrainState, preset, train_step
+from soflow_fast.commands.dry_run import forward_flops, forwards_per_image
+from soflow_fast.config.schema import DiTConfig
+from soflow_fast.models.attention import flop_counter
+from soflow_fast.objective import Objective
+from soflow_fast.training.step import _micro_batch, draw, ema_decay, learning_rate, split
+
+TINY = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+
+
+def build(objective=None, teacher="student", **fields):
+    objective = dataclasses.replace(objective or ObjectiveConfig(), teacher=teacher)
+    config = preset("digits", precision="fp32", device="cpu", batch_size=8)
+    config = dataclasses.replace(config, model=TINY, objective=objective, **fields)
+    return TrainState.build(config)
+
+
+def batch(n=8, seed=0):
+    source = torch.Generator().manual_seed(seed)
+    x0 = torch.randn(n, 1, 8, 8, generator=source)
+    return x0, torch.randint(10, (n,), generator=source)
+
+
+def off_zero(state):
+    """Move the weights off their initial zeros, where half of the gradients vanish."""
+    with torch.no_grad():
+        for i, p in enumerate(state.flow.parameters()):
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return state
+
+
+def count_calls(state):
+    calls = []
+    state.flow.network.register_forward_pre_hook(lambda m, a: calls.append((len(a[0]), torch.is_grad_enabled())))
+    return calls
+
+
+def test_three_network_calls_with_guidance():
+    state = build(batch_size=8)
+    calls = count_calls(state)
+    train_step(state, *batch())
+    assert calls == [(8 + 2, False), (8, True), (2, False)]  # six samples of eight are flow matching
+
+
+def test_no_labelled_guidance_where_the_mix_is_one():
+    state = build(ObjectiveConfig(mix_ratio=1.0))
+    calls = count_calls(state)
+    train_step(state, *batch())
+    assert calls == [(8, False), (8, True), (2, False)]
+
+
+@pytest.mark.parametrize(
+    "objective,labelled", [(ObjectiveConfig(guidance_scale=1.0), True), (ObjectiveConfig(), False)]
+)
+def test_two_network_calls_without_guidance(objective, labelled):
+    state = build(objective)
+    calls = count_calls(state)
+    x0, y = batch()
+    train_step(state, x0, y if labelled else None)
+    assert calls == [(8, True), (2, False)]
+
+
+@pytest.mark.parametrize(
+    "objective,bound",
+    [(ObjectiveConfig(), 4.55), (ObjectiveConfig(guidance_scale=1.0), 3.3), (preset("digits").objective, 4.55)],
+    ids=["public recipe", "unguided", "digits"],
+)
+def test_flops_per_image_in_forwards(objective, bound):
+    state = build(objective, batch_size=16)
+    counter = flop_counter()
+    with counter:
+        train_step(state, *batch(16))
+    forwards = counter.get_total_flops() / 16 / forward_flops(state)
+    assert forwards == pytest.approx(forwards_per_image(state, state.config), rel=0.02)  # what --dry-run says
+    assert bound - 0.35 < forwards <= bound  # counted at all, and no more than that
+
+
+def test_flop_counter_sees_the_attention():
+    """A counter blind to attention would flatter the figure above."""
+    state = build()
+    D, T = TINY.hidden_size, 16
+    tokens = TINY.depth * T * (24 * D * D + 4 * T * D) + T * 2 * 2 * 4 * D
+    per_image = TINY.depth * 12 * D * D + 4 * D * D + 2 * 2 * (256 * D + D * D)
+    assert forward_flops(state) == tokens + per_image
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ObjectiveConfig(),
+        ObjectiveConfig(guidance_scale=1.0),
+        ObjectiveConfig(mix_ratio=1.0),
+        ObjectiveConfig(fm_fraction=0.0),
+        ObjectiveConfig(fm_fraction=1.0),
+    ],
+)
+def test_step_has_the_gradient_of_the_objective(objective):
+    """The three batched calls give what `flow_matching` and `consistency` give, weighted by their shares."""
+    state = off_zero(build(objective))
+    x0, y = batch()
+    d = draw(state, x0.shape)
+    flow, own = copy.deepcopy(state.flow), Objective(objective)
+    n = d.n_fm
+    loss = torch.zeros(())
+    if n:
+        fm = own.flow_matching(flow, x0[:n], d.x1[:n], d.t[:n], y[:n], d.label_dropped[:n])
+        loss = loss + n / 8 * fm.loss
+    if n < 8:
+        parts = (v[n:] for v in (x0, d.x1, d.t, d.l, d.s, y, d.label_dropped))
+        sc = own.consistency(flow, *parts)
+        loss = loss + (8 - n) / 8 * sc.loss
+    loss.backward()
+    metrics = train_step(state, x0, y)
+    for (name, mine), reference in zip(state.flow.named_parameters(), flow.parameters(), strict=True):
+        assert (mine.grad - reference.grad).norm() <= 5e-4 * reference.grad.norm(), name
+    if n:
+        torch.testing.assert_close(metrics["fm_mse"], fm.mse, rtol=1e-5, atol=1e-6)
+    if n < 8:
+        torch.testing.assert_close(metrics["sc_mse"], sc.mse, rtol=1e-4, atol=1e-6)
+    assert ("fm_loss" in metrics, "sc_loss" in metrics) == (n > 0, n < 8)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 8, 100])
+def test_micro_batches_give_the_gradient_of_the_whole(micro):
+    whole, parts = (off_zero(build(ObjectiveConfig(fm_fraction=0.6), micro_batch=m)) for m in (0, micro))
+    wanted, got = (train_step(state, *batch()) for state in (whole, parts))
+    for a, b in zip(whole.flow.parameters(), parts.flow.parameters(), strict=True):
+        assert (b.grad - a.grad).norm() <= 2e-4 * a.grad.norm()
+    for name in ("fm_loss", "fm_mse", "sc_mse", "fm_weight", "sc_weight"):
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1 / 3, 0.5, 0.75, 0.9, 1.0])
+def test_split_is_exact_over_ranks(fraction):
+    for B in (1, 2, 5, 8, 255, 256, 1000):
+        for world in (1, 2, 3, 7, 8):
+            edges = [B * r // world for r in range(world + 1)]
+            counts = [split(B, fraction, a, b) for a, b in pairwise(edges)]
+            assert sum(counts) == int(fraction * B + 0.5)
+            assert all(0 <= n <= b - a for n, (a, b) in zip(counts, pairwise(edges), strict=True))
+
+
+def test_draws_depend_on_seed_step_and_rank_alone():
+    state, other = build(), build()
+    torch.manual_seed(123)
+    shape = torch.Size((8, 1, 8, 8))
+    assert all(torch.equal(a, b) for a, b in zip(draw(state, shape)[:5], draw(other, shape)[:5], strict=True))
+    other.rank = 1
+    assert not torch.equal(draw(state, shape).x1, draw(other, shape).x1)
+    other.rank, other.step = 0, 1
+    assert not torch.equal(draw(state, shape).t, draw(other, shape).t)
+    d = draw(state, shape)
+    assert torch.equal(d.t[: d.n_fm], d.s[: d.n_fm])  # flow matching: s = t
+    assert (d.s[d.n_fm :] < d.t[d.n_fm :]).all() and (d.l[d.n_fm :] < d.t[d.n_fm :]).all()
+
+
+def test_same_seed_same_weights():
+    states = [build(), build()]
+    for state in states:
+        for k in range(3):
+            train_step(state, *batch(seed=k))
+    for a, b in zip(states[0].ema.parameters(), states[1].ema.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_ema_follows_the_weights():
+    state = off_zero(build())
+    decay = state.config.optim.ema_decay
+    before = [p.clone() for p in state.ema.parameters()]
+    train_step(state, *batch())
+    for old, new, p in zip(before, state.ema.parameters(), state.flow.parameters(), strict=True):
+        torch.testing.assert_close(new, decay * old + (1 - decay) * p)
+    warm = dataclasses.replace(state.config.optim, ema_warmup=True, ema_decay=0.999)
+    state.config = dataclasses.replace(state.config, optim=warm)
+    state.step = 0
+    assert ema_decay(state) == pytest.approx(0.1)
+    before = [p.clone() for p in state.ema.parameters()]
+    train_step(state, *batch())
+    for old, new, p in zip(before, state.ema.parameters(), state.flow.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.1 * old + 0.9 * p)
+    state.step = 10**6
+    assert ema_decay(state) == 0.999
+
+
+def test_learning_rate_schedule():
+    state = build(steps=100)
+    optim = dataclasses.replace(state.config.optim, lr=1.0, lr_schedule="cosine", warmup_steps=10)
+    state.config = dataclasses.replace(state.config, optim=optim)
+    rates = []
+    for step in (0, 4, 50, 99):
+        state.step = step
+        rates.append(learning_rate(state))
+    assert rates[0] == pytest.approx(0.1, rel=1e-3) and rates[1] == pytest.approx(0.5, rel=1e-2)
+    assert rates[2] == pytest.approx(0.5) and 0 < rates[3] < 1e-3
+
+
+def test_update_is_adamw_with_clipping():
+    state = off_zero(
+        build(optim=dataclasses.replace(preset("digits").optim, grad_clip=0.01, lr=1e-3, lr_schedule="constant"))
+    )
+    reference = copy.deepcopy(state.flow)
+    norm = train_step(state, *batch())["grad_norm"]
+    gradient = [p.grad for p in state.flow.parameters() if p.grad is not None]
+    assert norm > 0.01 and norm == pytest.approx(torch.stack([g.norm() for g in gradient]).norm())
+    for p, g in zip(reference.parameters(), gradient, strict=True):
+        p.grad = g * (0.01 / norm)
+    c = state.config.optim
+    torch.optim.AdamW(reference.parameters(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay).step()
+    for mine, wanted in zip(state.flow.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_moves_where_a_gradient_is_not_finite():
+    state = off_zero(build(teacher="ema"))
+    x0, y = batch()
+    train_step(state, x0, y)
+    kept = [p.clone() for flow in (state.flow, state.ema, state.teacher) for p in flow.parameters()]
+    moments = [v.clone() for entry in state.optimizer.state.values() for v in entry.values()]
+    x0[3, 0, 2, 2] = torch.inf
+    assert not train_step(state, x0, y)["grad_norm"].isfinite()
+    assert all(map(torch.equal, kept, [p for f in (state.flow, state.ema, state.teacher) for p in f.parameters()]))
+    assert all(map(torch.equal, moments, [v for e in state.optimizer.state.values() for v in e.values()]))
+
+
+def test_bf16_takes_the_quotient_from_increments():
+    """The student's products are bf16; a quotient of bf16 ends would have many times its own size in rounding error."""
+    objective = ObjectiveConfig(r_init=0.002, r_end=0.002, guidance_scale=1.0)
+    exact, low = (off_zero(build(objective, precision=p)) for p in ("fp32", "bf16"))
+    seen = []
+    low.flow.network.blocks[0].attn.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    x0, y = batch()
+    got, wanted = (train_step(state, x0, y) for state in (low, exact))
+    assert seen == [torch.bfloat16]
+    # These random weights amplify what bf16 makes of the values; a bf16 pair is off by more than its own size.
+    torch.testing.assert_close(got["sc_mse"], wanted["sc_mse"], rtol=6e-2, atol=0)
+    torch.testing.assert_close(got["sc_weight"], wanted["sc_weight"], rtol=6e-2, atol=0)
+    pair = train_step(off_zero(build(objective, precision="bf16", quotient="pair", quotient_precision="bf16")), x0, y)
+    assert pair["sc_mse"] > 2 * wanted["sc_mse"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "least", "most"),
+    [
+        ({}, 4.45, 4.55),  # the increments ride along on the student's forward
+        ({"quotient_precision": "fp32"}, 4.7, 4.8),  # a pair of its own
+        ({"quotient": "increments", "quotient_precision": "fp32"}, 4.7, 4.8),  # a pass of its own
+        ({"quotient": "pair", "quotient_precision": "bf16"}, 4.45, 4.55),  # the student's own output is one end
+        ({"teacher": "ema"}, 4.7, 4.8),
+    ],
+    ids=str,
+)
+def test_bf16_step_counts_its_forwards(changes, least, most):
+    config = preset("digits", precision="bf16", device="cpu", batch_size=16, **changes)
+    teacher = config.objective.teacher
+    model = dataclasses.replace(TINY, hidden_size=256)  # products, not attention over 16 tokens, must rule the count
+    state = TrainState.build(dataclasses.replace(config, model=model, objective=ObjectiveConfig(teacher=teacher)))
+    counter = flop_counter()
+    with counter:
+        train_step(state, *batch(16))
+    count = counter.get_total_flops() / 16 / forward_flops(state)
+    assert least < count <= most
+    assert forwards_per_image(state, state.config) == pytest.approx(count, abs=0.05)
+
+
+def test_wrong_settings_are_refused():
+    from soflow_fast.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="tf32"):
+        TrainState.build(preset("digits", precision="tf32", device="cpu"))
+    with pytest.raises(ConfigError, match="nowhere"):
+        TrainState.build(preset("digits", device="nowhere"))
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        TrainState.build(preset("digits", **{"optim.lr": 0}))
+
+
+def test_micro_batches_partition_any_batch():
+    for B in range(1, 40):
+        for n_fm in range(B + 1):
+            for micro in range(1, B + 1):
+                parts = -(-B // micro)
+                found, counted = [], 0
+                for k in range(parts):
+                    index, n = _micro_batch(B, n_fm, k, parts, torch.device("cpu"))
+                    index = torch.arange(B) if index is None else index
+                    assert (index[:n] < n_fm).all() and (index[n:] >= n_fm).all() and len(index) <= micro
+                    found.append(index)
+                    counted += n
+                assert counted == n_fm and torch.cat(found).sort().values.tolist() == list(range(B))
+
+
+def test_draws_follow_the_schedule_and_the_label_drop():
+    state = build(ObjectiveConfig(fm_fraction=0.5, r_init=0.5, r_end=0.01, label_drop=0.25), batch_size=4000, steps=100)
+    shape, c = torch.Size((4000, 1, 2, 2)), Objective(state.config.objective)
+    for step in (0, 99):
+        state.step = step
+        d = draw(state, shape)
+        n = d.n_fm
+        torch.testing.assert_close(d.l[n:], c.middle_time(d.t[n:], d.s[n:], step, 100))
+        assert abs(d.label_dropped.float().mean() - 0.25) < 0.03
+        assert abs(torch.stack([d.label_dropped.float(), d.t]).corrcoef()[0, 1]) < 0.06
+
+
+def test_seed_decides_the_initial_weights():
+    weights = [build(seed=seed).flow.network.blocks[0].mlp.fc1.weight for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_wrong_batches_are_refused_by_name():
+    state, (x0, y) = build(), batch()
+    wrong = [(x0.to(torch.uint8), y), (x0[:0], y[:0]), (x0, y.float()), (x0, y[:3]), (x0, y + 10), (x0[0], y)]
+    for images, labels in wrong:
+        with pytest.raises(ValueError, match=r"^(x0|y) must be"):
+            train_step(state, images, labels)
+    train_step(state, x0.double(), y)  # cast to the network's dtype
+
+
+def test_batch_must_split_over_the_ranks():
+    from soflow_fast.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="batch_size"):
+        TrainState.build(preset("digits", device="cpu", batch_size=7), world=2)
