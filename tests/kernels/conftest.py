@@ -1,7 +1,7 @@
 """Kernel tests run compiled on a GPU, and elsewhere under Triton's interpreter, in a process of their own.
 
-Triton decides between the two when it is imported, for the whole process: `pytest tests/kernels` runs them, and a run of
-all tests, where the engine has imported triton before, skips them.
+Triton decides between the two when it is imported, for the whole process: `pytest tests/kernels` runs them, and a run
+of all tests, where the engine has imported triton before, skips them.
 """
 
 import os
