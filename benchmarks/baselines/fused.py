@@ -1,6 +1,7 @@
-"""What the fast baselines share: torch's fused AdamW, averages and gradient norm by `foreach`, compiled blocks."""
+"""Parts of the fast baselines: torch's fused AdamW, averages and gradient norm by `foreach`, compiled blocks."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,20 +11,21 @@ from torch import Tensor
 from soflow_fast.config.schema import Config
 from soflow_fast.models.dit import DiT
 from soflow_fast.training.state import TrainState
-from soflow_fast.training.step import ema_decay, learning_rate
+from soflow_fast.training.step import ema_decay, learning_rate, teacher_decay
 
 MIX_ORDER = "triton.mix_order_reduction"
 """An option of Inductor that torch 2.10 to 2.13 have."""
 
 
-def build(config: Config, **changes: Any) -> TrainState:
+def build(config: Config, weights: Mapping[str, Tensor] | None = None, **changes: Any) -> TrainState:
     """A state for plain operations: autograd keeps the input of every product, torch's fused AdamW updates.
 
     In bf16 the products take copies of the weights that are made once a step, which autocast by itself would make once
-    for each of a step's autocast regions. `changes`: fields of the configuration to replace.
+    for each of a step's autocast regions. weights: initial ones, None: those of the configuration's seed. `changes`:
+    fields of the configuration to replace.
     """
     run = replace(config.run, optimizer="torch", compile="off", cuda_graph="off")
-    state = TrainState.build(replace(config, run=run, **changes))
+    state = TrainState.build(replace(config, run=run, **changes), weights=weights)
     state.flow.network.keep_norms = True
     state.sum_gradients_in(torch.float32)  # the fused AdamW takes gradients of the weights' dtype
     return state
@@ -31,12 +33,14 @@ def build(config: Config, **changes: Any) -> TrainState:
 
 @torch.no_grad()
 def update(state: TrainState) -> Tensor:
-    """AdamW and the average of the weights, from gradients that are there. Returns the gradient norm."""
+    """AdamW and the averages of the weights, from gradients that are there. Returns the gradient norm."""
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(gradients, 2)).norm()
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state)
-    state.optimizer.ema_decays[0].fill_(ema_decay(state))
+    decays = [ema_decay(state)] if state.teacher is None else [ema_decay(state), teacher_decay(state)]
+    for place, decay in zip(state.optimizer.ema_decays, decays, strict=True):
+        place.fill_(decay)
     state.optimizer.step()
     for layer in state.flow.network.copied_layers():
         layer.copy.forget()
