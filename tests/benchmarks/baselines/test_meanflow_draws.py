@@ -16,7 +16,7 @@ SAMPLES = 4096
 
 
 def distance(samples: torch.Tensor, law) -> float:
-    """Distance of Kolmogorov and Smirnov between samples and a distribution function, times the root of their number."""
+    """Kolmogorov and Smirnov's distance of samples from a distribution function, times the root of their number."""
     values = law(samples.sort().values.double())
     n = len(values)
     steps = torch.arange(n + 1, dtype=torch.float64) / n

@@ -264,7 +264,7 @@ def test_another_folder_for_records_is_absolute(given, wanted, tmp_path, monkeyp
 
 
 def test_clocks_are_those_of_the_gpu_that_is_in_use(monkeypatch):
-    """They are asked for by its UUID, else by its place on the bus: nvidia-smi's own numbers know nothing of CUDA_VISIBLE_DEVICES."""
+    """They are asked for by its UUID, else by its place on the bus, as CUDA_VISIBLE_DEVICES renumbers torch's."""
     card = SimpleNamespace(
         uuid="ab-cd", pci_domain_id=0, pci_bus_id=0x81, pci_device_id=0, total_memory=1, major=9, minor=0
     )
