@@ -88,7 +88,7 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """The parameters of multi-head self-attention on tokens [B, T, D]."""
 
-    backend: Any = "sdpa"
+    backend = "sdpa"
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -100,8 +100,7 @@ class Attention(nn.Module):
         """What lies between its products: [B, T, 3 D] -> [B, T, D]."""
         B, T, D = qkv.shape
         q, k, v = qkv.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = self.backend(q, k, v) if callable(self.backend) else attention(q, k, v, self.backend)
-        return out.transpose(1, 2).reshape(B, T, D // 3)
+        return attention(q, k, v, self.backend).transpose(1, 2).reshape(B, T, D // 3)
 
 
 class MLP(nn.Module):
@@ -220,8 +219,8 @@ class DiT(nn.Module):
         """The layers from SiLU(c) to shifts, scales and gates: six rows of D for each block, two for the last norm."""
         return [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1]]
 
-    def set_attention(self, backend: Any) -> None:
-        """Let all blocks take the attention of a backend, one of `attention.BACKENDS`, or a function of q, k and v."""
+    def set_attention(self, backend: str) -> None:
+        """Let all blocks take the attention of a backend, one of `attention.BACKENDS`."""
         for block in self.blocks:
             block.attn.backend = backend
 

@@ -1,11 +1,9 @@
 """What training changes: network, its averages, optimiser, step."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..config.schema import Config
 from ..config.validation import validate
@@ -46,11 +44,8 @@ class TrainState:
     world: int = 1
 
     @classmethod
-    def build(
-        cls, config: Config, *, rank: int = 0, world: int = 1, weights: Mapping[str, Tensor] | None = None
-    ) -> "TrainState":
-        """Network, EMA and optimiser at step 0, initialised from `config.seed`, or with given weights: float32, under
-        the names of a flow's state_dict.
+    def build(cls, config: Config, *, rank: int = 0, world: int = 1) -> "TrainState":
+        """Network, EMA and optimiser at step 0, initialised from `config.seed`.
 
         Raises ConfigError naming a wrong field.
         """
@@ -68,11 +63,7 @@ class TrainState:
         flow = build_flow(config)
         values = flow.state_dict()  # `to_empty` would do, but it imports sympy for its work on the meta device
         flow.load_state_dict({k: torch.empty(v.shape, dtype=v.dtype) for k, v in values.items()}, assign=True)
-        if weights is None:
-            source = generator(config.seed, 0, 0, "initialisation")  # on the CPU: the same on every device
-            flow.network.initialize(source)
-        else:
-            flow.load_state_dict(weights)
+        flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
         flow = flow.to(device)
         ema = copy.deepcopy(flow).requires_grad_(False).eval()
         flow.network.keep_copies(torch.bfloat16 if precision in ("bf16", "fp8") else torch.float32)

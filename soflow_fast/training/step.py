@@ -10,7 +10,6 @@ second. A teacher, or another precision of the quotient, takes a value-and-incre
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +24,6 @@ from .consistency_target import Ends, comparable, cosine, products, value_and_in
 from .cuda_graph import Captured
 from .nonfinite import Seen, look
 from .state import TrainState
-
-Observe = Callable[..., None]
-"""(name, **tensors): is told what a step computes on the way."""
 
 
 class Draws(NamedTuple):
@@ -73,9 +69,7 @@ def draw(state: TrainState, shape: torch.Size) -> Draws:
     return Draws(x1, torch.cat([t_fm, t_sc]), torch.cat([t_fm, l_sc]), torch.cat([t_fm, s_sc]), dropped, n_fm)
 
 
-def train_step(
-    state: TrainState, x0: Tensor, y: Tensor | None, *, draws: Draws | None = None, observe: Observe | None = None
-) -> dict[str, Tensor]:
+def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Tensor]:
     """One whole update of `state` on this rank's batch.
 
     x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Returns scalars as tensors on the
@@ -88,17 +82,17 @@ def train_step(
     _check_batch(state, x0, y)
     x0 = x0.to(state.device, state.flow.network.pos_embed.dtype, non_blocking=True)
     y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
-    draws = draw(state, x0.shape) if draws is None else draws
+    draws = draw(state, x0.shape)
     _set_rates(state)
     if state.captured is None and config.run.cuda_graph == "on":
         capture(state)
-    if state.captured is not None and not _checks_quotient(state) and observe is None:
+    if state.captured is not None and not _checks_quotient(state):
         state.flow.network.refresh_copies()
         totals = state.captured(x0, y, *draws[:-1])
         if not isinstance(state.optimizer, AdamWEMA):  # a replay runs no line of `_update`
             state.flow.network.forget_copies()
     else:
-        totals = update(state, x0, y, draws, observe)
+        totals = update(state, x0, y, draws)
     totals["lr"] = torch.tensor(learning_rate(state))
     if config.run.on_nonfinite == "skip":
         totals["skipped"] = state.guard.skipped()
@@ -117,9 +111,7 @@ def capture(state: TrainState) -> None:
     state.captured = Captured(function)
 
 
-def update(
-    state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws, observe: Observe | None = None
-) -> dict[str, Tensor]:
+def update(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws) -> dict[str, Tensor]:
     """What a step does on the device, from its draws to the weights; nothing of it is copied to the host."""
     config, B = state.config, len(x0)
     state.optimizer.zero_grad(set_to_none=True)
@@ -133,7 +125,7 @@ def update(
     for k in range(parts):
         index, n_fm = _micro_batch(B, draws.n_fm, k, parts, x0.device)
         checked = totals if k == 0 and _checks_quotient(state) else None
-        fm, sc = _losses(state, x0, y, draws, index, n_fm, seen, checked, observe)
+        fm, sc = _losses(state, x0, y, draws, index, n_fm, seen, checked)
         n_sc = (B // parts if index is None else len(index)) - n_fm
         loss = (n_fm * fm.loss if n_fm else 0) + (n_sc * sc.loss if n_sc else 0)
         assert isinstance(loss, Tensor)
@@ -187,7 +179,6 @@ def _losses(
     n_fm: int,
     seen: Seen,
     checked: dict[str, Tensor] | None,
-    observe: Observe | None = None,
 ) -> tuple[LossTerm, LossTerm]:
     """Both losses of some samples, from the three network calls. A loss without samples is NaN without gradient.
 
@@ -212,8 +203,6 @@ def _losses(
         with torch.no_grad(), products(state.precision, state.device):
             guidance = flow.to_velocity(network(x, times, times, labels).float())
         look(seen, "guidance", guidance)
-        if observe is not None:
-            observe("guidance", velocities=guidance)
         v_null, v_sc = guidance[: len(x0)], guidance[len(x0) :] if mixed else None
 
     # Without consistency samples there is nothing to ride along for.
@@ -221,8 +210,6 @@ def _losses(
     with products(state.precision, state.device):
         output = (network(x_t, t, s, label) if tape is None else network(x_t, t, s, label, tape=tape)).float()
     look(seen, "network", output)
-    if observe is not None:
-        observe("student", output=output.detach())
 
     fm_term = sc_term = LossTerm(*[x_t.new_full((), math.nan)] * 3)
     if n_fm:
@@ -239,14 +226,10 @@ def _losses(
             given = output[sc] if own else None
             value, increment = value_and_increment(state.quotient, flow, state.teacher, at, given, tape)
             look(seen, "teacher", value, increment)
-            if observe is not None:
-                observe("target", points=at, value=value, increment=increment)
             if checked is not None:
                 q = objective.quotient(flow, value, increment, x, target, t, l, s)
                 checked["q_cosine"] = cosine(state.quotient, objective, flow, state.teacher, at, q)
         sc_term = objective.consistency_term(flow, output[sc], value, increment, x, target, t, l, s)
-    if observe is not None:
-        observe("losses", flow_matching=fm_term, consistency=sc_term)
     return fm_term, sc_term
 
 
