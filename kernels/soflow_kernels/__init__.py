@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from soflow_kernels._dispatch import INTERPRETED, transformed, use_kernel, why_reference
+from soflow_kernels._dispatch import INTERPRETED, on_gpu, transformed, use_kernel, why_reference
 from soflow_kernels.adaln import (
     gate_residual_layernorm_modulate,
     gate_residual_layernorm_modulate_reference,
@@ -65,6 +65,7 @@ __all__ = [
     "layernorm_modulate_reference",
     "linear_gelu",
     "linear_gelu_reference",
+    "on_gpu",
     "patch_dit",
     "path_point",
     "path_point_reference",

@@ -30,6 +30,7 @@ _mode = os.environ.get("SOFLOW_KERNELS", "auto")
 if _mode not in MODES:
     raise ValueError(f"SOFLOW_KERNELS must be one of {', '.join(MODES)}, got {_mode!r}")
 
+_simulated = False  # True while `as_on_gpu` is active
 _recorded = None  # a list while `recording` is active
 
 
@@ -62,6 +63,31 @@ def why_reference():
     return None
 
 
+def on_gpu(tensor):
+    """Whether a tensor goes the ways of tensors on a GPU: it is on one, or has no data and is to be taken so."""
+    return tensor.is_cuda or _simulated
+
+
+@contextlib.contextmanager
+def as_on_gpu():
+    """Within the context, tensors hold no data and go the ways of tensors on a GPU: `on_gpu` is true of all of them.
+
+    For predictions about a step on a GPU that is not here. Tensors say "cpu", as torch without CUDA has no autograd
+    for CUDA tensors; operations take their kernels (triton need not be installed), of which only the fake
+    implementations are asked. Real tensors are refused by torch. `mode("reference")` stays in force.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    global _simulated
+    before = _simulated
+    with FakeTensorMode():
+        _simulated = True
+        try:
+            yield
+        finally:
+            _simulated = before
+
+
 def transformed():
     """Whether forward-mode AD or a torch.func transform is in action, which no kernel and no autograd node follows."""
     # A library operation has no forward-mode formula: a dual tensor would lose its tangent without a word.
@@ -72,10 +98,10 @@ def transformed():
 
 def use_kernel(*tensors):
     """Whether these arguments of an operation (tensors, or None for an optional one) go to its kernel."""
-    if _mode == "reference" or triton is None or transformed():
+    if _mode == "reference" or (triton is None and not _simulated) or transformed():
         return False
     for tensor in tensors:
-        if tensor is not None and not ((tensor.is_cuda or INTERPRETED) and tensor.dtype in KERNEL_DTYPES):
+        if tensor is not None and not ((on_gpu(tensor) or INTERPRETED) and tensor.dtype in KERNEL_DTYPES):
             return False
     return True
 

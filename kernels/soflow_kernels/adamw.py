@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from soflow_kernels._adamw_checks import MAX_EMAS, check_update
-from soflow_kernels._dispatch import jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import jit, launch, on_gpu, tl, use_kernel
 
 BLOCK = 1024
 KEPT_TABLES = 64
@@ -68,7 +68,7 @@ def adamw_ema_reference(
 
 def _on_host(tensor):
     """Whether reading a tensor costs nothing."""
-    return not tensor.is_cuda
+    return not on_gpu(tensor)
 
 
 def _reference_on_device(

@@ -55,7 +55,7 @@ def imagenet256(size: str, card: int = 0, micro_batch: int = 0) -> Config:
     """The public recipe on ImageNet 256 x 256 latents (SD-VAE ft-mse, 32 x 32 x 4), at one of the public DiT sizes.
 
     card: gigabytes (2^30 bytes) of a GPU's memory. `micro_batch` is then the largest power of two whose step is
-    predicted to stay within nine tenths of them (`ledger`).
+    predicted to stay within nine tenths of them (`estimate_memory`).
     """
     return Config(
         preset=f"imagenet256-{size.lower().replace('/', '')}" + (f"-{card}gb" if card else ""),

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from soflow_kernels import dual_time_embedding
+from soflow_kernels import dual_time_embedding, on_gpu
 
 from ..config.schema import DiTConfig
 from ..config.validation import validate_model
-from .attention import attention
+from .attention import Backend, attention
 from .fused_layers import Entry, Weight, defers_bias, linear, normed_linear, normed_mlp, stacked_linear
 from .low_precision import Stack, keep_copies, operands, stack_in_place
 
@@ -88,7 +88,7 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """The parameters of multi-head self-attention on tokens [B, T, D]."""
 
-    backend = "sdpa"
+    backend: Backend = "sdpa"
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -219,8 +219,8 @@ class DiT(nn.Module):
         """The layers from SiLU(c) to shifts, scales and gates: six rows of D for each block, two for the last norm."""
         return [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1]]
 
-    def set_attention(self, backend: str) -> None:
-        """Let all blocks take the attention of a backend, one of `attention.BACKENDS`."""
+    def set_attention(self, backend: Backend) -> None:
+        """Let all blocks take the attention of a backend: one of `attention.BACKENDS`, or a function of q, k and v."""
         for block in self.blocks:
             block.attn.backend = backend
 
@@ -291,7 +291,7 @@ class DiT(nn.Module):
             m = self.modulations(c, dtype, tape)
             keep_norms = self.keep_norms
             if keep_norms is None:
-                keep_norms = not x.is_cuda and self.recompute == "none"
+                keep_norms = not on_gpu(x) and self.recompute == "none"
             branch = gate = bias = None
             for k, block in enumerate(self.blocks):
                 shift, scale, gate1, shift2, scale2, next_gate = m[6 * k : 6 * k + 6]

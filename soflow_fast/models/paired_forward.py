@@ -23,6 +23,7 @@ from soflow_kernels import (
     bias_gelu_increment,
     gate_residual_layernorm_modulate_increment,
     layernorm_modulate_increment,
+    on_gpu,
     silu_increment,
     time_embedding_increment,
 )
@@ -137,7 +138,7 @@ class _Walk:
 
     def _rounded_product(self, a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
         a, b = a.to(operand), b.to(operand)
-        if a.is_cuda and b.dim() == 2:
+        if on_gpu(a) and b.dim() == 2:
             return torch.mm(a.flatten(0, -2), b, out_dtype=self.work).unflatten(0, a.shape[:-1])
         return a.to(self.work) @ b.to(self.work)  # the products of rounded operands are exact in float32
 

@@ -1,9 +1,10 @@
 """What training changes: network, its averages, optimiser, step."""
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..config.schema import Config
 from ..config.validation import validate
@@ -44,9 +45,12 @@ class TrainState:
     world: int = 1
 
     @classmethod
-    def build(cls, config: Config, *, rank: int = 0, world: int = 1) -> "TrainState":
+    def build(
+        cls, config: Config, *, rank: int = 0, world: int = 1, resolve_for: torch.device | None = None
+    ) -> "TrainState":
         """Network, EMA and optimiser at step 0, initialised from `config.seed`.
 
+        resolve_for: the device that decides about precision and consistency target; None: the one of the run.
         Raises ConfigError naming a wrong field.
         """
         try:
@@ -58,20 +62,19 @@ class TrainState:
         device = resolve_device(config.run.device)
         if config.run.cuda_graph == "on" and device.type != "cuda":
             raise ConfigError(f"--cuda-graph: needs a GPU, the device is {device.type}")
-        precision = resolve_precision(config.precision, device)
-        quotient = resolve_quotient(config, precision, device)
-        flow = build_flow(config)
-        values = flow.state_dict()  # `to_empty` would do, but it imports sympy for its work on the meta device
-        flow.load_state_dict({k: torch.empty(v.shape, dtype=v.dtype) for k, v in values.items()}, assign=True)
+        precision = resolve_precision(config.precision, resolve_for or device)
+        quotient = resolve_quotient(config, precision, resolve_for or device)
+        # `to_empty` would do, but it imports sympy for its work on the meta device.
+        flow = materialize(build_flow(config), lambda name, like: torch.empty(like.shape, dtype=like.dtype))
         flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
-        flow = flow.to(device)
-        ema = copy.deepcopy(flow).requires_grad_(False).eval()
+        materialize(flow, lambda name, like: like.to(device))
+        ema = average_of(config, flow)
         flow.network.keep_copies(torch.bfloat16 if precision in ("bf16", "fp8") else torch.float32)
         if precision == "fp8":
             float8.require(config.model, device)
             float8.use_float8([layer for block in flow.network.blocks for layer in block.products()])
         flow.network.recompute = config.run.recompute
-        teacher = None if quotient.teacher == "student" else copy.deepcopy(ema)
+        teacher = None if quotient.teacher == "student" else average_of(config, flow)
         if config.run.compile == "on":
             for network in (flow.network, *([teacher.network] if teacher else [])):
                 network.compile_blocks()
@@ -103,6 +106,18 @@ def build_flow(config: Config) -> SolutionFlow:
     """The flow of a configuration on the meta device: its weights are still to be loaded or initialised."""
     with torch.device("meta"):
         return SolutionFlow(DiT(config.model), config.flow.path, config.flow.coefficients)
+
+
+def materialize(flow: SolutionFlow, tensor: Callable[[str, Tensor], Tensor]) -> SolutionFlow:
+    """The flow itself, with `tensor(name, like)` in the place of each parameter and buffer `like`."""
+    flow.load_state_dict({name: tensor(name, like) for name, like in flow.state_dict().items()}, assign=True)
+    return flow
+
+
+def average_of(config: Config, flow: SolutionFlow) -> SolutionFlow:
+    """A flow with copies of the weights, without gradient."""
+    weights = flow.state_dict()
+    return materialize(build_flow(config), lambda name, like: weights[name].clone()).requires_grad_(False).eval()
 
 
 def resolve_device(name: str) -> torch.device:

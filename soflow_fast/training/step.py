@@ -10,6 +10,7 @@ second. A teacher, or another precision of the quotient, takes a value-and-incre
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -69,13 +70,16 @@ def draw(state: TrainState, shape: torch.Size) -> Draws:
     return Draws(x1, torch.cat([t_fm, t_sc]), torch.cat([t_fm, l_sc]), torch.cat([t_fm, s_sc]), dropped, n_fm)
 
 
-def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+def train_step(
+    state: TrainState, x0: Tensor, y: Tensor | None, *, observe: Callable[[str], None] | None = None
+) -> dict[str, Tensor]:
     """One whole update of `state` on this rank's batch.
 
     x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Returns scalars as tensors on the
     device: losses, `sc_mse` (mean q^2), weights, gradient norm, learning rate; every `run.check_quotient_every` steps
     `q_cosine`, of the quotient with its float32 value; where such steps are skipped, `skipped`: how many so far had a
     number that is not finite. They change nothing but the count of steps. Nothing is copied to the host.
+    observe: called with "backward" just before each backward, except where a CUDA graph is replayed.
     Raises ValueError if x0 and y do not fit the model.
     """
     config = state.config
@@ -92,7 +96,7 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
         if not isinstance(state.optimizer, AdamWEMA):  # a replay runs no line of `_update`
             state.flow.network.forget_copies()
     else:
-        totals = update(state, x0, y, draws)
+        totals = update(state, x0, y, draws, observe)
     totals["lr"] = torch.tensor(learning_rate(state))
     if config.run.on_nonfinite == "skip":
         totals["skipped"] = state.guard.skipped()
@@ -111,7 +115,13 @@ def capture(state: TrainState) -> None:
     state.captured = Captured(function)
 
 
-def update(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws) -> dict[str, Tensor]:
+def update(
+    state: TrainState,
+    x0: Tensor,
+    y: Tensor | None,
+    draws: Draws,
+    observe: Callable[[str], None] | None = None,
+) -> dict[str, Tensor]:
     """What a step does on the device, from its draws to the weights; nothing of it is copied to the host."""
     config, B = state.config, len(x0)
     state.optimizer.zero_grad(set_to_none=True)
@@ -130,7 +140,11 @@ def update(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws) -> dic
         loss = (n_fm * fm.loss if n_fm else 0) + (n_sc * sc.loss if n_sc else 0)
         assert isinstance(loss, Tensor)
         with products(state.precision, state.device):
-            (loss / B).backward()
+            mean = loss / B
+            if observe is not None:
+                observe("backward")
+            mean.backward()
+        del mean
         for name, term, n, whole in (("fm", fm, n_fm, draws.n_fm), ("sc", sc, n_sc, B - draws.n_fm)):
             for part, value in zip(term._fields, term, strict=True) if n else ():
                 totals[f"{name}_{part}"] = totals.get(f"{name}_{part}", 0) + value.detach() * (n / whole)

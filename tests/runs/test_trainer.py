@@ -259,7 +259,7 @@ def test_a_checkpoint_that_cannot_be_saved_is_a_warning_except_the_last(
 @pytest.mark.parametrize(
     "failure",
     [
-        MemoryError(),  # torch.OutOfMemoryError: tests/test_ledger.py
+        MemoryError(),  # torch.OutOfMemoryError: tests/training/test_memory_estimate.py
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
 )
