@@ -92,7 +92,6 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, bool, boo
         raise ConfigError(f"--config {values.config} and preset {values.preset}: give one of the two")
     config = _read(values.config) if values.config else preset(values.preset or "digits")
     changes = {name: getattr(values, name) for name in SHORT_NAMES if getattr(values, name) is not None}
-    changes |= {name: "on" if value else "off" for name, value in changes.items() if isinstance(value, bool)}
     for text in values.set:
         name, equals, value = text.partition("=")
         if not equals:

@@ -6,7 +6,7 @@ import platform
 import torch
 
 from ..models import attention
-from ..training.state import resolve_device, resolve_precision
+from ..training.precision import resolve_device, resolve_precision
 from ..version import __version__
 
 PACKAGES = (

@@ -144,9 +144,9 @@ class RunConfig:
     "skip" goes on, up to ten times in a row."""
     optimizer: str = "soflow"
     """Whose AdamW: "soflow" (one pass with averages and copies), "torch" (its fused one) or "apex" (FusedAdam)."""
-    compile: str = "auto"
+    compile: bool = False
     """torch.compile for the blocks: "on", "off" or "auto": off until a record shows that it wins."""
-    cuda_graph: str = "auto"
+    cuda_graph: bool = False
     """The step as one CUDA graph: "on", "off" or "auto", as above."""
     recompute: str = "none"
     """What the backward makes again to save memory, beside norms and GELUs: "none", "mlp" (the first product of each

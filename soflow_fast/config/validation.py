@@ -11,7 +11,6 @@ COEFFICIENTS = ("euler", "trig")
 R_SCHEDULES = ("exponent", "cosine", "linear", "constant")
 LR_SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("soflow", "torch", "apex")
-SWITCH = ("auto", "on", "off")
 ON_NONFINITE = ("stop", "skip")
 RECOMPUTE = ("none", "mlp", "block")
 ATTENTION = (
@@ -60,8 +59,6 @@ def validate(config: Config) -> Config:
     ):
         _require(getattr(run, name) >= least, f"run.{name}", f"at least {least}", getattr(run, name))
     _one_of("run.optimizer", run.optimizer, OPTIMIZERS)
-    _one_of("run.compile", run.compile, SWITCH)
-    _one_of("run.cuda_graph", run.cuda_graph, SWITCH)
     _one_of("run.recompute", run.recompute, RECOMPUTE)
     _one_of("run.on_nonfinite", run.on_nonfinite, ON_NONFINITE)
     _one_of("run.attention", run.attention, ATTENTION)

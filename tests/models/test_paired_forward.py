@@ -11,8 +11,8 @@ from soflow_fast import DiT, DiTConfig, Objective, TrainState, paired_forward, p
 from soflow_fast.data import open_source
 from soflow_fast.flow import per_sample
 from soflow_fast.models.attention import flop_counter
-from soflow_fast.models.dit import Tape
-from soflow_fast.training.consistency_target import OPERAND, products
+from soflow_fast.models.dit import TapedOutputs
+from soflow_fast.training.precision import OPERAND, matmul_precision
 from soflow_kernels.increment_attention import softmax_increment
 
 RATIOS = (0.5, 0.1, 0.01, 0.002, 1e-4, 1e-5)
@@ -107,8 +107,8 @@ def test_rides_along_on_the_values_of_another_forward(nets, batch, r, precision,
     rows = slice(2, 5)
     dt = (r * (s - t))[rows]
     dx = v[rows] * per_sample(dt, x)
-    tape = Tape(rows)
-    with products(precision, torch.device("cpu")):
+    tape = TapedOutputs(rows)
+    with matmul_precision(precision, torch.device("cpu")):
         output = net(x, t, s, y, tape=tape)
     plain = net(x, t, s, y)
     assert relative(output.detach(), plain.detach().double()) < (1e-5 if precision == "fp32" else 5e-2)
