@@ -10,7 +10,7 @@ SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=2, hidden_size=40, dep
 
 
 def network(dtype=torch.float32, rounded=None, **attributes):
-    """A DiT off its initial zeros, where half of the gradients vanish. rounded: the dtype of the parameters of blocks."""
+    """A DiT off its initial zeros, where half of the gradients vanish. rounded: the dtype of the blocks' parameters."""
     net = DiT(SIZES).to(dtype)
     net.keep_norms = False
     net.initialize(torch.Generator().manual_seed(0))

@@ -31,6 +31,7 @@ from .fused_layers import (
     defers_bias,
     fused_block,
     normed_linear,
+    stacked_linear,
     weights_of,
 )
 from .plain_layers import PLAIN_LAYERS, Kinds, call_layer, changed_part, plain_kind, watched_everywhere
@@ -323,10 +324,10 @@ class DiT(nn.Module):
         """Modulations from SiLU(c) [B, D], all in one product: six [B, D] for each block, then shift and scale of the
         last norm, in one list."""
         layers = self.modulation_layers()
-        weights, biases = zip(*(weights_of(layer, dtype) for layer in layers), strict=True)
-        out = F.linear(c.to(dtype), torch.cat(weights), torch.cat(biases))
+        weights = [weights_of(layer, dtype) for layer in layers]
+        out = stacked_linear(c.to(dtype), weights)
         if tape is not None:
-            for layer, value in zip(layers, out.split([len(weight) for weight in weights], dim=1), strict=True):
+            for layer, value in zip(layers, out.split([len(w.weight) for w in weights], dim=1), strict=True):
                 tape.keep(layer, value)
         return list(out.split(self.config.hidden_size, dim=1))
 

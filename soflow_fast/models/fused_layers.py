@@ -104,6 +104,26 @@ def _linear_backward(dout: Tensor, x: Tensor, weight: Tensor, has_bias: bool) ->
     return dout @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0) if has_bias else None
 
 
+class _StackedLinear(torch.autograd.Function):
+    """x W' + b for weights and biases stacked from several; keeps these, not the stack."""
+
+    @staticmethod
+    def forward(ctx: Any, x, *parameters):
+        weights, biases = parameters[0::2], parameters[1::2]
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, torch.cat(weights), torch.cat(biases))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *weights = ctx.saved_tensors
+        rows = [len(weight) for weight in weights]
+        dx, dweight, dbias = _linear_backward(dout, x, torch.cat(weights), True)
+        assert dbias is not None
+        each = zip(dweight.split(rows), dbias.split(rows), strict=True)
+        return dx, *[gradient for pair in each for gradient in pair]
+
+
 class _NormedLinear(torch.autograd.Function):
     """x', LN(x') modulated and multiplied; keeps x', the branch and the statistics, not the norm."""
 
@@ -182,6 +202,14 @@ def defers_bias(x: Tensor) -> bool:
 def linear(x: Tensor, layer: LinearWeights, *, bias: bool = True) -> Tensor:
     """x W' + b (or without b), [..., K] -> [..., N]."""
     return F.linear(x, layer.weight, layer.bias if bias else None)
+
+
+def stacked_linear(x: Tensor, layers: list[LinearWeights]) -> Tensor:
+    """The products of one x [B, K] with several layers side by side, [B, sum of N], as one product."""
+    if _composed():
+        weights, biases = zip(*layers, strict=True)
+        return F.linear(x, torch.cat(weights), torch.cat(biases))
+    return _StackedLinear.apply(x, *[value for layer in layers for value in layer])  # pyright: ignore[reportReturnType]
 
 
 def _norm(residual: PendingResidual, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

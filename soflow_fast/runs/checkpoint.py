@@ -399,7 +399,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    """The optimiser's state by number of the parameter and name, without the masters, which are the network's weights."""
+    """The optimiser's state by number of the parameter and name; the masters are kept as the network's weights."""
     entries = state.optimizer.state_dict()["state"]
     named = ((index, name, value) for index, entry in entries.items() for name, value in entry.items())
     return {f"{index}.{name}": value for index, name, value in named if name != "master"}

@@ -107,8 +107,8 @@ class TrainState:
     def sum_gradients_in(self, dtype: torch.dtype | None) -> None:
         """Set the dtype of the gradients of parameters in low precision: None, their own, or a wider one in which those
         of several micro-batches are added up."""
-        for parameter, master in zip(self.flow.parameters(), self.optimizer.masters, strict=True):
-            if parameter is not master:
+        for parameter in self.flow.parameters():
+            if parameter.dtype.itemsize < 4:
                 parameter.grad_dtype = dtype or parameter.dtype
 
     @torch.no_grad()
