@@ -75,9 +75,8 @@ class PatchEmbed(nn.Module):
         return x.reshape(B, (H // p) * (W // p), C * p * p)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            changed_part(self.proj, nn.Conv2d, PLAIN_LAYERS) is None
-        ):  # one matrix product: a convolution would round otherwise
+        if changed_part(self.proj, nn.Conv2d, PLAIN_LAYERS) is None and not watched_everywhere():
+            # One matrix product, as for the increments: a convolution rounds otherwise.
             return F.linear(self.patches(x), self.proj.weight.flatten(1), self.proj.bias)
         return call_layer(self.proj, x).flatten(2).transpose(1, 2)
 

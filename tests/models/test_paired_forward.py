@@ -12,6 +12,7 @@ from soflow_fast.data import open_source
 from soflow_fast.flow import per_sample
 from soflow_fast.models.attention import flop_counter
 from soflow_fast.models.dit import TapedOutputs
+from soflow_fast.objective import ConsistencyPoints
 from soflow_fast.training.precision import OPERAND, matmul_precision
 from soflow_kernels.increment_attention import softmax_increment
 
@@ -188,7 +189,8 @@ def test_quotient_of_a_trained_network(trained, capsys):
         with torch.no_grad():
             start, difference = exact(wide.network, x, x_l - x, t, dt, s, y)
             x64, v64, t64, l64, s64 = args64
-            q64 = objective.quotient(wide, start, difference, x64, v64, t64, l64, s64)
+            at = ConsistencyPoints(x64, v64, x64, x64, t64, l64, s64, y)
+            q64 = objective.quotient(wide, at, start, difference)
             found = {}
             value, increment = paired_forward(flow.network, x, x_l - x, t, dt, s, y, dtype=torch.bfloat16)
             found["increments, bf16"] = (value, increment)
@@ -197,7 +199,8 @@ def test_quotient_of_a_trained_network(trained, capsys):
                     start, end = (flow.network(*a, s, y).float() for a in ((x, t), (x_l, l)))
                 found[name] = (start, end - start)
         for name, (value, increment) in found.items():
-            q = objective.quotient(flow, value, increment, x, v, t, l, s).double()
+            at = ConsistencyPoints(x, v, x_l - x, x_l, t, l, s, y)
+            q = objective.quotient(flow, at, value, increment).double()
             cosine = float((q * q64).sum() / (q.norm() * q64.norm()))
             rows.append((r, name, relative(q, q64), cosine))
     with capsys.disabled():
