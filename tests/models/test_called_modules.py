@@ -4,8 +4,10 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize, prune
 
 from soflow_fast import paired_forward
@@ -227,3 +229,29 @@ def test_parts_can_be_called_alone():
     assert torch.equal(net.unpatchify(net.final_layer(tokens, c)), net(x, t, s, y))
     convolved = net.x_embedder.proj(x).flatten(2).transpose(1, 2)
     assert torch.allclose(net.x_embedder(x), convolved, atol=1e-5)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sharded_blocks_take_effect(one_process):
+    """`fully_shard` on each block: the same output and gradients, and a refusal where parameters are read directly."""
+    net, plain = network(), network()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
+    assert net.changed_part() == "blocks.0"
+    wanted, got = gradients(plain), gradients(net)
+    assert torch.equal(got["output"], wanted["output"])
+    for name, value in wanted.items():
+        given = got[name].full_tensor() if hasattr(got[name], "full_tensor") else got[name]
+        assert torch.allclose(given, value, atol=1e-5), name
+    x, t, s, y, dx = inputs()
+    with pytest.raises(ValueError, match=r"^net\.blocks\.0 was replaced, wrapped or hooked"):
+        paired_forward(net, x, dx, t, 0 * t, s, y)
