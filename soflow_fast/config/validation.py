@@ -1,54 +1,41 @@
-"""What a configuration must mean: every check names its field."""
+"""The meaning of a configuration: every check names its field.
 
-import math
+`validate` is called once, where a configuration enters: from a command line (`commands.parser.configure`), from a
+checkpoint, and from a library user's hands in `TrainState.build`; code behind those takes it as it is. `DiT`,
+`SolutionFlow` and `Objective` check their own part, as users build them directly. `runs.trainer.resolved` then replaces
+what was left open ("auto") by what it comes to on this machine, once for each run.
+"""
+
 import os
-from typing import Any
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .schema import AUTO, Config, DiTConfig, FlowConfig, ObjectiveConfig, flatten, nearest, shown
+from .schema import AUTO, TYPES, Config, DiTConfig, FlowConfig, ObjectiveConfig, check_type, flatten, nearest, shown
 
-PATHS = ("linear", "trig")
-COEFFICIENTS = ("euler", "trig")
-R_SCHEDULES = ("exponent", "cosine", "linear", "constant")
-LR_SCHEDULES = ("constant", "cosine")
-OPTIMIZERS = ("soflow", "torch", "apex")
-SWITCH = ("auto", "on", "off")
-ON_NONFINITE = ("stop", "skip")
-RECOMPUTE = ("none", "mlp", "block")
-ATTENTION = (
-    *("auto", "flash4", "flash3", "flash2", "xformers"),
-    *("sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math", "sdpa"),
-)
-PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp8")
-QUOTIENTS = ("auto", "increments", "pair")
-QUOTIENT_PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
-TEACHERS = ("student", "ema", "ema-literal")
-DATA_KINDS = ("digits", "images", "latents")
 # What float32 holds: beyond, torch raises in the midst of a step or takes 0 for a number.
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 def validate(config: Config) -> Config:
     """Check the meaning of every field and return `config`. Raises ValueError naming the first wrong field."""
-    usual = flatten(Config())
     for name, value in flatten(config).items():
-        _require(_of_type(value, usual[name]), name, _TYPES[type(usual[name])], value)
+        check_type(name, value)
         for number in value if isinstance(value, tuple) else (value,):
-            _require(not isinstance(number, float) or math.isfinite(number), name, "finite", value)
-            holds = not isinstance(usual[name], (float, tuple)) or number == 0 or SMALLEST <= abs(number) <= LARGEST
+            holds = TYPES[name] not in (float, tuple[float, float]) or number == 0 or SMALLEST <= abs(number) <= LARGEST
             _require(holds, name, "0 or of a size from 1.2e-38 to 3.4e38, as float32 is", value)
     validate_model(config.model, "model.")
     validate_flow(config.flow, "flow.")
     validate_objective(config.objective, "objective.")
     optim, run = config.optim, config.run
+    for section, prefix in ((optim, "optim."), (config.data, "data."), (run, "run."), (config, "")):
+        _check_choices(section, prefix)
     for name in ("lr", "eps"):
         _require(getattr(optim, name) > 0, f"optim.{name}", "above 0", getattr(optim, name))
-    _one_of("optim.lr_schedule", optim.lr_schedule, LR_SCHEDULES)
     _require(optim.warmup_steps >= 0, "optim.warmup_steps", "at least 0", optim.warmup_steps)
     _require(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
     _require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
     _require(optim.grad_clip >= 0, "optim.grad_clip", "at least 0", optim.grad_clip)
     _require(0 <= optim.ema_decay < 1, "optim.ema_decay", "in [0, 1)", optim.ema_decay)
-    _one_of("data.kind", config.data.kind, DATA_KINDS)
     for name, path in (("data.path", config.data.path), ("run.run_dir", run.run_dir)):
         _require(_can_be_a_name(path), name, "a name that a file can have, without zero byte or lone surrogate", path)
     for name, least in (
@@ -59,18 +46,9 @@ def validate(config: Config) -> Config:
         ("keep", 2),
     ):
         _require(getattr(run, name) >= least, f"run.{name}", f"at least {least}", getattr(run, name))
-    _one_of("run.optimizer", run.optimizer, OPTIMIZERS)
-    _one_of("run.compile", run.compile, SWITCH)
-    _one_of("run.cuda_graph", run.cuda_graph, SWITCH)
-    _one_of("run.recompute", run.recompute, RECOMPUTE)
-    _one_of("run.on_nonfinite", run.on_nonfinite, ON_NONFINITE)
-    _one_of("run.attention", run.attention, ATTENTION)
     _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits
     _require(1 <= config.batch_size <= 2**20, "batch_size", "in [1, 2^20]", config.batch_size)
     _require(config.micro_batch >= AUTO, "micro_batch", "at least 0, or auto", config.micro_batch)
-    _one_of("precision", config.precision, PRECISIONS)
-    _one_of("quotient", config.quotient, QUOTIENTS)
-    _one_of("quotient_precision", config.quotient_precision, QUOTIENT_PRECISIONS)
     _require(0 <= config.seed < 2**63, "seed", "in [0, 2^63)", config.seed)
     return config
 
@@ -107,12 +85,12 @@ def validate_model(model: DiTConfig, prefix: str = "") -> None:
 
 def validate_flow(flow: FlowConfig, prefix: str = "") -> None:
     """Check a FlowConfig. Raises ValueError naming the field."""
-    _one_of(prefix + "path", flow.path, PATHS)
-    _one_of(prefix + "coefficients", flow.coefficients, COEFFICIENTS)
+    _check_choices(flow, prefix)
 
 
 def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
     """Check an ObjectiveConfig. Raises ValueError naming the field."""
+    _check_choices(objective, prefix)
     _require(objective.guidance_scale >= 1, prefix + "guidance_scale", "at least 1", objective.guidance_scale)
     _require(
         objective.guidance_decay_time >= 0, prefix + "guidance_decay_time", "at least 0", objective.guidance_decay_time
@@ -121,10 +99,8 @@ def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
         _require(0 <= getattr(objective, name) <= 1, prefix + name, "in [0, 1]", getattr(objective, name))
     _require(objective.p >= 0, prefix + "p", "at least 0", objective.p)
     _require(objective.eps > 0, prefix + "eps", "above 0", objective.eps)
-    _one_of(prefix + "r_schedule", objective.r_schedule, R_SCHEDULES)
     for name in ("r_init", "r_end"):
         _require(0 < getattr(objective, name) <= 1, prefix + name, "in (0, 1]", getattr(objective, name))
-    _one_of(prefix + "teacher", objective.teacher, TEACHERS)
     _require(0 <= objective.teacher_decay < 1, prefix + "teacher_decay", "in [0, 1)", objective.teacher_decay)
     usual = ObjectiveConfig().teacher_decay
     _require(
@@ -139,19 +115,6 @@ def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
         )
 
 
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "two numbers"}
-
-
-def _of_type(value: Any, usual: Any) -> bool:
-    """Whether `value` has the type of a field whose usual value is given; whole numbers are numbers."""
-    if isinstance(usual, tuple):
-        fits = isinstance(value, tuple) and len(value) == len(usual)
-        return fits and all(map(_of_type, value, usual))
-    if isinstance(usual, float):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is type(usual)
-
-
 def _can_be_a_name(path: str) -> bool:
     try:
         return b"\0" not in os.fsencode(path)
@@ -164,8 +127,15 @@ def _require(holds: bool, name: str, what: str, value: Any) -> None:
         raise ValueError(f"{name} must be {what}, got {shown(value)}")
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"{name} must be one of {', '.join(allowed)}, got {shown(value)}{nearest(str(value), allowed)}"
-        )
+def _check_choices(section: Any, prefix: str) -> None:
+    """Check the fields of one section that are a `Literal`."""
+    for name, allowed in _choices(type(section)).items():
+        value = getattr(section, name)
+        if value not in allowed:
+            what = f"one of {', '.join(allowed)}"
+            raise ValueError(f"{prefix}{name} must be {what}, got {shown(value)}{nearest(str(value), allowed)}")
+
+
+@cache
+def _choices(kind: type) -> dict[str, tuple[str, ...]]:
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}

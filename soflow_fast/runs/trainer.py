@@ -58,7 +58,11 @@ def train(config: Config) -> TrainState:
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with every "auto" and empty default replaced by what it comes to here."""
+    """The configuration with every "auto" and empty default replaced by what it comes to on this machine.
+
+    `run.attention` alone stays "auto": the backends are timed at the network's shape, once it is there
+    (`resolve_attention`). A configuration that is resolved stays as it is.
+    """
     device = resolve_device(config.run.device)
     run = replace(config.run, run_dir=config.run.run_dir or f"runs/{config.preset}", device=str(device))
     precision = resolve_precision(config.precision, device)
@@ -84,7 +88,7 @@ def resolve_attention(state: TrainState) -> str:
     config, model, device = state.config, state.config.model, state.device
     name = config.run.attention
     dtype = torch.bfloat16 if state.precision in ("bf16", "fp8") else torch.float32
-    compiled = config.run.compile == "on"
+    compiled = config.run.compile
     B = config.batch_size // state.world
     B = min(config.micro_batch, B) or B
     T, head_dim = (model.input_size // model.patch_size) ** 2, model.hidden_size // model.num_heads

@@ -56,7 +56,7 @@ class TrainState:
         if config.batch_size % world:
             raise ConfigError(f"batch_size must be a multiple of the {world} ranks, got {config.batch_size}")
         device = resolve_device(config.run.device)
-        if config.run.cuda_graph == "on" and device.type != "cuda":
+        if config.run.cuda_graph and device.type != "cuda":
             raise ConfigError(f"--cuda-graph: needs a GPU, the device is {device.type}")
         precision = resolve_precision(config.precision, device)
         quotient = resolve_quotient(config, precision, device)
@@ -72,7 +72,7 @@ class TrainState:
             float8.use_float8([layer for block in flow.network.blocks for layer in block.products()])
         flow.network.recompute = config.run.recompute
         teacher = None if quotient.teacher == "student" else copy.deepcopy(ema)
-        if config.run.compile == "on":
+        if config.run.compile:
             for network in (flow.network, *([teacher.network] if teacher else [])):
                 network.compile_blocks()
         averages = [average.network for average in (ema, teacher) if average is not None]

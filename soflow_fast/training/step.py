@@ -84,7 +84,7 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
     draws = draw(state, x0.shape)
     _set_rates(state)
-    if state.captured is None and config.run.cuda_graph == "on":
+    if state.captured is None and config.run.cuda_graph:
         capture(state)
     if state.captured is not None and not _checks_quotient(state):
         state.flow.network.refresh_copies()

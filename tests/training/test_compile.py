@@ -52,13 +52,13 @@ def test_low_precision_gradients(recompute):
 @pytest.mark.parametrize("fields", [{}, {"precision": "bf16"}, {"precision": "bf16", "teacher": "ema"}], ids=str)
 def test_a_step_does_not_recompile(fields, monkeypatch):
     objective = ObjectiveConfig(teacher=fields.pop("teacher", "student"))
-    config = preset("digits", device="cpu", batch_size=8, compile="on", **{"precision": "fp32", **fields})
+    config = preset("digits", device="cpu", batch_size=8, compile=True, **{"precision": "fp32", **fields})
     model = dataclasses.replace(SIZES, in_channels=1, num_classes=10)
     compiled = type(network()).compile_blocks
     monkeypatch.setattr(type(network()), "compile_blocks", lambda net: compiled(net, "aot_eager"))
     config = dataclasses.replace(config, model=model, objective=objective)
     run = TrainState.build(config)
-    plain = TrainState.build(dataclasses.replace(config, run=dataclasses.replace(config.run, compile="off")))
+    plain = TrainState.build(dataclasses.replace(config, run=dataclasses.replace(config.run, compile=False)))
 
     def step(k):
         source = torch.Generator().manual_seed(k)

@@ -170,7 +170,7 @@ def test_a_step_reads_nothing_on_the_host(settings, monkeypatch):
 
 def test_a_graph_without_a_gpu_is_refused():
     with pytest.raises(ConfigError, match=r"^--cuda-graph: needs a GPU, the device is cpu$"):
-        state(cuda_graph="on")
+        state(cuda_graph=True)
 
 
 @pytest.mark.gpu
@@ -180,7 +180,7 @@ def test_recorded_steps_on_a_gpu(precision):
     config = preset("digits", precision=precision, device="cuda", batch_size=8, steps=40)
     plain, recorded = (
         TrainState.build(dataclasses.replace(config, model=SIZES, run=dataclasses.replace(config.run, cuda_graph=on)))
-        for on in ("off", "on")
+        for on in (False, True)
     )
     for seed in range(9):
         wanted, got = train_step(plain, *batch(seed)), train_step(recorded, *batch(seed))
