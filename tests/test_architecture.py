@@ -30,6 +30,7 @@ FLOORS = (
 )
 """The rooms of the engine from the ground up: each imports from lower floors only. The last are the command lines."""
 STILL_UP = {("soflow_fast.models.attention_autotune", "runs")}
+"""Arrows that still run up, by module and room."""
 MOST_MODULES = {"soflow_fast": 12, "soflow_kernels": 14}
 """How many modules a folder may hold, besides `version` and those whose names begin with an underscore."""
 
@@ -37,7 +38,7 @@ SERIALISERS = {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}
 # The signals of `errors` turn a SIGTERM that comes before the trainer is there into exit code 143.
 PROCESS = {"soflow_fast.commands.process", "soflow_fast.errors"}
 CLOCKS = {
-    **dict.fromkeys(("time", "timeit", "datetime"), {"soflow_fast.runs", "soflow_fast.commands"}),
+    **{name: {"soflow_fast.runs", "soflow_fast.commands"} for name in ("time", "timeit", "datetime")},
     "signal": {"soflow_fast.runs.signals", "soflow_fast.runs.trainer", *PROCESS},
 }
 GENERATORS = {
@@ -52,7 +53,8 @@ GENERATORS = {
 SETTINGS = r"torch\.(_dynamo|_inductor)\.config\.|torch\.backends\.|sys\.tracebacklimit$"
 """What may be set from outside, as it is made for that."""
 PATCHING = {"soflow_kernels.testing", "soflow_fast.training.memory_estimate"}
-"""Tests find memory that no kernel writes by a `torch.empty` that fills it."""
+"""Modules that replace functions of others: tests find memory that no kernel writes by a `torch.empty` that fills it,
+and memory is predicted from a step without data."""
 EXITS = {"sys.exit", "os._exit", "os.abort", "exit", "quit"}
 WRITERS = {
     "torch.save",
