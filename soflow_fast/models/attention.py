@@ -13,7 +13,7 @@ They agree to rounding. No head dimension is padded here; what a package does in
 import importlib.metadata
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..config.validation import ATTENTION
+from ..config.schema import AttentionBackend
 from ..errors import ConfigError
 
-BACKENDS = ATTENTION[1:]
+BACKENDS = get_args(AttentionBackend)[1:]
 HALF = (torch.bfloat16, torch.float16)
 KERNELS = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,

@@ -59,7 +59,11 @@ def train(config: Config) -> TrainState:
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with every "auto" and empty default replaced by what it comes to here."""
+    """The configuration with every "auto" and empty default replaced by what it comes to on this machine.
+
+    `run.attention` alone stays "auto": the backends are timed at the network's shape, once it is there
+    (`resolve_attention`). A configuration that is resolved stays as it is.
+    """
     device = resolve_device(config.run.device)
     run = replace(config.run, run_dir=config.run.run_dir or f"runs/{config.preset}", device=str(device))
     precision = resolve_precision(config.precision, device)

@@ -211,7 +211,7 @@ def ledger(config: Config, *, device: str = "cuda", batch: int | None = None) ->
     """
     # What needs a GPU or a compiler, by what is like it: torch's optimiser has the state of apex's.
     optimizer = "torch" if config.run.optimizer == "apex" else config.run.optimizer
-    run = replace(config.run, device="cpu", optimizer=optimizer, compile="off", cuda_graph="off")
+    run = replace(config.run, device="cpu", optimizer=optimizer, compile=False, cuda_graph=False)
     precision = "bf16" if config.precision == "fp8" else config.precision
     B = config.batch_size if batch is None else batch
     with _without_data(device), Storages() as storages:

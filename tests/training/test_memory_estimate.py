@@ -128,7 +128,7 @@ def test_auto_precision_on_a_gpu_that_is_not_here() -> None:
         {"quotient_precision": "fp16"},
         {"precision": "tf32"},
         {"precision": "fp8"},
-        {"run.cuda_graph": "on", "run.compile": "on"},
+        {"run.cuda_graph": True, "run.compile": True},
     ],
     ids=str,
 )
