@@ -16,7 +16,7 @@ pytestmark = [  # torch's own
     pytest.mark.filterwarnings("ignore:.*is deprecated"),
 ]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=needs_compiler)]
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])]
 
 
 @pytest.fixture(autouse=True)
