@@ -179,7 +179,7 @@ class Block(nn.Module):
         D = config.hidden_size
         self.attn = Attention(D, config.num_heads)
         self.mlp = MLP(D, int(D * config.mlp_ratio))
-        self.adaLN_modulation = Modulation(D, 6)
+        self.adaLN_modulation: Any = Modulation(D, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x + gate1 attn(n1), then + gate2 mlp(n2), each n a modulated norm; [B, T, D].
@@ -204,7 +204,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.linear = nn.Linear(D, config.patch_size**2 * config.in_channels)
-        self.adaLN_modulation = Modulation(D, 2)
+        self.adaLN_modulation: Any = Modulation(D, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """c: the conditioning [B, D], from which shift and scale come. The patches are in the dtype of c."""
@@ -277,7 +277,8 @@ class DiT(nn.Module):
 
     def modulation_layers(self) -> list[nn.Linear]:
         """The layers from SiLU(c) to shifts, scales and gates: six rows of D for each block, two for the last norm."""
-        return [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
+        parts: list[Any] = [*self.blocks, self.final_layer]
+        return [part.adaLN_modulation[1] for part in parts]
 
     def low_precision_layers(self) -> list[nn.Linear]:
         """The layers whose parameters are in low precision in a step in low precision: those of the blocks, and all

@@ -82,8 +82,10 @@ def value_and_increment(
             )
         else:
             end = network(at.x_l, at.l, at.s, at.y).to(at.x.dtype)
-            known = output is not None and network is student
-            start = output.detach() if known else network(at.x, at.t, at.s, at.y).to(at.x.dtype)
+            if output is not None and network is student:
+                start = output.detach()
+            else:
+                start = network(at.x, at.t, at.s, at.y).to(at.x.dtype)
             increment = end - start
         if network is student:
             return start, increment
