@@ -23,13 +23,11 @@ from soflow_kernels import (
     _dispatch,
     adaln,
     adamw,
-    consistency,
-    flow_matching,
     gate,
     gelu,
     increment,
-    increment_attention,
     lookahead,
+    losses,
     time_embedding,
 )
 from soflow_kernels.version import __version__
@@ -37,13 +35,15 @@ from soflow_kernels.version import __version__
 MODULES = (
     adaln,
     adamw,
-    consistency,
-    flow_matching,
     gate,
     gelu,
-    increment,
-    increment_attention,
+    increment.adaln,
+    increment.attention,
+    increment.gelu,
+    increment.silu,
+    increment.time_embedding,
     lookahead,
+    losses,
     time_embedding,
 )
 POINTERS = {
@@ -148,7 +148,7 @@ def inspect_launch(case, launch, arch):
         problems.append("spills")
     if narrow > forced_narrow(compiled.asm["ttgir"], warps):
         problems.append("narrow loads")
-    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+    name = f"{kernel.fn.__module__.removeprefix('soflow_kernels.')}.{kernel.fn.__name__}"
     shared = compiled.metadata.shared
     row = (case, name, arch, warps, registers, spill, shared, max(widths), min(widths), ", ".join(problems))
     return dict(zip(COLUMNS, row, strict=True))

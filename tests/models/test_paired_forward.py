@@ -13,7 +13,7 @@ from soflow_fast.flow import per_sample
 from soflow_fast.models.attention import flop_counter
 from soflow_fast.models.dit import Tape
 from soflow_fast.training.consistency_target import OPERAND, products
-from soflow_kernels.increment_attention import softmax_increment
+from soflow_kernels.increment.attention import softmax_increment
 
 RATIOS = (0.5, 0.1, 0.01, 0.002, 1e-4, 1e-5)
 SIZES = {
