@@ -125,10 +125,9 @@ def _hidden_kernel(
     rows = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (rows < B) & (cols < H)
-    tl.store(out_ptr + rows * (2 * H) + cols, _silu(_biased(ht_ptr + rows * ht_b, bt_ptr, cols, mask, H)), mask=mask)
-    tl.store(
-        out_ptr + rows * (2 * H) + H + cols, _silu(_biased(hs_ptr + rows * hs_b, bs_ptr, cols, mask, H)), mask=mask
-    )
+    at = out_ptr + rows * (2 * H) + cols
+    tl.store(at, _silu(_biased(ht_ptr + rows * ht_b, bt_ptr, cols, mask, H)), mask=mask)
+    tl.store(at + H, _silu(_biased(hs_ptr + rows * hs_b, bs_ptr, cols, mask, H)), mask=mask)
 
 
 @jit

@@ -108,9 +108,11 @@ def _kernel(
     HD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     UNIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One program: M queries of one head. The head dimension is MAIN and TAIL columns (0: none), as 72 = 64 + 8.
+    """One program: M queries `rows` of head h of sample b, of `blocks` such blocks; N keys at a time.
 
-    Strides are in UNITs of elements, so that the compiler sees what they are multiples of.
+    HD: the head dimension d, MAIN and TAIL columns (0: none), as 72 = 64 + 8. m, c, Z, Y, A, D: as in the header, A and
+    D also for the tail. Strides q_p (from value to increment), q_b, q_h, q_t are in UNITs of elements, so that the
+    compiler sees what they are multiples of; out_plane is the output's, in elements. WIDEN: see `_dot`.
     """
     program = tl.program_id(0).to(tl.int64)
     head = program // blocks
