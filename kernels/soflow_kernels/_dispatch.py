@@ -118,6 +118,12 @@ def check_quiet(op, name, value, shape, like=None):
         raise ValueError(f"{op}: {name} must not require a gradient: increments have none")
 
 
+def check_plain(op, name, value):
+    """Raise ValueError for a tensor that wraps others (DTensor and its like), which the operation cannot follow."""
+    if is_traceable_wrapper_subclass(value):
+        raise ValueError(f"{op}: {name} must be a plain tensor, got {type(value).__name__}")
+
+
 def check_dtype(op, name, dtype):
     """Raise ValueError unless `dtype` is None or a floating dtype of the operations."""
     if dtype is not None and dtype not in (*KERNEL_DTYPES, torch.float64):

@@ -99,8 +99,9 @@ def _weight(error: Tensor, eps: float, p: float) -> Tensor:
 
 
 def _per_sample_mean(values: Tensor) -> Tensor:
-    """[B, ...] -> [B]."""
-    return values.reshape(len(values), -1).mean(1) if values.numel() else values.new_zeros(len(values))
+    """[B, ...] -> [B]; 0 for samples of no elements."""
+    rows = values.reshape(len(values), math.prod(values.shape[1:]))
+    return rows.mean(1) if rows.shape[1] else rows.sum(1)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -113,7 +114,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 #   b           the sample, of B; n: its elements; at = b n + cols: their places in the images
 #   rows        blocks of BLOCK elements that a program of a chunk goes through, one after another
 #   sample_ptr  [3, B] float32: loss, mean square of the error, weight of each sample
-#   partial_ptr [sums, B, chunks] float32: sums over a chunk
+#   partial_ptr [B, sums, chunks] float32: sums over a chunk
 #   images, times, settings: tuples of pointers and numbers, for the functions that the three kernels share
 
 
@@ -214,8 +215,9 @@ def _consistency_sums(
         out, q = _quotient(images, (by_target, by_x, by_value, by_inc), b * n + cols, cols < n, TRIG, VALUE)
         squares += q * q
         products += out * q
-    tl.store(partial_ptr + program, tl.sum(squares, axis=0))
-    tl.store(partial_ptr + tl.num_programs(0) + program, tl.sum(products, axis=0))
+    at = partial_ptr + b * chunks + program
+    tl.store(at, tl.sum(squares, axis=0))
+    tl.store(at + chunks, tl.sum(products, axis=0))
 
 
 @jit
@@ -228,8 +230,8 @@ def _consistency_direction(
     program = tl.program_id(0).to(tl.int64)
     b = program // chunks
     sign, by_target, by_x, by_value, by_inc = _coefficients((t_ptr, l_ptr, s_ptr), b, TRIG)
-    error = _sum_chunks(partial_ptr + b * chunks, chunks, CHUNKS) / n
-    product = _sum_chunks(partial_ptr + tl.num_programs(0) + b * chunks, chunks, CHUNKS) / n
+    error = _sum_chunks(partial_ptr + 2 * b * chunks, chunks, CHUNKS) / n
+    product = _sum_chunks(partial_ptr + (2 * b + 1) * chunks, chunks, CHUNKS) / n
     weight = _power(error + eps, p)
     scale = sign * weight
     # Every chunk's program stores the same three numbers.
@@ -346,7 +348,7 @@ def _launch(kernels, sums, given, settings, weighting, **options):
     if chunks == 1:
         launch(sample_kernel, (B,), *given, direction, samples, n, *settings, *weighting, **options)
     else:
-        partials = torch.empty(sums, B, chunks, dtype=torch.float32, device=output.device)
+        partials = torch.empty(B, sums, chunks, dtype=torch.float32, device=output.device)
         launch(sums_kernel, (B * chunks,), *given, partials, n, chunks, rows, *settings, **options)
         launch(
             direction_kernel, (B * chunks,), *given, direction, samples, partials, n, chunks, rows,
@@ -426,7 +428,7 @@ def consistency_loss(
         p, eps: of the weight (mean(q^2) + eps)^-p.
         coefficients: "euler" or "trig".
 
-    float64 takes the reference. The scalars are float32 (float64 for float64), and NaN for a batch of no samples. Only
+    float64 and empty tensors take the reference. The scalars are float32 (float64 for float64), and NaN for a batch of no samples. Only
     the loss has a gradient, once; its value means nothing, it is a surrogate.
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
@@ -439,7 +441,7 @@ def consistency_loss(
         check_tensor(op, name, tensor, (output.shape[0],), output)
     if coefficients not in COEFFICIENTS:
         raise ValueError(f"{op}: coefficients must be one of {', '.join(COEFFICIENTS)}, got {coefficients!r}")
-    if not use_kernel(output, increment, x, target, t, l, s, value):
+    if 0 in output.shape or not use_kernel(output, increment, x, target, t, l, s, value):
         settings = {"value": value, "p": p, "eps": eps, "coefficients": coefficients}
         return consistency_loss_reference(output, increment, x, target, t, l, s, **settings)
     value = None if value is None else value.detach()
@@ -466,7 +468,7 @@ def flow_matching_loss(
         p, eps: of the weight 1 / (|k| (mean(e^2) + eps)^p).
         velocity_slope: k = db/ds(t, t), not 0; the velocity is this times output.
 
-    float64 takes the reference. The scalars are float32 (float64 for float64), and NaN for a batch of no samples. Only
+    float64 and empty tensors take the reference. The scalars are float32 (float64 for float64), and NaN for a batch of no samples. Only
     the loss has a gradient, once.
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
@@ -487,7 +489,7 @@ def flow_matching_loss(
         "eps": eps,
         "velocity_slope": velocity_slope,
     }
-    if not use_kernel(output, v_t, t, v_null):
+    if 0 in output.shape or not use_kernel(output, v_t, t, v_null):
         return flow_matching_loss_reference(output, v_t, t, v_null, label_dropped, **settings)
     others = (None if v is None else v.detach() for v in (v_t, t, v_null, label_dropped))
     means, _ = _flow_matching_loss(output, *others, *map(float, settings.values()))

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_plain, check_tensor, inner_unit, jit, launch, tl, use_kernel
 from soflow_kernels._math import exp2, sincos
 from soflow_kernels._reduce import finish
 
@@ -353,6 +353,8 @@ _tail.register_autograd(_tail_grad, setup_context=_save)
 def _check(op, t, s, y, t_weights, s_weights, table, max_period):
     check_tensor(op, "t", t, ("B",))
     check_tensor(op, "s", s, tuple(t.shape), t)
+    for name, value in (("t", t), ("s", s)):
+        check_plain(op, name, value)
     if y is not None:
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
             raise ValueError(f"{op}: y must be an int64 tensor, got {getattr(y, 'dtype', type(y).__name__)}")

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_dtype, check_quiet, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_dtype, check_plain, check_quiet, jit, launch, tl, use_kernel
 from soflow_kernels._math import sincos
 from soflow_kernels.increment._sigmoid import wide
 from soflow_kernels.time_embedding import MAX_PERIOD, frequency, split_step
@@ -93,6 +93,8 @@ def time_embedding_increment(
     check_quiet(op, "t", t, ("B",))
     for name, value in (("dt", dt), ("s", s)):
         check_quiet(op, name, value, tuple(t.shape), t)
+    for name, value in (("t", t), ("dt", dt), ("s", s)):
+        check_plain(op, name, value)
     check_dtype(op, "dtype", dtype)
     if isinstance(max_period, bool) or not isinstance(max_period, (int, float)) or not 1 <= max_period <= MAX_PERIOD:
         raise ValueError(f"{op}: max_period must be a number in [1, 1e30], got {max_period!r}")
