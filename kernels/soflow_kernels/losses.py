@@ -428,8 +428,8 @@ def consistency_loss(
         p, eps: of the weight (mean(q^2) + eps)^-p.
         coefficients: "euler" or "trig".
 
-    float64 and empty tensors take the reference. The scalars are float32 (float64 for float64), and NaN for a batch of no samples. Only
-    the loss has a gradient, once; its value means nothing, it is a surrogate.
+    float64 and empty tensors take the reference. The scalars are float32 (float64 for float64), and NaN for a batch of
+    no samples. Only the loss has a gradient, once; its value means nothing, it is a surrogate.
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
     op = "consistency_loss"
@@ -468,8 +468,8 @@ def flow_matching_loss(
         p, eps: of the weight 1 / (|k| (mean(e^2) + eps)^p).
         velocity_slope: k = db/ds(t, t), not 0; the velocity is this times output.
 
-    float64 and empty tensors take the reference. The scalars are float32 (float64 for float64), and NaN for a batch of no samples. Only
-    the loss has a gradient, once.
+    float64 and empty tensors take the reference. The scalars are float32 (float64 for float64), and NaN for a batch of
+    no samples. Only the loss has a gradient, once.
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
     op = "flow_matching_loss"

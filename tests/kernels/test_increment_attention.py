@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from soflow_kernels.increment_attention import attention_increment, attention_increment_reference
 
 from soflow_kernels import increment_attention, testing
-from soflow_kernels.increment_attention import attention_increment, attention_increment_reference
 
 STEPS = (1.0, 0.1, 1e-3, 1e-5, 1e-7)
 
