@@ -25,11 +25,15 @@ from soflow_kernels import (
     adamw,
     gate,
     gelu,
-    increment,
     lookahead,
     losses,
     time_embedding,
 )
+from soflow_kernels.increment import adaln as increment_adaln
+from soflow_kernels.increment import attention as increment_attention
+from soflow_kernels.increment import gelu as increment_gelu
+from soflow_kernels.increment import silu as increment_silu
+from soflow_kernels.increment import time_embedding as increment_time_embedding
 from soflow_kernels.version import __version__
 
 MODULES = (
@@ -37,11 +41,11 @@ MODULES = (
     adamw,
     gate,
     gelu,
-    increment.adaln,
-    increment.attention,
-    increment.gelu,
-    increment.silu,
-    increment.time_embedding,
+    increment_adaln,
+    increment_attention,
+    increment_gelu,
+    increment_silu,
+    increment_time_embedding,
     lookahead,
     losses,
     time_embedding,

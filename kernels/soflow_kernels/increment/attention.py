@@ -47,7 +47,7 @@ def attention_increment_reference(q: Tensor, k: Tensor, v: Tensor, scale: float 
     """`attention_increment` in plain PyTorch: any device and dtype."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     (q0, dq), (k0, dk), (v0, dv) = ((part.to(wide)).unbind() for part in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scale * (q0 @ k0.transpose(-1, -2))
     dscores = scale * (dq @ (k0 + dk).transpose(-1, -2) + q0 @ dk.transpose(-1, -2))
     p, dp = softmax_increment(scores, dscores)
