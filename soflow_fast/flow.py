@@ -46,7 +46,7 @@ class SolutionFlow(nn.Module):
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t = alpha x_0 + beta x_1, and its velocity v_t = alpha' x_0 + beta' x_1, both [B, C, H, W]."""
-        return path_point(x0, x1, t, path=self.path)[:2]
+        return path_point(x0, x1, t, path=self.path)
 
     def solution_coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """a(t, s) and b(t, s), [B]."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from soflow_kernels import consistency_loss, euler_lookahead, flow_matching_loss
-from soflow_kernels.consistency import quotient
 from soflow_kernels.lookahead import Lookahead, guidance_decay
+from soflow_kernels.losses import quotient
 
 from .config.schema import ObjectiveConfig
 from .config.validation import validate_objective

@@ -11,6 +11,7 @@ import types
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 try:
     import triton
@@ -71,11 +72,19 @@ def transformed():
 
 
 def use_kernel(*tensors):
-    """Whether these arguments of an operation (tensors, or None for an optional one) go to its kernel."""
+    """Whether these arguments of an operation (tensors, or None for an optional one) go to its kernel.
+
+    Subclasses that wrap other tensors (DTensor, torchao's quantised weights) do not: they follow the reference by
+    rules of their own, or say which operation they do not know.
+    """
     if _mode == "reference" or triton is None or transformed():
         return False
     for tensor in tensors:
-        if tensor is not None and not ((tensor.is_cuda or INTERPRETED) and tensor.dtype in KERNEL_DTYPES):
+        if tensor is None:
+            continue
+        if not ((tensor.is_cuda or INTERPRETED) and tensor.dtype in KERNEL_DTYPES):
+            return False
+        if is_traceable_wrapper_subclass(tensor):
             return False
     return True
 
@@ -107,6 +116,12 @@ def check_quiet(op, name, value, shape, like=None):
     check_tensor(op, name, value, shape, like)
     if torch.is_grad_enabled() and value.requires_grad:
         raise ValueError(f"{op}: {name} must not require a gradient: increments have none")
+
+
+def check_plain(op, name, value):
+    """Raise ValueError for a tensor that wraps others (DTensor and its like), which the operation cannot follow."""
+    if is_traceable_wrapper_subclass(value):
+        raise ValueError(f"{op}: {name} must be a plain tensor, got {type(value).__name__}")
 
 
 def check_dtype(op, name, dtype):

@@ -78,13 +78,15 @@ def test_every_kernel_at_every_shipped_shape(run, arch):
     for module in (
         "adaln",
         "adamw",
-        "consistency",
-        "flow_matching",
         "gate",
         "gelu",
-        "increment",
-        "increment_attention",
+        "increment.adaln",
+        "increment.attention",
+        "increment.gelu",
+        "increment.silu",
+        "increment.time_embedding",
         "lookahead",
+        "losses",
         "time_embedding",
     ):
         assert f" {module}._" in result.stdout

@@ -14,7 +14,7 @@ from soflow_fast.models.attention import flop_counter
 from soflow_fast.models.dit import TapedOutputs
 from soflow_fast.objective import ConsistencyPoints
 from soflow_fast.training.precision import OPERAND, matmul_precision
-from soflow_kernels.increment_attention import softmax_increment
+from soflow_kernels.increment.attention import softmax_increment
 
 RATIOS = (0.5, 0.1, 0.01, 0.002, 1e-4, 1e-5)
 SIZES = {
