@@ -12,7 +12,7 @@ from soflow_kernels.adaln import (
 from soflow_kernels.adamw import AdamWEMA, adamw_ema, adamw_ema_reference, clip_scale
 from soflow_kernels.consistency import consistency_loss, consistency_loss_reference
 from soflow_kernels.flow_matching import flow_matching_loss, flow_matching_loss_reference
-from soflow_kernels.gate import gate_residual, gate_residual_reference
+from soflow_kernels.gated_residual import gate_residual, gate_residual_reference
 from soflow_kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu, linear_gelu_reference
 from soflow_kernels.increment import (
     bias_gelu_increment,

@@ -25,7 +25,7 @@ from soflow_kernels import (
     transformed,
     use_kernel,
 )
-from soflow_kernels.boundary import boundary, boundary_backward
+from soflow_kernels.adaln import adaln_bwd, adaln_fwd
 from soflow_kernels.gelu import bias_gelu_backward
 
 EPS = 1e-6
@@ -81,7 +81,7 @@ class _NormedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, y, gate, y_bias, shift, scale, master, master_bias, low, bias):
         low, bias = (master, master_bias) if low is None else (low, bias)
-        x, h, mean, rstd = boundary(x, y, gate, shift, scale, EPS, y_bias, low.dtype)
+        x, h, mean, rstd = adaln_fwd(x, y, gate, shift, scale, EPS, y_bias, low.dtype)
         ctx.save_for_backward(x, y, gate, y_bias, shift, scale, mean, rstd, low)
         out = F.linear(h, low, bias)
         return out if y is None else (x, out)
@@ -94,7 +94,7 @@ class _NormedLinear(torch.autograd.Function):
         h = layernorm_modulate(x, shift, scale, EPS, low.dtype)
         dh, dweight, dbias = _product_backward(douts[-1], h, low, True)
         del h
-        d = boundary_backward(dh, dsum, x, y, gate, scale, y_bias, mean, rstd, EPS)
+        d = adaln_bwd(dh, dsum, x, y, gate, scale, y_bias, mean, rstd, EPS)
         return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dweight, dbias, None, None
 
 
@@ -109,7 +109,7 @@ class _NormedMLP(torch.autograd.Function):
     def forward(ctx: Any, x, y, gate, y_bias, shift, scale, w1, b1, low1, bias1, w2, b2, low2, bias2, fused, keep):
         low1, bias1 = (w1, b1) if low1 is None else (low1, bias1)
         low2, bias2 = (w2, b2) if low2 is None else (low2, bias2)
-        x, h, mean, rstd = boundary(x, y, gate, shift, scale, EPS, y_bias, low1.dtype)
+        x, h, mean, rstd = adaln_fwd(x, y, gate, shift, scale, EPS, y_bias, low1.dtype)
         u = F.linear(h, low1, None if fused else bias1)
         inner = bias_gelu(u, b1) if fused else F.gelu(u, approximate="tanh")
         out = F.linear(inner, low2, None if fused else bias2)
@@ -138,7 +138,7 @@ class _NormedMLP(torch.autograd.Function):
         del inner
         dh, dw1, _ = _product_backward(du, h, low1, False)
         del h, du
-        d = boundary_backward(dh, dsum, x, y, gate, scale, y_bias, mean, rstd, EPS)
+        d = adaln_bwd(dh, dsum, x, y, gate, scale, y_bias, mean, rstd, EPS)
         return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dw1, db1, None, None, dw2, db2, *[None] * 4
 
 
