@@ -10,7 +10,7 @@ from soflow_kernels.adaln import (
     layernorm_modulate_reference,
 )
 from soflow_kernels.adamw import AdamWEMA, adamw_ema, adamw_ema_reference, clip_scale
-from soflow_kernels.gate import gate_residual, gate_residual_reference
+from soflow_kernels.gated_residual import gate_residual, gate_residual_reference
 from soflow_kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu, linear_gelu_reference
 from soflow_kernels.increment import (
     attention_increment,

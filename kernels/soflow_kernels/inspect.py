@@ -23,7 +23,7 @@ from soflow_kernels import (
     _dispatch,
     adaln,
     adamw,
-    gate,
+    gated_residual,
     gelu,
     lookahead,
     losses,
@@ -39,7 +39,7 @@ from soflow_kernels.version import __version__
 MODULES = (
     adaln,
     adamw,
-    gate,
+    gated_residual,
     gelu,
     increment_adaln,
     increment_attention,
@@ -68,15 +68,15 @@ class Failed(Exception):
 
 def specialise(kernel, args, options):
     """(signature, constants, attributes, settings) of a recorded launch, as a launch makes them: the compiler knows
-    integers that are 1, and which integers and addresses are multiples of 16."""
+    integers that are 1, tensors that are not given, and which integers and addresses are multiples of 16."""
     settings = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
     constants = {name: value for name, value in options.items() if name not in settings}
     signature, attributes = {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, [*args, *constants.values()], strict=True)):
         tensor = isinstance(value, torch.Tensor)
-        if name not in constants and isinstance(value, int) and value == 1:
+        if name not in constants and (value is None or (isinstance(value, int) and value == 1)):
             constants[name] = value
-        if name in constants:
+        if value is None or name in constants:
             signature[name] = "constexpr"
         elif isinstance(value, float):
             signature[name] = "fp32"

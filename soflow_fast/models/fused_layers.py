@@ -28,7 +28,7 @@ from soflow_kernels import (
     transformed,
     use_kernel,
 )
-from soflow_kernels.boundary import boundary, boundary_backward
+from soflow_kernels.adaln import adaln_bwd, adaln_fwd
 from soflow_kernels.gelu import bias_gelu_backward
 
 EPS = 1e-6
@@ -129,7 +129,7 @@ class _NormedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, weight, bias):
-        x, h, mean, rstd = boundary(x, branch, gate, shift, scale, EPS, branch_bias, weight.dtype)
+        x, h, mean, rstd = adaln_fwd(x, branch, gate, shift, scale, EPS, branch_bias, weight.dtype)
         ctx.save_for_backward(x, branch, gate, branch_bias, shift, scale, mean, rstd, weight)
         out = F.linear(h, weight, bias)
         return out if branch is None else (x, out)
@@ -142,7 +142,7 @@ class _NormedLinear(torch.autograd.Function):
         h = layernorm_modulate(x, shift, scale, EPS, weight.dtype)
         dh, dweight, dbias = _linear_backward(douts[-1], h, weight, True)
         del h
-        d = boundary_backward(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
+        d = adaln_bwd(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
         return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dweight, dbias
 
 
@@ -155,7 +155,7 @@ class _NormedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, w1, b1, w2, b2, defer_bias, keep_inner):
-        x, h, mean, rstd = boundary(x, branch, gate, shift, scale, EPS, branch_bias, w1.dtype)
+        x, h, mean, rstd = adaln_fwd(x, branch, gate, shift, scale, EPS, branch_bias, w1.dtype)
         u = F.linear(h, w1, None if defer_bias else b1)
         inner = bias_gelu(u, b1) if defer_bias else F.gelu(u, approximate="tanh")
         out = F.linear(inner, w2, None if defer_bias else b2)
@@ -185,7 +185,7 @@ class _NormedMLP(torch.autograd.Function):
         del inner
         dh, dw1, _ = _linear_backward(du, h, w1, False)
         del h, du
-        d = boundary_backward(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
+        d = adaln_bwd(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
         return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dw1, db1, dw2, db2, None, None
 
 

@@ -41,7 +41,7 @@ def launches(device):
         return original(*args, **options)
 
     patch = pytest.MonkeyPatch()
-    for module in ("adaln", "gate", "gelu", "_reduce"):
+    for module in ("adaln", "gated_residual", "gelu", "_reduce"):
         patch.setattr(f"soflow_kernels.{module}.launch", counted)
     yield Counter
     patch.undo()
