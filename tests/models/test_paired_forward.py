@@ -171,6 +171,7 @@ def trained():
     return state.flow, source
 
 
+@pytest.mark.slow
 def test_quotient_of_a_trained_network(trained, capsys):
     """bf16 products with increments against plain pairs, relative error of q and its cosine with float64."""
     flow, source = trained
