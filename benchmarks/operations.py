@@ -375,8 +375,8 @@ def _adamw(low: bool) -> Operation:
         ours=partial(k.adamw_ema, **settings),
         reference=partial(k.adamw_ema_reference, **settings),
         inputs=partial(_adamw_inputs, low),
-        writes=("params", "exp_avgs", "exp_avg_sqs", "emas", *(["copies"] if low else [])),
-        kept=("steps", "lr", "copies"),
+        writes=("params", "exp_avgs", "exp_avg_sqs", "emas", *(["low_precision"] if low else [])),
+        kept=("steps", "lr", "low_precision"),
         single=True,
         stream=lambda sizes: sizes.blocks * 18 * sizes.width**2,
         forward=9,
@@ -398,4 +398,4 @@ def _adamw_inputs(low: bool, sizes: Sizes, device: torch.device, dtype: torch.dt
         "emas": [averages],
         "ema_decays": torch.tensor([0.5], dtype=torch.float64, device=device),
     }
-    return inputs | ({"copies": [p.bfloat16() for p in params]} if low else {})
+    return inputs | ({"low_precision": [p.bfloat16() for p in params]} if low else {})

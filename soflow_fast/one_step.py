@@ -5,16 +5,15 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .flow import SolutionFlow
-from .training.consistency_target import products
-from .training.cuda_graph import Captured
-from .training.state import resolve_precision
+from .training.cuda_graph import GraphedFunction
+from .training.precision import matmul_precision, resolve_precision, round_parameters
 
 
 class OneStep:
     """x_0 = f(x_1, 1, 0; y) in one network call (arXiv 2512.15657): `images = OneStep(flow)(noise, labels)`.
 
-    The flow is taken over: its network gets copies of its weights in low precision or compiled blocks where these are
-    asked for, and is not to be trained meanwhile. Its parameters stay as they are.
+    The flow is taken over: the parameters of its blocks are rounded to bf16, or its blocks compiled, where these are
+    asked for, and it is not to be trained meanwhile.
 
     Args:
         flow: a trained flow on its device, in float32.
@@ -36,10 +35,10 @@ class OneStep:
         if cuda_graph and self.device.type != "cuda":
             raise ConfigError(f"cuda_graph: needs a GPU, the device is {self.device.type}")
         if self.precision == "bf16":
-            flow.network.keep_copies(torch.bfloat16)
+            round_parameters(flow.network, flow.network.low_precision_layers(), torch.bfloat16)
         if compile:
             flow.network.compile_blocks()
-        self.call = Captured(self._call) if cuda_graph else self._call
+        self.call = GraphedFunction(self._call) if cuda_graph else self._call
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, y: Tensor | None = None) -> Tensor:
@@ -49,5 +48,5 @@ class OneStep:
 
     def _call(self, noise: Tensor, y: Tensor | None) -> Tensor:
         t = torch.ones(len(noise), device=noise.device, dtype=noise.dtype)
-        with products(self.precision, self.device):
+        with matmul_precision(self.precision, self.device):
             return self.flow.solution(noise, t, torch.zeros_like(t), y)

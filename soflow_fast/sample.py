@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     from . import sampling
     from .runs import telemetry
     from .runs.checkpoint import load_with_config
-    from .training.state import resolve_device
+    from .training.precision import resolve_device
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer at a time, or on another --device"):
         flow, config = load_with_config(values.run, resolve_device(values.device))

@@ -22,7 +22,7 @@ def build(config: Config, **changes: Any) -> TrainState:
     In bf16 the products take copies of the weights that are made once a step, which autocast by itself would make once
     for each of a step's autocast regions. `changes`: fields of the configuration to replace.
     """
-    run = replace(config.run, optimizer="torch", compile="off", cuda_graph="off")
+    run = replace(config.run, optimizer="torch", compile=False, cuda_graph=False)
     state = TrainState.build(replace(config, run=run, **changes))
     state.flow.network.keep_norms = True
     state.sum_gradients_in(torch.float32)  # the fused AdamW takes gradients of the weights' dtype

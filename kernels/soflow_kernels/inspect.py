@@ -23,27 +23,31 @@ from soflow_kernels import (
     _dispatch,
     adaln,
     adamw,
-    consistency,
-    flow_matching,
-    gate,
+    gated_residual,
     gelu,
-    increment,
-    increment_attention,
     lookahead,
+    losses,
     time_embedding,
 )
+from soflow_kernels.increment import adaln as increment_adaln
+from soflow_kernels.increment import attention as increment_attention
+from soflow_kernels.increment import gelu as increment_gelu
+from soflow_kernels.increment import silu as increment_silu
+from soflow_kernels.increment import time_embedding as increment_time_embedding
 from soflow_kernels.version import __version__
 
 MODULES = (
     adaln,
     adamw,
-    consistency,
-    flow_matching,
-    gate,
+    gated_residual,
     gelu,
-    increment,
+    increment_adaln,
     increment_attention,
+    increment_gelu,
+    increment_silu,
+    increment_time_embedding,
     lookahead,
+    losses,
     time_embedding,
 )
 POINTERS = {
@@ -64,15 +68,15 @@ class Failed(Exception):
 
 def specialise(kernel, args, options):
     """(signature, constants, attributes, settings) of a recorded launch, as a launch makes them: the compiler knows
-    integers that are 1, and which integers and addresses are multiples of 16."""
+    integers that are 1, tensors that are not given, and which integers and addresses are multiples of 16."""
     settings = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
     constants = {name: value for name, value in options.items() if name not in settings}
     signature, attributes = {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, [*args, *constants.values()], strict=True)):
         tensor = isinstance(value, torch.Tensor)
-        if name not in constants and isinstance(value, int) and value == 1:
+        if name not in constants and (value is None or (isinstance(value, int) and value == 1)):
             constants[name] = value
-        if name in constants:
+        if value is None or name in constants:
             signature[name] = "constexpr"
         elif isinstance(value, float):
             signature[name] = "fp32"
@@ -148,7 +152,7 @@ def inspect_launch(case, launch, arch):
         problems.append("spills")
     if narrow > forced_narrow(compiled.asm["ttgir"], warps):
         problems.append("narrow loads")
-    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+    name = f"{kernel.fn.__module__.removeprefix('soflow_kernels.')}.{kernel.fn.__name__}"
     shared = compiled.metadata.shared
     row = (case, name, arch, warps, registers, spill, shared, max(widths), min(widths), ", ".join(problems))
     return dict(zip(COLUMNS, row, strict=True))

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from soflow_kernels.adaln import gate_residual_layernorm_modulate, layernorm_modulate
-from soflow_kernels.gate import gate_residual
+from soflow_kernels.gated_residual import gate_residual
 from soflow_kernels.gelu import linear_gelu
 
 TOKENS = 16

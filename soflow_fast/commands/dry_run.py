@@ -40,7 +40,7 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
     consistency = 1 - split(config.batch_size, config.objective.fm_fraction, 0, config.batch_size) / config.batch_size
     guided = objective.guided and config.model.num_classes > 0
     guidance = guided * (1 + consistency * objective.mixed)
-    target = state.quotient
+    target = state.target
     own_value = target.kind == "pair" and target.precision == state.precision and target.teacher != "ema"
     return guidance + 3 + consistency * (1 if own_value or state.rides_along() else 2)
 

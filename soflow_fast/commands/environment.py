@@ -7,7 +7,7 @@ import torch
 import soflow_kernels
 
 from ..models import attention
-from ..training.state import resolve_device, resolve_precision
+from ..training.precision import resolve_device, resolve_precision
 from ..version import __version__
 
 PACKAGES = (

@@ -3,6 +3,7 @@
 `IMPLEMENTATIONS` lists them. They agree to rounding. No head dimension is padded here; a package may pad inside.
 """
 
+import contextlib
 import importlib.metadata
 import warnings
 from collections.abc import Callable
@@ -214,8 +215,14 @@ def status(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[tupl
     return rows
 
 
+class _NoModules(contextlib.nullcontext):
+    """A module tracker that sees none: torch's hooks all modules, and a watched DiT does not fuse its layers."""
+
+    parents = frozenset({"Global"})
+
+
 def flop_counter() -> FlopCounterMode:
-    """Torch's FLOP counter with the CPU's flash kernel, which it does not know. Packages stay uncounted."""
+    """Torch's FLOP counter of totals, taught the CPU's flash kernel. Packages stay uncounted."""
     aten = torch.ops.aten
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **named: sdpa_flop_count(q, k, v),
@@ -223,4 +230,6 @@ def flop_counter() -> FlopCounterMode:
             lambda grad, q, k, v, *rest, **named: sdpa_backward_flop_count(grad, q, k, v)
         ),
     }
-    return FlopCounterMode(display=False, custom_mapping=formulas)
+    counter: Any = FlopCounterMode(display=False, custom_mapping=formulas)
+    counter.mod_tracker = _NoModules()
+    return counter

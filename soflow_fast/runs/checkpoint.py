@@ -62,7 +62,7 @@ def snapshot(state: TrainState) -> Snapshot:
     """A copy of `state` as it is now, taken from the device. Raises Diverged if a number in it is not finite."""
     refused = state.guard.read()
     step = {"format": FORMAT, "step": state.step, "skipped": refused.skipped, "in_row": refused.in_row}
-    tensors = {"network.safetensors": state.flow.state_dict(), "ema.safetensors": state.ema.state_dict()}
+    tensors = {"network.safetensors": state.weights(), "ema.safetensors": state.ema.state_dict()}
     if state.teacher is not None:
         tensors["teacher.safetensors"] = state.teacher.state_dict()
     tensors["optimizer.safetensors"] = _optimizer_tensors(state)
@@ -207,18 +207,20 @@ def restore(folder: Path, state: TrainState) -> None:
     changed = disagreement(_config(folder, files), state.config)
     if changed:
         raise CheckpointError(f"{folder}: of a run with another configuration ({'; '.join(changed)})")
-    weights = {"network": state.flow, "ema": state.ema} | ({"teacher": state.teacher} if state.teacher else {})
-    found = {name: _tensors(folder, files, f"{name}.safetensors") for name in weights}
+    averages = {"ema": state.ema} | ({"teacher": state.teacher} if state.teacher else {})
+    found = {name: _tensors(folder, files, f"{name}.safetensors") for name in ("network", *averages)}
     optimizer = _tensors(folder, files, "optimizer.safetensors")
     counts = _read_state(folder, files)
     entries = _optimizer_entries(optimizer, [*state.flow.parameters()], folder, begun=counts["step"] > 0)
-    for name, flow in weights.items():
+    _check_weights(state.weights(), found["network"], folder)
+    for name, flow in averages.items():
         _load_weights(flow, found[name], folder)
     groups = state.optimizer.state_dict()["param_groups"]
     try:
         state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: optimiser of another model: {error}") from None
+    state.load_weights(found["network"])  # after the optimiser, whose masters they are
     state.step = counts["step"]
     state.guard.restore(counts["skipped"], counts["in_row"])
 
@@ -397,8 +399,10 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """The optimiser's state by number of the parameter and name; the masters are kept as the network's weights."""
     entries = state.optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, entry in entries.items() for name, value in entry.items()}
+    named = ((index, name, value) for index, entry in entries.items() for name, value in entry.items())
+    return {f"{index}.{name}": value for index, name, value in named if name != "master"}
 
 
 def _tensors(folder: Path, files: dict[str, bytes], name: str) -> dict[str, Tensor]:
@@ -417,10 +421,13 @@ def _tensors(folder: Path, files: dict[str, bytes], name: str) -> dict[str, Tens
     return found
 
 
-def _load_weights(flow: SolutionFlow, weights: dict[str, Tensor], folder: Path) -> None:
-    expected = flow.state_dict()
+def _check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], folder: Path) -> None:
     for name in [*expected, *weights]:
         got, wanted = weights.get(name), expected.get(name)
         if got is None or wanted is None or (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
             raise CheckpointError(f"{folder}: of another model: {name[:60]} does not fit")
+
+
+def _load_weights(flow: SolutionFlow, weights: dict[str, Tensor], folder: Path) -> None:
+    _check_weights(flow.state_dict(), weights, folder)
     flow.load_state_dict(weights, assign=next(flow.parameters()).is_meta)

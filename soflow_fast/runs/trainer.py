@@ -23,9 +23,10 @@ from ..evaluation import DigitScores, describe, measure_digits
 from ..files import LOCK, TEXT, make_folder, read_file, refuse_second_writer, set_aside, sole_writer, write_file
 from ..models.attention_autotune import choose, try_out
 from ..sampling import sample
-from ..training.consistency_target import products, resolve_quotient
+from ..training.consistency_target import resolve_target
 from ..training.nonfinite import GIVE_UP
-from ..training.state import TrainState, resolve_device, resolve_precision
+from ..training.precision import matmul_precision, resolve_device, resolve_precision
+from ..training.state import TrainState
 from ..training.step import train_step
 from . import checkpoint, telemetry
 from .async_save import Saver
@@ -58,11 +59,15 @@ def train(config: Config) -> TrainState:
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with every "auto" and empty default replaced by what it comes to here."""
+    """The configuration with every "auto" and empty default replaced by what it comes to on this machine.
+
+    `run.attention` alone stays "auto": the backends are timed at the network's shape, once it is there
+    (`resolve_attention`). A configuration that is resolved stays as it is.
+    """
     device = resolve_device(config.run.device)
     run = replace(config.run, run_dir=config.run.run_dir or f"runs/{config.preset}", device=str(device))
     precision = resolve_precision(config.precision, device)
-    how = resolve_quotient(config, precision, device)
+    how = resolve_target(config, precision, device)
     config = replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)
     return config if config.micro_batch != AUTO else replace(config, micro_batch=_micro_batch(config, device))
 
@@ -84,11 +89,11 @@ def resolve_attention(state: TrainState) -> str:
     config, model, device = state.config, state.config.model, state.device
     name = config.run.attention
     dtype = torch.bfloat16 if state.precision in ("bf16", "fp8") else torch.float32
-    compiled = config.run.compile == "on"
+    compiled = config.run.compile
     B = config.batch_size // state.world
     B = min(config.micro_batch, B) or B
     T, head_dim = (model.input_size // model.patch_size) ** 2, model.hidden_size // model.num_heads
-    with products(
+    with matmul_precision(
         "tf32" if state.precision == "tf32" else "fp32", device
     ):  # as in the DiT, which has no autocast inside
         if name == "auto":
@@ -241,7 +246,7 @@ class Run:
                     raise
             # Outside of the handler: the exception holds on to everything that the step had made.
             state.optimizer.zero_grad(set_to_none=True)
-            state.captured = None  # a recording has its micro-batches in it
+            state.graph = None  # a recording has its micro-batches in it
             if state.device.type == "cuda":
                 torch.cuda.empty_cache()
             state.config = replace(state.config, micro_batch=size - size // 2)

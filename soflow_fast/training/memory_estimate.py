@@ -20,8 +20,8 @@ from soflow_kernels.testing import as_on_gpu
 
 from ..config.schema import Config
 from ..errors import ConfigError
-from .optimizer import copies_of
-from .state import TrainState, resolve_precision
+from .precision import resolve_precision
+from .state import TrainState
 from .step import draw, train_step
 
 BLOCK = 512
@@ -144,7 +144,7 @@ def estimate_memory(config: Config, *, device: str = "cuda", batch: int | None =
     precision = "bf16" if config.precision == "fp8" else config.precision
     # What needs a GPU or a compiler is counted by what is like it: torch's optimiser has the state of apex's.
     optimizer = "torch" if config.run.optimizer == "apex" else config.run.optimizer
-    run = replace(config.run, device="cpu", optimizer=optimizer, compile="off", cuda_graph="off")
+    run = replace(config.run, device="cpu", optimizer=optimizer, compile=False, cuda_graph=False)
     counted = replace(config, batch_size=B, precision=precision, run=run)
     if torch.device(device).type == "cuda":
         gpu = torch.device("cuda")
@@ -184,7 +184,12 @@ def measure_step(state: TrainState, storages: Storages) -> MemoryEstimate:
     first = len(storages.events)
     lasting = _lasting(state, storages)
     at_backward: set[int] = set()
-    train_step(state, *batch, observe=lambda place: at_backward.update(storages.live.values()))
+
+    def note(name: str, **values: Any) -> None:
+        if name == "backward":
+            at_backward.update(storages.live.values())
+
+    train_step(state, *batch, observe=note)
     del rest
     left = at_peak = storages.peak(first)
     gradients = {storages.number(p.grad) for p in state.flow.parameters() if p.grad is not None}
@@ -206,13 +211,12 @@ def _lasting(state: TrainState, storages: Storages) -> dict[str, set[int]]:
         return [tensor for module in modules if module for tensor in (*module.parameters(), *module.buffers())]
 
     optimizer: Any = state.optimizer
-    copies = copies_of(state.flow.network)
-    pairs = list(zip(state.flow.network.parameters(), copies, strict=True))
-    plain = [parameter for parameter, copy in pairs if copy is None]
+    masters = numbers(optimizer.masters)
+    weights = numbers(all_of(state.flow))
     return {
-        "weights": numbers([*copies, *plain, *state.flow.buffers()]),
-        "masters": numbers(parameter for parameter, copy in pairs if copy is not None),
-        "moments": numbers(value for kept in optimizer.state.values() for value in tree_leaves(kept)),
+        "weights": weights,
+        "masters": masters - weights,
+        "moments": numbers(value for kept in optimizer.state.values() for value in tree_leaves(kept)) - masters,
         "averages": numbers(all_of(state.ema, state.teacher)),
     }
 

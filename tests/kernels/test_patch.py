@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from soflow_kernels import adaln, gate, gelu, patch_dit, testing
+from soflow_kernels import adaln, gated_residual, gelu, patch_dit, testing
 
 WIDTH, HEADS, DEPTH, CLASSES = 48, 3, 2, 5
 
@@ -116,7 +116,7 @@ def near(got, wanted, tolerance):
 def counted(monkeypatch):
     """The launches of kernels by module."""
     counts = {}
-    for module in (adaln, gate, gelu):
+    for module in (adaln, gated_residual, gelu):
         plain = module.launch
         name = module.__name__.rpartition(".")[2]
 
@@ -135,7 +135,7 @@ def test_dit_block_is_the_same_function(device, counted):
     counted.clear()
     near(run(model, torch.float32, device), wanted, 1e-5)
     # forward: 2 a block and the final norm, a gated residual, GELU; backward likewise
-    assert counted == {"adaln": 2 * (2 * DEPTH + 1), "gate": 2 * DEPTH, "gelu": 2 * DEPTH}
+    assert counted == {"adaln": 2 * (2 * DEPTH + 1), "gated_residual": 2 * DEPTH, "gelu": 2 * DEPTH}
     assert list(model.state_dict()) == keys
     with testing.mode("reference"):
         near(run(model, torch.float32, device), wanted, 1e-5)
@@ -392,7 +392,7 @@ def test_diffusers_transformer_is_the_same_function(diffusers, checkpointing, de
                 m.dropout_prob = 0.0
     counted.clear()
     near(run_transformer(model, device), wanted, 2e-5)
-    assert min(counted[name] for name in ("adaln", "gate", "gelu")) >= 4
+    assert min(counted[name] for name in ("adaln", "gated_residual", "gelu")) >= 4
     assert list(model.state_dict()) == keys
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from soflow_fast.config.presets import preset
-from soflow_fast.config.schema import override
-from soflow_fast.config.validation import ATTENTION
+from soflow_fast.config.schema import AttentionBackend, override
 from soflow_fast.errors import ConfigError
 from soflow_fast.models import attention as backends
 from soflow_fast.models import attention_autotune
@@ -75,7 +74,7 @@ def test_backends_agree_with_float64(backend: str, T: int, d: int, dtype: torch.
 
 def test_the_cpu_has_these_of_those_that_a_configuration_may_name() -> None:
     assert HERE == ["sdpa-flash", "sdpa-math", "sdpa"]
-    assert ("auto", *BACKENDS) == ATTENTION
+    assert ("auto", *BACKENDS) == get_args(AttentionBackend)
 
 
 class Seen(TorchDispatchMode):
