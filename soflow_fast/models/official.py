@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import DIT_SIZES, DiTConfig
+from ..config.schema import DIT_SIZES, Coefficients, DiTConfig, FlowPath
 from ..errors import CheckpointError
 from ..flow import SolutionFlow
 from .dit import DiT
@@ -21,8 +21,8 @@ def load_official(
     source: str | os.PathLike | Mapping[str, Any],
     config: DiTConfig | None = None,
     *,
-    path: str = "linear",
-    coefficients: str = "euler",
+    path: FlowPath = "linear",
+    coefficients: Coefficients = "euler",
 ) -> SolutionFlow:
     """A SolutionFlow in eval mode from the authors' checkpoint.
 
