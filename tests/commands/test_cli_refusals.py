@@ -208,15 +208,6 @@ def test_training_on_a_full_disk(kilobytes: int, mount: Call, run_flags: list[st
         assert (folder / "manifest.json").stat().st_size
 
 
-def test_training_on_a_full_disk_in_a_process_of_its_own(
-    mount: Call, run_flags: list[str], command: Call, tmp_path: Path
-) -> None:
-    disk = mount("size=100k")
-    result = command("train", *run_flags, "--run-dir", disk / "run", cwd=tmp_path)
-    assert result.code == 2 and result.err.count("\n") == 1, result
-    assert result.err.startswith("soflow: error: ") and str(disk / "run") in result.err
-
-
 PRINT = "from soflow_fast import errors; errors.run(lambda: print('x' * 100_000))"
 
 

@@ -352,7 +352,7 @@ def one_line(error: UserError) -> None:
 
 
 def test_random_configurations_build_or_are_refused(count: Any) -> None:
-    runs = count(250, 1000)
+    runs = count(120, 1000)
     ended = {"refused": 0, "built": 0, "stepped": 0, "tried out": 0}
 
     @settings(
