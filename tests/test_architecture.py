@@ -26,8 +26,7 @@ CLOCKS = {
     "time": {"soflow_fast.runs.trainer"},
     "timeit": {"soflow_fast.runs.trainer"},
     "datetime": {"soflow_fast.runs.trainer"},
-    # errors.run turns a SIGTERM that comes before the trainer is there into exit code 143.
-    "signal": {"soflow_fast.runs.trainer", "soflow_fast.errors"},
+    "signal": {"soflow_fast.runs.signals"},
 }
 GENERATORS = {
     "torch.Generator",
@@ -158,7 +157,7 @@ def nobody_imports_a_command_line(source: Source) -> list[str]:
     return imports_of(source, *COMMAND_LINES)
 
 
-def trainer_alone_reads_clocks_and_signals(source: Source) -> list[str]:
+def one_module_each_reads_clocks_and_signals(source: Source) -> list[str]:
     forbidden = [module for module, owners in CLOCKS.items() if source.module not in owners]
     return imports_of(source, *forbidden)
 
@@ -174,8 +173,8 @@ def checkpoint_alone_writes_checkpoints(source: Source) -> list[str]:
     return [] if source.module == "soflow_fast.runs.checkpoint" else calls_of(source, WRITERS)
 
 
-def errors_alone_exits(source: Source) -> list[str]:
-    if source.module == "soflow_fast.errors":
+def process_alone_exits(source: Source) -> list[str]:
+    if source.module == "soflow_fast.commands.process":
         return []
     raised = [node for node in ast.walk(source.tree) if isinstance(node, ast.Raise) and node.exc]
     names = [(n.lineno, source.dotted(n.exc.func if isinstance(n.exc, ast.Call) else n.exc)) for n in raised if n.exc]
@@ -262,15 +261,16 @@ CASES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [("soflow_fast.pipeline", "from .sampling import sample"), ("soflow_fast.train", "from .trainer import train")],
     ),
-    trainer_alone_reads_clocks_and_signals: (
+    one_module_each_reads_clocks_and_signals: (
         [
-            ("soflow_fast.runs.telemetry", "import time"),
+            ("soflow_fast.runs.metrics", "import time"),
             ("soflow_fast.runs.checkpoint", "from datetime import datetime"),
             ("soflow_fast.sampling", "def f():\n    from time import monotonic as now"),
             ("soflow_fast.train", "import signal"),
             ("soflow_fast.errors", "import time"),
+            ("soflow_fast.runs.trainer", "import signal"),
         ],
-        [("soflow_fast.runs.trainer", "import signal, time"), ("soflow_fast.errors", "import signal")],
+        [("soflow_fast.runs.trainer", "import time"), ("soflow_fast.runs.signals", "import signal")],
     ),
     rng_alone_makes_generators: (
         [
@@ -295,10 +295,10 @@ CASES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [
             ("soflow_fast.runs.checkpoint", "from safetensors.torch import save_file\nsave_file({}, 'x')"),
-            ("soflow_fast.runs.telemetry", "image.save('grid.png')"),
+            ("soflow_fast.runs.images", "image.save('grid.png')"),
         ],
     ),
-    errors_alone_exits: (
+    process_alone_exits: (
         [
             ("soflow_fast.train", "import sys\nsys.exit(2)"),
             ("soflow_fast.train", "from sys import exit as leave\nleave(2)"),
@@ -308,8 +308,8 @@ CASES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("soflow_fast.commands.parser", "raise SystemExit"),
         ],
         [
-            ("soflow_fast.errors", "import sys\nsys.exit(2)"),
-            ("soflow_fast.train", "from .errors import run\nif __name__ == '__main__':\n    run(main)"),
+            ("soflow_fast.commands.process", "import sys\nsys.exit(2)"),
+            ("soflow_fast.train", "from .commands.process import run\nif __name__ == '__main__':\n    run(main)"),
         ],
     ),
     no_code_from_data: (

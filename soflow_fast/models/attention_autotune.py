@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files import write_file
 from ..rng import generator
-from ..runs.telemetry import replace_file
 from ..version import __version__
 from .attention import BACKENDS, PACKAGES, attention, in_short, require, version, why_not
 
@@ -248,6 +248,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _write(path: Path, values: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
+        write_file(path, (json.dumps(values, indent=2) + "\n").encode(), synced=False)
     except OSError:
         pass  # the next start measures again

@@ -215,7 +215,7 @@ def test_training_on_a_full_disk_in_a_process_of_its_own(
     assert result.err.startswith("soflow: error: ") and str(disk / "run") in result.err
 
 
-PRINT = "from soflow_fast import errors; errors.run(lambda: print('x' * 100_000))"
+PRINT = "from soflow_fast.commands import process; process.run(lambda: print('x' * 100_000))"
 
 
 def test_output_to_a_full_disk(environment: dict[str, str]) -> None:
@@ -226,7 +226,7 @@ def test_output_to_a_full_disk(environment: dict[str, str]) -> None:
     assert (done.returncode, done.stderr) == (2, "soflow: error: cannot read or write: No space left on device\n")
 
 
-MISTAKE = "from soflow_fast import errors, train; errors.run(lambda: train.main(['--steps', 'x']))"
+MISTAKE = "from soflow_fast import train; from soflow_fast.commands import process; process.run(lambda: train.main(['--steps', 'x']))"
 
 
 def test_an_error_that_cannot_be_printed_keeps_its_exit_code(environment: dict[str, str]) -> None:
