@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
     """The environment of commands run elsewhere than in the repository: both packages can be imported."""
     given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     path = os.pathsep.join([*given, str(ROOT), str(ROOT / "kernels")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "xterm"}
 
 
 @pytest.fixture(scope="session")

@@ -38,8 +38,10 @@ class MetricsLog:
             self._optional(f"{self.path.name} from step {entry['step']} on"),
             self.path.open("ab", buffering=0) as file,
         ):
-            end = min(file.seek(0, os.SEEK_END), self._size)
-            file.truncate(end)  # a refused line may have left a part of itself
+            size = file.seek(0, os.SEEK_END)
+            end = min(size, self._size)
+            if size > end:  # a refused line has left a part of itself
+                file.truncate(end)
             rest = memoryview(line)
             while rest:  # a disk that is nearly full takes a part, and names its reason the next time
                 rest = rest[file.write(rest) :]

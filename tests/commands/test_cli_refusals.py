@@ -226,7 +226,11 @@ def test_output_to_a_full_disk(environment: dict[str, str]) -> None:
     assert (done.returncode, done.stderr) == (2, "soflow: error: cannot read or write: No space left on device\n")
 
 
-MISTAKE = "from soflow_fast import train; from soflow_fast.commands import process; process.run(lambda: train.main(['--steps', 'x']))"
+MISTAKE = """
+from soflow_fast import train
+from soflow_fast.commands import process
+process.run(lambda: train.main(["--steps", "x"]))
+"""
 
 
 def test_an_error_that_cannot_be_printed_keeps_its_exit_code(environment: dict[str, str]) -> None:
