@@ -53,7 +53,7 @@ def test_signals_at_random_moments(
     """One run to its end, however often it is stopped on the way."""
     chance, run_dir = random.Random(1), tmp_path / "run"
     saved = 0
-    for k in range(count(4, 20)):
+    for k in range(count(3, 20)):
         kind, number = ("start-up", "steps", "save")[k % 3], list(CODES)[k % 2]
         training = started(*tiny, *FLAGS, "--run-dir", run_dir)
         until(lambda: is_caught(training.pid))  # noqa: B023
@@ -75,7 +75,7 @@ def test_signals_at_random_moments(
             newest = checkpoint.list_checkpoints(run_dir)[0]
             assert int(newest.name[-8:]) == int(stopped[1]) == logged(run_dir)[-1]["step"] < STEPS
             checkpoint.read_verified(newest)
-    assert saved >= 2
+    assert saved >= 2  # at start-up there may be nothing to save
     training = started(*tiny, *FLAGS, "--run-dir", run_dir)
     assert training.wait() == 0, training.output.read_text()
     ours, theirs = checkpoint.list_checkpoints(run_dir)[0], checkpoint.list_checkpoints(whole)[0]

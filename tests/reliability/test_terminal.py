@@ -76,12 +76,12 @@ def handlers() -> Iterator[None]:
 def test_a_terminal_that_is_closed(started: Any, until: Any, logged: Any, tiny: list[str], tmp_path: Path) -> None:
     """Without its signal, as under nohup or setsid: the run goes on to its end."""
     terminal, run_dir = Terminal(), tmp_path / "run"
-    training = started(*tiny, *FLAGS, "--steps", "400", "--run-dir", run_dir, output=terminal.file)
+    training = started(*tiny, *FLAGS, "--steps", "150", "--run-dir", run_dir, output=terminal.file)
     assert b"\x1b[2Kstep " in terminal.read(b"\x1b[2Kstep ")
     terminal.close()
     assert training.wait() == 0
-    assert saved(run_dir) == 400 and (run_dir / "evaluation.json").exists()
-    assert [entry["step"] for entry in logged(run_dir)] == list(range(1, 401))
+    assert saved(run_dir) == 150 and (run_dir / "evaluation.json").exists()
+    assert [entry["step"] for entry in logged(run_dir)] == list(range(1, 151))
 
 
 @pytest.mark.parametrize("numbers", [["SIGHUP"], ["SIGHUP"] * 3, ["SIGHUP", "SIGTERM"], ["SIGTERM", "SIGHUP"]], ids=str)
