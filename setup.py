@@ -66,6 +66,7 @@ setup(
         "safetensors>=0.5",
         "pillow>=10.3",
         "tensorboard>=2.18",
+        "rich>=13",
     ],
     extras_require=EXTRAS,
     classifiers=[

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from soflow_fast import errors
+from soflow_fast.commands import process
 from soflow_fast.commands.parser import Parser
 from soflow_fast.training.consistency_target import products
 from soflow_fast.training.state import resolve_device
@@ -68,4 +68,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    process.run(main)

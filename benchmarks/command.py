@@ -1,6 +1,6 @@
 """What the commands share: arguments that are checked, and processes that end with the command.
 
-A mistake is one line and exit code 2, by `soflow_fast.errors.run`; so is a signal, with its own code.
+A mistake is one line and exit code 2, by `soflow_fast.commands.process.run`; so is a signal, with its own code.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import command, record
 from benchmarks.tables import markdown, number
-from soflow_fast import errors
+from soflow_fast.commands import process
 from soflow_fast.errors import UserError
 
 IDENTITY = (
@@ -156,4 +156,4 @@ def _flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: command.no_command("benchmarks.compare", "python -m benchmarks.report --compare A B"))
+    process.run(lambda: command.no_command("benchmarks.compare", "python -m benchmarks.report --compare A B"))

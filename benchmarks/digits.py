@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import command, record
-from soflow_fast import errors
+from soflow_fast.commands import process
 from soflow_fast.commands.parser import Parser
 from soflow_fast.errors import UserError
 
@@ -47,4 +47,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    process.run(main)

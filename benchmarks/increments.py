@@ -17,7 +17,8 @@ from benchmarks.cases import Case, cases
 from benchmarks.gates import check_precision
 from benchmarks.race import figures, synchronize
 from benchmarks.recipes import OURS, build
-from soflow_fast import errors, paired_forward
+from soflow_fast import paired_forward
+from soflow_fast.commands import process
 from soflow_fast.commands.parser import Parser
 from soflow_fast.training.consistency_target import Quotient, products
 from soflow_fast.training.state import TrainState
@@ -99,4 +100,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    process.run(main)

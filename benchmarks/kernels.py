@@ -20,7 +20,7 @@ from benchmarks import command
 from benchmarks.bandwidth import Stopwatch
 from benchmarks.gates import RedGate, relative
 from benchmarks.operations import Inputs, Operation, Sizes
-from soflow_fast import errors
+from soflow_fast.commands import process
 from soflow_fast.training.consistency_target import products
 from soflow_kernels import testing
 
@@ -287,4 +287,4 @@ def _copied(inputs: Inputs) -> Inputs:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: command.no_command("benchmarks.kernels", "pytest benchmarks/test_kernels.py --record"))
+    process.run(lambda: command.no_command("benchmarks.kernels", "pytest benchmarks/test_kernels.py --record"))

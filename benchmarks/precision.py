@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks import command, record
-from soflow_fast import errors as outcome
+from soflow_fast.commands import process
 from soflow_fast.commands.parser import Parser
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import Config
@@ -150,4 +150,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    outcome.run(main)
+    process.run(main)

@@ -19,7 +19,7 @@ from benchmarks import command, record
 from benchmarks.baselines import meanflow
 from benchmarks.contestants import DIFFERENCE, on_a_quarter
 from benchmarks.recipes import OURS, Recipe
-from soflow_fast import errors
+from soflow_fast.commands import process
 from soflow_fast.commands.parser import Parser
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import Config
@@ -87,4 +87,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    process.run(main)

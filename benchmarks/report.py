@@ -14,7 +14,7 @@ from benchmarks import plots, record
 from benchmarks.compare import compare, find
 from benchmarks.race import figures, speed_ups
 from benchmarks.tables import kernel_table, markdown, number, quartiles, sweep_base, sweep_table
-from soflow_fast import errors
+from soflow_fast.commands import process
 from soflow_fast.commands.parser import Parser
 from soflow_fast.errors import UserError
 
@@ -383,4 +383,4 @@ def malformed(run: dict, error: BaseException) -> UserError:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: sys.exit(main()))
+    process.run(lambda: sys.exit(main()))

@@ -16,9 +16,9 @@ from benchmarks import command, record
 from benchmarks.cases import Case, cases
 from benchmarks.race import figures, release, synchronize
 from benchmarks.recipes import OURS, build
-from soflow_fast import errors
+from soflow_fast.commands import process
 from soflow_fast.commands.parser import Parser
-from soflow_fast.one_step import OneStep
+from soflow_fast.sampling import OneStep
 from soflow_fast.training.state import resolve_device
 
 LARGE = {"cuda": 256, "cpu": 64}
@@ -106,4 +106,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    process.run(main)

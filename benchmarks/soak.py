@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from benchmarks import record
-from soflow_fast import errors
+from soflow_fast.commands import process
 
 COMMAND = [sys.executable, "-m", "pytest", "tests/reliability", "-q", "-p", "no:cacheprovider"]
 
@@ -52,4 +52,4 @@ def main(command: Sequence[str] = COMMAND, folder: Path | None = None) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: sys.exit(main()))
+    process.run(lambda: sys.exit(main()))

@@ -21,7 +21,7 @@ from benchmarks.cases import Case
 from benchmarks.race import synchronize
 from benchmarks.recipes import OURS, Recipe, build
 from benchmarks.tables import quartiles
-from soflow_fast import errors
+from soflow_fast.commands import process
 from soflow_fast.commands.parser import Parser
 from soflow_fast.config.schema import Config, DataConfig, DiTConfig, RunConfig, override
 
@@ -213,4 +213,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    process.run(main)

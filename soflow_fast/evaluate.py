@@ -8,7 +8,7 @@ Digits: the fraction classified as their label, the Frechet distance in pixel sp
 import json
 import sys
 
-from . import errors
+from .commands import process
 from .commands.parser import MOST_CALLS, MOST_SEED, Parser, whole_number
 from .errors import ConfigError, enough_memory
 
@@ -50,4 +50,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: main(sys.argv[1:]))
+    process.run(lambda: main(sys.argv[1:]))

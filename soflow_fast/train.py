@@ -18,7 +18,7 @@ from pathlib import Path
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from . import errors
+from .commands import process
 from .commands.parser import Parser, add_fields, configure
 from .config.presets import PRESETS, preset
 from .config.schema import SHORT_NAMES, Config, from_json
@@ -107,4 +107,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: main(sys.argv[1:]))
+    process.run(lambda: main(sys.argv[1:]))

@@ -21,25 +21,24 @@ FLOORS = (
     {"errors", "rng", "version"},
     {"config", "files"},
     {"data", "flow"},
-    {"objective", "sampling"},
-    {"evaluation", "models"},
+    {"objective"},
+    {"models"},
     {"training"},
-    {"one_step", "runs"},
+    {"sampling"},
+    {"evaluation"},
+    {"runs"},
     {"commands", "hub", "pipeline"},
     {"train", "sample", "evaluate", "encode", "export", "gallery"},
 )
 """The rooms of the engine from the ground up: each imports from lower floors only. The last are the command lines."""
-STILL_UP = {("soflow_fast.models.attention_autotune", "runs")}
-"""Arrows that still run up, by module and room."""
-MOST_MODULES = {"soflow_fast": 12, "soflow_kernels": 14}
+MOST_MODULES = {"soflow_fast": 12, "soflow_kernels": 12}
 """How many modules a folder may hold, besides `version` and those whose names begin with an underscore."""
 
 SERIALISERS = {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}
-# The signals of `errors` turn a SIGTERM that comes before the trainer is there into exit code 143.
-PROCESS = {"soflow_fast.commands.process", "soflow_fast.errors"}
+PROCESS = {"soflow_fast.commands.process"}
 CLOCKS = {
     **{name: {"soflow_fast.runs", "soflow_fast.commands"} for name in ("time", "timeit", "datetime")},
-    "signal": {"soflow_fast.runs.signals", "soflow_fast.runs.trainer", *PROCESS},
+    "signal": {"soflow_fast.runs.signals", *PROCESS},
 }
 GENERATORS = {
     "torch.Generator",
@@ -50,11 +49,10 @@ GENERATORS = {
     "random.Random",
     "random.seed",
 }
-SETTINGS = r"torch\.(_dynamo|_inductor)\.config\.|torch\.backends\.|sys\.tracebacklimit$"
+SETTINGS = r"torch\.(_dynamo|_inductor)\.config\.|torch\.backends\.|sys\.tracebacklimit$|threading\.excepthook$"
 """What may be set from outside, as it is made for that."""
-PATCHING = {"soflow_kernels.testing", "soflow_fast.training.memory_estimate"}
-"""Modules that replace functions of others: tests find memory that no kernel writes by a `torch.empty` that fills it,
-and memory is predicted from a step without data."""
+PATCHING = {"soflow_kernels.testing"}
+"""Modules that replace functions of others: tests find memory that no kernel writes by a `torch.empty` that fills it."""
 EXITS = {"sys.exit", "os._exit", "os.abort", "exit", "quit"}
 WRITERS = {
     "torch.save",
@@ -198,7 +196,6 @@ def imports_run_one_way_down(source: Source) -> list[str]:
         f"line {line}: {here} imports {there}"
         for line, there in wanted
         if there not in ("", here) and floor.get(there, len(FLOORS)) >= floor[here]
-        if (source.module, there) not in STILL_UP
     ]
 
 
@@ -504,7 +501,7 @@ HOUSE: dict[Rule, tuple[list[Example], list[Example]]] = {
         ],
         [
             ("soflow_fast.runs.checkpoint", "from safetensors.torch import save_file\nsave_file({}, 'x')"),
-            ("soflow_fast.runs.telemetry", "image.save('grid.png')"),
+            ("soflow_fast.runs.images", "image.save('grid.png')"),
         ],
     ),
     no_code_from_data: (

@@ -7,7 +7,7 @@ import torch
 from ..config.schema import Config
 from ..data import open_source
 from ..models.attention import flop_counter
-from ..runs.telemetry import duration
+from ..runs.progress import duration
 from ..runs.trainer import enough_memory, memory_mb, resolve_attention, resolved, seconds_per_step, set_attention
 from ..training.memory_estimate import estimate_memory, summary
 from ..training.state import TrainState

@@ -2,7 +2,8 @@
 
 RUN/checkpoints/step-00002500/ holds config.json, state.json, network.safetensors, ema.safetensors,
 optimizer.safetensors and manifest.json with the SHA-256 of each. It is written beside its place under a temporary
-name, synced to the disk and renamed; of a run, from a copy in host memory, in a thread beside the training (`saver`).
+name, synced to the disk and renamed; of a run, from a copy in host memory, in a thread beside the training
+(`async_save`).
 """
 
 import hashlib
@@ -43,13 +44,13 @@ class LaterFormat(CheckpointError):
 
 
 def directory(run_dir: Path) -> Path:
-    """Where the checkpoints of a run are."""
+    """The folder of a run's checkpoints."""
     return run_dir / "checkpoints"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, in host memory of its own: training may go on while it is written."""
+    """The content of a checkpoint in host memory of its own: training may go on while it is written."""
 
     step: int
     texts: dict[str, str]
@@ -113,8 +114,11 @@ def write(
     proceed: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = _warn,
 ) -> Path:
-    """`save` of a snapshot. `proceed` is called between its parts; what it raises ends it, leaving nothing behind.
-    `warn` is told of what could not be removed."""
+    """Write a snapshot, as `save` writes a state.
+
+    `proceed` is called between its parts; an error that it raises ends the writing and leaves nothing behind. `warn` is
+    told of old checkpoints that could not be removed.
+    """
     final = directory(run_dir) / f"step-{content.step:08d}"
     with whole_directory(final, proceed) as folder:
         for name, text in content.texts.items():
@@ -185,7 +189,10 @@ def resume(run_dir: Path, state: TrainState, warn: Callable[[str], None]) -> boo
 
 
 def _newest_usable(found: list[Path], use: Callable[[Path], T], warn: Callable[[str], None]) -> T:
-    """`use` of the first checkpoint that it takes, those before it told to `warn`. Raises CheckpointError if none."""
+    """The result of `use` on the first checkpoint that it accepts; `warn` is told of those before it.
+
+    Raises CheckpointError if it accepts none, LaterFormat for the first one of a later version.
+    """
     refused: list[str] = []
     for folder in found:
         try:
@@ -285,7 +292,7 @@ def load(source: str | os.PathLike, device: str | torch.device = "cpu") -> Solut
 
 
 def load_with_config(source: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[SolutionFlow, Config]:
-    """`load`, and the configuration that the weights were trained with."""
+    """Load weights as `load` does, with the configuration that they were trained with."""
     path = Path(source)
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint")
@@ -344,7 +351,7 @@ def _read_one(path: Path, most: int, digest: str) -> bytes:
 
 
 def _most_bytes(config: Config) -> int:
-    """How long a file of tensors may be: with both moments in float32 and names of any sensible length."""
+    """The most bytes of a file of tensors: both moments in float32, and names of any sensible length."""
     weights = [*build_flow(config).state_dict().values()]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(8 * sum(w.numel() for w in weights) + 1024 * len(weights) + 2**20, memory)
@@ -354,7 +361,7 @@ def _most_bytes(config: Config) -> int:
 def whole_directory(final: Path, proceed: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A temporary directory that becomes `final`, with a manifest, if the block ends well, and else goes.
 
-    proceed: called between the parts; what it raises ends it as an error in the block does.
+    proceed: is called between the parts; an error that it raises ends the writing as one in the block does.
     """
     make_folder(final.parent)
     temporary = final.parent / f".partial-{final.name}-{os.getpid()}"

@@ -71,6 +71,6 @@ def round_parameters(network: nn.Module, layers: Sequence[nn.Module], dtype: tor
     for layer in layers:
         for name, parameter in list(layer.named_parameters(recurse=False)):
             rounded = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
-            setattr(layer, name, rounded)
+            layer.register_parameter(name, rounded)
             masters[rounded] = parameter.detach()
     return [masters.get(parameter) for parameter in network.parameters()]

@@ -184,7 +184,7 @@ def test_sigterm_leaves_a_record(tmp_path):
     code = """
 import os, signal
 from benchmarks import record, sweeps
-from soflow_fast import errors
+from soflow_fast.commands import process
 plain, calls = sweeps.measure, []
 def measure(*given):
     calls.append(given)
@@ -194,7 +194,7 @@ def measure(*given):
 sweeps.measure = measure
 config = sweeps.network("cpu", batch=4, hidden=16, depth=1, heads=2, side=4)
 sweeps.sweep = lambda: sweeps.Sweep(config, (4, 8), (), ())
-errors.run(lambda: sweeps.main(["--seconds", "0"]))
+process.run(lambda: sweeps.main(["--seconds", "0"]))
 """
     found = shell("-c", code, SOFLOW_RECORDS=str(tmp_path))
     assert found.returncode == 143

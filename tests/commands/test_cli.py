@@ -144,7 +144,7 @@ def test_config_json_is_resolved_and_taken_back(finished: Any, call: Call, tmp_p
     assert (config.precision, config.run.device, config.run.run_dir) == ("fp32", "cpu", "runs/digits")
     assert (config.steps, config.batch_size, config.model.hidden_size, config.run.checkpoint_every) == (20, 8, 16, 5)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("soflow_fast.runs.trainer.EVALUATION_SAMPLES", 100)
+    monkeypatch.setattr("soflow_fast.runs.samples.EVALUATION_SAMPLES", 100)
     result = call("train", "--config", path, "--run-dir", "again", "--set", "run.sample_every=0")
     assert (result.code, result.err) == (0, "")
     for name in ("network", "ema", "optimizer"):
@@ -226,7 +226,7 @@ def test_signals_save_and_the_same_command_goes_on_on_a_terminal(start: Call, ti
         try:
             if reached:
                 terminal.read_until(rf"resuming run at step {reached} of 30000\r\n")
-            terminal.read_until(rf"\rstep {reached + 3}/30000  ")  # a live line, rewritten in place
+            terminal.read_until(rf"\r\x1b\[2Kstep {reached + 3}/30000  ")  # a live line, rewritten in place
             terminal.process.send_signal(number)
             ended, error = terminal.end()
         finally:
@@ -235,7 +235,8 @@ def test_signals_save_and_the_same_command_goes_on_on_a_terminal(start: Call, ti
         assert ended == code and said, (ended, error)
         assert int(said[1]) >= reached + 3
         reached = int(said[1])
-        assert terminal.text.count("\n") == 2 and re.search(r" MB *\r\n$", terminal.text), terminal.text[-200:]
+        shown = terminal.text.removesuffix("\x1b[?25h")  # the cursor
+        assert shown.count("\n") == 2 and re.search(r" MB *\r\n$", shown), shown[-200:]
         newest = max((tmp_path / "run" / "checkpoints").iterdir())
         assert newest.name == f"step-{reached:08d}" and (newest / "manifest.json").exists()
 
@@ -259,7 +260,7 @@ def test_sigterm_during_start_up_ends_with_143(start: Call, tmp_path: Path) -> N
 def test_no_library_swallows_a_signal(environment: dict[str, str]) -> None:
     swallow = """
 import os, signal
-from soflow_fast import errors
+from soflow_fast.commands import process
 
 def main():
     try:
@@ -267,7 +268,7 @@ def main():
     except Exception:
         print("swallowed")
 
-errors.run(main)
+process.run(main)
 """
     done = subprocess.run([sys.executable, "-c", swallow], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "soflow: interrupted\n")

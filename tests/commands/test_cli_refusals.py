@@ -208,7 +208,7 @@ def test_training_on_a_full_disk(kilobytes: int, mount: Call, run_flags: list[st
         assert (folder / "manifest.json").stat().st_size
 
 
-PRINT = "from soflow_fast import errors; errors.run(lambda: print('x' * 100_000))"
+PRINT = "from soflow_fast.commands import process; process.run(lambda: print('x' * 100_000))"
 
 
 def test_output_to_a_full_disk(environment: dict[str, str]) -> None:
@@ -219,7 +219,11 @@ def test_output_to_a_full_disk(environment: dict[str, str]) -> None:
     assert (done.returncode, done.stderr) == (2, "soflow: error: cannot read or write: No space left on device\n")
 
 
-MISTAKE = "from soflow_fast import errors, train; errors.run(lambda: train.main(['--steps', 'x']))"
+MISTAKE = """
+from soflow_fast import train
+from soflow_fast.commands import process
+process.run(lambda: train.main(["--steps", "x"]))
+"""
 
 
 def test_an_error_that_cannot_be_printed_keeps_its_exit_code(environment: dict[str, str]) -> None:

@@ -272,7 +272,7 @@ def contents(state: TrainState) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("where", "micro", "at"), [("forward", 0, 1), ("backward", 0, 1), ("backward", 4, 2)])
 def test_a_step_that_runs_out_of_memory_changes_nothing_and_is_repeated(
-    where: str, micro: int, at: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    where: str, micro: int, at: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny(precision="bf16", micro_batch=micro, **{"objective.teacher": "ema"})
     failing, again, whole = (TrainState.build(config) for _ in range(3))
@@ -284,10 +284,8 @@ def test_a_step_that_runs_out_of_memory_changes_nothing_and_is_repeated(
         train_step(failing, *batch())
     assert failing.step == 1 and all(map(torch.equal, contents(failing), before))
 
-    source: Any = None
-    run = trainer.Run(again, source, tmp_path)
     out_of_memory_once(again, where, at)
-    run._step(*batch())
+    trainer.step_in_memory(again, *batch(), print)
     smaller = (micro or 8) // 2
     assert again.config.micro_batch == smaller and again.step == 2
     assert capsys.readouterr().out == f"out of memory at step 2: again, in micro-batches of {smaller}\n"
@@ -324,7 +322,7 @@ def test_an_update_that_runs_out_of_memory_is_not_repeated(tmp_path: Path, monke
 
 
 def test_another_micro_batch_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "EVALUATION_SAMPLES", 64)
+    monkeypatch.setattr("soflow_fast.runs.samples.EVALUATION_SAMPLES", 64)
     config = tiny(run_dir=str(tmp_path / "run"), steps=2, checkpoint_every=1, **{"run.sample_every": 0})
     trainer.train(config)
     state = trainer.train(dataclasses.replace(config, micro_batch=4))
