@@ -542,3 +542,56 @@ def test_a_block_that_checkpoints_itself_is_refused(device):
 def test_autocast_does_not_disturb_the_comparison(device):
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         patch_dit(nn.ModuleList([Block()]).to(device))
+
+
+def test_export_with_a_dynamic_batch(device):
+    model = patch_dit(off_zero(Model()).to(device)).eval()
+    batch = torch.export.Dim("batch", min=2)
+    given = (torch.randn(2, 4, 8, device=device), torch.randn(2, WIDTH, device=device))
+    program = torch.export.export(model, given, dynamic_shapes=({0: batch}, {0: batch}))
+    x, c = torch.randn(5, 4, 8, device=device), torch.randn(5, WIDTH, device=device)
+    torch.testing.assert_close(program.module()(x, c), model(x, c))
+
+
+@pytest.mark.parametrize("norm", ["norm1", "norm2"])
+def test_a_hook_on_a_norm_is_seen_and_a_replaced_norm_runs(norm, device):
+    model = patch_dit(nn.ModuleList([Block()]).to(device))
+    given = tokens(2, 4, device)
+    plain = model[0](*given)
+    handle = model[0].get_submodule(norm).register_forward_hook(lambda module, a, out: 0 * out)
+    assert not torch.allclose(model[0](*given), plain)
+    handle.remove()
+    assert torch.equal(model[0](*given), plain)
+    setattr(model[0], norm, nn.LayerNorm(WIDTH, eps=1e-6, bias=False, device=device))
+    with torch.no_grad():
+        getattr(model[0], norm).weight.mul_(2)
+    assert not torch.allclose(model[0](*given), plain)
+
+
+def test_a_hook_on_the_final_norm_is_seen(device):
+    model = patch_dit(off_zero(Model()).to(device))
+    seen = []
+    model.final_layer.norm_final.register_forward_hook(lambda *a: seen.append(a[0]))
+    model(torch.randn(1, 4, 8, device=device), torch.randn(1, WIDTH, device=device))
+    assert seen == [model.final_layer.norm_final]
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_lora_keeps_its_effect(order, device):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["qkv", "proj", "fc1"], r=2, init_lora_weights=False)
+    plain = off_zero(Model()).to(device)
+    model = copy.deepcopy(plain)
+    torch.manual_seed(0)
+    wanted = peft.get_peft_model(plain, config)
+    if order == "before":
+        patch_dit(model)
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(model, config)
+    if order == "after":
+        patch_dit(model)
+    given = torch.randn(2, 4, 8, device=device), torch.randn(2, WIDTH, device=device)
+    out = wrapped(*given)
+    torch.testing.assert_close(out, wanted(*given), rtol=1e-4, atol=1e-5)
+    with wrapped.disable_adapter():
+        assert not torch.allclose(wrapped(*given), out)
