@@ -92,7 +92,7 @@ def off_zero(model):
 def run(model, dtype, device, autocast=False):
     """Outputs and all gradients on fixed numbers."""
     source = torch.Generator().manual_seed(7)
-    x, c, weight = (torch.randn(shape, generator=source) for shape in ((2, 9, 8), (2, WIDTH), (2, 9, 8)))
+    x, c, weight = (torch.randn(shape, generator=source) for shape in ((2, 3, 8), (2, WIDTH), (2, 3, 8)))
     x, c, weight = (v.to(device, dtype) for v in (x, c, weight))
     model.zero_grad()
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
@@ -174,10 +174,11 @@ def test_patching_twice_changes_nothing(device):
 
 def test_copies_and_pickles_stay_patched(device):
     model = patch_dit(off_zero(Model()).to(device))
-    wanted = run(model, torch.float32, device)
+    given = torch.randn(1, 4, 8, device=device), torch.randn(1, WIDTH, device=device)
+    wanted = model(*given)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.blocks[0] is not model.blocks[0] and type(other.blocks[0]) is type(model.blocks[0])
-        near(run(other, torch.float32, device), wanted, 0)
+        assert torch.equal(other(*given), wanted)
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
