@@ -50,7 +50,7 @@ def close(got, wanted, tolerance=1e-6):
     assert (found <= tolerance).all(), found
 
 
-def test_equals_torch_over_100_steps_with_a_moving_rate(device):
+def test_equals_torch_over_40_steps_with_a_moving_rate(device):
     mine = parameters(device)
     decays = (0.9, 0.99, 0.5)
     emas = averages_of(mine, 3)
@@ -59,8 +59,8 @@ def test_equals_torch_over_100_steps_with_a_moving_rate(device):
     single = parameters(device)
     eager = torch.optim.AdamW(single, **HYPER, foreach=False)
     expected = averages_of(theirs, 3)
-    for k in range(100):
-        rate = HYPER["lr"] * (1 - k / 200)
+    for k in range(40):
+        rate = HYPER["lr"] * (1 - k / 80)
         for group in (*optimizer.param_groups, *reference.param_groups, *eager.param_groups):
             group["lr"] = rate
         set_gradients(mine, k)
@@ -82,7 +82,7 @@ def test_equals_torch_over_100_steps_with_a_moving_rate(device):
         close(got, wanted, (1.5 * errors(other, wanted)).clamp_min(1e-6))
     for average, wanted in zip(emas, expected, strict=True):
         close(average, wanted)
-    assert all(optimizer.state[p]["step"] == 100 for p in mine)
+    assert all(optimizer.state[p]["step"] == 40 for p in mine)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -458,5 +458,5 @@ def test_wrong_betas_are_named(betas, device):
 
 
 def test_averages_must_fit_when_the_optimiser_is_made(device):
-    with pytest.raises(ValueError, match="emas must have the parameters"):
+    with pytest.raises(ValueError, match=r"emas\[0\] must have the parameters"):
         AdamWEMA([torch.nn.Parameter(torch.ones(4))], emas=[[torch.ones(3)]], ema_decays=[0.5])

@@ -58,7 +58,7 @@ def run(tmp_path):
 
 
 def test_table_and_record(run, tmp_path):
-    only = ("--only", "gate_residual_layernorm_modulate backward 1152 bfloat16")
+    only = ("--only", "adaln gate_residual_layernorm_modulate backward 1152 bfloat16")  # the module and the label
     result = run("-m", "soflow_kernels.inspect", "--arch", "80", "90", "100", *only, "--json", "record.json")
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "record.json").read_text())
