@@ -52,7 +52,7 @@ GENERATORS = {
 SETTINGS = r"torch\.(_dynamo|_inductor)\.config\.|torch\.backends\.|sys\.tracebacklimit$|threading\.excepthook$"
 """What may be set from outside, as it is made for that."""
 PATCHING = {"soflow_kernels.testing"}
-"""Modules that replace functions of others: tests find memory that no kernel writes by a `torch.empty` that fills it."""
+"""Modules that replace functions of others: tests find memory that no kernel writes by a filling `torch.empty`."""
 EXITS = {"sys.exit", "os._exit", "os.abort", "exit", "quit"}
 WRITERS = {
     "torch.save",
