@@ -125,7 +125,7 @@ def check_tensor(op: str, name: str, value: Any, shape: Shape, like: Tensor | No
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor of shape {_text(shape)}, got {type(value).__name__}")
-    if value.layout is not torch.strided or value.is_nested:
+    if not torch.compiler.is_compiling() and (value.layout is not torch.strided or value.is_nested):
         kind = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise ValueError(f"{op}: {name} must be a dense tensor, got {kind}")
     if value.shape != shape and not _fits(value.shape, shape):
