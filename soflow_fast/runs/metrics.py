@@ -29,7 +29,7 @@ class MetricsLog:
         self.path, self._optional = path, OptionalWrites(warn)
         content = lines_until(path.read_bytes(), step) if path.exists() else b""
         write_file(path, content)
-        self._size = len(content)
+        self._size, self._unsynced = len(content), False
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system."""
@@ -48,8 +48,8 @@ class MetricsLog:
             self._size = end + len(line)
 
     def sync(self, warn: Callable[[str], None]) -> None:
-        """Have the disk keep what was written, however the machine ends. `warn` is told if that fails: the checkpoint
-        that waits for this can be written all the same."""
+        """Have the disk keep what was written, however the machine ends. `warn` is told of the first failure in a row:
+        the checkpoint that waits for this can be written all the same."""
         try:
             handle = os.open(self.path, os.O_RDONLY)
             try:
@@ -57,7 +57,11 @@ class MetricsLog:
             finally:
                 os.close(handle)
         except OSError as error:
-            warn(f"{self.path.name} may lack its last lines if the machine stops: {error}")
+            if not self._unsynced:
+                warn(f"{self.path.name} may lack its last lines if the machine stops: {error}")
+            self._unsynced = True
+        else:
+            self._unsynced = False
 
 
 def lines_until(content: bytes, step: int) -> bytes:

@@ -391,7 +391,7 @@ def test_the_flag_is_in_the_help(call: Any) -> None:
 def test_a_run_says_which_it_takes_and_may_go_on_with_another(
     call: Any, tiny: list[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(trainer, "EVALUATION_SAMPLES", 64)
+    monkeypatch.setattr("soflow_fast.runs.samples.EVALUATION_SAMPLES", 64)
     flags = [*tiny, "--run-dir", tmp_path / "run", "--steps", 4, "--checkpoint-every", 2]
     first = call("train", *flags, "--attention", "sdpa-math")
     assert first.code == 0, first
