@@ -115,7 +115,9 @@ def test_a_log_and_a_tensorboard_that_the_disk_refuses(
     result = call("train", *tiny, *FLAGS, "--run-dir", run_dir)
     assert (result.code, result.err) == (0, ""), result
     assert result.out.count("warning: metrics.jsonl from step 2 on not written: [Errno 28] No space left") == 1
-    assert result.out.count("warning: tensorboard not written from here on") == result.out.count("warning") - 1 == 1
+    assert result.out.count("warning: tensorboard not written from here on") == 1
+    # A device cannot be synced, which each of the four saves says.
+    assert result.out.count("warning") - 2 == result.out.count("warning: metrics.jsonl may lack its last lines") <= 4
     assert whole(run_dir) == ["step-00000020", "step-00000015"] and (run_dir / "evaluation.json").exists()
 
 
