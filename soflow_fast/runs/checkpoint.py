@@ -2,8 +2,7 @@
 
 RUN/checkpoints/step-00002500/ holds config.json, state.json, network.safetensors, ema.safetensors,
 optimizer.safetensors and manifest.json with the SHA-256 of each. It is written beside its place under a temporary
-name, synced to the disk and renamed; of a run, from a copy in host memory, in a thread beside the training
-(`async_save`).
+name, synced to the disk and renamed. During a run a thread writes it from a copy in host memory (`async_save`).
 """
 
 import hashlib

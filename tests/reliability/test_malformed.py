@@ -351,7 +351,7 @@ def one_line(error: UserError) -> None:
     assert any(name in text for name in NAMES) and "\n" not in text and len(text) < 400, text
 
 
-@pytest.mark.parametrize("runs", [50, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [80, pytest.param(250, marks=pytest.mark.slow)])
 def test_random_configurations_build_or_are_refused(runs: int, count: Any) -> None:
     runs = count(runs, 1000)
     ended = {"refused": 0, "built": 0, "stepped": 0, "tried out": 0}
