@@ -104,7 +104,7 @@ class Objective:
 
     @property
     def guidance(self) -> dict[str, float]:
-        """What the kernels take of the configuration to make the velocity target."""
+        """The settings of the velocity target, as the kernels take them."""
         c = self.config
         return {
             "guidance_scale": c.guidance_scale,

@@ -1,4 +1,4 @@
-"""What the tests of command lines, runs and checkpoints share: a tiny model, and ways to run commands."""
+"""Fixtures of the tests of command lines, runs and checkpoints: a tiny model, and ways to run commands."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ RUN = [*TINY, "--steps", "20", "--checkpoint-every", "5"]
 
 
 class Result(NamedTuple):
-    """How a command ended."""
+    """The end of a command."""
 
     code: int
     out: str

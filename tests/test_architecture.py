@@ -32,7 +32,7 @@ FLOORS = (
 )
 """The rooms of the engine from the ground up: each imports from lower floors only. The last are the command lines."""
 MOST_MODULES = {"soflow_fast": 12, "soflow_kernels": 12}
-"""How many modules a folder may hold, besides `version` and those whose names begin with an underscore."""
+"""The most modules that a folder may hold, besides `version` and those whose names begin with an underscore."""
 
 SERIALISERS = {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}
 PROCESS = {"soflow_fast.commands.process"}
@@ -50,7 +50,7 @@ GENERATORS = {
     "random.seed",
 }
 SETTINGS = r"torch\.(_dynamo|_inductor)\.config\.|torch\.backends\.|sys\.tracebacklimit$|threading\.excepthook$"
-"""What may be set from outside, as it is made for that."""
+"""Attributes that are made to be set from outside."""
 PATCHING = {"soflow_kernels.testing"}
 """Modules that replace functions of others: tests find memory that no kernel writes by a filling `torch.empty`."""
 EXITS = {"sys.exit", "os._exit", "os.abort", "exit", "quit"}

@@ -136,7 +136,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from."""
+    """The data set."""
 
     kind: DataKind = "digits"
     """digits: the handwritten digits of scikit-learn; images: a folder or zip of images, CLASS/NAME; latents: VAE
@@ -149,7 +149,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What may differ from one start of a run to the next without changing what it learns."""
+    """Settings that may differ from one start of a run to the next without changing what it learns."""
 
     run_dir: str = ""
     """Folder for everything that is written; by default runs/PRESET."""

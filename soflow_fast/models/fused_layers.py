@@ -36,7 +36,7 @@ EPS = 1e-6
 
 
 class SavePolicy(NamedTuple):
-    """What a block keeps for its backward, beside what nothing else can be made from."""
+    """The values that a block keeps for its backward and could make again."""
 
     norms: bool
     """The modulated norms and GELUs, which are the inputs of products, as autograd would."""
@@ -86,7 +86,7 @@ class PendingResidual(NamedTuple):
 
 
 class BlockOutputs(NamedTuple):
-    """What the linear layers of a block came to, without gradient, for a `TapedOutputs`."""
+    """The outputs of a block's linear layers, without gradient, for a `TapedOutputs`."""
 
     qkv: Tensor
     proj: Tensor

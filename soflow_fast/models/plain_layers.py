@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 
 
 class PlainKind(NamedTuple):
-    """How a new module of a type looks."""
+    """The parts of a new module of a type."""
 
     forward: Callable[..., Any]
     """The type's forward, as it was when this was noted."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..files import OptionalWrites, write_file
 
 FLUSH_SECONDS = 30
-"""How long TensorBoard's points may wait for the next write."""
+"""Seconds that TensorBoard's points may wait for the next write."""
 
 
 class MetricsLog:

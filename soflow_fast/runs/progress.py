@@ -1,4 +1,4 @@
-"""What a run prints: a live line on a terminal, a plain line now and then elsewhere, and messages."""
+"""The output of a run: a live line on a terminal, a plain line now and then elsewhere, and messages."""
 
 import errno
 import io

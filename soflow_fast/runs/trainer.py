@@ -192,7 +192,7 @@ def resolved(config: Config) -> Config:
 
 
 def _micro_batch(config: Config, device: torch.device) -> int:
-    """What a micro-batch of "auto" comes to with the memory that is free now. Raises ConfigError if none fits."""
+    """The micro-batch that "auto" stands for with the memory that is free now. Raises ConfigError if none fits."""
     if device.type != "cuda":
         return 0
     from ..training.memory_estimate import largest_micro_batch

@@ -32,7 +32,7 @@ CHECKED_SAMPLES = 8
 
 
 class ConsistencyTarget(NamedTuple):
-    """How a run comes to the increments behind its consistency loss."""
+    """The way in which a run takes the increments behind its consistency loss."""
 
     kind: str
     """"increments" or "pair"."""

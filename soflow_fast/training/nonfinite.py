@@ -67,7 +67,7 @@ class NonfiniteGuard:
         return ~(any_wrong | held)
 
     def skipped(self) -> Tensor:
-        """How many steps were refused, int64 [], on the device."""
+        """The number of steps that were refused, int64 [], on the device."""
         return self._counts[0].clone()
 
     def read(self) -> Refused:

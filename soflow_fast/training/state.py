@@ -1,4 +1,4 @@
-"""What training changes: network, its averages, optimiser, step."""
+"""The state that training changes: network, its averages, optimiser, step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

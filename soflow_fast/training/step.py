@@ -44,7 +44,7 @@ class Draws(NamedTuple):
 
 
 def split(batch_size: int, fraction: float, start: int, stop: int) -> int:
-    """How many of the samples [start, stop) of a global batch take the flow-matching loss.
+    """The number of samples in [start, stop) of a global batch that take the flow-matching loss.
 
     Over any partition of the batch into ranges the counts add up to exactly round(fraction * batch_size).
     """
@@ -53,7 +53,7 @@ def split(batch_size: int, fraction: float, start: int, stop: int) -> int:
 
 
 def _n_fm(state: TrainState, B: int) -> int:
-    """How many of this rank's B samples take the flow-matching loss."""
+    """The number of this rank's B samples that take the flow-matching loss."""
     first = B * state.rank
     return split(B * state.world, state.config.objective.fm_fraction, first, first + B)
 

@@ -115,7 +115,7 @@ def test_backends_compile_without_a_break(backend: str, monkeypatch: Any) -> Non
 
 
 def test_a_function_is_a_backend() -> None:
-    """Of whatever dtype: it is called in every block, and nothing else is."""
+    """In any dtype it is called in every block, and nothing else is."""
     shapes = []
 
     def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def test_a_function_is_a_backend() -> None:
 
 
 class Call(NamedTuple):
-    """What a stand-in was called with."""
+    """The arguments of a stand-in."""
 
     operands: tuple[Tensor, Tensor, Tensor]
     options: dict[str, Any]

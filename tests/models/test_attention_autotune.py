@@ -1,4 +1,4 @@
-"""How the fastest right attention backend is chosen, and where the choice is kept."""
+"""The choice of the fastest right attention backend, and the place where it is kept."""
 
 import json
 from collections.abc import Callable

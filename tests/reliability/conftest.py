@@ -1,4 +1,4 @@
-"""What the tests of reliability share: trainings that are started quickly, and how often the costly ones run."""
+"""Fixtures of the tests of reliability: trainings that start quickly, and the number of rounds of costly ones."""
 
 import contextlib
 import json
@@ -73,7 +73,7 @@ class Starter:
 
 @pytest.fixture(scope="session")
 def mounting() -> tuple[str, ...]:
-    """What gives a process a mount namespace of its own in which it may mount a tmpfs; empty if nothing does."""
+    """The command that gives a process a mount namespace of its own, where it may mount a tmpfs; empty: none does."""
     for prefix in (("unshare", "--mount"), ("unshare", "-rm")):
         with tempfile.TemporaryDirectory() as place, contextlib.suppress(FileNotFoundError):
             mount = [*prefix, "mount", "-t", "tmpfs", "none", place]

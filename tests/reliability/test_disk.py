@@ -124,13 +124,13 @@ def test_a_log_and_a_tensorboard_that_the_disk_refuses(
 
 
 class Place(NamedTuple):
-    """Where a run writes, as the run and as the test see it, and what makes it refuse and take again."""
+    """The place where a run writes, as the run and as the test see it, and the switches that close and open it."""
 
     started: Callable[..., Any]
     run_dir: Path
     seen: Path
     refuse: Callable[[int], bool]
-    """Of a process id: whether it was done."""
+    """Takes a process id and says whether it was done."""
     allow: Callable[[int], bool]
 
 

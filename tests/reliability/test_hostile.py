@@ -30,7 +30,7 @@ from soflow_fast.runs import checkpoint
 
 
 class Hostile:
-    """What unpickles by running a command."""
+    """An object that unpickles by running a command."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

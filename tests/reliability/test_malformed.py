@@ -327,7 +327,7 @@ ANY = st.one_of(
 
 
 def parameters(config: Config) -> int:
-    """Of the whole network, from two blocks without data."""
+    """Parameters of the whole network, from two blocks without data."""
     one, two = (
         sum(p.numel() for p in build_flow(replace(config, model=replace(config.model, depth=d))).parameters())
         for d in (1, 2)
@@ -336,7 +336,7 @@ def parameters(config: Config) -> int:
 
 
 def a_step(config: Config) -> None:
-    """What a run does up to its first metrics, on a few images."""
+    """The work of a run up to its first metrics, on a few images."""
     small = replace(config, batch_size=min(config.batch_size, 5), run=replace(config.run, device="cpu", compile=False))
     state = TrainState.build(trainer.resolved(small))
     trainer.set_attention(state, trainer.resolve_attention(state))

@@ -40,7 +40,7 @@ def saved(run_dir: Path) -> int:
 
 
 def short(tiny: list[str], run_dir: Path) -> Config:
-    """Of a run of two steps that evaluates nothing."""
+    """Flags of a run of two steps that evaluates nothing."""
     values = configuration([*tiny, "--set=model.num_classes=0", "--steps", "2", "--run-dir", str(run_dir)])
     return values[0]
 
@@ -53,7 +53,7 @@ class Terminal:
         self.file = Path(os.ttyname(self._slave))
 
     def read(self, until: bytes) -> bytes:
-        """What it shows, up to what is waited for."""
+        """The text on it, up to the text that is waited for."""
         found = b""
         while until not in found and select.select([self.master], [], [], 60)[0]:
             found += os.read(self.master, 4096)
@@ -168,7 +168,7 @@ process.run(act)
 
 
 def test_output_that_is_closed_from_the_start(environment: dict[str, str], tmp_path: Path) -> None:
-    """What is opened next has its number, were it not taken: then what C code prints would go there."""
+    """The next file that is opened would take its number, and C code would print into it."""
     shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", CLOSED, str(tmp_path / "x")]
     assert subprocess.run(shell, env=environment).returncode == 2
     assert (tmp_path / "x").read_bytes() == b"ours"

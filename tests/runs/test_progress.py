@@ -1,4 +1,4 @@
-"""What a run prints, piece by piece; tests/commands/test_cli.py sees it all together."""
+"""The output of a run, piece by piece; tests/commands/test_cli.py sees it all together."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""How the step comes to the consistency target: pair or increments, in which precision, from whose weights."""
+"""The consistency target of a step: pair or increments, in which precision, from whose weights."""
 
 import copy
 import dataclasses

@@ -19,7 +19,7 @@ HOST_READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal
 
 
 class Recorder(TorchDispatchMode):
-    """What a CUDA graph does, on the CPU: notes operations with the tensors that they read and write, and makes the
+    """A CUDA graph on the CPU: notes operations with the tensors that they read and write, and makes the
     same operations on the same tensors again. A host read fails, as it would while a graph is recorded.
 
     A recording here runs what it notes, so the first replay is left out.

@@ -39,7 +39,7 @@ def forward(network):
 
 
 def fresh(network):
-    """What a network made anew from the same state dict gives."""
+    """The output of a network made anew from the same state dict."""
     other = state().flow.network
     other.load_state_dict(network.state_dict())
     return forward(other)

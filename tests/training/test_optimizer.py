@@ -18,7 +18,7 @@ SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, dep
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """What apex's FusedAdam does with `capturable`, in plain operations: one count of steps for a group, which leaves
+    """apex's FusedAdam with `capturable`, in plain operations: one count of steps for a group, which leaves
     out a skipped step at the next one; scale and overflow by the questions that it has for a gradient scaler."""
 
     def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode, capturable):
@@ -170,7 +170,7 @@ def test_torch_is_torchs():
 
 @pytest.mark.parametrize(("averages", "most"), [("student", 40), ("ema", 48)])
 def test_bytes_a_parameter(averages, most, monkeypatch):
-    """What the update reads and writes, and the norm reads, in a bf16 step: by the tensors that it is given."""
+    """The bytes that the update reads and writes and the norm reads in a bf16 step, by the tensors that it is given."""
     run = state("soflow", "bf16", teacher=averages)
     model = dataclasses.replace(SIZES, hidden_size=256)  # as at shipped sizes, the blocks are nearly everything
     run = TrainState.build(dataclasses.replace(run.config, model=model))
