@@ -236,7 +236,7 @@ class DiT(nn.Module):
     pos_embed: Tensor
     blocks: Any  # a ModuleList of Block
     recompute = "none"
-    """The parts that a backward makes again, beside norms and GELUs: "none", "mlp" (each first linear layer), "block"."""
+    """The parts that a backward makes again beside norms and GELUs: "none", "mlp" (its first linear layer), "block"."""
     keep_norms: bool | None = None
     """Keep every product's input for the backward instead, as autograd would. None: on a CPU, where memory is not what
     is short, unless `recompute` asks for less."""

@@ -48,18 +48,18 @@ class ConsistencyTarget(NamedTuple):
 
 def resolve_target(config: Config, precision: str, device: torch.device) -> ConsistencyTarget:
     """The target of a step of `precision`, with "auto" resolved. Raises ConfigError for what makes no sense here."""
-    kind, products, teacher = config.quotient, config.quotient_precision, config.objective.teacher
+    kind, matmul, teacher = config.quotient, config.quotient_precision, config.objective.teacher
     if kind == "auto":
-        kind = "pair" if (precision if products == "auto" else products) == "fp32" else "increments"
-    if products == "auto":
-        products = ("bf16" if precision == "fp8" else precision) if kind == "increments" else "fp32"
-    if products == "fp16" and not has_float16(device):
+        kind = "pair" if (precision if matmul == "auto" else matmul) == "fp32" else "increments"
+    if matmul == "auto":
+        matmul = ("bf16" if precision == "fp8" else precision) if kind == "increments" else "fp32"
+    if matmul == "fp16" and not has_float16(device):
         raise ConfigError(f"--quotient-precision fp16: this {device.type} has no float16 products")
-    if products == "tf32" and device.type != "cuda":
+    if matmul == "tf32" and device.type != "cuda":
         raise ConfigError(f"--quotient-precision tf32: only NVIDIA GPUs have it, the device is {device.type}")
-    if kind == "pair" and precision == "fp8" and products in ("bf16", "fp16"):
-        raise ConfigError(f"--quotient-precision {products}: a pair in a step of fp8 is fp32 or tf32")
-    return ConsistencyTarget(kind, products, teacher)
+    if kind == "pair" and precision == "fp8" and matmul in ("bf16", "fp16"):
+        raise ConfigError(f"--quotient-precision {matmul}: a pair in a step of fp8 is fp32 or tf32")
+    return ConsistencyTarget(kind, matmul, teacher)
 
 
 @torch.no_grad()
