@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from soflow_fast.models.low_precision import operands
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from soflow_fast.models.dit import FREQUENCIES, MAX_PERIOD, DiT, Tape, TimeEmbedder
 from soflow_fast.models.fused_layers import EPS
-from soflow_fast.models.low_precision import operands
 
 FLASH_HEADS = (16, 32, 64, 128, 256)
 """The head dimensions of jvp_flash_attention; others are filled up with zeros."""

@@ -97,7 +97,7 @@ def plain_operations() -> contextlib.AbstractContextManager[None]:
     return testing.mode("reference")
 
 
-def ours(name: str, why_not: Callable[[Config], str | None] = lambda config: None, **changes: str) -> Recipe:
+def ours(name: str, why_not: Callable[[Config], str | None] = lambda config: None, **changes: Any) -> Recipe:
     """The engine's step with some fields of its configuration replaced."""
     named = {field.replace("__", "."): value for field, value in changes.items()}
     return Recipe(
@@ -140,8 +140,8 @@ def why_no_other_pair(config: Config) -> str | None:
 OURS = ours("soflow-fast")
 VARIANTS = [
     ours("soflow-fast, float32 pair", why_no_other_pair, quotient="pair", quotient_precision="fp32"),
-    ours("soflow-fast, compiled", why_no_compiler, run__compile="on"),
-    ours("soflow-fast, CUDA graph", why_no_graph, run__cuda_graph="on"),
-    ours("soflow-fast, compiled, CUDA graph", why_no_graph, run__compile="on", run__cuda_graph="on"),
-    ours("soflow-fast, fp8, compiled", why_no_float8, precision="fp8", run__compile="on"),
+    ours("soflow-fast, compiled", why_no_compiler, run__compile=True),
+    ours("soflow-fast, CUDA graph", why_no_graph, run__cuda_graph=True),
+    ours("soflow-fast, compiled, CUDA graph", why_no_graph, run__compile=True, run__cuda_graph=True),
+    ours("soflow-fast, fp8, compiled", why_no_float8, precision="fp8", run__compile=True),
 ]

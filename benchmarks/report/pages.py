@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report` puts the newest records' tables between their markers in README.md and docs/.
+"""`python -m benchmarks.report` puts the newest records' tables between their markers in the pages of docs/.
 
 With --check it writes nothing and exits 1 if a page or plot differs from the records. To draw needs matplotlib.
 --compare A B shows two records of one benchmark side by side.
@@ -217,7 +217,7 @@ def quality_for_time(run: dict) -> str:
         f"Mean over {seeds} seeds (lowest to highest) of {steps} steps each; one-step samples of the averaged weights, "
         f"judging them is not in the seconds. `{run['command']}`."
     )
-    picture = "![Frechet distance of one-step digits by seconds of training](docs/quality.svg)"
+    picture = "![Frechet distance of one-step digits by seconds of training](quality.svg)"
     return f"{markdown(head, len(head) - 1, lines)}\n\n{picture}\n\n{measured(run, note)}"
 
 
@@ -248,21 +248,21 @@ class Block(NamedTuple):
 
 
 BLOCKS = {
-    "step": Block("README.md", "step", table),
+    "step": Block("docs/performance.md", "step", table),
     "quality-for-time": Block(
-        "README.md", "quality-for-time", quality_for_time, (plots.quality_for_time, "docs/quality.svg")
+        "docs/performance.md", "quality-for-time", quality_for_time, (plots.quality_for_time, "docs/quality.svg")
     ),
-    "sampling": Block("README.md", "sampling", sampling),
-    "digits": Block("README.md", "digits", digits),
+    "sampling": Block("docs/performance.md", "sampling", sampling),
+    "digits": Block("docs/performance.md", "digits", digits),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
-    "step-batch": Block("docs/benchmarks.md", "step-batch", table),
-    "soak": Block("README.md", "soak", soak),
+    "step-batch": Block("docs/performance.md", "step-batch", table),
+    "soak": Block("docs/reliability.md", "soak", soak),
     "increments": Block("docs/precision.md", "increments", increments),
     "precision-quality": Block(
         "docs/precision.md", "precision", precision_quality, (plots.precision, "docs/precision.svg")
     ),
     "kernels": Block("docs/kernels.md", "kernels", kernels),
-    "sweeps": Block("docs/benchmarks.md", "sweeps", sweeps, (plots.sweeps, "docs/sweeps.svg")),
+    "sweeps": Block("docs/performance.md", "sweeps", sweeps, (plots.sweeps, "docs/sweeps.svg")),
 }
 
 

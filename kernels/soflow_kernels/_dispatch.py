@@ -2,14 +2,17 @@
 
 Kernels run for tensors on a GPU, and under Triton's interpreter (TRITON_INTERPRET=1 before the first import) for
 tensors on the CPU too. Everything else takes the reference: no triton, SOFLOW_KERNELS=reference, float64, forward-mode
-AD, torch.func transforms.
+AD, torch.func transforms, and tensors that wrap others (DTensor), whose own dispatch then does what the reference says.
 """
 
 import contextlib
 import os
 import types
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 try:
@@ -26,20 +29,24 @@ except ImportError:  # the references work without triton
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MODES = ("auto", "reference")
 
+Shape = tuple[int | str | types.EllipsisType, ...]
+"""A wanted shape: a name stands for any size, and `...` at the front for any number of dimensions."""
+
 _mode = os.environ.get("SOFLOW_KERNELS", "auto")
 if _mode not in MODES:
     raise ValueError(f"SOFLOW_KERNELS must be one of {', '.join(MODES)}, got {_mode!r}")
 
-_recorded = None  # a list while `recording` is active
+_simulated = False  # True while `as_on_gpu` is active
+_recorded: list[tuple] | None = None  # a list while `recording` is active
 
 
-def jit(function):
+def jit(function: Callable) -> Any:
     """`triton.jit` where triton is installed; elsewhere the function itself, which is then never launched."""
     return function if triton is None else triton.jit(function)
 
 
 @contextlib.contextmanager
-def mode(name):
+def mode(name: str) -> Iterator[None]:
     """Within the context, kernels where they apply ("auto") or never ("reference")."""
     global _mode
     if name not in MODES:
@@ -51,7 +58,7 @@ def mode(name):
         _mode = before
 
 
-def why_reference():
+def why_reference() -> str | None:
     """Why no kernel runs in this process, or None if kernels run."""
     if _mode == "reference":
         return "SOFLOW_KERNELS=reference"
@@ -62,7 +69,31 @@ def why_reference():
     return None
 
 
-def transformed():
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor goes the ways of tensors on a GPU: it is on one, or has no data and is to be taken so."""
+    return tensor.is_cuda or _simulated
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Within the context, tensors hold no data and go the ways of tensors on a GPU: `on_gpu` is true of all of them.
+
+    For predictions about a step on a GPU that is not here. Tensors say "cpu", as torch without CUDA has no autograd
+    for CUDA tensors; operations take their kernels (triton need not be installed), of which only the fake
+    implementations are asked. Real tensors are refused by torch. `mode("reference")` stays in force.
+    """
+    global _simulated
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        before, _simulated = _simulated, True
+        try:
+            yield
+        finally:
+            _simulated = before
+
+
+def transformed() -> bool:
     """Whether forward-mode AD or a torch.func transform is in action, which no kernel and no autograd node follows."""
     # A library operation has no forward-mode formula: a dual tensor would lose its tangent without a word.
     if forward_ad._current_level >= 0:
@@ -70,52 +101,78 @@ def transformed():
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def use_kernel(*tensors):
+def _wraps_others(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory of its own: DTensor, an asynchronous result, a quantised weight."""
+    return type(tensor) is not Tensor and hasattr(type(tensor), "__tensor_flatten__")
+
+
+def use_kernel(*tensors: Tensor | None) -> bool:
     """Whether these arguments of an operation (tensors, or None for an optional one) go to its kernel."""
-    if _mode == "reference" or triton is None or transformed():
+    if _mode == "reference" or (triton is None and not _simulated) or transformed():
         return False
     for tensor in tensors:
-        if tensor is not None and not ((tensor.is_cuda or INTERPRETED) and tensor.dtype in KERNEL_DTYPES):
-            return False
+        if tensor is not None:
+            on_device = on_gpu(tensor) or INTERPRETED
+            if not on_device or tensor.dtype not in KERNEL_DTYPES or _wraps_others(tensor):
+                return False
     return True
 
 
-def check_tensor(op, name, value, shape, like=None):
-    """Raise ValueError unless `value` is a floating tensor of `shape` on the device of `like`.
+def check_tensor(op: str, name: str, value: Any, shape: Shape, like: Tensor | None = None) -> None:
+    """Raise ValueError unless `value` is a dense floating tensor of `shape`, placed as `like` is (device, DTensor).
 
-    In `shape` a name stands for any size, and `...` at the front for any number of dimensions.
+    The message begins with the names of the operation and of the argument.
     """
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor of shape {_text(shape)}, got {type(value).__name__}")
+    if not torch.compiler.is_compiling() and (value.layout is not torch.strided or value.is_nested):
+        kind = "a nested one" if value.is_nested else f"layout {value.layout}"
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {kind}")
     if value.shape != shape and not _fits(value.shape, shape):
         raise ValueError(f"{op}: {name} must have shape {_text(shape)}, got {_text(value.shape)}")
     if not value.dtype.is_floating_point:
         raise ValueError(f"{op}: {name} must be bfloat16, float16, float32 or float64, got {value.dtype}")
-    if like is not None and value.device != like.device:
+    if like is None:
+        return
+    if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
+    if _distributed(value) != _distributed(like):
+        wanted, given = ("a DTensor", "a plain tensor") if _distributed(like) else ("a plain tensor", "a DTensor")
+        raise ValueError(f"{op}: {name} must be {wanted} as the first argument is, got {given}")
 
 
-def check_pair(op, name, value, shape, like=None):
-    """`check_quiet`, of a pair [2, ...]: a value and its increment."""
+def _distributed(tensor: Tensor) -> bool:
+    # By name, because importing the class takes longer than the rest of this package.
+    return type(tensor) is not Tensor and type(tensor).__name__ == "DTensor"
+
+
+def check_pair(op: str, name: str, value: Any, shape: Shape, like: Tensor | None = None) -> None:
+    """`check_quiet` for a pair [2, ...]: a value and its increment."""
     check_quiet(op, name, value, shape, like)
     if value.shape[0] != 2 or value.dim() < 2:
         raise ValueError(f"{op}: {name} must be a pair [2, ...], got {list(value.shape)}")
 
 
-def check_quiet(op, name, value, shape, like=None):
-    """`check_tensor`, of a tensor that must not ask for a gradient either."""
+def check_quiet(op: str, name: str, value: Any, shape: Shape, like: Tensor | None = None) -> None:
+    """`check_tensor` for a tensor that must not require a gradient either."""
     check_tensor(op, name, value, shape, like)
     if torch.is_grad_enabled() and value.requires_grad:
         raise ValueError(f"{op}: {name} must not require a gradient: increments have none")
 
 
-def check_dtype(op, name, dtype):
+def check_plain(op: str, name: str, value: Tensor) -> None:
+    """Raise ValueError for a tensor that wraps others (DTensor and its like), which the operation cannot follow."""
+    if _wraps_others(value):
+        raise ValueError(f"{op}: {name} must be a plain tensor, got {type(value).__name__}")
+
+
+def check_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:
     """Raise ValueError unless `dtype` is None or a floating dtype of the operations."""
     if dtype is not None and dtype not in (*KERNEL_DTYPES, torch.float64):
         raise ValueError(f"{op}: {name} must be bfloat16, float16, float32 or float64, got {dtype}")
 
 
-def _fits(given, shape):
+def _fits(given: tuple[int, ...], shape: Shape) -> bool:
     if shape[0] is ...:
         shape = shape[1:]
         given = given[-len(shape) :]
@@ -124,17 +181,20 @@ def _fits(given, shape):
     )
 
 
-def _text(shape):
+def _text(shape: Shape) -> str:
     return "[" + ", ".join("..." if n is ... else str(n) for n in shape) + "]"
 
 
-def inner_unit(tensor):
+def inner_unit(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous, else a contiguous copy. Other strides are free."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def launch(kernel, grid, *args, **options):
-    """Launch `kernel` on a tuple `grid` of programs, on the device of its first tensor. Launches no empty grid."""
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch `kernel` on a `grid` of programs, on the device of its first tensor. An empty grid launches nothing.
+
+    args: tensors, numbers, or None for an optional tensor that is not given; options: constants, num_warps, num_stages.
+    """
     if 0 in grid:
         return
     if _recorded is not None:
@@ -146,7 +206,7 @@ def launch(kernel, grid, *args, **options):
 
 
 @contextlib.contextmanager
-def recording():
+def recording() -> Iterator[list[tuple]]:
     """Within the context, launches are appended to the list that it yields instead of run: `inspect` compiles them."""
     global _recorded
     _recorded = []

@@ -1,11 +1,16 @@
 """Sums over tokens in two steps: programs keep float32 partial sums [K, B, N, D], one small launch adds the N of each.
 
 No atomics: the order of every addition is fixed by the shapes alone, so the same input gives the same bits every time.
+
+Legend: K sums at once, one plane [B, N, D] of partials each; B samples, N partial sums of each, D columns. A program of
+the finishing kernel makes COLUMNS columns of one sample in every plane, ROWS partial sums at a time.
 """
 
 import torch
+from torch import Tensor
 
 from soflow_kernels._dispatch import jit, launch, tl
+from soflow_kernels._rows import power_of_two
 
 # Programs of a kernel that loops over tokens: enough to fill the largest GPU, few enough that partial sums stay small
 # beside the activations (1024 x 3 x 1152 floats are 14 MB; one bf16 pass over 65 536 x 1152 activations is 151 MB).
@@ -14,7 +19,7 @@ COLUMNS = 32
 ROWS = 64
 
 
-def split_rows(groups, rows, least):
+def split_rows(groups: int, rows: int, least: int) -> tuple[int, int]:
     """(chunks, rows per chunk) for `groups` samples of `rows` tokens; a chunk has at least `least` tokens if it can."""
     chunks = max(1, min(-(-rows // least), PROGRAMS // max(groups, 1)))
     per_chunk = max(1, -(-rows // chunks))
@@ -50,14 +55,14 @@ def _finish_kernel(
         tl.store(out3_ptr + at, _column_sum(partial_ptr, b, 3, B, N, D, cols, COLUMNS, ROWS), mask=cols < D)
 
 
-def finish(partials, dtypes):
+def finish(partials: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     """Partial sums [K, B, N, D] float32 -> K tensors [B, D] of `dtypes`, summed over N in order. K is at most 4."""
     K, B, N, D = partials.shape
     outs = [torch.empty(B, D, dtype=dtype, device=partials.device) for dtype in dtypes]
     blocks = -(-D // COLUMNS)
     padded = outs + [outs[0]] * (4 - K)  # pointers that the kernel does not touch
     # A power of two no larger than needed: with 4 chunks, 64 rows would be mostly masked.
-    rows = min(ROWS, 1 << max(N - 1, 0).bit_length())
+    rows = min(ROWS, power_of_two(N))
     launch(
         _finish_kernel, (B * blocks,), partials, *padded, B, N, D, blocks, K=K, COLUMNS=COLUMNS, ROWS=rows, num_warps=4
     )

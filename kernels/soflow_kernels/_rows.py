@@ -1,6 +1,7 @@
 """A row of D columns in a Triton program: one or two segments, and how wide they are.
 
-MAIN is a power of two and TAIL the rest (0: none), because a single power of two would leave 44 % of the lanes idle at
+A segment is the columns FIRST to FIRST + WIDTH of a row. The main one is (0, MAIN), MAIN a power of two; the tail is
+(MAIN, TAIL), TAIL a smaller power of two or 0 for none. A single power of two would leave 44 % of the lanes idle at
 1152 = 1024 + 128. A segment that reaches past D is masked.
 """
 
@@ -8,9 +9,10 @@ from soflow_kernels._dispatch import jit, tl
 
 
 @jit
-def load(row_ptr, cols, D: tl.constexpr, MASKED: tl.constexpr):
-    """The columns `cols` of a row as float32; 0 past D."""
-    if MASKED:
+def load(row_ptr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """A segment of a row as float32; 0 past D."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    if FIRST + WIDTH > D:
         values = tl.load(row_ptr + cols, mask=cols < D, other=0.0)
     else:
         values = tl.load(row_ptr + cols)
@@ -18,24 +20,35 @@ def load(row_ptr, cols, D: tl.constexpr, MASKED: tl.constexpr):
 
 
 @jit
-def store(row_ptr, cols, values, D: tl.constexpr, MASKED: tl.constexpr):
-    if MASKED:
+def store(row_ptr, values, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Write a segment of a row; nothing past D."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    if FIRST + WIDTH > D:
         tl.store(row_ptr + cols, values, mask=cols < D)
     else:
         tl.store(row_ptr + cols, values)
 
 
-def power_of_two(n):
+@jit
+def centre(values, mean, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """A segment minus the mean of its row; 0 past D, as the sum of squares needs it."""
+    values = values - mean
+    if FIRST + WIDTH > D:
+        values = tl.where(FIRST + tl.arange(0, WIDTH) < D, values, 0.0)
+    return values
+
+
+def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
-def stages(D):
+def stages(D: int) -> int:
     """Rows in flight of a loop over rows. Wide ones fill the memory pipe alone, and two would not fit small GPUs."""
     return 2 if D <= 2048 else 1
 
 
-def forward_layout(D):
+def forward_layout(D: int) -> tuple[int, int, int]:
     """(MAIN, TAIL, warps): at most 40 columns a thread, and every thread of a segment has 8, a 16-byte load in bf16."""
     warps = power_of_two(-(-D // 1280))
     main = power_of_two(D + 1) // 2
@@ -43,7 +56,7 @@ def forward_layout(D):
     return (2 * main, 0, warps) if tail >= main else (main, tail, warps)
 
 
-def backward_layout(D):
+def backward_layout(D: int) -> tuple[int, int, int]:
     """(MAIN, TAIL, warps): 8 columns of MAIN a thread, so that the sums over tokens leave registers to spare.
 
     The tail has few columns a thread and narrow loads, but costs a few registers where padding to a power of two would

@@ -1,24 +1,43 @@
-"""LayerNorm and adaLN-Zero modulation, alone and behind the gated residual sum (Peebles & Xie 2023, arXiv 2212.09748).
+"""LayerNorm and adaLN-Zero modulation, alone and behind the gated residual sum (Peebles & Xie 2023, arXiv 2212.09748,
+section 3.2; LayerNorm: arXiv 1607.06450).
 
     layernorm_modulate                  out = LN(x) (1 + scale) + shift
     gate_residual_layernorm_modulate    x' = x + gate (y + bias);  out = LN(x') (1 + scale) + shift
+    adaln_fwd, adaln_bwd                the forward and the backward of either, for an autograd node of one's own
 
 LN(x) = (x - mean) / sqrt(var + eps) over the last dimension, without affine. x, y, x', out: [B, T, D]; gate, shift,
 scale: [B, D], one row per sample; bias: [D] or None, the bias of the product that made y. Tensors are bfloat16, float16
 or float32 and may differ in dtype; everything inside is float32, and the statistics are those of x' as it is stored.
 
-Backward, with u = dout (1 + scale), h = LN(x'), c1 = mean(u) and c2 = mean(u h) over D, and dx' the incoming gradient:
+Backward, with u = dout (1 + scale), h = LN(x'), c1 = mean(u) and c2 = mean(u h) over D, and dsum the gradient of x':
 
-    dx = rstd (u - c1 - h c2) + dx'      dy = gate dx             dgate = sum_t dx (y + bias)
+    dx = rstd (u - c1 - h c2) + dsum     dy = gate dx             dgate = sum_t dx (y + bias)
     dshift = sum_t dout                  dscale = sum_t dout h    dbias = sum_bt dy
 
 Bytes, with S = one pass over [B, T, D]: forward 2 S and 4 S; backward 3 S, and 6 S (4 reads, 2 writes). Partial sums
 add `chunks` rows of [D] floats per sample and gradient. At 65 536 x 1152 in bf16 S is 151 MB, 0.035 ms at 4.3 TB/s:
 floors of 0.07, 0.14, 0.11 and 0.21 ms. Kept for the backward: x', y, mean and rstd; h is recomputed.
+
+Legend of the kernels, forward and backward:
+
+    b, t, row       a sample, a token in it, the token in the whole batch: row = b T + t
+    program         the work of one program: `rows` tokens of one sample, one of the `chunks` that its T tokens make;
+                    program = b chunks + chunk
+    NAME_b, NAME_t  strides of a tensor over samples and tokens; the last dimension is contiguous
+    NAME_at         where the row of this token begins in a tensor; what the kernel writes is contiguous
+    MAIN, TAIL      a row of D columns as two segments, 1152 = 1024 + 128; each step is done for (0, MAIN) and, unless
+                    TAIL is 0, for (MAIN, TAIL): see `_rows`. Of the two only the means over D know about each other
+    sums            (dshift, dscale, dgate, dbias) over the tokens of the program, in registers until it ends
+    partial_ptr     [planes, B, chunks, D]: the sums of every program, one plane for each gradient; `_reduce.finish`
+                    adds up the chunks
+    None            in place of a pointer: the tensor is not given (y, gate: no residual sum; dsum: no gradient of x';
+                    mean, rstd: not kept), and no code is made for it
 """
 
 import itertools
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,41 +45,102 @@ from torch import Tensor
 
 from soflow_kernels._dispatch import check_dtype, check_tensor, inner_unit, jit, launch, tl, use_kernel
 from soflow_kernels._reduce import finish, split_rows
-from soflow_kernels._rows import backward_layout, forward_layout, load, stages, store
+from soflow_kernels._rows import backward_layout, centre, forward_layout, load, stages, store
+from soflow_kernels.gated_residual import gate_residual_reference
 
 MAX_D = 8192
+"""Columns of the widest row that the kernels take; wider ones go to the references."""
 
 
-def layernorm_modulate_reference(x, shift, scale, eps=1e-6, out_dtype=None):
+class AdaLNForward(NamedTuple):
+    """The result of `adaln_fwd`."""
+
+    sum: Tensor
+    """x' = x + gate (y + bias), [B, T, D], in the dtype of x; x itself where there is no y."""
+    out: Tensor
+    """LN(x') (1 + scale) + shift, [B, T, D]."""
+    mean: Tensor
+    """Mean of x' over D, float32: [B, T] from the kernels, [B, T, 1] from the reference."""
+    rstd: Tensor
+    """1 / sqrt(var + eps) of x' over D, of the shape of `mean`."""
+
+
+class AdaLNGradients(NamedTuple):
+    """The result of `adaln_bwd`, in the shapes and dtypes of the arguments; None for what was not given."""
+
+    x: Tensor
+    y: Tensor | None
+    gate: Tensor | None
+    shift: Tensor
+    """In the dtype of scale."""
+    scale: Tensor
+    bias: Tensor | None
+
+
+def layernorm_modulate_reference(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """`layernorm_modulate` in plain PyTorch: any device and dtype, any order of differentiation."""
     normed = F.layer_norm(x, x.shape[-1:], None, None, eps)
     return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(out_dtype or x.dtype)
 
 
-def gate_residual_layernorm_modulate_reference(x, y, gate, shift, scale, eps=1e-6, bias=None, out_dtype=None):
+def gate_residual_layernorm_modulate_reference(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`gate_residual_layernorm_modulate` in plain PyTorch: any device and dtype, any order of differentiation."""
-    y = y if bias is None else y + bias
-    x = torch.addcmul(x, gate.unsqueeze(1), y).to(x.dtype)
+    x = gate_residual_reference(x, y, gate, bias)
     return x, layernorm_modulate_reference(x, shift, scale, eps, out_dtype)
 
 
-@jit
-def _gated_sum(
-    x, y_ptr, gate_ptr, bias_ptr, sum_ptr, cols, D: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr
-):
-    y = load(y_ptr, cols, D, MASKED)
-    if HAS_BIAS:
-        y += load(bias_ptr, cols, D, MASKED)
-    x = (x + load(gate_ptr, cols, D, MASKED) * y).to(sum_ptr.dtype.element_ty)
-    store(sum_ptr, cols, x, D, MASKED)
-    return x.to(tl.float32)
+def adaln_fwd_reference(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float = 1e-6,
+    bias: Tensor | None = None, out_dtype: torch.dtype | None = None,
+) -> AdaLNForward:  # fmt: skip
+    """`adaln_fwd` in plain PyTorch: any device and dtype."""
+    if y is not None:
+        assert gate is not None
+        x = gate_residual_reference(x, y, gate, bias)
+    normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    out = torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(out_dtype or x.dtype)
+    return AdaLNForward(x, out, mean, rstd)
+
+
+def adaln_bwd_reference(
+    dout: Tensor, dsum: Tensor | None, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor,
+    bias: Tensor | None, mean: Tensor, rstd: Tensor, eps: float = 1e-6,
+) -> AdaLNGradients:  # fmt: skip
+    """`adaln_bwd` in plain PyTorch: any device and dtype."""
+    size = x.shape[-1:]
+    dout = dout.to(x.dtype)
+    u = dout * (1 + scale.unsqueeze(1)).to(x.dtype)
+    dx = torch.ops.aten.native_layer_norm_backward(u, x, size, mean, rstd, None, None, [True, False, False])[0]
+    dx = dx if dsum is None else dx + dsum
+    normed = torch.native_layer_norm(x, size, None, None, eps)[0]
+    dshift, dscale = dout.sum(1).to(scale.dtype), (dout * normed).sum(1).to(scale.dtype)
+    if y is None:
+        return AdaLNGradients(dx, None, None, dshift, dscale, None)
+    assert gate is not None
+    dy = (dx * gate.unsqueeze(1)).to(y.dtype)
+    dgate = (dx * (y if bias is None else y + bias)).sum(1).to(gate.dtype)
+    return AdaLNGradients(dx, dy, dgate, dshift, dscale, None if bias is None else dy.sum((0, 1)).to(bias.dtype))
 
 
 @jit
-def _centre(x, mean, cols, D: tl.constexpr, MASKED: tl.constexpr):
-    x = x - mean
-    if MASKED:
-        x = tl.where(cols < D, x, 0.0)
+def _residual(
+    x_ptr, y_ptr, gate_ptr, bias_ptr, sum_ptr, x_at, y_at, gate_at, sum_at,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """x' of one token, float32; written, and rounded to what was written, where there is a y."""
+    x = load(x_ptr + x_at, FIRST, WIDTH, D)
+    if y_ptr is not None:
+        y = load(y_ptr + y_at, FIRST, WIDTH, D)
+        if bias_ptr is not None:
+            y += load(bias_ptr, FIRST, WIDTH, D)
+        x = (x + load(gate_ptr + gate_at, FIRST, WIDTH, D) * y).to(sum_ptr.dtype.element_ty)
+        store(sum_ptr + sum_at, x, FIRST, WIDTH, D)
+        x = x.to(tl.float32)
     return x
 
 
@@ -68,171 +148,173 @@ def _centre(x, mean, cols, D: tl.constexpr, MASKED: tl.constexpr):
 def _forward_kernel(
     x_ptr, y_ptr, gate_ptr, bias_ptr, shift_ptr, scale_ptr, sum_ptr, out_ptr, mean_ptr, rstd_ptr,
     x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, T, chunks, rows, eps,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    HAS_Y: tl.constexpr, HAS_BIAS: tl.constexpr, STATS: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: `rows` tokens of one sample, whose modulation stays in registers."""
-    PAD: tl.constexpr = MAIN > D
-    PAD_TAIL: tl.constexpr = MAIN + TAIL > D
+    """One program: `rows` tokens of one sample, whose modulation stays in registers. Legend: top of the file."""
     program = tl.program_id(0).to(tl.int64)
     b = program // chunks
     first = (program % chunks) * rows
-    cols = tl.arange(0, MAIN)
-    scale = 1 + load(scale_ptr + b * scale_b, cols, D, PAD)
-    shift = load(shift_ptr + b * shift_b, cols, D, PAD)
+    gate_at = b * gate_b
+    shift_row = shift_ptr + b * shift_b
+    scale_row = scale_ptr + b * scale_b
+    scale = 1 + load(scale_row, 0, MAIN, D)
+    shift = load(shift_row, 0, MAIN, D)
     if TAIL:
-        tail = MAIN + tl.arange(0, TAIL)
-        scale_tail = 1 + load(scale_ptr + b * scale_b, tail, D, PAD_TAIL)
-        shift_tail = load(shift_ptr + b * shift_b, tail, D, PAD_TAIL)
+        scale_tail = 1 + load(scale_row, MAIN, TAIL, D)
+        shift_tail = load(shift_row, MAIN, TAIL, D)
     # With two stages the next token is on its way to shared memory while this one is computed.
     for t in tl.range(first, tl.minimum(first + rows, T), num_stages=STAGES):
         row = b * T + t
-        x_row = x_ptr + b * x_b + t * x_t
-        y_row = y_ptr + b * y_b + t * y_t
-        sum_row = sum_ptr + row * D
-        gate_row = gate_ptr + b * gate_b
-        x = load(x_row, cols, D, PAD)
-        if HAS_Y:
-            x = _gated_sum(x, y_row, gate_row, bias_ptr, sum_row, cols, D, PAD, HAS_BIAS)
+        x_at = b * x_b + t * x_t
+        y_at = b * y_b + t * y_t
+        sum_at = row * D
+        x = _residual(x_ptr, y_ptr, gate_ptr, bias_ptr, sum_ptr, x_at, y_at, gate_at, sum_at, 0, MAIN, D)
         total = tl.sum(x, axis=0)
         if TAIL:
-            x_tail = load(x_row, tail, D, PAD_TAIL)
-            if HAS_Y:
-                x_tail = _gated_sum(x_tail, y_row, gate_row, bias_ptr, sum_row, tail, D, PAD_TAIL, HAS_BIAS)
+            x_tail = _residual(x_ptr, y_ptr, gate_ptr, bias_ptr, sum_ptr, x_at, y_at, gate_at, sum_at, MAIN, TAIL, D)
             total += tl.sum(x_tail, axis=0)
         mean = total / D
         # The variance from the centred values: E[x^2] - mean^2 would cancel.
-        x = _centre(x, mean, cols, D, PAD)
+        x = centre(x, mean, 0, MAIN, D)
         square = tl.sum(x * x, axis=0)
         if TAIL:
-            x_tail = _centre(x_tail, mean, tail, D, PAD_TAIL)
+            x_tail = centre(x_tail, mean, MAIN, TAIL, D)
             square += tl.sum(x_tail * x_tail, axis=0)
         rstd = 1 / tl.sqrt(square / D + eps)
-        if STATS:
+        if mean_ptr is not None:
             tl.store(mean_ptr + row, mean)
             tl.store(rstd_ptr + row, rstd)
-        store(out_ptr + row * D, cols, x * rstd * scale + shift, D, PAD)
+        out_row = out_ptr + row * D
+        store(out_row, x * rstd * scale + shift, 0, MAIN, D)
         if TAIL:
-            store(out_ptr + row * D, tail, x_tail * rstd * scale_tail + shift_tail, D, PAD_TAIL)
+            store(out_row, x_tail * rstd * scale_tail + shift_tail, MAIN, TAIL, D)
 
 
 @jit
-def _finish_token(
-    dx, dsum_ptr, y_ptr, gate, bias_ptr, dx_ptr, dy_ptr, dgate, dbias, cols,
-    D: tl.constexpr, MASKED: tl.constexpr, HAS_Y: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_BIAS: tl.constexpr,
+def _begin(gate_ptr, gate_at, scale_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """(1 + scale, gate, sums) of a program before its first token: gate is 0 where there is no y, and sums are 0."""
+    zero = tl.zeros([WIDTH], tl.float32)
+    gate = zero
+    if gate_ptr is not None:
+        gate = load(gate_ptr + gate_at, FIRST, WIDTH, D)
+    return 1 + load(scale_row, FIRST, WIDTH, D), gate, (zero, zero, zero, zero)
+
+
+@jit
+def _through_modulation(
+    x_row, dout_row, mean, rstd, scale, sums, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
+):
+    """(h, u, sums) of one token, as far as no mean over D is needed: dshift and dscale have grown."""
+    dshift, dscale, dgate, dbias = sums
+    h = (load(x_row, FIRST, WIDTH, D) - mean) * rstd
+    dout = load(dout_row, FIRST, WIDTH, D)
+    return h, dout * scale, (dshift + dout, dscale + dout * h, dgate, dbias)
+
+
+@jit
+def _through_residual(
+    dx, dsum_ptr, y_ptr, bias_ptr, dx_ptr, dy_ptr, dsum_at, y_at, dx_at, gate, sums,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    if HAS_DSUM:
-        dx += load(dsum_ptr, cols, D, MASKED)
-    store(dx_ptr, cols, dx, D, MASKED)
-    if HAS_Y:
-        y = load(y_ptr, cols, D, MASKED)
+    """Write dx and dy of one token, from the gradient that came through its norm: dgate and dbias have grown."""
+    dshift, dscale, dgate, dbias = sums
+    if dsum_ptr is not None:
+        dx += load(dsum_ptr + dsum_at, FIRST, WIDTH, D)
+    store(dx_ptr + dx_at, dx, FIRST, WIDTH, D)
+    if y_ptr is not None:
+        y = load(y_ptr + y_at, FIRST, WIDTH, D)
         dy = dx * gate
-        if HAS_BIAS:
-            y += load(bias_ptr, cols, D, MASKED)
+        if bias_ptr is not None:
+            y += load(bias_ptr, FIRST, WIDTH, D)
             dbias += dy
         dgate += dx * y
-        store(dy_ptr, cols, dy, D, MASKED)
-    return dgate, dbias
+        store(dy_ptr + dx_at, dy, FIRST, WIDTH, D)
+    return dshift, dscale, dgate, dbias
 
 
 @jit
-def _store_partials(
-    partial_ptr, plane, cols, dshift, dscale, dgate, dbias,
-    D: tl.constexpr, MASKED: tl.constexpr, HAS_Y: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    store(partial_ptr, cols, dshift, D, MASKED)
-    store(partial_ptr + plane, cols, dscale, D, MASKED)
-    if HAS_Y:
-        store(partial_ptr + 2 * plane, cols, dgate, D, MASKED)
-    if HAS_BIAS:
-        store(partial_ptr + 3 * plane, cols, dbias, D, MASKED)
+def _store_sums(partial_row, plane, sums, y_ptr, bias_ptr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    dshift, dscale, dgate, dbias = sums
+    store(partial_row, dshift, FIRST, WIDTH, D)
+    store(partial_row + plane, dscale, FIRST, WIDTH, D)
+    if y_ptr is not None:
+        store(partial_row + 2 * plane, dgate, FIRST, WIDTH, D)
+    if bias_ptr is not None:
+        store(partial_row + 3 * plane, dbias, FIRST, WIDTH, D)
 
 
 @jit
 def _backward_kernel(
     dout_ptr, dsum_ptr, x_ptr, y_ptr, gate_ptr, bias_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dy_ptr, partial_ptr,
-    dout_b, dout_t, dsum_b, dsum_t, x_b, x_t, y_b, y_t, gate_b, scale_b, T, chunks, rows, plane,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    HAS_Y: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,
+    dout_b, dout_t, dsum_b, dsum_t, x_b, x_t, y_b, y_t, gate_b, scale_b, T, chunks, rows,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: `rows` tokens of one sample, whose sums over the tokens stay in registers until the end."""
-    PAD: tl.constexpr = MAIN > D
-    PAD_TAIL: tl.constexpr = MAIN + TAIL > D
+    """One program: `rows` tokens of one sample, whose sums over the tokens stay in registers until the end.
+
+    For each token: back through the modulation, which needs one column at a time; the two means over D; back through
+    the norm and the residual sum, again a column at a time. Legend: top of the file.
+    """
     program = tl.program_id(0).to(tl.int64)
     b = program // chunks
     first = (program % chunks) * rows
-    gate_row = gate_ptr + b * gate_b
+    gate_at = b * gate_b
     scale_row = scale_ptr + b * scale_b
-    cols = tl.arange(0, MAIN)
-    scale = 1 + load(scale_row, cols, D, PAD)
-    dshift = tl.zeros([MAIN], tl.float32)
-    dscale = tl.zeros([MAIN], tl.float32)
-    dgate = tl.zeros([MAIN], tl.float32)
-    dbias = tl.zeros([MAIN], tl.float32)
-    gate = dgate
-    if HAS_Y:
-        gate = load(gate_row, cols, D, PAD)
+    scale, gate, sums = _begin(gate_ptr, gate_at, scale_row, 0, MAIN, D)
     if TAIL:
-        tail = MAIN + tl.arange(0, TAIL)
-        scale_tail = 1 + load(scale_row, tail, D, PAD_TAIL)
-        dshift_tail = tl.zeros([TAIL], tl.float32)
-        dscale_tail = tl.zeros([TAIL], tl.float32)
-        dgate_tail = tl.zeros([TAIL], tl.float32)
-        dbias_tail = tl.zeros([TAIL], tl.float32)
-        gate_tail = dgate_tail
-        if HAS_Y:
-            gate_tail = load(gate_row, tail, D, PAD_TAIL)
+        scale_tail, gate_tail, sums_tail = _begin(gate_ptr, gate_at, scale_row, MAIN, TAIL, D)
     for t in tl.range(first, tl.minimum(first + rows, T), num_stages=STAGES):
         row = b * T + t
         x_row = x_ptr + b * x_b + t * x_t
-        y_row = y_ptr + b * y_b + t * y_t
         dout_row = dout_ptr + b * dout_b + t * dout_t
-        dsum_row = dsum_ptr + b * dsum_b + t * dsum_t
+        dsum_at = b * dsum_b + t * dsum_t
+        y_at = b * y_b + t * y_t
+        dx_at = row * D
         mean = tl.load(mean_ptr + row)
         rstd = tl.load(rstd_ptr + row)
-        h = (load(x_row, cols, D, PAD) - mean) * rstd
-        u = load(dout_row, cols, D, PAD)
-        dshift += u
-        dscale += u * h
-        u *= scale
-        sum_u = u
-        sum_uh = u * h
+        h, u, sums = _through_modulation(x_row, dout_row, mean, rstd, scale, sums, 0, MAIN, D)
+        sum_u, sum_uh = u, u * h
         if TAIL:
-            h_tail = (load(x_row, tail, D, PAD_TAIL) - mean) * rstd
-            u_tail = load(dout_row, tail, D, PAD_TAIL)
-            dshift_tail += u_tail
-            dscale_tail += u_tail * h_tail
-            u_tail *= scale_tail
+            h_tail, u_tail, sums_tail = _through_modulation(
+                x_row, dout_row, mean, rstd, scale_tail, sums_tail, MAIN, TAIL, D
+            )
             # A thread holds MAIN / TAIL neighbouring columns for each column of the tail: folding them first, in
             # registers, leaves one sum across the warps instead of two.
             sum_u = tl.sum(tl.reshape(sum_u, [TAIL, MAIN // TAIL]), axis=1) + u_tail
             sum_uh = tl.sum(tl.reshape(sum_uh, [TAIL, MAIN // TAIL]), axis=1) + u_tail * h_tail
+        # Joined, both sums make one way across the warps; split, they are numbers again.
         c1, c2 = tl.split(tl.sum(tl.join(sum_u, sum_uh), axis=0))
         c1 = c1 / D
         c2 = c2 / D
-        dgate, dbias = _finish_token(
-            rstd * (u - c1 - h * c2), dsum_row, y_row, gate, bias_ptr, dx_ptr + row * D, dy_ptr + row * D,
-            dgate, dbias, cols, D, PAD, HAS_Y, HAS_DSUM, HAS_BIAS,
+        sums = _through_residual(
+            rstd * (u - c1 - h * c2), dsum_ptr, y_ptr, bias_ptr, dx_ptr, dy_ptr, dsum_at, y_at, dx_at, gate, sums,
+            0, MAIN, D,
         )  # fmt: skip
         if TAIL:
-            dgate_tail, dbias_tail = _finish_token(
-                rstd * (u_tail - c1 - h_tail * c2), dsum_row, y_row, gate_tail, bias_ptr, dx_ptr + row * D,
-                dy_ptr + row * D, dgate_tail, dbias_tail, tail, D, PAD_TAIL, HAS_Y, HAS_DSUM, HAS_BIAS,
+            sums_tail = _through_residual(
+                rstd * (u_tail - c1 - h_tail * c2), dsum_ptr, y_ptr, bias_ptr, dx_ptr, dy_ptr, dsum_at, y_at, dx_at,
+                gate_tail, sums_tail, MAIN, TAIL, D,
             )  # fmt: skip
-    partial_ptr += program * D
-    _store_partials(partial_ptr, plane, cols, dshift, dscale, dgate, dbias, D, PAD, HAS_Y, HAS_BIAS)
+    partial_row = partial_ptr + program * D
+    plane = tl.num_programs(0).to(tl.int64) * D
+    _store_sums(partial_row, plane, sums, y_ptr, bias_ptr, 0, MAIN, D)
     if TAIL:
-        _store_partials(
-            partial_ptr, plane, tail, dshift_tail, dscale_tail, dgate_tail, dbias_tail, D, PAD_TAIL, HAS_Y, HAS_BIAS
-        )
+        _store_sums(partial_row, plane, sums_tail, y_ptr, bias_ptr, MAIN, TAIL, D)
 
 
-def _forward(x, y, gate, shift, scale, bias, eps, out_dtype, stats):
+def _strides(tensor: Tensor | None) -> tuple[int, int]:
+    """Strides over samples and tokens of a tensor [B, T, D]; any number does for one that is not given."""
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def _forward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float,
+    out_dtype: torch.dtype, stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(x', out, mean, rstd): x' is x itself where there is no y; mean and rstd are empty without `stats`."""
     B, T, D = x.shape
     x, shift, scale = inner_unit(x), inner_unit(shift), inner_unit(scale)
-    has_y, has_bias = y is not None, bias is not None
-    y, gate = (inner_unit(y), inner_unit(gate)) if has_y else (x, scale)
-    sums = torch.empty(B, T, D, dtype=x.dtype, device=x.device) if has_y else x
+    y, gate = (None, None) if y is None or gate is None else (inner_unit(y), inner_unit(gate))
+    sums = None if y is None else torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     out = torch.empty(B, T, D, dtype=out_dtype, device=x.device)
     mean = torch.empty((B, T) if stats else 0, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
@@ -242,36 +324,43 @@ def _forward(x, y, gate, shift, scale, bias, eps, out_dtype, stats):
     main, tail, warps = forward_layout(D)
     launch(
         _forward_kernel, (B * chunks,),
-        x, y, gate, bias.contiguous() if has_bias else x, shift, scale, sums, out, mean, rstd,
-        x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), shift.stride(0), scale.stride(0),
-        T, chunks, rows, eps,
-        D=D, MAIN=main, TAIL=tail, HAS_Y=has_y, HAS_BIAS=has_bias, STATS=stats, STAGES=stages(D),
-        num_warps=warps,
+        x, y, gate, None if bias is None else bias.contiguous(), shift, scale, sums, out,
+        mean if stats else None, rstd if stats else None,
+        *_strides(x), *_strides(y), 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0),
+        T, chunks, rows, eps, D=D, MAIN=main, TAIL=tail, STAGES=stages(D), num_warps=warps,
     )  # fmt: skip
-    return sums, out, mean, rstd
+    return x if sums is None else sums, out, mean, rstd
 
 
-def _backward(dout, dsum, x, y, gate, scale, bias, mean, rstd):
+def _backward(
+    dout: Tensor, dsum: Tensor | None, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor,
+    bias: Tensor | None, mean: Tensor, rstd: Tensor,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """(dx, dy, [dshift, dscale, dgate, dbias]): without y dy is dx, and the list ends with what there is."""
     B, T, D = x.shape
     dout, x, scale = inner_unit(dout), inner_unit(x), inner_unit(scale)
-    has_y, has_dsum, has_bias = y is not None, dsum is not None, bias is not None
-    y, gate = (inner_unit(y), inner_unit(gate)) if has_y else (x, scale)
-    dsum = inner_unit(dsum) if has_dsum else dout
+    dsum = None if dsum is None else inner_unit(dsum)
     dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
-    dy = torch.empty(B, T, D, dtype=y.dtype, device=x.device) if has_y else dx
+    dy, dtypes = dx, [scale.dtype, scale.dtype]
+    if y is not None:
+        assert gate is not None
+        y, gate = inner_unit(y), inner_unit(gate)
+        dy = torch.empty(B, T, D, dtype=y.dtype, device=x.device)
+        dtypes.append(gate.dtype)
+    if bias is not None:
+        dtypes.append(torch.float32)  # over the samples too, below
     chunks, rows = split_rows(B, T, 8)
-    sums = 2 + has_y + has_bias
-    partials = torch.empty(sums, B, chunks, D, dtype=torch.float32, device=x.device)
+    partials = torch.empty(len(dtypes), B, chunks, D, dtype=torch.float32, device=x.device)
     main, tail, warps = backward_layout(D)
     launch(
         _backward_kernel, (B * chunks,),
-        dout, dsum, x, y, gate, bias.contiguous() if has_bias else x, scale, mean, rstd, dx, dy, partials,
-        dout.stride(0), dout.stride(1), dsum.stride(0), dsum.stride(1), x.stride(0), x.stride(1),
-        y.stride(0), y.stride(1), gate.stride(0), scale.stride(0), T, chunks, rows, B * chunks * D,
-        D=D, MAIN=main, TAIL=tail, HAS_Y=has_y, HAS_DSUM=has_dsum, HAS_BIAS=has_bias, STAGES=stages(D), num_warps=warps,
+        dout, dsum, x, y, gate, None if bias is None else bias.contiguous(), scale, mean, rstd,
+        dx, None if y is None else dy, partials,
+        *_strides(dout), *_strides(dsum), *_strides(x), *_strides(y), 0 if gate is None else gate.stride(0),
+        scale.stride(0), T, chunks, rows, D=D, MAIN=main, TAIL=tail, STAGES=stages(D), num_warps=warps,
     )  # fmt: skip
-    sums = finish(partials, [scale.dtype, scale.dtype, gate.dtype, torch.float32][:sums])
-    if has_bias:  # over the samples too
+    sums = finish(partials, dtypes)
+    if bias is not None:
         sums[3] = finish(sums[3].view(1, 1, B, D), [bias.dtype])[0].view(D)
     return dx, dy, sums
 
@@ -384,50 +473,104 @@ _gate_residual_layernorm_modulate.register_autograd(
 )
 
 
-def layernorm_modulate(x, shift, scale, eps=1e-6, out_dtype=None):
-    """LayerNorm over the last dimension, without affine, times 1 + scale, plus shift (adaLN, arXiv 2212.09748).
+def _check(
+    op: str, x: Tensor, tokens: dict[str, Any], rows: dict[str, Any], bias: Any = None,
+    out_dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Raise ValueError unless x and tokens are [B, T, D], rows [B, D], bias [D] or None, on one device."""
+    check_tensor(op, "x", x, ("B", "T", "D"))
+    B, T, D = x.shape
+    for name, value in tokens.items():
+        check_tensor(op, name, value, (B, T, D), x)
+    for name, value in rows.items():
+        check_tensor(op, name, value, (B, D), x)
+    if bias is not None:
+        check_tensor(op, "bias", bias, (D,), x)
+    check_dtype(op, "out_dtype", out_dtype)
+
+
+def layernorm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """LN(x) (1 + scale) + shift: LayerNorm without affine, then adaLN's modulation (arXiv 2212.09748, section 3.2).
 
     x: [B, T, D]; shift, scale: [B, D]; bfloat16, float16, float32 or float64, any strides (views with a contiguous last
     dimension, such as chunks of one modulation tensor, are taken without a copy). Returns [B, T, D] in `out_dtype`, by
-    default the dtype of x. Differentiable in x, shift and scale. D above 8192 and float64 take the reference.
+    default the dtype of x. Differentiable in x, shift and scale. D above 8192, float64 and DTensors take the reference.
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
-    op = "layernorm_modulate"
-    check_tensor(op, "x", x, ("B", "T", "D"))
-    B, _, D = x.shape
-    check_tensor(op, "shift", shift, (B, D), x)
-    check_tensor(op, "scale", scale, (B, D), x)
-    check_dtype(op, "out_dtype", out_dtype)
-    if not 0 < D <= MAX_D or not use_kernel(x, shift, scale):
+    _check("layernorm_modulate", x, {}, {"shift": shift, "scale": scale}, None, out_dtype)
+    if not 0 < x.shape[2] <= MAX_D or not use_kernel(x, shift, scale):
         return layernorm_modulate_reference(x, shift, scale, eps, out_dtype)
     return _layernorm_modulate(x, shift, scale, eps, out_dtype or x.dtype, torch.is_grad_enabled())[0]
 
 
-def gate_residual_layernorm_modulate(x, y, gate, shift, scale, eps=1e-6, bias=None, out_dtype=None):
-    """x' = x + gate (y + bias), and its LayerNorm modulated: the whole boundary between two branches of a DiT block.
+def gate_residual_layernorm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x' = x + gate (y + bias) and LN(x') (1 + scale) + shift: what lies between two branches of an adaLN-Zero block.
 
     x, y: [B, T, D]; gate, shift, scale: [B, D]; bias: [D] or None, the bias of the product that made y, taken here so
     that its gradient falls out of the same pass; dtypes and strides as in `layernorm_modulate`. Returns x' [B, T, D] in
     the dtype of x, and its modulated norm in `out_dtype`, by default the dtype of x. Differentiable in every tensor.
-    Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
+    Source: arXiv 2212.09748, section 3.2. Raises ValueError naming the argument whose type, shape, dtype or device is
+    wrong.
     """
     op = "gate_residual_layernorm_modulate"
-    check_tensor(op, "x", x, ("B", "T", "D"))
-    B, T, D = x.shape
-    check_tensor(op, "y", y, (B, T, D), x)
-    check_tensor(op, "gate", gate, (B, D), x)
-    check_tensor(op, "shift", shift, (B, D), x)
-    check_tensor(op, "scale", scale, (B, D), x)
-    check_dtype(op, "out_dtype", out_dtype)
-    if bias is not None:
-        check_tensor(op, "bias", bias, (D,), x)
-    if not 0 < D <= MAX_D or not use_kernel(x, y, gate, shift, scale, bias):
+    _check(op, x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, bias, out_dtype)
+    if not 0 < x.shape[2] <= MAX_D or not use_kernel(x, y, gate, shift, scale, bias):
         return gate_residual_layernorm_modulate_reference(x, y, gate, shift, scale, eps, bias, out_dtype)
     stats = torch.is_grad_enabled()  # a pass without gradient has no use for them
     return _gate_residual_layernorm_modulate(x, y, gate, shift, scale, bias, eps, out_dtype or x.dtype, stats)[:2]
 
 
-def inspect_cases():
+def adaln_fwd(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float = 1e-6,
+    bias: Tensor | None = None, out_dtype: torch.dtype | None = None,
+) -> AdaLNForward:  # fmt: skip
+    """x' = x + gate (y + bias), LN(x') (1 + scale) + shift, and the statistics that `adaln_bwd` takes.
+
+    For an autograd node that covers a norm and the product after it: such a node need not keep the product's input
+    [B, T, D], since its backward makes the norm again. y and gate may be None: then x' is x itself. Shapes, dtypes and
+    errors as in `gate_residual_layernorm_modulate`. Not differentiable by itself.
+    """
+    tokens, rows = ({}, {}) if y is None else ({"y": y}, {"gate": gate})
+    _check("adaln_fwd", x, tokens, {**rows, "shift": shift, "scale": scale}, bias, out_dtype)
+    if not 0 < x.shape[2] <= MAX_D or not use_kernel(x, y, gate, shift, scale, bias):
+        return adaln_fwd_reference(x, y, gate, shift, scale, eps, bias, out_dtype)
+    out_dtype = out_dtype or x.dtype
+    if y is None:
+        return AdaLNForward(x, *_layernorm_modulate(x, shift, scale, eps, out_dtype, True))
+    return AdaLNForward(*_gate_residual_layernorm_modulate(x, y, gate, shift, scale, bias, eps, out_dtype, True))
+
+
+def adaln_bwd(
+    dout: Tensor, dsum: Tensor | None, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor,
+    bias: Tensor | None, mean: Tensor, rstd: Tensor, eps: float = 1e-6,
+) -> AdaLNGradients:  # fmt: skip
+    """The gradients of `adaln_fwd` from those of its `out` and `sum`, both [B, T, D]; dsum None: no gradient came.
+
+    x is the `sum` that `adaln_fwd` returned; mean and rstd came with it; the others are its arguments. Not
+    differentiable. Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
+    """
+    tokens = {name: value for name, value in (("dout", dout), ("dsum", dsum), ("y", y)) if value is not None}
+    rows = {"scale": scale} if y is None else {"gate": gate, "scale": scale}
+    _check("adaln_bwd", x, {"dout": dout, **tokens}, rows, bias)
+    # Statistics of three dimensions are the reference's.
+    if mean.dim() != 2 or not use_kernel(x, dout, dsum, y, gate, scale, bias):
+        return adaln_bwd_reference(dout, dsum, x, y, gate, scale, bias, mean, rstd, eps)
+    if y is None:
+        dx, dshift, dscale = _layernorm_modulate_backward(dout, x, scale, mean, rstd)
+        dx = dx if dsum is None else dx + dsum
+        return AdaLNGradients(dx, None, None, dshift, dscale, None)
+    dx, dy, dgate, dshift, dscale, dbias = _gate_residual_layernorm_modulate_backward(
+        dout, dsum, x, y, gate, scale, bias, mean, rstd
+    )
+    return AdaLNGradients(dx, dy, dgate, dshift, dscale, None if bias is None else dbias)
+
+
+def inspect_cases() -> Iterator[tuple[str, Callable]]:
     """(label, call): forward and backward at the shipped shapes, for `python -m soflow_kernels.inspect`."""
     for dtype, D in itertools.product((torch.bfloat16, torch.float32), (768, 1024, 1152)):
         x, m, bias = torch.zeros(2, 16, D, dtype=dtype), torch.zeros(2, D, dtype=dtype), torch.zeros(D, dtype=dtype)

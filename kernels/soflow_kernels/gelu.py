@@ -8,17 +8,23 @@ gelu'(u), dbias = the sum of dx over rows, by partial sums. Kept for the backwar
 `bias_gelu_backward` writes out once more, for the product after it.
 
 Bytes, with S = one pass over x: forward 2 S, backward 3 S. At 65 536 x 4608 in bf16 S is 604 MB: 0.28 and 0.42 ms at
-4.3 TB/s. Source: Hendrycks & Gimpel 2016, arXiv 1606.08415, and the MLP of arXiv 2212.09748.
+4.3 TB/s. Source: Hendrycks & Gimpel 2016, arXiv 1606.08415, section 2, and the MLP of arXiv 2212.09748.
+
+Legend of the kernels: x as N rows of D columns, NAME_row the stride between rows of a tensor, `blocks` tiles side by
+side. A program of the forward makes one tile of ROWS x COLUMNS; one of the backward goes down `rows` rows (its chunk)
+of COLUMNS columns, tile by tile. partial_ptr: [1, 1, chunks, D], what each of them adds to dbias.
 """
 
 import itertools
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, on_gpu, tl, use_kernel
 from soflow_kernels._reduce import finish
 
 # Tiles of 128 columns, a divisor of every usual width, and 16 rows: with 4 warps a thread has two 16-byte bf16 loads.
@@ -28,20 +34,20 @@ ROWS = 16
 BACKWARD_PROGRAMS = 4096
 
 
-def bias_gelu_reference(x, bias):
+def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
     """`bias_gelu` in plain PyTorch: any device and dtype, any order of differentiation."""
     return F.gelu(x + bias, approximate="tanh").to(x.dtype)
 
 
-def bias_gelu_backward_reference(dout, x, bias):
+def bias_gelu_backward_reference(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`bias_gelu_backward` in plain PyTorch: any device and dtype."""
     u = x + bias
     dx = torch.ops.aten.gelu_backward(dout.to(u.dtype), u, approximate="tanh")
-    dbias = dx.flatten(0, -2).sum(0).to(bias.dtype)
+    dbias = torch.atleast_2d(dx).flatten(0, -2).sum(0).to(bias.dtype)
     return dx.to(x.dtype), dbias, F.gelu(u, approximate="tanh").to(x.dtype)
 
 
-def linear_gelu_reference(x, weight, bias):
+def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`linear_gelu` in plain PyTorch: any device and dtype, any order of differentiation."""
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
@@ -134,19 +140,19 @@ def _(dout, x, bias, recompute):
     return x.new_empty(x.shape), bias.new_empty(bias.shape), x.new_empty(x.shape if recompute else 0)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _grad(ctx, dout):
+def _grad(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
     return _bias_gelu_backward(dout, *ctx.saved_tensors, False)[:2]
 
 
 _bias_gelu.register_autograd(_grad, setup_context=_save)
 
 
-def bias_gelu(x, bias):
-    """tanh GELU of x + bias.
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x + bias in its tanh form (arXiv 1606.08415, section 2).
 
     x: [..., D]; bias: [D]; bfloat16, float16, float32 or float64 (which takes the reference). Returns a tensor like x.
     Differentiable in both. Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
@@ -157,7 +163,7 @@ def bias_gelu(x, bias):
     return _bias_gelu(x, bias) if use_kernel(x, bias) and x.shape[-1] else bias_gelu_reference(x, bias)
 
 
-def bias_gelu_backward(dout, x, bias):
+def bias_gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `bias_gelu` and once more what it returned: (dx, dbias, gelu(x + bias)), in one pass.
 
     For a backward of one's own, in which the product after the GELU needs its input again and nobody kept it. dout: of
@@ -172,7 +178,7 @@ def bias_gelu_backward(dout, x, bias):
     return bias_gelu_backward_reference(dout, x, bias)
 
 
-def linear_gelu(x, weight, bias):
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """tanh GELU of x weight^T + bias, in as few passes as the moment allows.
 
     x: [..., K]; weight: [D, K]; bias: [D]; all of one dtype unless under autocast. Returns [..., D].
@@ -191,7 +197,7 @@ def linear_gelu(x, weight, bias):
     if not use_kernel(x, weight, bias):
         return linear_gelu_reference(x, weight, bias)
     epilogue = (
-        x.is_cuda
+        on_gpu(x)
         and torch.version.hip is None
         and x.dtype == weight.dtype == bias.dtype
         and not torch.is_autocast_enabled(x.device.type)
@@ -203,7 +209,7 @@ def linear_gelu(x, weight, bias):
     return bias_gelu(F.linear(x, weight), bias)
 
 
-def inspect_cases():
+def inspect_cases() -> Iterator[tuple[str, Callable]]:
     """(label, call): forward and backward at the shipped shapes, for `python -m soflow_kernels.inspect`."""
     for dtype, D in itertools.product((torch.bfloat16, torch.float32), (3072, 4096, 4608)):
         x, bias = torch.zeros(32, D, dtype=dtype), torch.zeros(D, dtype=dtype)

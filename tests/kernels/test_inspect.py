@@ -30,14 +30,14 @@ print(problem(x, num_warps=1, STAGES=1))
 
 ONES = """
 import torch
-from soflow_kernels import _dispatch, adaln, gate, gelu, inspect
+from soflow_kernels import _dispatch, adaln, gated_residual, gelu, inspect
 
 x, m, stats = torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1)
 with _dispatch.recording() as launches:
     adaln._forward(x, x, m, m, m, m[0], 1e-6, x.dtype, True)
     adaln._backward(x, x, x, x, m, m, m[0], stats, stats)
-    gate._gate_residual(x, x, m, m[0])
-    gate._gate_residual_backward(x, x, m, m[0])
+    gated_residual._gate_residual(x, x, m, m[0])
+    gated_residual._gate_residual_backward(x, x, m, m[0])
     gelu._bias_gelu(x, m[0])
     gelu._bias_gelu_backward(x, x, m[0], True)
 for launch in launches:
@@ -58,7 +58,7 @@ def run(tmp_path):
 
 
 def test_table_and_record(run, tmp_path):
-    only = ("--only", "gate_residual_layernorm_modulate backward 1152 bfloat16")
+    only = ("--only", "adaln gate_residual_layernorm_modulate backward 1152 bfloat16")  # the module and the label
     result = run("-m", "soflow_kernels.inspect", "--arch", "80", "90", "100", *only, "--json", "record.json")
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "record.json").read_text())
@@ -78,13 +78,15 @@ def test_every_kernel_at_every_shipped_shape(run, arch):
     for module in (
         "adaln",
         "adamw",
-        "consistency",
-        "flow_matching",
-        "gate",
+        "gated_residual",
         "gelu",
-        "increment",
-        "increment_attention",
+        "increment.adaln",
+        "increment.attention",
+        "increment.gelu",
+        "increment.silu",
+        "increment.time_embedding",
         "lookahead",
+        "losses",
         "time_embedding",
     ):
         assert f" {module}._" in result.stdout

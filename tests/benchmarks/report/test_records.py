@@ -115,7 +115,8 @@ def test_a_file_that_is_no_record_is_not_compared(tmp_path, capsys):
 
 
 def test_rows_of_another_benchmark_are_named(tmp_path, capsys):
-    (tmp_path / "README.md").write_text("<!-- benchmark:digits -->\n<!-- /benchmark:digits -->\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "performance.md").write_text("<!-- benchmark:digits -->\n<!-- /benchmark:digits -->\n")
     written(tmp_path, "a", ROWS, benchmark="digits")
     assert pages.main([], tmp_path, tmp_path) == 2
     out, err = capsys.readouterr()
@@ -304,7 +305,8 @@ QUALITY = [{"method": "ours", "seed": 0, "points": [point(5, 1.0, 99.0), point(1
 def site(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text("<!-- benchmark:quality-for-time -->\n<!-- /benchmark:quality-for-time -->\n")
+    page = tmp_path / "docs" / "performance.md"
+    page.write_text("<!-- benchmark:quality-for-time -->\n<!-- /benchmark:quality-for-time -->\n")
     written(tmp_path, "a", QUALITY, benchmark="quality-for-time")
     assert pages.main([], tmp_path, tmp_path) == 0
     return tmp_path

@@ -1,14 +1,24 @@
-"""The gated residual sum alone, for the last boundary of a DiT: x' = x + gate (y + bias) (arXiv 2212.09748).
+"""The gated residual sum of adaLN-Zero alone, x' = x + gate (y + bias) (arXiv 2212.09748, section 3.2).
 
-x, y, x': [B, T, D]; gate: [B, D]; bias: [D] or None. bfloat16, float16 or float32, dtypes may differ, float32 inside.
-Backward, with dx' the gradient that comes in: dx = dx', dy = gate dx', dgate = sum_t dx' (y + bias), dbias = sum_bt dy.
+It ends a block where no norm follows at once; `adaln` has the sum with the norm after it. x, y, x': [B, T, D]; gate:
+[B, D]; bias: [D] or None. bfloat16, float16 or float32, dtypes may differ, float32 inside. Backward, with dx' the
+gradient of x':
+
+    dx = dx'     dy = gate dx'     dgate = sum_t dx' (y + bias)     dbias = sum_bt dy
 
 Bytes, with S = one pass over [B, T, D]: forward 3 S, backward 3 S. At 65 536 x 1152 in bf16 S is 151 MB: 0.11 ms each
 at 4.3 TB/s.
+
+Legend of the kernels: no sum over D is needed, so a program takes COLUMNS of them and goes over the `rows` tokens of
+one part (of `chunks`) of sample b, ROWS tokens t at a time; `blocks` programs side by side cover D. NAME_b, NAME_t:
+strides over samples and tokens. partial_ptr: [1 or 2 planes (dgate, dbias), B, chunks, D], summed over the chunks by
+`_reduce.finish`. bias_ptr None: there is no bias.
 """
 
 import itertools
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +32,7 @@ COLUMNS = 128
 ROWS = 16
 
 
-def gate_residual_reference(x, y, gate, bias=None):
+def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
     """`gate_residual` in plain PyTorch: any device and dtype, any order of differentiation."""
     y = y if bias is None else y + bias
     return torch.addcmul(x, gate.unsqueeze(1), y).to(x.dtype)
@@ -31,7 +41,7 @@ def gate_residual_reference(x, y, gate, bias=None):
 @jit
 def _forward_kernel(
     x_ptr, y_ptr, gate_ptr, bias_ptr, out_ptr, x_b, x_t, y_b, y_t, gate_b, T, chunks, rows, blocks,
-    D: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -39,7 +49,7 @@ def _forward_kernel(
     b = chunk // chunks
     first = (chunk % chunks) * rows
     gate = tl.load(gate_ptr + b * gate_b + cols, mask=cols < D, other=0.0).to(tl.float32)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     last = tl.minimum(first + rows, T)
     for start in tl.range(first, last, ROWS, num_stages=2):
@@ -47,7 +57,7 @@ def _forward_kernel(
         mask = (t < last) & (cols < D)
         x = tl.load(x_ptr + b * x_b + t * x_t + cols, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + b * y_b + t * y_t + cols, mask=mask, other=0.0).to(tl.float32)
-        if HAS_BIAS:
+        if bias_ptr is not None:
             y += bias
         tl.store(out_ptr + (b * T + t) * D + cols, x + gate * y, mask=mask)
 
@@ -55,8 +65,8 @@ def _forward_kernel(
 @jit
 def _backward_kernel(
     dout_ptr, y_ptr, gate_ptr, bias_ptr, dy_ptr, partial_ptr,
-    dout_b, dout_t, y_b, y_t, gate_b, T, chunks, rows, blocks, plane,
-    D: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dout_b, dout_t, y_b, y_t, gate_b, T, chunks, rows, blocks,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -64,7 +74,7 @@ def _backward_kernel(
     b = chunk // chunks
     first = (chunk % chunks) * rows
     gate = tl.load(gate_ptr + b * gate_b + cols, mask=cols < D, other=0.0).to(tl.float32)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     dgate = tl.zeros([ROWS, COLUMNS], tl.float32)
     dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -75,14 +85,15 @@ def _backward_kernel(
         dout = tl.load(dout_ptr + b * dout_b + t * dout_t + cols, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + b * y_b + t * y_t + cols, mask=mask, other=0.0).to(tl.float32)
         dy = dout * gate
-        if HAS_BIAS:
+        if bias_ptr is not None:
             y += bias
             dbias += dy
         dgate += dout * y
         tl.store(dy_ptr + (b * T + t) * D + cols, dy, mask=mask)
     at = partial_ptr + chunk * D + cols
     tl.store(at, tl.sum(dgate, axis=0)[None, :], mask=cols < D)
-    if HAS_BIAS:
+    if bias_ptr is not None:
+        plane = (tl.num_programs(0) // blocks).to(tl.int64) * D
         tl.store(at + plane, tl.sum(dbias, axis=0)[None, :], mask=cols < D)
 
 
@@ -96,9 +107,9 @@ def _gate_residual(x: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None) -> T
     chunks = -(-T // rows)
     launch(
         _forward_kernel, (B * chunks * blocks,),
-        x, y, gate, x if bias is None else bias.contiguous(), out,
+        x, y, gate, None if bias is None else bias.contiguous(), out,
         x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), T, chunks, rows, blocks,
-        D=D, HAS_BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        D=D, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -117,17 +128,17 @@ def _gate_residual_backward(
     dy = torch.empty(B, T, D, dtype=y.dtype, device=y.device)
     blocks = -(-D // COLUMNS)
     chunks, rows = split_rows(B * blocks, T, 4 * ROWS)
-    has_bias = bias is not None
-    partials = torch.empty(1 + has_bias, B, chunks, D, dtype=torch.float32, device=y.device)
+    dtypes = [gate.dtype] if bias is None else [gate.dtype, torch.float32]
+    partials = torch.empty(len(dtypes), B, chunks, D, dtype=torch.float32, device=y.device)
     launch(
         _backward_kernel, (B * chunks * blocks,),
-        dout, y, gate, bias.contiguous() if has_bias else y, dy, partials,
+        dout, y, gate, None if bias is None else bias.contiguous(), dy, partials,
         dout.stride(0), dout.stride(1), y.stride(0), y.stride(1), gate.stride(0),
-        T, chunks, rows, blocks, B * chunks * D,
-        D=D, HAS_BIAS=has_bias, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        T, chunks, rows, blocks,
+        D=D, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
-    sums = finish(partials, [gate.dtype, torch.float32][: 1 + has_bias])
-    dbias = finish(sums[1].view(1, 1, B, D), [bias.dtype])[0].view(D) if has_bias else y.new_empty(0)
+    sums = finish(partials, dtypes)
+    dbias = y.new_empty(0) if bias is None else finish(sums[1].view(1, 1, B, D), [bias.dtype])[0].view(D)
     return dy, sums[0], dbias
 
 
@@ -140,12 +151,12 @@ def _(dout, y, gate, bias):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, y, gate, bias = inputs
     ctx.save_for_backward(y, gate, bias)
 
 
-def _grad(ctx, dout):
+def _grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     y, gate, bias = ctx.saved_tensors
     dy, dgate, dbias = _gate_residual_backward(dout, y, gate, bias)
     return dout, dy, dgate, None if bias is None else dbias
@@ -154,8 +165,8 @@ def _grad(ctx, dout):
 _gate_residual.register_autograd(_grad, setup_context=_save)
 
 
-def gate_residual(x, y, gate, bias=None):
-    """x + gate (y + bias), the gated residual sum of adaLN-Zero (arXiv 2212.09748).
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x + gate (y + bias), the gated residual sum of adaLN-Zero (arXiv 2212.09748, section 3.2).
 
     x, y: [B, T, D]; gate: [B, D]; bias: [D] or None, the bias of the product that made y. bfloat16, float16, float32 or
     float64 (which takes the reference); any strides, views with a contiguous last dimension without a copy. Returns
@@ -174,7 +185,7 @@ def gate_residual(x, y, gate, bias=None):
     return _gate_residual(x, y, gate, bias)
 
 
-def inspect_cases():
+def inspect_cases() -> Iterator[tuple[str, Callable]]:
     """(label, call): forward and backward at the shipped shapes, for `python -m soflow_kernels.inspect`."""
     for dtype, D in itertools.product((torch.bfloat16, torch.float32), (768, 1024, 1152)):
         x, gate, bias = torch.zeros(2, 16, D, dtype=dtype), torch.zeros(2, D, dtype=dtype), torch.zeros(D, dtype=dtype)

@@ -2,7 +2,7 @@
 
     S = scale q k',   dS = scale (dq (k + dk)' + q dk'),   P = softmax(S),   dP = softmax(S + dS) - softmax(S)
 
-Pairs are [2, ...], value and increment, as in `increment`. With the maxima m of a row of S and m + c of S + dS,
+A pair is [2, ...], value and increment (see the package). With the maxima m of a row of S and m + c of S + dS,
 
     w = e^(S-m),   dw = w (e^(dS-c) - 1),   A = sum w v,   Z = sum w,   Y = sum dw,   D = sum dw v + (w + dw) dv
 
@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 
 from soflow_kernels._dispatch import INTERPRETED, check_pair, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._math import expm1
 from soflow_kernels._rows import power_of_two
-from soflow_kernels.increment import LARGE, expm1
+from soflow_kernels.increment._sigmoid import LARGE
 
 MAX_HEAD_DIM = 128
 
 
-def softmax_increment(scores, dscores):
+def softmax_increment(scores: Tensor, dscores: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(S) and softmax(S + dS) - softmax(S) over the last dimension: P (e^dS - Z) / Z with Z = sum P e^dS."""
     p = torch.softmax(scores, -1)
-    # softmax does not see a shift; the rest is as small as it gets
+    # Softmax does not see a shift; the rest is as small as it gets.
     dscores = dscores - (p * dscores).sum(-1, keepdim=True)
     growth = torch.expm1(dscores.clamp(-LARGE, LARGE))
     mean = (p * growth).sum(-1, keepdim=True)
@@ -42,11 +43,11 @@ def softmax_increment(scores, dscores):
     return p, torch.where(near, small, torch.softmax(scores + dscores, -1) - p)
 
 
-def attention_increment_reference(q, k, v, scale=None):
+def attention_increment_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """`attention_increment` in plain PyTorch: any device and dtype."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     (q0, dq), (k0, dk), (v0, dv) = ((part.to(wide)).unbind() for part in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scale * (q0 @ k0.transpose(-1, -2))
     dscores = scale * (dq @ (k0 + dk).transpose(-1, -2) + q0 @ dk.transpose(-1, -2))
     p, dp = softmax_increment(scores, dscores)
@@ -107,9 +108,11 @@ def _kernel(
     HD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     UNIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One program: M queries of one head. The head dimension is MAIN and TAIL columns (0: none), as 72 = 64 + 8.
+    """One program: M queries `rows` of head h of sample b, of `blocks` such blocks; N keys at a time.
 
-    Strides are in UNITs of elements, so that the compiler sees what they are multiples of.
+    HD: the head dimension d, MAIN and TAIL columns (0: none), as 72 = 64 + 8. m, c, Z, Y, A, D: as in the header, A and
+    D also for the tail. Strides q_p (from value to increment), q_b, q_h, q_t are in UNITs of elements, so that the
+    compiler sees what they are multiples of; out_plane is the output's, in elements. WIDEN: see `_dot`.
     """
     program = tl.program_id(0).to(tl.int64)
     head = program // blocks
@@ -210,7 +213,7 @@ def _(q, k, v, scale):
     return v.new_empty(2, B, T, H, d).transpose(2, 3)
 
 
-def attention_increment(q, k, v, *, scale=None):
+def attention_increment(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     """Attention of pairs: the pair of softmax(scale q k') v, [2, B, H, T, d] in the dtype of v.
 
     q, k, v: pairs [2, B, H, T, d] of one dtype, any strides, views of one [2, B, T, 3, H, d] tensor without a copy;
