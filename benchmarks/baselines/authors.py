@@ -31,8 +31,8 @@ from benchmarks.baselines import fused
 from benchmarks.harness.recipes import Observe, Recipe, Weights, plain_operations, why_no_compiler
 from soflow_fast.config.schema import Config
 from soflow_fast.objective import Objective
-from soflow_fast.training.consistency_target import products
-from soflow_fast.training.state import TrainState, resolve_device
+from soflow_fast.training.precision import matmul_precision, resolve_device
+from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import draw, ema_decay, learning_rate
 
 
@@ -52,7 +52,7 @@ def build(config: Config, weights: Weights | None = None) -> TrainState:
 def train_step(state: TrainState, x0: Tensor, y: Tensor, *, observe: Observe | None = None) -> dict[str, Tensor]:
     """One whole update on a labelled batch x0 [B, C, H, W], y [B]; returns both mean squares and the gradient norm."""
     attention = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if x0.is_cuda else contextlib.nullcontext()
-    with plain_operations(), products(state.precision, state.device), attention:
+    with plain_operations(), matmul_precision(state.precision, state.device), attention:
         metrics = _losses_and_gradients(state, x0, y, observe)
     metrics["grad_norm"] = _update(state)
     state.step += 1
@@ -109,7 +109,7 @@ def build_compiled(config: Config, weights: Weights | None = None, *, mix_order:
 
 def train_step_fused(state: TrainState, x0: Tensor, y: Tensor, *, observe: Observe | None = None) -> dict[str, Tensor]:
     """`train_step` with any attention of torch, and the update by fused operations."""
-    with plain_operations(), products(state.precision, state.device):
+    with plain_operations(), matmul_precision(state.precision, state.device):
         metrics = _losses_and_gradients(state, x0, y, observe)
     metrics["grad_norm"] = fused.update(state)
     state.step += 1

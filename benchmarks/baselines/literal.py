@@ -13,10 +13,10 @@ from benchmarks.baselines import fused
 from benchmarks.harness.recipes import Observe, Recipe, plain_operations
 from soflow_fast.flow import SolutionFlow
 from soflow_fast.objective import Objective, with_null
-from soflow_fast.training.consistency_target import products
+from soflow_fast.training.precision import matmul_precision
 from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import Draws, draw
-from soflow_kernels import consistency_loss, euler_lookahead
+from soflow_kernels import consistency_loss
 
 
 def consistency(
@@ -30,8 +30,7 @@ def consistency(
     with torch.no_grad():
         v_null = flow.velocity(x_t, t, None) if objective.guided else None
         v_label = flow.velocity(x_t, t, label) if objective.mixed else None
-        guidance = {name: getattr(c, name) for name in ("guidance_scale", "guidance_decay_time", "mix_ratio")}
-        target, _, x_l = euler_lookahead(x_t, v_t, t, l, v_null, v_label, dropped, **guidance)
+        target, dx, x_l = objective.look_ahead(x_t, v_t, t, l, v_null, v_label, dropped)
         end = teacher.network(x_l, l, s, label)
     output = flow.network(x_t, t, s, label)
     increment = end - output.detach()
@@ -46,7 +45,7 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor, *, observe: Observe | N
     draws = draw(state, x0.shape)
     n = draws.n_fm
     late = Draws._make([*(value[n:] for value in draws[:-1]), 0])
-    with plain_operations(), products(state.precision, state.device):
+    with plain_operations(), matmul_precision(state.precision, state.device):
         fm = objective.flow_matching(flow, x0[:n], draws.x1[:n], draws.t[:n], y[:n], draws.label_dropped[:n])
         loss, mse, weight = consistency(flow, objective, state.teacher, x0[n:], late, y[n:])
         total = fm.loss * (n / B) + loss * ((B - n) / B)

@@ -39,11 +39,11 @@ from benchmarks.baselines import dual, fused
 from benchmarks.harness.recipes import Observe, Weights, plain_operations
 from soflow_fast.config.schema import Config
 from soflow_fast.flow import per_sample
-from soflow_fast.models.dit import DiT, Tape
+from soflow_fast.models.dit import DiT, TapedOutputs
 from soflow_fast.objective import Objective, with_null
 from soflow_fast.rng import generator
-from soflow_fast.training.consistency_target import products
-from soflow_fast.training.state import TrainState, resolve_device
+from soflow_fast.training.precision import matmul_precision, resolve_device
+from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import split
 
 STEP = 1e-3
@@ -87,7 +87,7 @@ class Student(NamedTuple):
     """The student's forward at (z, r, t), without gradient."""
 
     output: Tensor
-    tape: Tape | None
+    tape: TapedOutputs | None
     """Its products, where the derivative wants them."""
 
 
@@ -143,20 +143,13 @@ def composed_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @contextmanager
 def attending(network: DiT, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Within the context the blocks of the network take another attention of q, k, v [B, heads, T, d].
-
-    It is one for transforms: under them copies of weights cannot be written, so they are brought up to date before, and
-    weights cannot say that they lie in a stack, so the modulations are products of their own.
-    """
-    network.refresh_copies()
-    stack, network.stack = network.stack, None
+    """Within the context the blocks of the network take another attention of q, k, v [B, heads, T, d]."""
     before = network.blocks[0].attn.backend
     network.set_attention(function)
     try:
         yield
     finally:
         network.set_attention(before)
-        network.stack = stack
 
 
 def jvp(
@@ -183,7 +176,7 @@ def by_difference(state: TrainState, at: At, student: Student) -> Tensor:
     """A finite difference in float32, as lower precision would drown it: against the student's value where that is
     float32, else central, both ends in one call."""
     network, dz = state.flow.network, STEP * at.v
-    with products("fp32", at.z.device):
+    with matmul_precision("fp32", at.z.device):
         if one_sided(state):
             return (student.output - network(at.z - dz, at.t - STEP, at.r, at.y)) / STEP
         ends = (torch.cat([at.z + dz, at.z - dz]), torch.cat([at.t + STEP, at.t - STEP]), at.r.repeat(2))
@@ -247,9 +240,11 @@ def losses_on_a_quarter(
             x, times, labels = torch.cat([z, z[n:]]), torch.cat([t, t[n:]]), torch.cat([null, label[n:]])
         with torch.no_grad():
             u_null, u_label = network(x, times, times, labels).float().split([len(z), len(x) - len(z)])
-    tape = Tape(slice(n, None)) if taped else None
+    tape = TapedOutputs(slice(n, None)) if taped else None
     u = network(z, t, r, label, tape=tape).float()
     known = u.detach()
+    if observe is not None:
+        observe("student", output=known)
     if u_label is not None:
         u_label = torch.cat([known[:n], u_label]) if objective.mixed else None
     v = guided(objective, v, t, dropped, u_null, u_label)
@@ -286,7 +281,7 @@ def train_step(
     observe: Observe | None = None,
 ) -> dict[str, Tensor]:
     """One whole update on a labelled batch x0 [B, C, H, W], y [B]. observe: is told the du/dt behind the target."""
-    with plain_operations(), products(state.precision, state.device):
+    with plain_operations(), matmul_precision(state.precision, state.device):
         metrics = losses(state, x0, y, settings, observe)
     metrics["grad_norm"] = fused.update(state)
     state.step += 1

@@ -37,7 +37,7 @@ def modulated(norm: Callable[[Tensor], Tensor], x: Tensor, shift: Tensor, scale:
     return torch.addcmul(shift.unsqueeze(1), norm(x), 1 + scale.unsqueeze(1))
 
 
-def boundary(norm: Callable[[Tensor], Tensor], x, y, gate, shift, scale, bias) -> tuple[Tensor, Tensor]:
+def gated_residual_norm(norm: Callable[[Tensor], Tensor], x, y, gate, shift, scale, bias) -> tuple[Tensor, Tensor]:
     """`gate_residual_layernorm_modulate` with another norm."""
     x = torch.addcmul(x, gate.unsqueeze(1), y + bias)
     return x, modulated(norm, x, shift, scale)

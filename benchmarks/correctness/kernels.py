@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.correctness.comparison import IncorrectResult, relative
 from benchmarks.harness.operations import OURS, Inputs, Operation
-from soflow_fast.training.consistency_target import products
+from soflow_fast.training.precision import matmul_precision
 from soflow_kernels import testing
 
 TIMES = {OURS: 1.5}
@@ -96,7 +96,7 @@ def exactly(operation: Operation, inputs: Inputs, backward: bool) -> dict[str, T
             for name, v in inputs.items()
         }
         try:
-            with products("fp32", tensors[0].device):
+            with matmul_precision("fp32", tensors[0].device):
                 return prepare(operation, operation.reference, wide, backward)[1]
         except torch.OutOfMemoryError:
             if not low or dtype == torch.float32:

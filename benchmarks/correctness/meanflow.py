@@ -35,13 +35,14 @@ from benchmarks.correctness.comparison import (
     gradients_of,
     relative,
     require,
+    weights_of,
 )
 from benchmarks.harness.cases import random_batch
 from benchmarks.harness.recipes import Recipe, build, initial_flow, plain_operations
 from soflow_fast.config.schema import Config, override
-from soflow_fast.models.dit import DiT, Tape
-from soflow_fast.training.consistency_target import products
-from soflow_fast.training.state import TrainState, resolve_device, resolve_precision
+from soflow_fast.models.dit import DiT, TapedOutputs
+from soflow_fast.training.precision import matmul_precision, resolve_device, resolve_precision
+from soflow_fast.training.state import TrainState
 
 DERIVATIVE_TOLERANCE = 2e-4
 """Tolerance of a float32 JVP: some hundred operations, each within 2^-23, and what cancels between them."""
@@ -146,7 +147,8 @@ def check_in(
     else:
         errors["gradient"] = relative([gradient(p) for p in state.flow.parameters()], step.gradients)
     for name, right in moves(step.gradients, before, config).items():
-        mine = [p.detach().double() - p0 for p, p0 in zip(getattr(state, name).parameters(), before, strict=True)]
+        after = weights_of(state) if name == "flow" else list(state.ema.parameters())
+        mine = [p.double() - p0 for p, p0 in zip(after, before, strict=True)]
         errors[f"update of {name}"] = relative(mine, right)
     if state.precision == "fp32":
         fixed = {name: LOSS_TOLERANCE if name.endswith(("mse", "loss")) else GRADIENT_TOLERANCE for name in errors}
@@ -161,7 +163,7 @@ def derivative_of(network: PlainNetwork, at: At) -> Tensor:
         ends = [network(at.z + h * at.v, at.t + h, at.r, at.y) for h in (WIDE_STEP, -WIDE_STEP)]
         return (ends[0] - ends[1]) / (2 * WIDE_STEP)
     stance = torch.compiler.set_stance("force_eager")
-    with stance, plain_operations(), products(network.precision, at.z.device):
+    with stance, plain_operations(), matmul_precision(network.precision, at.z.device):
         return jvp(network.inner, single(at))[1].double()
 
 
@@ -192,8 +194,8 @@ def moves(gradients: list[Tensor], weights: list[Tensor], config: Config) -> dic
 @torch.no_grad()
 def found_at(state: TrainState, at: At, derivative: Derivative) -> Tensor:
     """The recipe's du/dt in the precision of the state, beside the student's forward there."""
-    at, tape = single(at), Tape(slice(None))
-    with plain_operations(), products(state.precision, state.device):
+    at, tape = single(at), TapedOutputs(slice(None))
+    with plain_operations(), matmul_precision(state.precision, state.device):
         with torch.compiler.set_stance("force_eager"):
             output = state.flow.network(at.z, at.t, at.r, at.y, tape=tape).float()
         return derivative(state, at, Student(output, tape)).double()

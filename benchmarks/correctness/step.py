@@ -25,13 +25,14 @@ from benchmarks.correctness.comparison import (
     gradients_of,
     relative,
     require,
+    weights_of,
 )
 from benchmarks.harness.cases import random_batch
 from benchmarks.harness.recipes import OURS, Recipe, build, initial_flow, plain_operations
 from soflow_fast.config.schema import Config, override
 from soflow_fast.flow import SolutionFlow, per_sample
-from soflow_fast.training.consistency_target import products
-from soflow_fast.training.state import TrainState, resolve_device, resolve_precision
+from soflow_fast.training.precision import matmul_precision, resolve_device, resolve_precision
+from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import draw
 from soflow_kernels import consistency_loss, euler_lookahead, flow_matching_loss
 
@@ -74,7 +75,8 @@ def check(config: Config, baseline: Recipe, ours: Recipe = OURS) -> dict[str, fl
         errors |= gradient_errors(mine, [gradient(p) for p in theirs.flow.parameters()])
     before = [p.detach() for p in initial_flow(config, mine.device).parameters()]
     for name in ("flow", "ema"):
-        moves = [[p.detach() - p0 for p, p0 in zip(getattr(s, name).parameters(), before, strict=True)] for s in states]
+        after = [weights_of(s) if name == "flow" else list(s.ema.parameters()) for s in states]
+        moves = [[p - p0 for p, p0 in zip(weights, before, strict=True)] for weights in after]
         errors[f"update of {name}"] = relative(*moves)
     if coarse:
         tolerances = {name: FLOAT8_TOLERANCE for name in errors}
@@ -186,7 +188,7 @@ def check_precision(config: Config, recipe: Recipe = OURS) -> dict[str, float]:
     metrics = [recipe.step(low, *random_batch(config, low.device), observe=observe)]
     single = build(recipe, replace(config, precision="fp32"))
     network = single.flow.network
-    with torch.no_grad(), products("fp32", single.device):
+    with torch.no_grad(), matmul_precision("fp32", single.device):
         points = [target["points"] for target in targets]
         exact = [network(at.x_l, at.l, at.s, at.y) - network(at.x, at.t, at.s, at.y) for at in points]
     metrics.append(recipe.step(single, *random_batch(config, single.device)))

@@ -97,7 +97,6 @@ def kept_for_backward(state: TrainState, work: Callable[[], object]) -> int:
     """Bytes that autograd keeps for the backward, by saved_tensors_hooks: each storage once, weights excepted."""
     network = state.flow.network
     mine = [*network.parameters(), *network.buffers()]
-    mine += [tensor for layer in network.copied_layers() for tensor in (layer.copy.weight, layer.copy.bias)]
     known = {tensor.untyped_storage().data_ptr() for tensor in mine}
     kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no address is given out twice
 

@@ -11,8 +11,7 @@ import torch
 
 from benchmarks.harness.command import Parser
 from benchmarks.harness.timing import Stopwatch
-from soflow_fast.training.consistency_target import products
-from soflow_fast.training.state import resolve_device
+from soflow_fast.training.precision import matmul_precision, resolve_device
 
 SIDE = {"cuda": 8192, "cpu": 2048}
 """Side of the square matrices that are multiplied."""
@@ -30,7 +29,7 @@ def product_ceiling(device: torch.device, precision: str) -> float:
     dtype = DTYPES[precision]
     # Noise, not constants: a GPU at its power limit multiplies those faster than any training's numbers.
     a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
-    with products("tf32" if precision == "tf32" else "fp32", device):  # the precision of float32 operands
+    with matmul_precision("tf32" if precision == "tf32" else "fp32", device):  # the precision of float32 operands
         return 2 * n**3 / min(_seconds(lambda: torch.mm(a, b, out=out), Stopwatch(device), REPEATS[device.type]))
 
 

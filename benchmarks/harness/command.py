@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import NoReturn
 
-from soflow_fast import errors
+from soflow_fast.commands import process
 from soflow_fast.errors import UserError
 
 MOST = 10**9
@@ -25,7 +25,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if code := main():
             sys.exit(code)
 
-    errors.run(to_the_end)
+    process.run(to_the_end)
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ from benchmarks.baselines.meanflow import Derivative, Settings, jvp
 from benchmarks.correctness.meanflow import DERIVATIVE_TOLERANCE, TF32_TOLERANCE, check
 from benchmarks.harness.recipes import OURS, VARIANTS, Recipe, why_no_compiler
 from soflow_fast.config.schema import Config
-from soflow_fast.training.state import resolve_device
+from soflow_fast.training.precision import resolve_device
 
 PUBLISHED = Settings()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import soflow_kernels as k
-from benchmarks.baselines.norms import boundary, modulated, norms
+from benchmarks.baselines.norms import gated_residual_norm, modulated, norms
 
 Inputs = dict[str, Any]
 OURS, EAGER, COMPILED = "soflow_kernels", "eager PyTorch", "torch.compile"
@@ -94,18 +94,21 @@ def operations(device: torch.device) -> list[Operation]:
             name="gate_residual_layernorm_modulate",
             ours=k.gate_residual_layernorm_modulate,
             reference=k.gate_residual_layernorm_modulate_reference,
-            inputs=_boundary_inputs,
+            inputs=_gated_residual_inputs,
             trains=("x", "y", "gate", "shift", "scale", "bias"),
             stream=_tokens,
             forward=4,
             backward=6,
-            others={name: norm if isinstance(norm, str) else partial(boundary, norm) for name, norm in found.items()},
+            others={
+                name: norm if isinstance(norm, str) else partial(gated_residual_norm, norm)
+                for name, norm in found.items()
+            },
         ),
         Operation(
             name="gate_residual",
             ours=k.gate_residual,
             reference=k.gate_residual_reference,
-            inputs=lambda *at: {key: _boundary_inputs(*at)[key] for key in ("x", "y", "gate", "bias")},
+            inputs=lambda *at: {key: _gated_residual_inputs(*at)[key] for key in ("x", "y", "gate", "bias")},
             trains=("x", "y", "gate", "bias"),
             stream=_tokens,
             forward=3,
@@ -272,7 +275,7 @@ def _norm_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inpu
     return {"x": _noise(B, T, D, device=device, dtype=dtype), "shift": shift, "scale": scale}
 
 
-def _boundary_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:
+def _gated_residual_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:
     B, T, D = sizes.samples, sizes.tokens, sizes.width
     gate, shift, scale = _noise(B, 3 * D, device=device, dtype=dtype, size=0.5).chunk(3, dim=1)
     x, y = (_noise(B, T, D, device=device, dtype=dtype) for _ in range(2))

@@ -14,7 +14,7 @@ from benchmarks.harness.cases import Case
 from benchmarks.harness.recipes import OURS, Recipe, build
 from benchmarks.harness.timing import InTurn, Stopwatch, release
 from soflow_fast.config.schema import Config
-from soflow_fast.training.state import resolve_device
+from soflow_fast.training.precision import resolve_device
 
 WARM_UP = 2
 STATE_BYTES = 24
@@ -164,8 +164,8 @@ def entry(case: Case, recipe: Recipe, counted: Row | None = None) -> Row:
     if counted is None:
         _count(case, recipe, row)
     else:
-        for name in ("network_calls", "flops_per_image", "forwards_per_image", "bytes_per_image"):
-            setattr(row, name, getattr(counted, name))
+        row.network_calls, row.bytes_per_image = counted.network_calls, counted.bytes_per_image
+        row.flops_per_image, row.forwards_per_image = counted.flops_per_image, counted.forwards_per_image
     state = build(recipe, case.config)
     device = state.device
     x0, y = case.batch(device)

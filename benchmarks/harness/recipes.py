@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import fused
-from soflow_fast.config.schema import Config, override
+from soflow_fast.config.schema import Config, DiTConfig, override
 from soflow_fast.errors import ConfigError
 from soflow_fast.flow import SolutionFlow
 from soflow_fast.models import float8
-from soflow_fast.models.dit import DiT, DiTConfig
+from soflow_fast.models.dit import DiT
 from soflow_fast.objective import Objective
 from soflow_fast.rng import generator
-from soflow_fast.training.state import TrainState, build_flow, resolve_device, resolve_precision
+from soflow_fast.training.precision import resolve_device, resolve_precision
+from soflow_fast.training.state import TrainState, build_flow
 from soflow_fast.training.step import train_step
 from soflow_kernels import testing
 

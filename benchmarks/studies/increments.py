@@ -19,12 +19,13 @@ from benchmarks.harness.recipes import OURS, build
 from benchmarks.harness.timing import InTurn
 from benchmarks.report import record
 from soflow_fast import paired_forward
-from soflow_fast.training.consistency_target import Quotient, products
+from soflow_fast.training.consistency_target import ConsistencyTarget
+from soflow_fast.training.precision import matmul_precision
 from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import train_step
 
 MOST_ROUNDS = 10_000
-INCREMENTS = Quotient("increments", "bf16", "student")
+INCREMENTS = ConsistencyTarget("increments", "bf16", "student")
 
 
 class Apart(Quotient):
@@ -34,10 +35,10 @@ class Apart(Quotient):
         return False
 
 
-WAYS: dict[str, Quotient] = {
+WAYS: dict[str, ConsistencyTarget] = {
     "step, increments ride along": INCREMENTS,
     "step, increments in a pass of their own": Apart(*INCREMENTS),
-    "step, bf16 pair": Quotient("pair", "bf16", "student"),
+    "step, bf16 pair": ConsistencyTarget("pair", "bf16", "student"),
 }
 
 
@@ -46,9 +47,9 @@ def contestants(case: Case) -> dict[str, Callable[[], object]]:
     config = replace(case.config, precision="bf16")
     check_precision(config)
     steps: dict[str, Callable[[], object]] = {}
-    for name, quotient in WAYS.items():
+    for name, target in WAYS.items():
         state = build(OURS, config)
-        state.quotient = quotient
+        state.target = target
         steps[name] = partial(train_step, state, *case.batch(state.device))
     x, y = case.batch(state.device)
     t, dt, s = (torch.full((len(x),), value, device=x.device) for value in (0.8, -0.002, 0.2))
@@ -60,7 +61,7 @@ def contestants(case: Case) -> dict[str, Callable[[], object]]:
 
 @torch.no_grad()
 def _forward(state: TrainState, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor, y: torch.Tensor) -> None:
-    with products("bf16", x.device):
+    with matmul_precision("bf16", x.device):
         state.flow.network(x, t, s, y)
 
 

@@ -5,7 +5,6 @@ way and held against float64, at several r. Quality: the digits are trained in e
 `python -m benchmarks.report` makes the tables and the plot of docs/precision.md from the record.
 """
 
-import copy
 import os
 import time
 from collections.abc import Sequence
@@ -23,16 +22,17 @@ from soflow_fast.config.schema import Config
 from soflow_fast.data import open_source
 from soflow_fast.evaluation import measure_digits
 from soflow_fast.flow import per_sample
-from soflow_fast.training.consistency_target import Ends, Quotient, value_and_increment
-from soflow_fast.training.state import TrainState
+from soflow_fast.objective import ConsistencyPoints
+from soflow_fast.training.consistency_target import ConsistencyTarget, value_and_increment
+from soflow_fast.training.state import TrainState, filled_flow
 
 ERROR_R = (0.1, 0.01, 0.002, 0.0003)
 WAYS = {
-    "bf16 pair": Quotient("pair", "bf16", "student"),
-    "fp16 pair": Quotient("pair", "fp16", "student"),
-    "float32 pair": Quotient("pair", "fp32", "student"),
-    "bf16 increments": Quotient("increments", "bf16", "student"),
-    "float32 increments": Quotient("increments", "fp32", "student"),
+    "bf16 pair": ConsistencyTarget("pair", "bf16", "student"),
+    "fp16 pair": ConsistencyTarget("pair", "fp16", "student"),
+    "float32 pair": ConsistencyTarget("pair", "fp32", "student"),
+    "bf16 increments": ConsistencyTarget("increments", "bf16", "student"),
+    "float32 increments": ConsistencyTarget("increments", "fp32", "student"),
 }
 SAMPLES = 4000
 
@@ -42,7 +42,7 @@ class Training(NamedTuple):
 
     precision: str
     """The precision of the step."""
-    quotient: Quotient
+    target: ConsistencyTarget
     decay: float = 0.0
     """The decay of the teacher, where there is one."""
     recipe: Recipe = OURS
@@ -53,10 +53,10 @@ RECIPES = {
     "bf16, bf16 pair": Training("bf16", WAYS["bf16 pair"]),
     "bf16, fp16 pair": Training("bf16", WAYS["fp16 pair"]),
     "bf16, increments": Training("bf16", WAYS["bf16 increments"]),
-    "bf16, increments, EMA teacher 0.9": Training("bf16", Quotient("increments", "bf16", "ema"), 0.9),
-    "bf16, increments, EMA teacher 0.99": Training("bf16", Quotient("increments", "bf16", "ema"), 0.99),
-    "bf16, increments, EMA teacher 0.999": Training("bf16", Quotient("increments", "bf16", "ema"), 0.999),
-    "float32, literal EMA 0.99": Training("fp32", Quotient("pair", "fp32", "ema"), 0.99, LITERAL),
+    "bf16, increments, EMA teacher 0.9": Training("bf16", ConsistencyTarget("increments", "bf16", "ema"), 0.9),
+    "bf16, increments, EMA teacher 0.99": Training("bf16", ConsistencyTarget("increments", "bf16", "ema"), 0.99),
+    "bf16, increments, EMA teacher 0.999": Training("bf16", ConsistencyTarget("increments", "bf16", "ema"), 0.999),
+    "float32, literal EMA 0.99": Training("fp32", ConsistencyTarget("pair", "fp32", "ema"), 0.99, LITERAL),
 }
 
 
@@ -67,15 +67,15 @@ def configuration(seed: int, r_end: float, steps: int, precision: str = "fp32", 
 
 
 def train(
-    config: Config, quotient: Quotient | None = None, recipe: Recipe = OURS
+    config: Config, target: ConsistencyTarget | None = None, recipe: Recipe = OURS
 ) -> tuple[TrainState, dict[str, float]]:
     """Train to the last step. Returns the state and the mean of the last 100 steps' metrics.
 
-    quotient: taken in place of the one of the configuration, as float16 is refused on processors that lack it, where
+    target: taken in place of the one of the configuration, as float16 is refused on processors that lack it, where
     torch computes it all the same.
     """
     state = recipe.build(config)
-    state.quotient = quotient or state.quotient
+    state.target = target or state.target
     source = open_source(config)
     sums: dict[str, float] = {}
     last = min(100, config.steps)
@@ -92,7 +92,7 @@ def errors(seed: int, steps: int, samples: int = 256) -> list[dict]:
     torch.set_num_threads(1)
     state, _ = train(configuration(seed, 0.002, steps))
     flow, objective = state.flow, state.objective
-    wide = copy.deepcopy(flow).double()
+    wide = filled_flow(state.config, {name: value.double() for name, value in state.weights().items()})
     source = torch.Generator().manual_seed(seed)
     x0, y = (
         torch.cat(parts)[:samples]
@@ -104,15 +104,16 @@ def errors(seed: int, steps: int, samples: int = 256) -> list[dict]:
     for r in ERROR_R:
         l = t + r * (s - t)
         x, v = flow.point(x0, x1, t)
-        at = Ends(x, v, v * per_sample(l - t, x), x + v * per_sample(l - t, x), t, l, s, y)
+        at = ConsistencyPoints(x, v, v * per_sample(l - t, x), x + v * per_sample(l - t, x), t, l, s, y)
         doubles = [value.double() for value in (x, at.dx, t, l, s)]
         with torch.no_grad():
             start = wide.network(doubles[0], doubles[2], doubles[4], y)
             end = wide.network(doubles[0] + doubles[1], doubles[3], doubles[4], y)
-            exact = objective.quotient(wide, start, end - start, doubles[0], v.double(), *doubles[2:])
+            points = ConsistencyPoints(*(value.double() if value.is_floating_point() else value for value in at))
+            exact = objective.quotient(wide, points, start, end - start)
         for name, way in WAYS.items():
             given = value_and_increment(way, flow, None, at, None)
-            q = objective.quotient(flow, *given, x, v, t, l, s).double()
+            q = objective.quotient(flow, at, *given).double()
             error = ((q - exact).norm() / exact.norm()).item()
             cosine = torch.nn.functional.cosine_similarity(q.flatten(), exact.flatten(), dim=0).item()
             rows.append({"kind": "error", "r": r, "way": name, "error": error, "cosine": cosine})
@@ -124,13 +125,13 @@ def quality(name: str, r_end: float, seed: int, steps: int) -> dict:
     torch.set_num_threads(1)
     training = RECIPES[name]
     config = configuration(seed, r_end, steps, training.precision)
-    teacher = training.quotient.teacher
+    teacher = training.target.teacher
     if teacher != "student":
         objective = replace(config.objective, teacher=teacher, teacher_decay=training.decay)
         config = replace(config, objective=objective)
     began = time.monotonic()
     try:
-        state, metrics = train(config, training.quotient, training.recipe)
+        state, metrics = train(config, training.target, training.recipe)
         figures = {nfe: measure_digits(state.ema, SAMPLES, nfe, seed=0)._asdict() for nfe in (1, 2)}
     except ValueError as error:  # samples that are not finite have no distance to anything
         metrics, figures = {"failed": str(error)}, {}

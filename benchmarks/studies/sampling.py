@@ -18,8 +18,8 @@ from benchmarks.harness.race import figures
 from benchmarks.harness.recipes import OURS, build
 from benchmarks.harness.timing import InTurn, release
 from benchmarks.report import record
-from soflow_fast.one_step import OneStep
-from soflow_fast.training.state import resolve_device
+from soflow_fast.sampling import OneStep
+from soflow_fast.training.precision import resolve_device
 
 LARGE = {"cuda": 256, "cpu": 64}
 WARM = 6

@@ -2,7 +2,7 @@
 
 Ours against the authors' recipe on one network, of which one number at a time is another. At each point: the check,
 the peak memory of each recipe alone, then their steps in turn. Nothing is asserted of the times.
-`python -m benchmarks.report` makes the table of docs/benchmarks.md and docs/sweeps.svg from the record.
+`python -m benchmarks.report` makes the table of docs/performance.md and docs/sweeps.svg from the record.
 """
 
 import ctypes

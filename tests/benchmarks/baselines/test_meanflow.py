@@ -17,7 +17,7 @@ from benchmarks.harness.cases import random_batch
 from benchmarks.harness.contestants import FLASH, QUARTER
 from benchmarks.harness.recipes import build, plain_operations
 from soflow_fast.config.schema import FlowConfig, override
-from soflow_fast.models.dit import Tape
+from soflow_fast.models.dit import TapedOutputs
 from soflow_fast.training.state import TrainState
 from tests.benchmarks import tiny
 
@@ -32,7 +32,7 @@ def at_random(state: TrainState) -> tuple[At, Student]:
     """Samples somewhere, and the student's forward there."""
     x0, y = random_batch(state.config, state.device)
     t = torch.linspace(0.5, 0.9, len(x0))
-    at, tape = At(x0, t, t / 2, y, x0.flip(0)), Tape(slice(None))
+    at, tape = At(x0, t, t / 2, y, x0.flip(0)), TapedOutputs(slice(None))
     with torch.no_grad(), plain_operations():
         return at, Student(state.flow.network(at.z, at.t, at.r, at.y, tape=tape), tape)
 

@@ -11,26 +11,27 @@ BEGIN, END = "<!-- benchmark:step -->", "<!-- /benchmark:step -->"
 
 def test_pages_round_trip(race_rows, tmp_path, capsys):
     rows = race_rows
-    readme, records = tmp_path / "README.md", tmp_path / "records"
+    page, records = tmp_path / "docs" / "performance.md", tmp_path / "records"
+    page.parent.mkdir()
     text = f"before\n{BEGIN}\n{END}\nafter\n"
-    readme.write_text(text)
+    page.write_text(text)
     assert pages.main([], tmp_path, records) == 2  # no record yet
 
     path = record.write(rows, "pytest benchmarks/ --record", records)
     newest = record.newest(records)
     assert newest is not None and newest["rows"] == rows and newest["file"] == path.name
     assert pages.main(["--check"], tmp_path, records) == 1
-    assert readme.read_text() == text
+    assert page.read_text() == text
     assert pages.main([], tmp_path, records) == 0
     assert pages.main(["--check"], tmp_path, records) == 0
-    rendered = readme.read_text()
+    rendered = page.read_text()
     assert rendered.startswith(f"before\n{BEGIN}\n| ") and rendered.endswith(f"{END}\nafter\n")
     assert f"{speed_ups(rows)[AUTHORS.name]:.2f}x" in rendered and path.name in rendered
     assert len({line.count("|") for line in rendered.splitlines() if line.startswith("|")}) == 1
 
-    readme.write_text("no markers")
+    page.write_text("no markers")
     assert pages.main([], tmp_path, records) == 2
-    assert "README.md: needs one" in capsys.readouterr().err
+    assert "docs/performance.md: needs one" in capsys.readouterr().err
 
 
 def test_digits_table(tmp_path):
@@ -42,9 +43,10 @@ def test_digits_table(tmp_path):
     assert run is not None
     text = pages.digits(run)
     assert "| 3 | 1 | 0.9912 | 29.0 | 0.0000 | 100 |" in text and run["file"] in text
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- benchmark:digits -->\n<!-- /benchmark:digits -->\n")
-    assert pages.main([], tmp_path, tmp_path) == 0 and text in readme.read_text()
+    page = tmp_path / "docs" / "performance.md"
+    page.parent.mkdir()
+    page.write_text("<!-- benchmark:digits -->\n<!-- /benchmark:digits -->\n")
+    assert pages.main([], tmp_path, tmp_path) == 0 and text in page.read_text()
 
 
 def test_precision_tables_and_plot(tmp_path):
@@ -69,7 +71,7 @@ def test_precision_tables_and_plot(tmp_path):
     assert pages.main(["--check"], tmp_path, tmp_path) == 0
 
 
-def test_readme_shows_the_newest_records():
+def test_the_pages_show_the_newest_records():
     assert pages.main(["--check"]) == 0
 
 

@@ -19,11 +19,11 @@ def test_quality_for_time(tmp_path, monkeypatch):
         assert row["points"][0]["seconds"] < row["points"][-1]["seconds"]
     record.write(rows, "python -m benchmarks.quality_for_time", tmp_path, "quality-for-time")
     (tmp_path / "docs").mkdir()
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- benchmark:quality-for-time -->\n<!-- /benchmark:quality-for-time -->\n")
+    page = tmp_path / "docs" / "performance.md"
+    page.write_text("<!-- benchmark:quality-for-time -->\n<!-- /benchmark:quality-for-time -->\n")
     pages.main([], tmp_path, tmp_path)
-    text = readme.read_text()
-    assert all(f"| {method} |" in text for method in quality_for_time.METHODS) and "docs/quality.svg" in text
+    text = page.read_text()
+    assert all(f"| {method} |" in text for method in quality_for_time.METHODS) and "(quality.svg)" in text
     pytest.importorskip("matplotlib")
     assert b"<svg" in (tmp_path / "docs" / "quality.svg").read_bytes()[:500]
 

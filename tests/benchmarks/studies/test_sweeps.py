@@ -87,7 +87,7 @@ def test_out_of_memory_is_a_row(monkeypatch):
 def test_sweep_page_and_plot(sweep_rows, tmp_path):
     record.write(sweep_rows, "python -m benchmarks.sweeps", tmp_path, "sweeps")
     (tmp_path / "docs").mkdir()
-    page = tmp_path / "docs" / "benchmarks.md"
+    page = tmp_path / "docs" / "performance.md"
     page.write_text("<!-- benchmark:sweeps -->\n<!-- /benchmark:sweeps -->\n")
     pages.main([], tmp_path, tmp_path)
     text = page.read_text()
