@@ -21,9 +21,9 @@ MIX_ORDER = "triton.mix_order_reduction"
 def build(config: Config, weights: Mapping[str, Tensor] | None = None, **changes: Any) -> TrainState:
     """A state for plain operations: autograd keeps the input of every product, torch's fused AdamW updates.
 
-    In bf16 the parameters of the blocks are bf16 themselves with float32 masters, where autocast would cast them in each
-    of a step's autocast regions. weights: initial ones, None: those of the configuration's seed. `changes`: fields of
-    the configuration to replace.
+    In bf16 the parameters of the blocks are bf16 themselves with float32 masters, where autocast alone would cast
+    float32 parameters in each of a step's autocast regions. weights: initial ones, None: those of the configuration's
+    seed. `changes`: fields of the configuration to replace.
     """
     run = replace(config.run, optimizer="torch", compile=False, cuda_graph=False)
     state = TrainState.build(replace(config, run=run, **changes), weights=weights)

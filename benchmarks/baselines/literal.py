@@ -30,7 +30,7 @@ def consistency(
     with torch.no_grad():
         v_null = flow.velocity(x_t, t, None) if objective.guided else None
         v_label = flow.velocity(x_t, t, label) if objective.mixed else None
-        target, dx, x_l = objective.look_ahead(x_t, v_t, t, l, v_null, v_label, dropped)
+        target, _, x_l = objective.look_ahead(x_t, v_t, t, l, v_null, v_label, dropped)
         end = teacher.network(x_l, l, s, label)
     output = flow.network(x_t, t, s, label)
     increment = end - output.detach()

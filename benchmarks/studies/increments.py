@@ -28,7 +28,7 @@ MOST_ROUNDS = 10_000
 INCREMENTS = ConsistencyTarget("increments", "bf16", "student")
 
 
-class Apart(Quotient):
+class Apart(ConsistencyTarget):
     """Increments in a pass of their own, even where they could ride along."""
 
     def rides_along(self, precision: str) -> bool:

@@ -84,7 +84,7 @@ def test_exit_code_of_a_mistake():
 
 @pytest.mark.parametrize("code", [None, 0, 1])
 def test_exit_code_of_a_command(code, monkeypatch):
-    monkeypatch.setattr(command.errors, "run", lambda main: main())
+    monkeypatch.setattr(command.process, "run", lambda main: main())
     if not code:
         assert command.run(lambda: code) is None
     else:

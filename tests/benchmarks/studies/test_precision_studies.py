@@ -32,12 +32,12 @@ def test_precision_recipes_train_and_are_judged(threads, monkeypatch):
         row = precision.quality(name, 0.002, 0, 3)
         assert row["recipe"] == name and set(row["nfe"]) == {1, 2} and row["last"]["sc_mse"] > 0
     state, _ = precision.train(precision.configuration(0, 0.002, 1), precision.WAYS["fp16 pair"])
-    assert state.quotient == precision.WAYS["fp16 pair"]
+    assert state.target == precision.WAYS["fp16 pair"]
 
 
 def test_the_ways_of_increments_are_three(monkeypatch):
     seen = []
-    monkeypatch.setattr(increments, "train_step", lambda state, x, y: seen.append(state.quotient))
+    monkeypatch.setattr(increments, "train_step", lambda state, x, y: seen.append(state.target))
     steps = increments.contestants(CASE)
     for name in increments.WAYS:
         steps[name]()
