@@ -94,7 +94,7 @@ def check_in(
     config = override(config, CHANGES | {"batch_size": batch, "precision": precision})
     state = build(recipe, config)
     wide = PlainNetwork(widened(state))
-    rounding = PlainNetwork(initial_flow(config, state.device).network, state.precision)
+    rounding = PlainNetwork(widened(state, torch.float32), state.precision)
     x0, y = random_batch(config, state.device)
     draws = draw(state, x0.shape, settings)
     u, at = place(wide, state, x0, y, draws)
@@ -102,7 +102,7 @@ def check_in(
     if not derivatives["exact"].norm() >= 1e-2 * u.norm():
         raise IncorrectResult(f"{recipe.name}: du/dt is too small on this network for its absence to be seen")
     given = derivatives["found" if state.precision == "fp32" else "exact"]
-    before = [p.detach().clone() for p in wide.inner.parameters()]
+    before = [p.double() for p in weights_of(state)]
     step = whole_step(wide, state, x0, y, draws, settings, lambda at: given)
     if state.precision == "fp32":
         tolerances = {"du/dt": tolerance or 0.0}
@@ -205,7 +205,7 @@ def found_at(state: TrainState, at: At, derivative: Derivative) -> Tensor:
 def difference_tolerance(state: TrainState, wide: PlainNetwork, at: At, exact: Tensor) -> float:
     """The error that a finite difference of float32 forwards may have: its truncation, which the same difference in
     float64 shows, and the float32 error of the very forwards behind it, over the distance of the two."""
-    rounding, near = PlainNetwork(initial_flow(state.config, state.device).network, "fp32"), single(at)
+    rounding, near = PlainNetwork(widened(state, torch.float32), "fp32"), single(at)
     ends, error = [], torch.zeros((), dtype=torch.float64, device=state.device)
     for h in (0.0, -STEP) if one_sided(state) else (STEP, -STEP):
         ends.append(wide(at.z + h * at.v, at.t + h, at.r, at.y))
@@ -221,9 +221,11 @@ def difference_tolerance(state: TrainState, wide: PlainNetwork, at: At, exact: T
     return found
 
 
-def widened(state: TrainState) -> DiT:
-    """The network that a state begins with, in float64."""
-    return initial_flow(state.config, state.device, torch.float64).network
+def widened(state: TrainState, dtype: torch.dtype = torch.float64) -> DiT:
+    """The network of a state in another dtype that holds its parameters exactly, those in bf16 as they are rounded."""
+    flow = initial_flow(state.config, state.device, dtype)
+    flow.load_state_dict(state.flow.state_dict())
+    return flow.network
 
 
 def single(at: At) -> At:

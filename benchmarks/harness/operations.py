@@ -381,7 +381,7 @@ def _adamw(low: bool) -> Operation:
         reference=partial(k.adamw_ema_reference, **settings),
         inputs=partial(_adamw_inputs, low),
         writes=("params", "exp_avgs", "exp_avg_sqs", "emas", *(["low_precision"] if low else [])),
-        kept=("steps", "lr"),
+        kept=("steps", "lr", "low_precision"),  # rounded parameters: of another dtype they would be others
         single=True,
         stream=lambda sizes: sizes.blocks * 18 * sizes.width**2,
         forward=9.5 if low else 9,
