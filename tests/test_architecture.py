@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"soflow_fast": ROOT / "soflow_fast", "soflow_kernels": ROOT / "kernels" / "soflow_kernels"}
+BENCHMARKS = {"benchmarks": ROOT / "benchmarks"}
 
 FLOORS = (
     {"errors", "rng", "version"},
@@ -320,9 +321,9 @@ def no_utils(source: Source) -> list[str]:
     return ["is called utils"] if source.module.rpartition(".")[2] in ("utils", "util") else []
 
 
-def read_sources() -> Tree:
+def read_sources(packages: dict[str, Path]) -> Tree:
     sources = []
-    for package, folder in PACKAGES.items():
+    for package, folder in packages.items():
         for path in sorted(folder.rglob("*.py")):
             parts = [package, *path.relative_to(folder).with_suffix("").parts]
             is_package = parts[-1] == "__init__"
@@ -331,7 +332,7 @@ def read_sources() -> Tree:
     return {source.module: source for source in sources}
 
 
-SOURCES = read_sources()
+SOURCES = read_sources(PACKAGES)
 Example = tuple[str, str] | dict[str, str]
 
 # For each rule: sources that break it, and sources close to those which do not; each a text with the module that it
@@ -540,6 +541,13 @@ def test_the_house(rule: Rule):
     assert rule(SOURCES) == []
     assert [example for example in bad if not rule(tree_of(example))] == [], "the rule does not see these"
     assert [(example, rule(tree_of(example))) for example in good if rule(tree_of(example))] == []
+
+
+def test_benchmarks_patch_nothing():
+    """What is measured is the engine as it is."""
+    sources = read_sources(BENCHMARKS)
+    assert len(sources) > 30 and "benchmarks.harness.race" in sources
+    assert nothing_is_patched(sources) == []
 
 
 def test_the_sources_are_seen():

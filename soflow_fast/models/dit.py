@@ -240,7 +240,7 @@ class DiT(nn.Module):
     keep_norms: bool | None = None
     """Keep every product's input for the backward instead, as autograd would. None: on a CPU, where memory is not what
     is short, unless `recompute` asks for less."""
-    compile_backend: str | None = None
+    compile_backend: str | Callable[..., Any] | None = None
     """The backend of torch.compile for the fused blocks; None: they are not compiled."""
 
     def __init__(self, config: DiTConfig | None = None) -> None:
@@ -293,7 +293,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             block.attn.backend = backend
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the fused blocks by torch.compile, one graph each without breaks; equal blocks share their code."""
         # One variant for the first block and one for the others, with and without gradient, for each size of batch.
         limit = torch._dynamo.config.recompile_limit
@@ -429,7 +429,7 @@ def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @functools.cache
-def _compiled_block(backend: str) -> Callable[..., tuple[PendingResidual, BlockOutputs]]:
+def _compiled_block(backend: str | Callable[..., Any]) -> Callable[..., tuple[PendingResidual, BlockOutputs]]:
     return torch.compile(fused_block, backend=backend, fullgraph=True, dynamic=False)
 
 
