@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from soflow_kernels import adaln, gate, testing
+from soflow_kernels import adaln, gated_residual, testing
 
 OPS = {
     "layernorm_modulate": (adaln.layernorm_modulate, adaln.layernorm_modulate_reference, ("x", "shift", "scale")),
@@ -14,7 +14,7 @@ OPS = {
         adaln.gate_residual_layernorm_modulate_reference,
         ("x", "y", "gate", "shift", "scale", "bias"),
     ),
-    "gate_residual": (gate.gate_residual, gate.gate_residual_reference, ("x", "y", "gate", "bias")),
+    "gate_residual": (gated_residual.gate_residual, gated_residual.gate_residual_reference, ("x", "y", "gate", "bias")),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 all_ops = pytest.mark.parametrize("op", OPS)
@@ -174,7 +174,7 @@ def test_opcheck(op, device):
             torch.library.opcheck(adaln._layernorm_modulate, args)
     for bias in (None, tensors["bias"].requires_grad_()) if "bias" in t else ():
         if op == "gate_residual":
-            torch.library.opcheck(gate._gate_residual, (t["x"], t["y"], t["gate"], bias))
+            torch.library.opcheck(gated_residual._gate_residual, (t["x"], t["y"], t["gate"], bias))
         else:
             args = (t["x"], t["y"], t["gate"], t["shift"], t["scale"], bias, 1e-6, torch.float32, True)
             torch.library.opcheck(adaln._gate_residual_layernorm_modulate, args)
@@ -224,6 +224,5 @@ def test_without_gradient_no_statistics_are_written(op, device, monkeypatch):
     with torch.no_grad():
         quiet = OPS[op][0](**tensors)
     torch.testing.assert_close(quiet, kept, rtol=0, atol=0)
-    assert [k["STATS"] for _, k in launched] == [True, False]
-    # mean and rstd
-    assert [[value.numel() for value in a[10:12]] for a, _ in launched] == [[6, 6], [0, 0]]
+    mean_and_rstd = [a[10:12] for a, _ in launched]
+    assert [value.numel() for value in mean_and_rstd[0]] == [6, 6] and mean_and_rstd[1] == (None, None)

@@ -124,3 +124,32 @@ def test_dtypes_that_differ_are_named(device):
         gelu.linear_gelu(x, weight.bfloat16(), bias)
     with pytest.raises(ValueError, match=r"bias must be torch\.float32 like x"):
         gelu.linear_gelu(x, weight, bias.bfloat16())
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("shape", [(3, 4, 72), (2, 3, 4608), (0, 3, 72)], ids=str)
+def test_gelu_backward_writes_the_output_once_more(shape, mode, device):
+    source = torch.Generator().manual_seed(0)
+    x, dout = (3 * torch.randn(shape, generator=source).to(device) for _ in range(2))
+    bias = torch.randn(shape[-1], generator=source).to(device)
+
+    def exact(x, bias, dout):
+        found = testing.grads(gelu.bias_gelu_reference, {"x": x, "bias": bias}, [dout])
+        return {"dx": found["gradient of x"], "dbias": found["gradient of bias"], "out": found["output 0"]}
+
+    with testing.mode(mode), testing.poisoned():
+        got = dict(zip(("dx", "dbias", "out"), gelu.bias_gelu_backward(dout, x, bias), strict=True))
+    testing.assert_matches(got, exact(x, bias, dout), exact(x.double(), bias.double(), dout.double()))
+
+
+def test_gelu_output_in_the_tails(device):
+    x = torch.tensor([[-1e6, -30.0, -10.5, 10.5, 30.0, 1e6, torch.nan]], device=device)
+    out = gelu.bias_gelu_backward(torch.ones_like(x), x, torch.zeros(7, device=device))[2]
+    wanted = torch.tensor([[0.0, 0, 0, 10.5, 30, 1e6, torch.nan]], device=device)
+    torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-25, equal_nan=True)
+
+
+def test_wrong_arguments_of_the_backward_are_named(device):
+    x = torch.randn(2, 3, 16, device=device)
+    with pytest.raises(ValueError, match="bias_gelu_backward: dout"):
+        gelu.bias_gelu_backward(x[1:], x, x[0, 0])
