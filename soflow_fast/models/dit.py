@@ -410,7 +410,7 @@ class DiT(nn.Module):
     def unpatchify(self, x: Tensor) -> Tensor:
         """Output patches [B, T, patch^2 C] -> images [B, C, H, W]."""
         p, C = self.config.patch_size, self.config.in_channels
-        n, B = self.config.input_size // p, len(x)
+        n, B = self.config.input_size // p, x.shape[0]  # len() would fix a batch of any size, for torch.export
         return x.reshape(B, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, n * p, n * p)
 
     def check_input(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None) -> None:
