@@ -140,3 +140,31 @@ def test_the_readmes_figures_are_those_of_the_newest_records(kind: str):
     lines = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if f"records/{run['file']})" in line]
     assert len(lines) == 1, run["file"]
     assert [figure for figure in FIGURES[kind](run) if figure not in lines[0]] == []
+
+
+def tree_of_the_house() -> set[str]:
+    """The files and folders (with a slash) in the tree of CONTRIBUTING.md, as paths from the root."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The house\n\n```\n")[2]
+    found: set[str] = set()
+    folders: list[str] = []
+    for line in text.partition("```")[0].splitlines():
+        names = re.match(r" *((?:\w+(?:\.py|/)(?: |$))+)", line)
+        assert names, line
+        level = (len(line) - len(line.lstrip())) // 4
+        for name in names[1].split():
+            found.add("".join(folders[:level]) + name)
+        folders[level:] = [names[1].split()[-1]]
+    return found
+
+
+@pytest.mark.parametrize("package", ["soflow_fast/", "kernels/soflow_kernels/"])
+def test_contributing_shows_every_module(package: str):
+    """Not those whose names begin with an underscore, nor the version."""
+    modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("[!_]*.py")]
+    folders = {f"{module.rpartition('/')[0]}/" for module in modules}
+    there = folders | {module for module in modules if not module.endswith("/version.py")}
+    shown = {name for name in tree_of_the_house() if name.startswith(package)}
+    # A folder may have a line alone, which then tells what is in it.
+    told = {f for f in shown if f.endswith("/") and not any(name.startswith(f) for name in shown - {f})}
+    assert shown - there == set()
+    assert {name for name in there - shown if not name.startswith(tuple(told))} == set()

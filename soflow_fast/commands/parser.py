@@ -7,6 +7,7 @@ mistake is one line with the nearest name, and nothing of it takes time to impor
 import argparse
 import ast
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -43,20 +44,30 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse; an unknown flag raises ConfigError with the nearest known one."""
-        values, unknown = self.parse_known_args(arguments)
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        try:
+            values, unknown = self.parse_known_args(given)
+        except ConfigError:  # a misspelt flag may be why another one is missed
+            names = [argument.split("=")[0] for argument in given if argument.startswith("--")]
+            self._refuse([name for name in names if name != "--" and name not in self.flags()])
+            raise
         for action in self._actions:
             value = getattr(values, action.dest, None)
             if isinstance(value, str) and "\0" in value:  # no file's name has one
                 name = action.option_strings[0] if action.option_strings else action.metavar
                 raise ConfigError(f"{name} {shown(value)}: holds a zero byte")
+        self._refuse(unknown)
+        return values
+
+    def _refuse(self, unknown: list[str]) -> None:
+        """Raise ConfigError for the first of what is unknown."""
         if unknown:
             name = unknown[0].split("=")[0]
             what = "flag" if name.startswith("-") else "argument"
             raise ConfigError(f"unknown {what} {name}{nearest(name, self.flags())}")
-        return values
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        raise ConfigError(message.replace("ignored explicit argument", "takes no value, got"))
 
 
 def add_fields(group: Any, names: Iterable[str], presets: Iterable[Config]) -> None:

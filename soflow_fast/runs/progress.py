@@ -66,7 +66,8 @@ class Progress:
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
             self._console.show_cursor()  # `Live` hides it, and a process that is killed could not show it again
-        self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        cut = "ellipsis" if _encodable("\u2026", self._stream) else "crop"
+        self._live.update(Text(line, no_wrap=True, overflow=cut), refresh=True)
 
     def _print(self, line: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
@@ -94,6 +95,14 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Leave the error to `Progress`: rich would exit."""
         raise  # rich calls this while it handles the error
+
+
+def _encodable(text: str, stream: TextIO) -> bool:
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def duration(seconds: float) -> str:

@@ -71,6 +71,8 @@ def collected(idle: Callable[[], bool] = lambda: False) -> Iterator[list[int]]:
     here = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handle) for number in (handled() if here else ())}
     try:
+        if pending and idle():  # the exception of one that came before was lost
+            raise Interrupted(pending[0], NOTHING_TO_SAVE)
         yield pending
     except Exception:
         if pending and idle():

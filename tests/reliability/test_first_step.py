@@ -100,3 +100,20 @@ def test_a_lost_terminal_stops_only_once() -> None:
             signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
     assert len(pending) == 2 and signal.getsignal(signal.SIGHUP) == before
+
+
+def test_a_signal_that_was_lost_before_stops_before_the_first_step() -> None:
+    """One that came while torch was imported, say: its exception may vanish in C code."""
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    try:
+        signals.forget()
+        signals.watch(lambda number: None)
+        signal.raise_signal(signal.SIGTERM)
+        watching = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(Interrupted, match="before the first step") as stopped, signals.collected(lambda: True):
+            pytest.fail("the first step began")
+        assert stopped.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) is watching
+    finally:
+        signals.forget()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

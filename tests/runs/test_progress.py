@@ -84,6 +84,26 @@ def test_a_live_line_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyP
     assert screen.lines[3].startswith("step"[: columns - 1]) and screen.lines[4:] == [""] and screen.cursor_shown
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_live_line_fits_whatever_the_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ellipsis that the encoding lacks would be printed as an escape of six characters, and wrap the line."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+
+    class Narrow(Screen):
+        @property
+        def encoding(self) -> str:
+            return encoding
+
+        def write(self, text: str) -> int:
+            return super().write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+    screen = Narrow()
+    Progress(100, screen).update(10, METRICS, 2.0, 123.4, 0.0)
+    whole = "step 10/100  0:45 left  fm 0.500  sc -0.250"
+    assert screen.lines == [whole[:40] if encoding == "ascii" else whole[:39] + "\u2026"]
+
+
 def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     screen = Screen()
