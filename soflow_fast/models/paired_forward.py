@@ -63,7 +63,7 @@ def paired_forward(
     """
     if not isinstance(net, DiT):
         raise ValueError(f"net must be a DiT, got {type(net).__name__}: it has no value-and-increment forward")
-    changed = net.changed_part(float8=True)
+    changed = net.changed_part(float8=True) if tape is None else None  # a tape is of plain layers
     if changed is not None:
         raise ValueError(
             f"net.{changed} was replaced, wrapped or hooked, which the value-and-increment forward would miss; "

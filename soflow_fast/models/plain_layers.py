@@ -43,30 +43,34 @@ PLAIN_LAYERS: Kinds = {
 def changed_part(module: nn.Module, kind: type[nn.Module], kinds: Kinds, *, float8: bool = False) -> str | None:
     """The dotted name of the first part of `module` that is not as a new one of type `kind` has it, "" for the module
     itself; None: all are. float8: a linear layer of torchao's float8 recipe passes too."""
-    plain = kinds[kind]
-    same = type(module) is kind or (float8 and kind is nn.Linear and is_float8(module))
-    if not same or _watched(module) or (type(module) is kind and type(module).forward is not plain.forward):
+    # A walk over 300 modules at every forward of the largest network: plain loops, the likeliest questions first.
+    m: Any = module
+    plain, parameters, children = kinds[kind], m._parameters, m._modules
+    if type(m) is not kind:
+        if not (float8 and kind is nn.Linear and is_float8(m)):
+            return ""
+    elif kind.forward is not plain.forward:
         return ""
-    if tuple(module._parameters) != plain.parameters or module._modules.keys() != plain.children.keys():
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return ""
-    if not all(_is_plain_tensor(value) for value in module._parameters.values()):
+    if "forward" in m.__dict__ or m._compiled_call_impl is not None:
         return ""
+    if len(parameters) != len(plain.parameters) or len(children) != len(plain.children):
+        return ""
+    for name in plain.parameters:
+        if not _is_plain_tensor(parameters.get(name)):
+            return ""
     for name, part in plain.children.items():
-        found = changed_part(module._modules[name], part, kinds, float8=float8)  # pyright: ignore[reportArgumentType]
+        child = children.get(name)
+        found = "" if child is None else changed_part(child, part, kinds, float8=float8)
         if found is not None:
             return f"{name}.{found}" if found else name
     return None
 
 
-def _watched(module: nn.Module) -> bool:
-    m: Any = module
-    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-        return True
-    return "forward" in m.__dict__ or m._compiled_call_impl is not None
-
-
 def _is_plain_tensor(value: Any) -> bool:
-    return type(value) in (nn.Parameter, Tensor) or isinstance(value, FakeTensor)
+    kind = type(value)
+    return kind is nn.Parameter or kind is Tensor or isinstance(value, FakeTensor)
 
 
 def watched_everywhere() -> bool:

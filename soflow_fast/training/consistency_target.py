@@ -79,7 +79,8 @@ def value_and_increment(
     student = flow.network
     network = student if target.teacher == "student" or teacher is None else teacher.network
     kind, precision = target.kind, target.precision
-    if kind == "increments" and isinstance(network, DiT) and network.changed_part(float8=True) is not None:
+    taken_apart = kind == "increments" and tape is None and isinstance(network, DiT)
+    if taken_apart and network.changed_part(float8=True) is not None:
         kind, precision, output = "pair", "fp32", None if network is student else output
     with matmul_precision(precision, at.x.device):
         if kind == "increments":
