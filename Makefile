@@ -9,17 +9,20 @@ PIP := $(BIN)/python -m pip install -q --no-input --no-compile --disable-pip-ver
 PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test soak bench lint format clean
+.PHONY: help train test test-all soak bench lint format clean
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
 
 train: $(VENV)/.train ## train on handwritten digits and draw them in one step; ARGS: see --help
 	@$(BIN)/python -m soflow_fast.train $(ARGS)
 
-test: $(VENV)/.test ## the tests; ARGS go to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.test ## the tests that are not slow, in minutes; ARGS go to pytest and may name files
+	@PYTHON=$(BIN)/python sh tests/run.sh fast $(ARGS)
+
+test-all: $(VENV)/.test ## all tests
+	@PYTHON=$(BIN)/python sh tests/run.sh all $(ARGS)
 
 soak: $(VENV)/.test ## the tests of reliability, whole: minutes of kills, signals and steps
 	@SOFLOW_SOAK=1 $(BIN)/python -m pytest tests/reliability $(ARGS)

@@ -29,6 +29,7 @@ EXTRAS = {
         "matplotlib>=3.9",  # the plots of the records
         "triton>=3.6; sys_platform == 'linux'",
         "torchao>=0.14; sys_platform == 'linux'",  # whose float8 products --precision fp8 takes
+        "peft>=0.17; python_version >= '3.11'",  # whose LoRA layers must take effect
         "ruff>=0.12",
         "pyright[nodejs]>=1.1.400",
     ],
@@ -65,6 +66,7 @@ setup(
         "safetensors>=0.5",
         "pillow>=10.3",
         "tensorboard>=2.18",
+        "rich>=13",
     ],
     extras_require=EXTRAS,
     classifiers=[

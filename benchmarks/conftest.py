@@ -6,9 +6,9 @@ import signal
 
 import pytest
 
-from benchmarks import record
-from benchmarks.race import figures, speed_ups
-from benchmarks.tables import kernel_table
+from benchmarks.harness.race import figures, speed_ups
+from benchmarks.report import record
+from benchmarks.report.tables import kernel_table
 from soflow_fast.errors import UserError
 
 ROWS = pytest.StashKey[list[dict]]()

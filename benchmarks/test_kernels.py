@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import bandwidth, record
-from benchmarks.kernels import OURS, KernelRace
-from benchmarks.operations import SHIPPED, SMALL, Operation, operations
+from benchmarks.harness import ceilings
+from benchmarks.harness.kernel_race import KernelRace
+from benchmarks.harness.operations import OURS, SHIPPED, SMALL, Operation, operations
+from benchmarks.report import record
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Of pytest-benchmark, on a test that was skipped.
@@ -22,10 +23,10 @@ CASES = [(op, backward) for op in operations(DEVICE) for backward in (False, Tru
 
 @pytest.fixture(scope="module", autouse=True)
 def copies(kernel_rows: list[dict]) -> Iterator[None]:
-    """What a copy takes, before and after everything else."""
-    kernel_rows.append(bandwidth.copy(DEVICE))
+    """Time a copy, before and after everything else."""
+    kernel_rows.append(ceilings.copy(DEVICE))
     yield
-    kernel_rows[0]["seconds"] += bandwidth.copy(DEVICE)["seconds"]
+    kernel_rows[0]["seconds"] += ceilings.copy(DEVICE)["seconds"]
 
 
 @pytest.mark.parametrize(
@@ -38,10 +39,10 @@ def test_kernel(
         race = KernelRace(operation, backward, SHIPPED if DEVICE.type == "cuda" else SMALL, DEVICE)
     except torch.OutOfMemoryError:
         pytest.skip(f"{operation.name} does not fit into this GPU's memory")
-    if OURS not in race.steps:
+    if OURS not in race.timer.calls:
         pytest.skip(f"{operation.name}: {race.rows[1]['why_not']}")
     rounds = race.rounds(pytestconfig.option.kernel_seconds)
-    benchmark.pedantic(race.steps[OURS], setup=lambda: race.run(all_but=OURS), rounds=rounds)
+    benchmark.pedantic(race.timer.once, (OURS,), setup=lambda: race.run(but=OURS), rounds=rounds)
     assert len({len(row["seconds"]) for row in race.rows if row["why_not"] is None}) == 1, "every way, every round"
     kernel_rows += race.rows
-    benchmark.extra_info.update(record.environment(), gate=race.errors, ways={row["way"]: row for row in race.rows})
+    benchmark.extra_info.update(record.environment(), errors=race.errors, ways={row["way"]: row for row in race.rows})

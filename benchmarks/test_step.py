@@ -3,17 +3,20 @@
 Each round is a step of every baseline and then one of ours, so that whatever else the machine does hits all alike.
 Where a GPU's memory does not hold all at a time they come in heats, each with ours in it. pytest-benchmark's own table
 shows ours; `extra_info`, the summary and the record have every recipe. Nothing is asserted of the times. A baseline
-that falls at its gate, or otherwise, is named in the record, and fails the test once the others have been timed.
+that computes something else, or fails otherwise, is named in the record, and fails the test once the others have been
+timed.
 """
+
+from functools import partial
 
 import pytest
 import torch
 
-from benchmarks import record
-from benchmarks.cases import Case, cases
-from benchmarks.contestants import CONTESTANTS, HEADLINE
-from benchmarks.race import Race, figures, largest, speed_ups
-from benchmarks.recipes import OURS, Recipe
+from benchmarks.harness.cases import Case, cases
+from benchmarks.harness.contestants import CONTESTANTS, HEADLINE
+from benchmarks.harness.race import Race, figures, largest, speed_ups
+from benchmarks.harness.recipes import OURS, Recipe
+from benchmarks.report import record
 
 # What torch says to itself while it compiles is no error of ours.
 pytestmark = pytest.mark.filterwarnings("default::UserWarning", "default::DeprecationWarning", "default::FutureWarning")
@@ -34,14 +37,16 @@ def test_step(benchmark, case: Case, rows: list[dict], contestants: list[Recipe]
         heats = race.heats()
         for k, names in enumerate(heats):
             race.warm_up(names)
-            rounds = race.rounds(pytestconfig.option.seconds / len(heats))
+            timer = race.timer
+            rounds = timer.rounds_within(pytestconfig.option.seconds / len(heats), least=5, most=100)
+            ours, others = partial(timer.once, OURS.name), partial(timer.round, but=OURS.name)
             if k == 0:
-                benchmark.pedantic(race.steps[OURS.name], setup=race.run_baselines, rounds=rounds)
+                benchmark.pedantic(ours, setup=others, rounds=rounds)
             else:
                 for _ in range(rounds):
-                    race.run_baselines()
-                    race.steps[OURS.name]()
-            heat = race.results([n for n in names if n in race.steps], f", heat {k + 1} of {len(heats)}" * (k > 0))
+                    others()
+                    ours()
+            heat = race.results([n for n in names if n in timer.calls], f", heat {k + 1} of {len(heats)}" * (k > 0))
             assert len({len(row["seconds"]) for row in heat}) == 1, "all take part in every round"
             if k == 0:
                 benchmark.extra_info.update(record.environment(), ratios=speed_ups(heat))

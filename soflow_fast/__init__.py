@@ -13,10 +13,9 @@ if TYPE_CHECKING:
     from .models.official import load_official
     from .models.paired_forward import paired_forward
     from .objective import LossTerm, Objective
-    from .one_step import OneStep
     from .rng import generator
     from .runs.checkpoint import export, load
-    from .sampling import sample
+    from .sampling import OneStep, sample
     from .training.state import TrainState
     from .training.step import train_step
 
@@ -27,7 +26,7 @@ _HOMES = {
     "LossTerm": "objective",
     "Objective": "objective",
     "ObjectiveConfig": "config.schema",
-    "OneStep": "one_step",
+    "OneStep": "sampling",
     "SolutionFlow": "flow",
     "TrainState": "training.state",
     "export": "runs.checkpoint",

@@ -8,7 +8,7 @@ Digits: the fraction classified as their label, the Frechet distance in pixel sp
 import json
 import sys
 
-from . import errors
+from .commands import process
 from .commands.parser import MOST_CALLS, MOST_SEED, Parser, whole_number
 from .errors import ConfigError, enough_memory
 
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from .evaluation import describe, measure_digits
     from .runs.checkpoint import load_with_config
-    from .training.state import resolve_device
+    from .training.precision import resolve_device
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer, or on another --device"):
         flow, config = load_with_config(values.run, resolve_device(values.device))
@@ -50,4 +50,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: main(sys.argv[1:]))
+    process.run(lambda: main(sys.argv[1:]))

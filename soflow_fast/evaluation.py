@@ -1,4 +1,4 @@
-"""How good samples are. On the digits: are they their label, are they distributed like the data, are they copies."""
+"""The quality of samples. On the digits: are they their label, are they distributed like the data, are they copies."""
 
 from typing import NamedTuple
 

@@ -1,26 +1,22 @@
-"""Files that others may have made or may use: read with limits, written for good, kept aside, locked."""
+"""Files that others may have made or may use: read with limits, written for good, kept aside."""
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-
-from .errors import ConfigError, storage_error
 
 TEXT = 2**20
 """Bytes that a configuration or a list of files may have."""
-LOCK = ".lock"
 
 
 def read_file(path: Path, most: int, *, follow: bool = False) -> bytes:
     """The content of a regular file of at most `most` bytes.
 
-    follow: whether `path` may itself be a link. Raises OSError: whatever is no file is not waited for, and what is
-    longer is not read.
+    follow: whether `path` may itself be a link. Raises OSError, without waiting, for a pipe, device or folder, and
+    without reading for a longer file.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)  # the opening of a pipe waits for a writer
     try:
@@ -63,7 +59,10 @@ def make_folder(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes, *, synced: bool = True) -> None:
-    """Write a file so that it is there whole or as it was before; synced: a loss of power included."""
+    """Write a file so that it is there whole or as it was before; with `synced` even if the power fails.
+
+    Raises OSError that names `path`.
+    """
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         temporary.write_bytes(content)
@@ -81,7 +80,7 @@ def write_file(path: Path, content: bytes, *, synced: bool = True) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with what is in it; of a link, the link. Raises OSError."""
+    """Remove a folder with what is in it, or a file, or a link but not its target. Raises OSError."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
@@ -89,7 +88,10 @@ def remove(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is not to be used any more but may be worth something to its owner. Returns its new name."""
+    """Rename a file or folder that is not used any more but may be worth something to its owner.
+
+    Returns its new path, NAME.aside or NAME.aside-K.
+    """
     k, aside = 1, path.with_name(f"{path.name}.aside")
     while os.path.lexists(aside):
         k, aside = k + 1, path.with_name(f"{path.name}.aside-{k + 1}")
@@ -97,36 +99,20 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-@contextmanager
-def sole_writer(run_dir: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a run directory; it goes with the process, however that ends. Reading takes no lock.
+class OptionalWrites:
+    """Writes that may fail: `with optional(what): ...` tells `warn` of the first OSError in a row, and goes on."""
 
-    Raises ConfigError if another process holds it, OSError if there is no writing here. Some network file systems have
-    no locks: `warn` is told, and nothing is held.
-    """
-    with ExitStack() as held:
-        # Not for writing: a file that is open so would keep its disk from being made read-only. But NFS wants it.
-        for mode in (os.O_RDONLY, os.O_RDWR):
-            handle = os.open(run_dir / LOCK, mode | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-            held.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                raise ConfigError(f"--run-dir {run_dir}: another process is training in it") from None
-            except OSError as error:
-                if error.errno == errno.EBADF and mode == os.O_RDONLY:
-                    continue
-                name = run_dir / LOCK
-                warn(f"{name}: cannot be locked ({error.strerror}); start no second training in this directory")
-        yield
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn, self._refused = warn, False
 
-
-def refuse_second_writer(run_dir: Path) -> None:
-    """Raise ConfigError if another process holds the lock of a run directory, before costly things are begun."""
-    if (run_dir / LOCK).exists():
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Within it an OSError is a warning that begins with `what`."""
         try:
-            with sole_writer(run_dir, lambda text: None):
-                pass
+            yield
         except OSError as error:
-            raise storage_error(error, f"--run-dir {run_dir}") from None
+            if not self._refused:
+                self._warn(f"{what} not written: {error}")
+            self._refused = True
+        else:
+            self._refused = False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from soflow_kernels import path_point
 
-from .config.schema import FlowConfig
+from .config.schema import Coefficients, FlowConfig, FlowPath
 from .config.validation import validate_flow
 
 HALF_PI = math.pi / 2
@@ -36,7 +36,7 @@ class SolutionFlow(nn.Module):
 
     network: Any
 
-    def __init__(self, network: nn.Module, path: str = "linear", coefficients: str = "euler") -> None:
+    def __init__(self, network: nn.Module, path: FlowPath = "linear", coefficients: Coefficients = "euler") -> None:
         """`network(x, t, s, y)` gives N, of the shape of x. Raises ValueError for an unknown path or coefficients."""
         super().__init__()
         validate_flow(FlowConfig(path, coefficients))
@@ -46,7 +46,7 @@ class SolutionFlow(nn.Module):
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t = alpha x_0 + beta x_1, and its velocity v_t = alpha' x_0 + beta' x_1, both [B, C, H, W]."""
-        return path_point(x0, x1, t, path=self.path)[:2]
+        return path_point(x0, x1, t, path=self.path)
 
     def solution_coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """a(t, s) and b(t, s), [B]."""

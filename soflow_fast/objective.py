@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from soflow_kernels import consistency_loss, euler_lookahead, flow_matching_loss
-from soflow_kernels.consistency import quotient
 from soflow_kernels.lookahead import Lookahead, guidance_decay
+from soflow_kernels.losses import quotient
 
 from .config.schema import ObjectiveConfig
 from .config.validation import validate_objective
@@ -31,6 +31,23 @@ class LossTerm(NamedTuple):
     """Mean of delta^2 (flow matching) or of q^2 (consistency), detached."""
     weight: Tensor
     """Mean of the per-sample weights w_i, detached."""
+
+
+class ConsistencyPoints(NamedTuple):
+    """Consistency samples [B, C, H, W] between the two points of a quotient, and their times [B]."""
+
+    x: Tensor
+    """x_t."""
+    target: Tensor
+    """The velocity along which the look-ahead goes."""
+    dx: Tensor
+    """x_l - x_t = (l - t) target."""
+    x_l: Tensor
+    t: Tensor
+    l: Tensor
+    s: Tensor
+    y: Tensor | None
+    """Labels [B], the dropped ones replaced by the null label; None: all null."""
 
 
 class Objective:
@@ -87,7 +104,7 @@ class Objective:
 
     @property
     def guidance(self) -> dict[str, float]:
-        """What the kernels take of the configuration to make the velocity target."""
+        """The settings of the velocity target, as the kernels take them."""
         c = self.config
         return {
             "guidance_scale": c.guidance_scale,
@@ -127,71 +144,28 @@ class Objective:
     ) -> LossTerm:
         """mean_i w_i mean(delta_i^2) for delta = v - target, with w_i = 1 / (|db/ds(t, t)| (mean(delta_i^2) + eps)^p)
         detached; the target is `look_ahead`'s, mixed with the student's own velocity."""
-        c = self.config
-        return LossTerm(
-            *flow_matching_loss(
-                output,
-                v_t,
-                t,
-                v_null,
-                label_dropped,
-                **self.guidance,
-                p=c.p,
-                eps=c.eps,
-                velocity_slope=flow.velocity_slope,
-            )
-        )
+        settings = {"p": self.config.p, "eps": self.config.eps, "velocity_slope": flow.velocity_slope}
+        return LossTerm(*flow_matching_loss(output, v_t, t, v_null, label_dropped, **self.guidance, **settings))
 
-    def quotient(
-        self,
-        flow: SolutionFlow,
-        value: Tensor,
-        increment: Tensor,
-        x: Tensor,
-        target: Tensor,
-        t: Tensor,
-        l: Tensor,
-        s: Tensor,
-    ) -> Tensor:
+    def quotient(self, flow: SolutionFlow, at: ConsistencyPoints, value: Tensor, increment: Tensor) -> Tensor:
         """q = (f(x_t, t, s) - f(x_l, l, s)) / (t - l) for x_l = x_t + target (l - t), [B, C, H, W], without gradient.
 
         value is N_t = N(x_t, t, s), increment is N_l - N_t with N_l = N(x_l, l, s).
         """
-        return quotient(value, increment, x, target, t, l, s, flow.coefficients)
+        return quotient(value, increment, at.x, at.target, at.t, at.l, at.s, flow.coefficients)
 
     def consistency_term(
-        self,
-        flow: SolutionFlow,
-        output: Tensor,
-        value: Tensor,
-        increment: Tensor,
-        x: Tensor,
-        target: Tensor,
-        t: Tensor,
-        l: Tensor,
-        s: Tensor,
+        self, flow: SolutionFlow, output: Tensor, at: ConsistencyPoints, value: Tensor, increment: Tensor
     ) -> LossTerm:
         """The surrogate mean_i mean(sign(b(t, s)) N_t w_i q), w_i = (mean(q_i^2) + eps)^-p, with q and w_i detached.
 
-        output is the student's N_t, the only one with a gradient; the others are `quotient`'s. Its gradient is that of
-        the weighted squared error without the division by |b|. Its value means nothing.
+        output is the student's N_t, the only one with a gradient; value and increment are `quotient`'s. Its gradient is
+        that of the weighted squared error without the division by |b|. Its value means nothing.
         """
         c = self.config
-        return LossTerm(
-            *consistency_loss(
-                output,
-                increment,
-                x,
-                target,
-                t,
-                l,
-                s,
-                value=value,
-                p=c.p,
-                eps=c.eps,
-                coefficients=flow.coefficients,
-            )
-        )
+        times = at.t, at.l, at.s
+        settings = {"p": c.p, "eps": c.eps, "coefficients": flow.coefficients}
+        return LossTerm(*consistency_loss(output, increment, at.x, at.target, *times, value=value, **settings))
 
     # Losses with their own network calls
 
@@ -232,8 +206,7 @@ class Objective:
 
         teacher None: the published target, the stop-gradient student at (x_l, l). With a teacher (an EMA of the
         student) the difference between the two ends is the teacher's at both and the value is the student's:
-        `N_ema(x_l, l, s) - N_ema(x_t, t, s)` takes the increment's place, which keeps the quotient bounded as l -> t;
-        with `config.teacher` "ema-literal" it is the teacher's at (x_l, l) alone, which does not.
+        `N_ema(x_l, l, s) - N_ema(x_t, t, s)` takes the increment's place, which keeps the quotient bounded as l -> t.
         Raises ValueError if `config.teacher` asks for a teacher and none is given.
         """
         if teacher is None and self.config.teacher != "student":
@@ -245,13 +218,13 @@ class Objective:
             if self.guided and y is not None:
                 v_null = flow.velocity(x_t, t, None)
                 v_label = flow.velocity(x_t, t, label) if self.mixed else None
-            target, _, x_l = self.look_ahead(x_t, v_t, t, l, v_null, v_label, label_dropped)
+            target, dx, x_l = self.look_ahead(x_t, v_t, t, l, v_null, v_label, label_dropped)
         output = flow.network(x_t, t, s, label)
         with torch.no_grad():
-            literal = self.config.teacher == "ema-literal"
-            start = output.detach() if teacher is None or literal else teacher.network(x_t, t, s, label)
+            start = output.detach() if teacher is None else teacher.network(x_t, t, s, label)
             increment = (flow if teacher is None else teacher).network(x_l, l, s, label) - start
-        return self.consistency_term(flow, output, output, increment, x_t, target, t, l, s)
+        at = ConsistencyPoints(x_t, target, dx, x_l, t, l, s, label)
+        return self.consistency_term(flow, output, at, output, increment)
 
 
 def with_null(flow: SolutionFlow, y: Tensor | None, label_dropped: Tensor | None) -> Tensor | None:

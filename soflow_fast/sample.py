@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import errors
+from .commands import process
 from .commands.parser import MOST_CALLS, MOST_SEED, Parser, user_value, whole_number
 from .errors import ConfigError, Diverged, StorageError, enough_memory, storage_error
 
@@ -48,9 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from . import sampling
-    from .runs import telemetry
+    from .runs import images as pictures
     from .runs.checkpoint import load_with_config
-    from .training.state import resolve_device
+    from .training.precision import resolve_device
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer at a time, or on another --device"):
         flow, config = load_with_config(values.run, resolve_device(values.device))
@@ -65,13 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
             for x in batches:
                 if not torch.isfinite(x).all():
                     raise Diverged(f"{values.run}: its samples are not finite")
-                images = telemetry.to_uint8(x)
+                images = pictures.to_uint8(x)
                 if count < GRID:
                     first.append(images[: GRID - count])
                 for image in images:
-                    yield f"{count:05d}.png", telemetry.png(image)
+                    yield f"{count:05d}.png", pictures.png(image)
                     count += 1
-            yield "grid.png", telemetry.png(telemetry.make_grid(torch.cat(first)))
+            yield "grid.png", pictures.png(pictures.make_grid(torch.cat(first)))
 
         _write(out, files())
     print(f"{n} images of {nfe} network call{'s' if nfe > 1 else ''} each: {out / 'grid.png'}")
@@ -121,6 +121,6 @@ class _Callable(types.ModuleType):
 
 
 if __name__ == "__main__":
-    errors.run(lambda: main(sys.argv[1:]))
+    process.run(lambda: main(sys.argv[1:]))
 else:
     sys.modules[__name__].__class__ = _Callable

@@ -1,10 +1,14 @@
-"""Drawing images: n network calls, each from the current time straight to the data (arXiv 2512.15657)."""
+"""Drawing images: n network calls, each from the current time straight to the data (arXiv 2512.15657).
+
+`sample` draws any number of images; `OneStep` is the single network call for the least latency.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from .errors import ConfigError
 from .flow import SolutionFlow
 from .rng import generator
 
@@ -62,8 +66,10 @@ def sample_batches(
     shape: Sequence[int] | None = None,
     batch_size: int = BATCH,
 ) -> Iterator[Tensor]:
-    """The images of `sample` from a seed, one network call's [up to `batch_size`, C, H, W] after the other: of any
-    number of images no more than that is held. Raises ValueError as `sample` does, before the first."""
+    """The images of `sample` from a seed, in batches [at most `batch_size`, C, H, W], each drawn when it is asked for.
+
+    Raises ValueError as `sample` does, before the first batch.
+    """
     parameter, labels = _checked(flow, y, nfe)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -85,12 +91,12 @@ def sample_batches(
 
 
 def image_noise(seed: int, index: int, call: int, shape: Sequence[int]) -> Tensor:
-    """The noise [C, H, W] of image `index` at network call `call` of a seed, float32 on the CPU."""
+    """Noise [C, H, W] for image `index` at network call `call` of a seed, float32 on the CPU."""
     return torch.randn(tuple(shape), generator=generator(seed, index, call, "sample noise"))
 
 
 def _solve(flow: SolutionFlow, noise: Callable[[int], Tensor], nfe: int, labels: Tensor | None) -> Tensor:
-    """noise: that of a network call, by its number."""
+    """Images from `nfe` network calls; `noise(k)` is the noise of call k."""
     x = noise(0)
     for k in range(nfe):
         t, after = (torch.full((len(x),), 1 - i / nfe, device=x.device, dtype=x.dtype) for i in (k, k + 1))
@@ -101,7 +107,7 @@ def _solve(flow: SolutionFlow, noise: Callable[[int], Tensor], nfe: int, labels:
 
 
 def _checked(flow: SolutionFlow, y: Tensor | Sequence[int] | None, nfe: int) -> tuple[Tensor, Tensor | None]:
-    """A parameter of the flow, for device and dtype, and the labels there. Raises ValueError."""
+    """A parameter of the flow, which has its device and dtype, and the labels on that device. Raises ValueError."""
     if nfe < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe}")
     parameter = next(flow.parameters())
@@ -121,9 +127,58 @@ def _checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
 
 
 def _shape(flow: SolutionFlow, labels: Tensor | Sequence[int] | None, shape: Sequence[int] | None) -> Sequence[int]:
+    """The shape [B, C, H, W] of all images. Raises ValueError if it is neither given nor known from the network."""
     if shape is not None:
         return shape
     config = getattr(flow.network, "config", None)
     if config is None or labels is None:
         raise ValueError("a seed needs a shape [B, C, H, W], or labels and a network with a config")
     return [len(labels), config.in_channels, config.input_size, config.input_size]
+
+
+class OneStep:
+    """x_0 = f(x_1, 1, 0; y) in one network call (arXiv 2512.15657): `images = OneStep(flow)(noise, labels)`.
+
+    The flow is taken over: the parameters of its blocks are rounded to bf16, or its blocks compiled, where these are
+    asked for, and it is not to be trained meanwhile.
+
+    Args:
+        flow: a trained flow on its device, in float32.
+        precision: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "tf32" or "fp32".
+        compile: the blocks by torch.compile; the first call of each size of batch takes its time.
+        cuda_graph: record the call and replay it; calls of another size than the first run as they are.
+
+    Raises ConfigError for what the device lacks.
+    """
+
+    def __init__(
+        self, flow: SolutionFlow, *, precision: str = "auto", compile: bool = False, cuda_graph: bool = False
+    ) -> None:
+        from .training.cuda_graph import GraphedFunction  # here, as plain sampling needs nothing of training
+        from .training.precision import resolve_precision, round_parameters
+
+        self.flow = flow.requires_grad_(False).eval()
+        self.device = next(flow.parameters()).device
+        self.precision = resolve_precision(precision, self.device)
+        if self.precision == "fp8":
+            raise ConfigError("precision fp8: OneStep has bf16, tf32 and fp32")
+        if cuda_graph and self.device.type != "cuda":
+            raise ConfigError(f"cuda_graph: needs a GPU, the device is {self.device.type}")
+        if self.precision == "bf16":
+            round_parameters(flow.network, flow.network.low_precision_layers(), torch.bfloat16)
+        if compile:
+            flow.network.compile_blocks()
+        self.call = GraphedFunction(self._call) if cuda_graph else self._call
+
+    @torch.no_grad()
+    def __call__(self, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W] in the scale of the training data, from standard normal noise [B, C, H, W] and labels
+        [B] (None: the null label) on the flow's device."""
+        return self.call(noise, y)
+
+    def _call(self, noise: Tensor, y: Tensor | None) -> Tensor:
+        from .training.precision import matmul_precision
+
+        t = torch.ones(len(noise), device=noise.device, dtype=noise.dtype)
+        with matmul_precision(self.precision, self.device):
+            return self.flow.solution(noise, t, torch.zeros_like(t), y)

@@ -8,11 +8,9 @@
 The same command again resumes.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 # Before torch loads OpenMP: by default its idle threads spin for milliseconds, which on busy cores takes the core from
 # the thread that they wait for. Beside one other process on two cores a step took six times as long, with brief
@@ -20,68 +18,45 @@ from typing import Any
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from . import errors
-from .commands.parser import Parser, configure
+from .commands import process
+from .commands.parser import Parser, add_fields, configure
 from .config.presets import PRESETS, preset
 from .config.schema import SHORT_NAMES, Config, from_json
 from .errors import ConfigError
 from .files import TEXT, read_file
 
+FLAGS = {
+    "the run": "run_dir steps seed device checkpoint_every keep on_nonfinite",
+    "the data": "data batch_size",
+    "learning": "teacher teacher_decay quotient quotient_precision",
+    "speed and memory": "precision micro_batch recompute attention optimizer compile cuda_graph",
+}
+"""The flags that set a field, by the heading under which --help shows them."""
+
 
 def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m soflow_fast.train", description=__doc__)
-    p.add_argument("preset", nargs="?", metavar="PRESET", help=f"{', '.join(PRESETS)} (default: digits)")
-    p.add_argument(
-        "--config",
-        metavar="FILE",
-        help="start from a config.json instead of a preset; another --precision or --teacher chooses the quotient anew",
+    p = Parser(
+        prog="python -m soflow_fast.train",
+        usage="python -m soflow_fast.train [PRESET] [flags]",
+        description=(__doc__ or "").partition("\n\n")[2],
+        add_help=False,
     )
-    p.add_argument("--run-dir", metavar="DIR", help="where everything is written (default: runs/PRESET)")
-    p.add_argument("--data", metavar="PATH", help="folder or zip of images, CLASS/NAME")
-    p.add_argument("--steps", metavar="N", help="updates in the whole run")
-    p.add_argument("--batch-size", metavar="N", help="images per update")
-    p.add_argument(
-        "--micro-batch", metavar="N", help="images per forward and backward; auto: as many as fit (default: the batch)"
+    groups = {title: p.add_argument_group(title) for title in (*FLAGS, "diagnosis")}
+    run, diagnosis = groups["the run"], groups["diagnosis"]
+    run.add_argument("preset", nargs="?", metavar="PRESET", help=f"{', '.join(PRESETS)} (default digits)")
+    run.add_argument("--config", metavar="FILE", help="Start from a config.json instead of a preset")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="Set any other field of config.json"
     )
-    p.add_argument("--precision", metavar="P", help="auto, fp32, tf32, bf16 or fp8 (the blocks' products, by torchao)")
-    p.add_argument("--quotient", metavar="Q", help="increments or pair: how the consistency quotient is taken (auto)")
-    p.add_argument(
-        "--quotient-precision", metavar="P", help="bf16, fp16, tf32 or fp32: of the products behind it (auto)"
+    presets = [make() for make in PRESETS.values()]
+    for title, names in FLAGS.items():
+        add_fields(groups[title], names.split(), presets)
+    diagnosis.add_argument("-h", "--help", action="help", help="Show this")
+    diagnosis.add_argument(
+        "--dry-run", action="store_true", help="Build everything, make one step, print what the run needs"
     )
-    p.add_argument(
-        "--teacher",
-        metavar="T",
-        help="student: the published stop-gradient target; ema: the increment of an average of the weights; "
-        "ema-literal: the average at one end only, for comparison: it does not train, as the difference between the "
-        "two networks is divided by t - l",
-    )
-    p.add_argument("--teacher-decay", metavar="D", help="decay of the teacher's average (default: 0.99)")
-    p.add_argument("--seed", metavar="N", help="of initialisation, data order, noise and times")
-    p.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument("--optimizer", metavar="O", help="soflow, torch or apex: whose fused AdamW (soflow)")
-    switch: Any = {"action": argparse.BooleanOptionalAction, "default": None}
-    p.add_argument("--compile", **switch, help="torch.compile for the blocks (off)")
-    p.add_argument("--cuda-graph", **switch, help="the whole step as one CUDA graph (off)")
-    p.add_argument(
-        "--recompute", metavar="R", help="none, mlp or block: what the backward makes again to save memory (none)"
-    )
-    p.add_argument(
-        "--attention",
-        metavar="NAME",
-        help="auto (the fastest here), sdpa (torch picks), sdpa-cudnn, sdpa-flash, sdpa-efficient, sdpa-math, flash2, "
-        "flash3, flash4 or xformers; --env says which are usable",
-    )
-    p.add_argument("--checkpoint-every", metavar="N", help="updates between checkpoints; 0: only the last")
-    p.add_argument("--keep", metavar="N", help="how many of the newest checkpoints stay, at least 2 (2)")
-    p.add_argument(
-        "--on-nonfinite",
-        metavar="W",
-        help="stop or skip: end the run at a number that is not finite, or leave out up to ten in a row (stop)",
-    )
-    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of config.json")
-    p.add_argument("--dry-run", action="store_true", help="build everything, make one step, print what the run needs")
-    p.add_argument("--env", action="store_true", help="print versions, devices, kernels and attention in use")
+    diagnosis.add_argument("--env", action="store_true", help="Print versions, devices, kernels and attention in use")
     return p
 
 
@@ -92,7 +67,6 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, bool, boo
         raise ConfigError(f"--config {values.config} and preset {values.preset}: give one of the two")
     config = _read(values.config) if values.config else preset(values.preset or "digits")
     changes = {name: getattr(values, name) for name in SHORT_NAMES if getattr(values, name) is not None}
-    changes |= {name: "on" if value else "off" for name, value in changes.items() if isinstance(value, bool)}
     for text in values.set:
         name, equals, value = text.partition("=")
         if not equals:
@@ -107,8 +81,8 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, bool, boo
 def _read(path: str) -> Config:
     try:
         text = read_file(Path(path), TEXT, follow=True).decode()
-        named = from_json(text).preset  # what the file leaves out is as in the preset that it names
-        return from_json(text, preset(named))
+        config = from_json(text)
+        return from_json(text, preset(config.preset))  # what the file leaves out is as in the preset that it names
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except ValueError as error:
@@ -133,4 +107,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: main(sys.argv[1:]))
+    process.run(lambda: main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What the tests of command lines, runs and checkpoints share: a tiny model, and ways to run commands."""
+"""Fixtures of the tests of command lines, runs and checkpoints: a tiny model, and ways to run commands."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ RUN = [*TINY, "--steps", "20", "--checkpoint-every", "5"]
 
 
 class Result(NamedTuple):
-    """How a command ended."""
+    """The end of a command."""
 
     code: int
     out: str
@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
     """The environment of commands run elsewhere than in the repository: both packages can be imported."""
     given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     path = os.pathsep.join([*given, str(ROOT), str(ROOT / "kernels")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "xterm"}
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +87,8 @@ def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
 
     import torch
 
-    from soflow_fast import errors
+    from soflow_fast.commands import process
+    from soflow_fast.runs import signals
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -95,10 +96,10 @@ def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
     def call(module: str, *arguments: object) -> Result:
         main = importlib.import_module(f"soflow_fast.{module}").main
         capfd.readouterr()
-        handlers = {number: signal.getsignal(number) for number in errors.SIGNALS}
+        handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
         try:
             with pytest.raises(SystemExit) as ended:
-                errors.run(lambda: main([str(argument) for argument in arguments]))
+                process.run(lambda: main([str(argument) for argument in arguments]))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

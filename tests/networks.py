@@ -4,20 +4,21 @@ import torch
 
 from soflow_fast import DiTConfig
 from soflow_fast.models.dit import DiT
+from soflow_fast.training.precision import round_parameters
 
 SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=2, hidden_size=40, depth=3, num_heads=2, num_classes=5)
 
 
-def network(dtype=torch.float32, copies=None, **attributes):
-    """A DiT off its initial zeros, where half of the gradients vanish."""
+def network(dtype=torch.float32, rounded=None, **attributes):
+    """A DiT off its initial zeros, where half of the gradients vanish. rounded: the dtype of the blocks' parameters."""
     net = DiT(SIZES).to(dtype)
     net.keep_norms = False
     net.initialize(torch.Generator().manual_seed(0))
     with torch.no_grad():
         for i, p in enumerate(net.parameters()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p))
-    if copies is not None:
-        net.keep_copies(copies)
+    if rounded is not None:
+        round_parameters(net, net.low_precision_layers(), rounded)
     for name, value in attributes.items():
         setattr(net, name, value)
     return net

@@ -42,14 +42,15 @@ def test_memory_that_is_not_there_is_an_error_of_the_file(tmp_path: Path) -> Non
         files.read_file(tmp_path / "x", 2**43)
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_what_was_there(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x"
     files.write_file(path, b"old")
 
-    def fail(handle: int) -> None:
+    def fail(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match=r"No space left on device: '.*/x'"):
         files.write_file(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
@@ -72,3 +73,15 @@ def test_of_a_link_the_link_is_removed(tmp_path: Path) -> None:
     files.remove(tmp_path / "folder")
     files.remove(tmp_path / "nothing")
     assert os.listdir(tmp_path) == []
+
+
+def test_writes_that_may_fail_are_one_warning_in_a_row() -> None:
+    warnings: list[str] = []
+    optional = files.OptionalWrites(warnings.append)
+    for number in (0, 28, 28, 0, 5):
+        with optional(f"grid {number}"):
+            if number:
+                raise OSError(number, os.strerror(number))
+    assert warnings == [f"grid {k} not written: [Errno {k}] {os.strerror(k)}" for k in (28, 5)]
+    with pytest.raises(RuntimeError, match="ours"), optional("grid"):
+        raise RuntimeError("ours")

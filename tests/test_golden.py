@@ -1,10 +1,4 @@
-"""Every number of tests/data: outputs, losses and gradients of the authors' public implementation, on tiny networks.
-
-The arrays of the trigonometric case carry the public code's sign of db/ds, -(pi/2) cos(pi/2 (s - t)). The derivative of
-its own b(t, s) = sin(pi/2 (s - t)), and so the velocity of its own solution function, has the other sign, which is the
-one here (test_flow.py proves it). That case is therefore reproduced through `PublicSign`, which turns that one sign
-back, and shows that nothing else differs.
-"""
+"""Every number of tests/data: outputs, losses and gradients of the authors' public implementation, on tiny networks."""
 
 import json
 from pathlib import Path
@@ -20,20 +14,11 @@ CASES = json.loads((DATA / "cases.json").read_text())
 LOSS_CASES = [name for name in CASES if "loss" in CASES[name]]
 
 
-class PublicSign(SolutionFlow):
-    """A SolutionFlow whose velocity has the sign of the public code's trigonometric coefficients."""
-
-    @property
-    def velocity_slope(self):
-        return -super().velocity_slope
-
-
-def build(name, dtype, public_sign=True):
+def build(name, dtype):
     model = CASES[name]["model"]
     fields = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
-    kind = PublicSign if public_sign and model["coefficient"] == "Trig" else SolutionFlow
     net = DiT(DiTConfig(**{field: model[field] for field in fields}))
-    flow = kind(net, path=model["noising"].lower(), coefficients=model["coefficient"].lower()).to(dtype)
+    flow = SolutionFlow(net, path=model["noising"].lower(), coefficients=model["coefficient"].lower()).to(dtype)
     with np.load(DATA / f"{name}.npz") as arrays:
         golden = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
     flow.load_state_dict({k.removeprefix("weights/"): v for k, v in golden.items() if k.startswith("weights/")})
@@ -104,20 +89,6 @@ def test_losses_and_gradients(name, term, dtype):
         assert_near(parameter.grad, wanted, 5e-4, key)
         compared += bool(wanted.norm() > 0)
     assert compared >= 35
-
-
-def test_trigonometric_numbers_have_the_public_sign():
-    """Why `PublicSign` is there: the golden velocity is minus the derivative of the golden solution function."""
-    flow, golden = build("trig", torch.float64, public_sign=False)
-    x, t, y = golden["x0"], golden["t"], golden["y"]
-    h = 1e-5
-    with torch.no_grad():
-        # f(x, t, t + h) - f(x, t, t - h) over 2 h, the network's output held at (t, t)
-        output = flow.network(x, t, t, y)
-        after, before = (flow.to_solution(output, x, t, t + d) for d in (h, -h))
-    derivative = (after - before) / (2 * h)
-    assert_near(flow.velocity(x, t, y), derivative, 1e-8, "velocity")
-    assert_near(-golden["velocity"], derivative, 3e-5, "golden velocity")
 
 
 def test_sampler():

@@ -6,7 +6,7 @@ import torch
 from soflow_fast import sample
 from soflow_fast.errors import ConfigError
 from soflow_fast.flow import SolutionFlow
-from soflow_fast.one_step import OneStep
+from soflow_fast.sampling import OneStep
 from soflow_fast.training import cuda_graph as capture
 from tests.networks import network
 

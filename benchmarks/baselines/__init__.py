@@ -1,1 +1,1 @@
-"""What the engine is measured against: our own code, on our network and data."""
+"""Methods that the engine is measured against: our own code, on our network and data; and other people's norms."""

@@ -1,6 +1,6 @@
 """The authors' public training recipe (arXiv 2512.15657; zlab-princeton/SoFlow, train.py and models.py), written anew.
 
-What is imitated of it, on one device:
+Imitated of it, on one device:
 
 * float32 weights and activations, TF32 products on a GPU, no autocast, no compilation, plain PyTorch operations;
 * each loss makes its own network calls on its own slice of the batch, six in all with mixed guidance. Flow matching:
@@ -28,18 +28,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.baselines import fused
-from benchmarks.recipes import Recipe, plain_operations, why_no_compiler
+from benchmarks.harness.recipes import Observe, Recipe, Weights, plain_operations, why_no_compiler
 from soflow_fast.config.schema import Config
 from soflow_fast.objective import Objective
-from soflow_fast.training.consistency_target import products
-from soflow_fast.training.state import TrainState, resolve_device
+from soflow_fast.training.precision import matmul_precision, resolve_device
+from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import draw, ema_decay, learning_rate
 
 
-def build(config: Config) -> TrainState:
+def build(config: Config, weights: Weights | None = None) -> TrainState:
     """A training state with the authors' optimiser; products in TF32 on a GPU, unless the configuration says "fp32"."""
     on_gpu = resolve_device(config.run.device).type == "cuda"
-    state = TrainState.build(replace(config, precision="tf32" if on_gpu and config.precision != "fp32" else "fp32"))
+    precision = "tf32" if on_gpu and config.precision != "fp32" else "fp32"
+    state = TrainState.build(replace(config, precision=precision), weights=weights)
     state.flow.network.keep_norms = True  # autograd keeps the input of every product
     optim = config.optim
     state.optimizer = torch.optim.AdamW(  # pyright: ignore[reportAttributeAccessIssue]
@@ -48,17 +49,17 @@ def build(config: Config) -> TrainState:
     return state
 
 
-def train_step(state: TrainState, x0: Tensor, y: Tensor) -> dict[str, Tensor]:
+def train_step(state: TrainState, x0: Tensor, y: Tensor, *, observe: Observe | None = None) -> dict[str, Tensor]:
     """One whole update on a labelled batch x0 [B, C, H, W], y [B]; returns both mean squares and the gradient norm."""
     attention = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if x0.is_cuda else contextlib.nullcontext()
-    with plain_operations(), products(state.precision, state.device), attention:
-        metrics = _losses_and_gradients(state, x0, y)
+    with plain_operations(), matmul_precision(state.precision, state.device), attention:
+        metrics = _losses_and_gradients(state, x0, y, observe)
     metrics["grad_norm"] = _update(state)
     state.step += 1
     return metrics
 
 
-def _losses_and_gradients(state: TrainState, x0: Tensor, y: Tensor) -> dict[str, Tensor]:
+def _losses_and_gradients(state: TrainState, x0: Tensor, y: Tensor, observe: Observe | None) -> dict[str, Tensor]:
     flow, objective, B = state.flow, state.objective, len(x0)
     x1, t, l, s, dropped, n = draw(state, x0.shape)
     metrics: dict[str, Tensor] = {}
@@ -69,6 +70,8 @@ def _losses_and_gradients(state: TrainState, x0: Tensor, y: Tensor) -> dict[str,
     if n < B:
         term = objective.consistency(flow, x0[n:], x1[n:], t[n:], l[n:], s[n:], y[n:], dropped[n:])
         loss, metrics["sc_mse"] = loss + term.loss * ((B - n) / B), term.mse
+    if observe is not None:
+        observe("losses", total=loss.detach())
     state.optimizer.zero_grad()
     loss.backward()
     return metrics
@@ -97,17 +100,17 @@ def network_calls(objective: Objective) -> int:
 AUTHORS = Recipe("authors' recipe", build, train_step, network_calls)
 
 
-def build_compiled(config: Config, mix_order: bool) -> TrainState:
+def build_compiled(config: Config, weights: Weights | None = None, *, mix_order: bool) -> TrainState:
     """A training state for compiled blocks, with Inductor's mix-order reduction or without."""
-    state = fused.build(config)
+    state = fused.build(config, weights)
     fused.compile_blocks(state.flow.network, mix_order)
     return state
 
 
-def train_step_fused(state: TrainState, x0: Tensor, y: Tensor) -> dict[str, Tensor]:
+def train_step_fused(state: TrainState, x0: Tensor, y: Tensor, *, observe: Observe | None = None) -> dict[str, Tensor]:
     """`train_step` with any attention of torch, and the update by fused operations."""
-    with plain_operations(), products(state.precision, state.device):
-        metrics = _losses_and_gradients(state, x0, y)
+    with plain_operations(), matmul_precision(state.precision, state.device):
+        metrics = _losses_and_gradients(state, x0, y, observe)
     metrics["grad_norm"] = fused.update(state)
     state.step += 1
     return metrics

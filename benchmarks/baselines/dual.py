@@ -2,7 +2,7 @@
 
 torch.func.jvp computes values and tangents at once, and of F.linear it makes three products: values, tangents, and the
 input with the tangent of the weight, a matrix of zeros (torch 2.13; Inductor leaves it so): 3.0 forwards. Here the
-values are those that the student's own forward came to (`model.Tape`), so that each layer makes one product, of its
+values are those that the student's own forward came to (`TapedOutputs`), so that each layer makes one product, of its
 tangent: 1.0 forwards and what attention takes. What lies between the products is made again, in closed form:
 
     gated residual       x' = x + g y;  dx' = dx + dg y + g dy
@@ -27,9 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from soflow_fast.models.dit import FREQUENCIES, MAX_PERIOD, DiT, Tape, TimeEmbedder
-from soflow_fast.models.fused_layers import EPS
-from soflow_fast.models.low_precision import operands
+from soflow_fast.models.dit import FREQUENCIES, MAX_PERIOD, DiT, TapedOutputs, TimeEmbedder
+from soflow_fast.models.fused_layers import EPS, weights_of
 
 FLASH_HEADS = (16, 32, 64, 128, 256)
 """The head dimensions of jvp_flash_attention; others are filled up with zeros."""
@@ -55,7 +54,9 @@ class Way(NamedTuple):
     """Both, with attention between."""
 
 
-def derivative(network: DiT, z: Dual, t: Tensor, r: Tensor, y: Tensor, tape: Tape, way: Way, attention: Any) -> Tensor:
+def derivative(
+    network: DiT, z: Dual, t: Tensor, r: Tensor, y: Tensor, tape: TapedOutputs, way: Way, attention: Any
+) -> Tensor:
     """The tangent [B, C, H, W] of u(z, r, t; y) along (dz, 0, 1).
 
     z: [B, C, H, W]; t, r [B]; y: labels [B]; tape: of a forward of the network on these samples, in the precision in
@@ -76,8 +77,8 @@ def derivative(network: DiT, z: Dual, t: Tensor, r: Tensor, y: Tensor, tape: Tap
         tangent = F.linear(embed.patches(z.tangent), embed.proj.weight.flatten(1))
         x, branch, gate = Dual((embed(z.value) + network.pos_embed).to(dtype), tangent.to(dtype)), None, None
         for k, block in enumerate(network.blocks):
-            layers = block.products()
-            weights = [operands(layer, dtype).low for layer in layers]
+            layers = block.linears()
+            weights = [weights_of(layer, dtype).weight for layer in layers]
             values = [known[layer] for layer in layers]
             shift, scale, *inner, following = m[6 * k : 6 * k + 6]
             entry, heads = (x, branch, gate, shift, scale), block.attn.num_heads
@@ -117,12 +118,8 @@ def _embedded(time: Tensor, embedder: TimeEmbedder) -> Dual:
 def modulations(network: DiT, dc: Tensor, known: dict[Any, Tensor]) -> list[Dual]:
     """`DiT.modulations` and their tangents, of the tangent of SiLU(c)."""
     layers = network.modulation_layers()
-    weights = [operands(layer, dc.dtype) for layer in layers]
-    stack = network.stack
-    if stack is not None and stack.holds(weights):
-        tangents = F.linear(dc, stack.weight).split([len(weight.low) for weight in weights], 1)
-    else:
-        tangents = [F.linear(dc, weight.low) for weight in weights]
+    weights = [layer.weight.to(dc.dtype) for layer in layers]
+    tangents = F.linear(dc, torch.cat(weights)).split([len(weight) for weight in weights], 1)
     D = network.config.hidden_size
     pairs = zip(layers, tangents, strict=True)
     return [Dual(*m) for layer, d in pairs for m in zip(known[layer].split(D, 1), d.split(D, 1), strict=True)]

@@ -30,21 +30,20 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.baselines import dual, fused
-from benchmarks.recipes import plain_operations
+from benchmarks.harness.recipes import Observe, Weights, plain_operations
 from soflow_fast.config.schema import Config
 from soflow_fast.flow import per_sample
-from soflow_fast.models.dit import DiT, Tape
+from soflow_fast.models.dit import DiT, TapedOutputs
 from soflow_fast.objective import Objective, with_null
 from soflow_fast.rng import generator
-from soflow_fast.training.consistency_target import products
-from soflow_fast.training.state import TrainState, resolve_device
+from soflow_fast.training.precision import matmul_precision, resolve_device
+from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import split
 
 STEP = 1e-3
@@ -53,7 +52,7 @@ STEP = 1e-3
 
 @dataclass(frozen=True)
 class Settings:
-    """What is MeanFlow's own; the defaults are published."""
+    """The settings that are MeanFlow's own; the defaults are published."""
 
     time: tuple[float, float] | None = (-0.4, 1.0)
     """Mean and deviation of the logits of both times; None: t and r are drawn as the engine's t and s, and as many
@@ -85,10 +84,10 @@ class At(NamedTuple):
 
 
 class Student(NamedTuple):
-    """What the student's forward came to at (z, r, t), without gradient."""
+    """The student's forward at (z, r, t), without gradient."""
 
     output: Tensor
-    tape: Tape | None
+    tape: TapedOutputs | None
     """Its products, where the derivative wants them."""
 
 
@@ -133,7 +132,7 @@ def guided(
 
 
 def target(v: Tensor, t: Tensor, r: Tensor, derivative: Tensor) -> Tensor:
-    """u_tgt [B, C, H, W]. The gate looks here at the du/dt that a step takes."""
+    """u_tgt [B, C, H, W] (equation 10)."""
     return v - per_sample(t - r, v) * derivative
 
 
@@ -144,32 +143,21 @@ def composed_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @contextmanager
 def attending(network: DiT, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Within the context the blocks of the network take another attention of q, k, v [B, heads, T, d].
-
-    It is one for transforms: under them copies of weights cannot be written, so they are brought up to date before, and
-    weights cannot say that they lie in a stack, so the modulations are products of their own.
-    """
-    network.refresh_copies()
-    stack, network.stack = network.stack, None
-    attentions = [block.attn for block in network.blocks]
-    for attention in attentions:
-        attention.forward = partial(_attend, function, attention.num_heads)
+    """Within the context the blocks of the network take another attention of q, k, v [B, heads, T, d]."""
+    before = network.blocks[0].attn.backend
+    network.set_attention(function)
     try:
         yield
     finally:
-        network.stack = stack
-        for attention in attentions:
-            del attention.forward
+        network.set_attention(before)
 
 
-def _attend(function: Callable[[Tensor, Tensor, Tensor], Tensor], heads: int, qkv: Tensor) -> Tensor:
-    """`Attention.forward` with another attention."""
-    return dual.together(function(*dual.apart(qkv, heads)))
-
-
-def jvp(network: DiT, at: At) -> tuple[Tensor, Tensor]:
-    """u(z, r, t) and du/dt along (v, 0, 1), both with gradient where that is on."""
-    with attending(network, composed_attention):
+def jvp(
+    network: DiT, at: At, attention: Callable[[Tensor, Tensor, Tensor], Tensor] = composed_attention
+) -> tuple[Tensor, Tensor]:
+    """u(z, r, t) and du/dt along (v, 0, 1), both with gradient where that is on. attention: one that has a
+    forward-mode derivative."""
+    with attending(network, attention):
         tangents = (at.v, torch.ones_like(at.t))
         return torch.func.jvp(lambda z, t: network(z, t, at.r, at.y), (at.z, at.t), tangents)[:2]
 
@@ -188,7 +176,7 @@ def by_difference(state: TrainState, at: At, student: Student) -> Tensor:
     """A finite difference in float32, as lower precision would drown it: against the student's value where that is
     float32, else central, both ends in one call."""
     network, dz = state.flow.network, STEP * at.v
-    with products("fp32", at.z.device):
+    with matmul_precision("fp32", at.z.device):
         if one_sided(state):
             return (student.output - network(at.z - dz, at.t - STEP, at.r, at.y)) / STEP
         ends = (torch.cat([at.z + dz, at.z - dz]), torch.cat([at.t + STEP, at.t - STEP]), at.r.repeat(2))
@@ -201,7 +189,15 @@ def one_sided(state: TrainState) -> bool:
     return state.precision == "fp32"
 
 
-def losses_as_published(state: TrainState, x0: Tensor, y: Tensor, settings: Settings) -> dict[str, Tensor]:
+def losses_as_published(
+    state: TrainState,
+    x0: Tensor,
+    y: Tensor,
+    settings: Settings,
+    observe: Observe | None = None,
+    *,
+    values_and_derivative: Callable[[DiT, At], tuple[Tensor, Tensor]] = jvp,
+) -> dict[str, Tensor]:
     """u and du/dt of the whole batch in one JVP, whose primal carries the gradient; backward through the loss."""
     flow, network, objective = state.flow, state.flow.network, state.objective
     x1, t, r, dropped, n = draw(state, x0.shape, settings)
@@ -213,12 +209,22 @@ def losses_as_published(state: TrainState, x0: Tensor, y: Tensor, settings: Sett
             u_label = network(z, t, t, y).float() if objective.mixed else None
     v = guided(objective, v, t, dropped, u_null, u_label)
     label: Any = with_null(flow, y, dropped)
-    u, derivative = jvp(network, At(z, t, r, label, v))
-    return _backward(state, u.float(), target(v, t, r, derivative.detach().float()), n, settings)
+    u, derivative = values_and_derivative(network, At(z, t, r, label, v))
+    derivative = derivative.detach().float()
+    if observe is not None:
+        observe("target", derivative=derivative)
+    return _backward(state, u.float(), target(v, t, r, derivative), n, settings)
 
 
 def losses_on_a_quarter(
-    state: TrainState, x0: Tensor, y: Tensor, settings: Settings, derivative: Derivative, taped: bool = False
+    state: TrainState,
+    x0: Tensor,
+    y: Tensor,
+    settings: Settings,
+    observe: Observe | None = None,
+    *,
+    derivative: Derivative,
+    taped: bool = False,
 ) -> dict[str, Tensor]:
     """du/dt without gradient where r != t, beside the student's forward of the whole batch. taped: of the former it
     takes the products of the latter."""
@@ -234,9 +240,11 @@ def losses_on_a_quarter(
             x, times, labels = torch.cat([z, z[n:]]), torch.cat([t, t[n:]]), torch.cat([null, label[n:]])
         with torch.no_grad():
             u_null, u_label = network(x, times, times, labels).float().split([len(z), len(x) - len(z)])
-    tape = Tape(slice(n, None)) if taped else None
+    tape = TapedOutputs(slice(n, None)) if taped else None
     u = network(z, t, r, label, tape=tape).float()
     known = u.detach()
+    if observe is not None:
+        observe("student", output=known)
     if u_label is not None:
         u_label = torch.cat([known[:n], u_label]) if objective.mixed else None
     v = guided(objective, v, t, dropped, u_null, u_label)
@@ -245,6 +253,8 @@ def losses_on_a_quarter(
         with torch.no_grad():
             at = At(z[n:], t[n:], r[n:], label[n:], v[n:])
             du = derivative(state, at, Student(known[n:], tape)).float()
+        if observe is not None:
+            observe("target", derivative=du)
         u_target = torch.cat([v[:n], target(v[n:], t[n:], r[n:], du)])
     del tape  # it would keep through the backward what the backward frees as it goes
     return _backward(state, u, u_target, n, settings)
@@ -262,21 +272,27 @@ def _backward(state: TrainState, u: Tensor, u_target: Tensor, n: int, settings: 
 
 
 def train_step(
-    state: TrainState, x0: Tensor, y: Tensor, losses: Callable[..., dict[str, Tensor]], settings: Settings
+    state: TrainState,
+    x0: Tensor,
+    y: Tensor,
+    *,
+    losses: Callable[..., dict[str, Tensor]],
+    settings: Settings,
+    observe: Observe | None = None,
 ) -> dict[str, Tensor]:
-    """One whole update on a labelled batch x0 [B, C, H, W], y [B]."""
-    with plain_operations(), products(state.precision, state.device):
-        metrics = losses(state, x0, y, settings)
+    """One whole update on a labelled batch x0 [B, C, H, W], y [B]. observe: is told the du/dt behind the target."""
+    with plain_operations(), matmul_precision(state.precision, state.device):
+        metrics = losses(state, x0, y, settings, observe)
     metrics["grad_norm"] = fused.update(state)
     state.step += 1
     return metrics
 
 
-def build(config: Config, compiled: bool = False) -> TrainState:
+def build(config: Config, weights: Weights | None = None, *, compiled: bool = False) -> TrainState:
     """A training state for a MeanFlow step. Raises ValueError for a path or coefficients that are not MeanFlow's."""
     if (config.flow.path, config.flow.coefficients) != ("linear", "euler"):
         raise ValueError(f"MeanFlow is of the linear path with Euler coefficients, not {config.flow}")
-    state = fused.build(config)
+    state = fused.build(config, weights)
     if compiled:
         fused.compile_blocks(state.flow.network)
     return state

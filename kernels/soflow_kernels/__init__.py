@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from soflow_kernels._dispatch import INTERPRETED, transformed, use_kernel, why_reference
+from soflow_kernels._dispatch import INTERPRETED, on_gpu, transformed, use_kernel, why_reference
 from soflow_kernels.adaln import (
     gate_residual_layernorm_modulate,
     gate_residual_layernorm_modulate_reference,
@@ -10,11 +10,11 @@ from soflow_kernels.adaln import (
     layernorm_modulate_reference,
 )
 from soflow_kernels.adamw import AdamWEMA, adamw_ema, adamw_ema_reference, clip_scale
-from soflow_kernels.consistency import consistency_loss, consistency_loss_reference
-from soflow_kernels.flow_matching import flow_matching_loss, flow_matching_loss_reference
 from soflow_kernels.gated_residual import gate_residual, gate_residual_reference
 from soflow_kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu, linear_gelu_reference
 from soflow_kernels.increment import (
+    attention_increment,
+    attention_increment_reference,
     bias_gelu_increment,
     bias_gelu_increment_reference,
     gate_residual_layernorm_modulate_increment,
@@ -26,8 +26,13 @@ from soflow_kernels.increment import (
     time_embedding_increment,
     time_embedding_increment_reference,
 )
-from soflow_kernels.increment_attention import attention_increment, attention_increment_reference
 from soflow_kernels.lookahead import euler_lookahead, euler_lookahead_reference, path_point, path_point_reference
+from soflow_kernels.losses import (
+    consistency_loss,
+    consistency_loss_reference,
+    flow_matching_loss,
+    flow_matching_loss_reference,
+)
 from soflow_kernels.patch import patch_dit
 from soflow_kernels.time_embedding import dual_time_embedding, dual_time_embedding_reference
 from soflow_kernels.version import __version__
@@ -65,6 +70,7 @@ __all__ = [
     "layernorm_modulate_reference",
     "linear_gelu",
     "linear_gelu_reference",
+    "on_gpu",
     "patch_dit",
     "path_point",
     "path_point_reference",

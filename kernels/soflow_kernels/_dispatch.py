@@ -36,6 +36,7 @@ _mode = os.environ.get("SOFLOW_KERNELS", "auto")
 if _mode not in MODES:
     raise ValueError(f"SOFLOW_KERNELS must be one of {', '.join(MODES)}, got {_mode!r}")
 
+_simulated = False  # True while `as_on_gpu` is active
 _recorded: list[tuple] | None = None  # a list while `recording` is active
 
 
@@ -68,6 +69,30 @@ def why_reference() -> str | None:
     return None
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor goes the ways of tensors on a GPU: it is on one, or has no data and is to be taken so."""
+    return tensor.is_cuda or _simulated
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Within the context, tensors hold no data and go the ways of tensors on a GPU: `on_gpu` is true of all of them.
+
+    For predictions about a step on a GPU that is not here. Tensors say "cpu", as torch without CUDA has no autograd
+    for CUDA tensors; operations take their kernels (triton need not be installed), of which only the fake
+    implementations are asked. Real tensors are refused by torch. `mode("reference")` stays in force.
+    """
+    global _simulated
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        before, _simulated = _simulated, True
+        try:
+            yield
+        finally:
+            _simulated = before
+
+
 def transformed() -> bool:
     """Whether forward-mode AD or a torch.func transform is in action, which no kernel and no autograd node follows."""
     # A library operation has no forward-mode formula: a dual tensor would lose its tangent without a word.
@@ -83,11 +108,11 @@ def _wraps_others(tensor: Tensor) -> bool:
 
 def use_kernel(*tensors: Tensor | None) -> bool:
     """Whether these arguments of an operation (tensors, or None for an optional one) go to its kernel."""
-    if _mode == "reference" or triton is None or transformed():
+    if _mode == "reference" or (triton is None and not _simulated) or transformed():
         return False
     for tensor in tensors:
         if tensor is not None:
-            on_device = tensor.is_cuda or INTERPRETED
+            on_device = on_gpu(tensor) or INTERPRETED
             if not on_device or tensor.dtype not in KERNEL_DTYPES or _wraps_others(tensor):
                 return False
     return True
@@ -100,7 +125,7 @@ def check_tensor(op: str, name: str, value: Any, shape: Shape, like: Tensor | No
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor of shape {_text(shape)}, got {type(value).__name__}")
-    if value.layout is not torch.strided or value.is_nested:
+    if not torch.compiler.is_compiling() and (value.layout is not torch.strided or value.is_nested):
         kind = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise ValueError(f"{op}: {name} must be a dense tensor, got {kind}")
     if value.shape != shape and not _fits(value.shape, shape):
@@ -133,6 +158,12 @@ def check_quiet(op: str, name: str, value: Any, shape: Shape, like: Tensor | Non
     check_tensor(op, name, value, shape, like)
     if torch.is_grad_enabled() and value.requires_grad:
         raise ValueError(f"{op}: {name} must not require a gradient: increments have none")
+
+
+def check_plain(op: str, name: str, value: Tensor) -> None:
+    """Raise ValueError for a tensor that wraps others (DTensor and its like), which the operation cannot follow."""
+    if _wraps_others(value):
+        raise ValueError(f"{op}: {name} must be a plain tensor, got {type(value).__name__}")
 
 
 def check_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:

@@ -1,44 +1,51 @@
-"""AdamW, averages of the parameters and a copy of them in low precision, over many tensors in one launch, in place.
+"""AdamW, averages of the parameters and their low-precision values, over many tensors in one launch, in place.
 
     g = scale grad,   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
     p = (1 - lr wd) p - lr (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k)) + eps)
-    ema_j = d_j ema_j + (1 - d_j) p,   copy = p
+    ema_j = d_j ema_j + (1 - d_j) p,   w = p rounded to nearest even
 
-k: the number of this update, of each tensor its own. p, m, v, ema: float32; grad: float32, bfloat16 or float16; copy:
-bfloat16 or float16. Learning rate, gradient scale, decays, k and the flag that lets the update happen are read from
-device memory: nothing waits for the host, and a CUDA graph replays the launch with other numbers.
+k: the number of this update, of each tensor its own. p, m, v, ema: float32; grad: float32, bfloat16 or float16; w:
+bfloat16 or float16, what a model in low precision multiplies with, whose float32 master is p. Where w is not p rounded,
+somebody has written w since the last update, and p = w before this one. Learning rate, gradient scale, decays, k and
+the flag that lets the update happen are read from device memory: nothing waits for the host, and a CUDA graph replays
+the launch with other numbers.
 Source: Loshchilov & Hutter, arXiv 1711.05101.
 
-Bytes a parameter: p, m, v 8 each, grad 4 (2 in bfloat16), each average 8, copy 2: 36 with bfloat16 gradients, one
-average and a copy. 675 M parameters of DiT-XL/2: 24.3 GB, 5.7 ms at 4.3 TB/s.
+Bytes a parameter: p, m, v 8 each, grad 4 (2 in bfloat16), each average 8, w 4: 38 with bfloat16 gradients, one
+average and bfloat16 weights. 675 M parameters of DiT-XL/2: 25.7 GB, 6.0 ms at 4.3 TB/s.
 
 The launch reads a table of addresses and one of chunks. They are made on the host and copied once for each set of
 tensors; gradients that are freed and made anew usually come back to the same addresses. Tensors that wide loads do not
 fit (an odd address, a number of elements that is no multiple of 8) are a second launch. A CUDA graph replays the
-addresses of its capture: gradients must stay where they were then.
+addresses of its capture: gradients must stay where they were then, and the optimiser must live as long as the graph.
 """
 
 import math
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from inspect import unwrap
+from itertools import chain
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from soflow_kernels._adamw_checks import MAX_EMAS, check_update
-from soflow_kernels._dispatch import jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import jit, launch, on_gpu, tl, use_kernel
 
 BLOCK = 1024
 KEPT_TABLES = 64
+MAX_EMAS = 3
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+GRAD_DTYPES = (torch.float32, *LOW_PRECISION)
 
-_tables: dict[tuple, list[tuple[Tensor, Tensor, bool]]] = {}
-_chunks: dict[tuple, Tensor] = {}
-_captured: list = []  # what CUDA graphs read again at every replay
 
-
+@torch.no_grad()
 def adamw_ema_reference(
     params, grads, exp_avgs, exp_avg_sqs, steps, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-    grad_scale=None, emas=(), ema_decays=None, copies=None, finite=None,
+    grad_scale=None, emas=(), ema_decays=None, low_precision=None, finite=None,
 ):  # fmt: skip
     """`adamw_ema` by torch's own multi-tensor operations: any device."""
     if not params:
@@ -46,11 +53,13 @@ def adamw_ema_reference(
     if not _on_host(params[0]):
         _reference_on_device(
             params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, grad_scale, emas, ema_decays,
-            copies, finite,
+            low_precision, finite,
         )  # fmt: skip
         return
     if finite is not None and not bool(finite):
         return
+    for p, low in zip(params, low_precision or (), strict=bool(low_precision)):
+        carry_on(p, low)
     scale = 1.0 if grad_scale is None else float(grad_scale)
     # The scaled gradients of all parameters at once are fresh memory, four times as slow as the update.
     for part in [slice(None)] if scale == 1 else [slice(i, i + 1) for i in range(len(params))]:
@@ -62,20 +71,32 @@ def adamw_ema_reference(
         )  # fmt: skip
     for average, decay in zip(emas, [] if ema_decays is None else ema_decays.tolist(), strict=True):
         torch._foreach_lerp_(average, params, 1 - decay)
-    if copies is not None:
-        torch._foreach_copy_(copies, params)
+    if low_precision is not None:
+        torch._foreach_copy_(low_precision, params)
 
 
 def _on_host(tensor):
     """Whether reading a tensor costs nothing."""
-    return not tensor.is_cuda
+    return not on_gpu(tensor)
+
+
+def carry_on(master, low, finite=None):
+    """Take `master` from `low`, in place, where `low` is not `master` rounded (and `finite`, bool [], is not False)."""
+    same = master.to(low.dtype).view(torch.int16) == low.view(torch.int16)
+    if _on_host(master) and finite is None and bool(same.all()):
+        return
+    if finite is not None:
+        same |= ~finite
+    master.copy_(torch.where(same, master, low.to(master.dtype)))
 
 
 def _reference_on_device(
-    params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, grad_scale, emas, ema_decays, copies,
-    finite,
+    params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, grad_scale, emas, ema_decays,
+    low_precision, finite,
 ):  # fmt: skip
     """The same without a look at any number: a CUDA graph may record it."""
+    for p, low in zip(params, low_precision or (), strict=bool(low_precision)):
+        carry_on(p, low, finite)
     chosen = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
     if grad_scale is not None:
         chosen = torch._foreach_mul(chosen, grad_scale)
@@ -88,8 +109,13 @@ def _reference_on_device(
         change = torch._foreach_sub(params, average)
         torch._foreach_mul_(change, 1 - decay if finite is None else (1 - decay) * finite)
         torch._foreach_add_(average, change)
-    if copies is not None:
-        torch._foreach_copy_(copies, params)
+    if low_precision is None:
+        return
+    if finite is None:
+        torch._foreach_copy_(low_precision, params)
+        return
+    for p, low in zip(params, low_precision, strict=True):
+        low.copy_(torch.where(finite, p.to(low.dtype), low))
 
 
 @jit
@@ -115,10 +141,29 @@ def _load(ptr, cols, n):
 
 
 @jit
+def _rounded(p, dtype: tl.constexpr):
+    """The bits of p, float32, rounded to nearest even of a dtype of 16 bits, as int16. NaN stays NaN."""
+    if dtype == tl.bfloat16:
+        # The interpreter's casts from and to bfloat16 truncate and lose the smallest numbers; integers are exact.
+        bits = p.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(p == p, nearest, (bits >> 16) | 0x40).to(tl.int16)
+    return p.to(dtype).to(tl.int16, bitcast=True)
+
+
+@jit
+def _widened(bits, dtype: tl.constexpr):
+    """The float32 number of the bits of a number of 16 bits."""
+    if dtype == tl.bfloat16:
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return bits.to(dtype, bitcast=True).to(tl.float32)
+
+
+@jit
 def _kernel(
-    table_ptr, chunks_ptr, f32_ptr, grad_ptr, copy_ptr, lr_ptr, scale_ptr, finite_ptr, decays_ptr,
+    table_ptr, chunks_ptr, f32_ptr, grad_ptr, low_ptr, lr_ptr, scale_ptr, finite_ptr, decays_ptr,
     beta2, rest1, rest2, log_beta1, log_beta2, eps, weight_decay,
-    SCALED: tl.constexpr, GUARDED: tl.constexpr, EMAS: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr, GUARDED: tl.constexpr, EMAS: tl.constexpr, LOW: tl.constexpr, ALIGNED: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -144,14 +189,19 @@ def _kernel(
     m += rest1 * (g - m)
     v = beta2 * _load(v_ptr, cols, n) + rest2 * g * g
     p = _load(p_ptr, cols, n)
+    if LOW:
+        w_ptr = _at(row_ptr, 6, low_ptr, ALIGNED)
+        written = tl.load(w_ptr + cols, mask=cols < n, other=0.0).to(tl.int16, bitcast=True)
+        p = tl.where(written == _rounded(p, low_ptr.dtype.element_ty), p, _widened(written, low_ptr.dtype.element_ty))
     deviation = tl.sqrt(v) / tl.sqrt(_one_minus_power(k, log_beta2))
     # One rounding of p: a rounded 1 - lr wd would err to the same side in every update.
     p -= lr * weight_decay * p + lr / _one_minus_power(k, log_beta1) * m / (deviation + eps)
     tl.store(m_ptr + cols, m, mask=cols < n)
     tl.store(v_ptr + cols, v, mask=cols < n)
     tl.store(p_ptr + cols, p, mask=cols < n)
-    if COPY:
-        tl.store(_at(row_ptr, 6, copy_ptr, ALIGNED) + cols, p, mask=cols < n)
+    if LOW:
+        rounded = _rounded(p, low_ptr.dtype.element_ty)
+        tl.store(w_ptr + cols, rounded.to(low_ptr.dtype.element_ty, bitcast=True), mask=cols < n)
     for j in tl.static_range(EMAS):
         ema_ptr = _at(row_ptr, 7 + j, f32_ptr, ALIGNED)
         ema = _load(ema_ptr, cols, n)
@@ -159,90 +209,97 @@ def _kernel(
         tl.store(ema_ptr + cols, ema + rest * (p - ema), mask=cols < n)
 
 
-def _to_device(values, device, captured):
+def _to_device(values, device, pinned):
     """A copy on the device, from pinned memory, which nothing waits for."""
     if device.type == "cuda":
         values = values.pin_memory()
-        captured.append(values)
+        pinned.append(values)
         values = values.to(device, non_blocking=True)
-    captured.append(values)
     return values
 
 
-def _chunks_of(sizes, device, captured):
+class _Tables:
+    """The tables that launches read, for the sets of tensors that were used last."""
+
+    def __init__(self):
+        self.found = {}  # (device, sizes, addresses): tables
+        self.captured = []  # what CUDA graphs read again at every replay
+
+    def of(self, lists, device):
+        """[(table [tensors, slots], chunks [programs, 2], aligned)]: the tensors that wide loads fit, and the others.
+
+        A row of a table is a tensor: its number of elements, and the addresses of its step, parameter, moments,
+        gradient, low-precision weight and averages. The same tensors are looked up, not copied again; what is made in
+        the capture of a CUDA graph is not, as it is filled at the first replay only.
+        """
+        sizes = tuple(p.numel() for p in lists[1])
+        columns = tuple(tuple(tensor.data_ptr() for tensor in tensors) or (0,) * len(sizes) for tensors in lists)
+        key = (device, sizes, columns)
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        made, pinned = self.found.get(key), []
+        if made is None:
+            rows = [row for row in zip(sizes, *columns, strict=True) if row[0]]
+            made = []
+            for aligned in (True, False):
+                chosen = [r for r in rows if aligned == (r[0] % 8 == 0 and all(address % 16 == 0 for address in r[2:]))]
+                if chosen:
+                    chunks = _to_device(_chunks([row[0] for row in chosen]), device, pinned)
+                    made.append((_to_device(torch.tensor(chosen), device, pinned), chunks, aligned))
+        if capturing:
+            self.captured.append((made, pinned))
+        else:
+            self.found.pop(key, None)
+            while len(self.found) >= KEPT_TABLES:  # the one that was not used for longest goes
+                del self.found[next(iter(self.found))]
+            self.found[key] = made
+        return made
+
+
+def _chunks(sizes):
     """[programs, 2]: a row's number and the block in it, for rows of these numbers of elements."""
-    key = (device, sizes)
-    made = _chunks.get(key)
-    if made is None:
-        counts = torch.tensor([-(-n // BLOCK) for n in sizes])
-        rows = torch.arange(len(sizes)).repeat_interleave(counts)
-        blocks = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-        made = _to_device(torch.stack([rows, blocks], dim=1), device, captured)
-    return made
+    counts = torch.tensor([-(-n // BLOCK) for n in sizes])
+    rows = torch.arange(len(sizes)).repeat_interleave(counts)
+    blocks = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+    return torch.stack([rows, blocks], dim=1)
 
 
-def _keep(cache, key, value):
-    """As the last used entry; the one that was not used for longest goes."""
-    cache.pop(key, None)
-    while len(cache) >= KEPT_TABLES:
-        del cache[next(iter(cache))]
-    cache[key] = value
-
-
-def _tables_of(lists, device):
-    """[(table [tensors, slots], chunks [programs, 2], aligned)]: the tensors that wide loads fit, and the others.
-
-    A row of a table is a tensor: its number of elements, and the addresses of its step, parameter, moments, gradient,
-    copy and averages. The same tensors are looked up, not copied again; what a CUDA graph captures lives on, and what
-    is made in a capture is not looked up, as it is filled at the first replay only.
-    """
-    sizes = tuple(p.numel() for p in lists[1])
-    columns = tuple(tuple(tensor.data_ptr() for tensor in tensors) or (0,) * len(sizes) for tensors in lists)
-    key = (device, sizes, columns)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    made, captured = _tables.get(key), []
-    if made is None:
-        rows = [row for row in zip(sizes, *columns, strict=True) if row[0]]
-        made = []
-        for aligned in (True, False):
-            chosen = [r for r in rows if aligned == (r[0] % 8 == 0 and all(address % 16 == 0 for address in r[2:]))]
-            if chosen:
-                counts = tuple(row[0] for row in chosen)
-                chunks = _chunks_of(counts, device, captured)
-                made.append((_to_device(torch.tensor(chosen), device, captured), chunks, aligned))
-                if not capturing:
-                    _keep(_chunks, (device, counts), chunks)
-    if capturing:
-        _captured.append((made, captured))
-    else:
-        _keep(_tables, key, made)
-    return made
+# The tables of every optimiser that lives, by the number under which its calls find them.
+_owned: weakref.WeakValueDictionary[int, _Tables] = weakref.WeakValueDictionary()
+# Those of calls of the functional form that a CUDA graph captured, until the memory that they point to is freed.
+_captured: list[tuple[StorageWeakRef, _Tables]] = []
 
 
 def _log(beta):
     return math.log(beta) if beta else -1e30
 
 
-@torch.library.custom_op("soflow::adamw_ema", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "emas", "copies"))
+@torch.library.custom_op(
+    "soflow::adamw_ema", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "emas", "low_precision")
+)
 def _adamw_ema(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    emas: list[Tensor], copies: list[Tensor], steps: list[Tensor], lr: Tensor, grad_scale: Tensor | None,
+    emas: list[Tensor], low_precision: list[Tensor], steps: list[Tensor], lr: Tensor, grad_scale: Tensor | None,
     finite: Tensor | None, ema_decays: Tensor | None, beta1: float, beta2: float, eps: float, weight_decay: float,
+    owner: int,
 ) -> None:  # fmt: skip
     n = len(params)
     averages = [emas[i : i + n] for i in range(0, len(emas), n)]
-    lists = [steps, params, exp_avgs, exp_avg_sqs, grads, copies, *averages]
-    for table, chunks, aligned in _tables_of(lists, params[0].device):
+    lists = [steps, params, exp_avgs, exp_avg_sqs, grads, low_precision, *averages]
+    tables = _owned.get(owner, _Tables())
+    for table, chunks, aligned in tables.of(lists, params[0].device):
         launch(
             _kernel, (chunks.shape[0],),
-            table, chunks, params[0], grads[0], copies[0] if copies else params[0], lr,
+            table, chunks, params[0], grads[0], low_precision[0] if low_precision else params[0], lr,
             lr if grad_scale is None else grad_scale, lr if finite is None else finite,
             lr if ema_decays is None else ema_decays,
             # 1 - beta of a float32 beta would be off by a millionth.
             beta2, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps, weight_decay,
-            SCALED=grad_scale is not None, GUARDED=finite is not None, EMAS=len(averages), COPY=bool(copies),
+            SCALED=grad_scale is not None, GUARDED=finite is not None, EMAS=len(averages), LOW=bool(low_precision),
             ALIGNED=aligned, SLOTS=table.shape[1], BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
+    if owner not in _owned and tables.captured:
+        _captured[:] = [entry for entry in _captured if not entry[0].expired()]
+        _captured.append((StorageWeakRef(params[0].untyped_storage()), tables))
 
 
 @_adamw_ema.register_fake
@@ -252,105 +309,385 @@ def _(params, *rest):
 
 @torch.no_grad()
 def adamw_ema(
-    params, grads, exp_avgs, exp_avg_sqs, steps, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-    grad_scale=None, emas=(), ema_decays=None, copies=None, finite=None,
-):  # fmt: skip
-    """One AdamW update of many tensors in place, their averages and copies included. Returns nothing.
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    grad_scale: Tensor | None = None,
+    emas: Sequence[Sequence[Tensor]] = (),
+    ema_decays: Tensor | None = None,
+    low_precision: Sequence[Tensor] | None = None,
+    finite: Tensor | None = None,
+) -> None:
+    """One AdamW update of many tensors in place, their averages and low-precision weights included.
 
-    params, exp_avgs, exp_avg_sqs: lists of float32 tensors of one device, contiguous; grads: the same shapes, float32,
-    bfloat16 or float16; steps: float32 tensors [], the number of this update, from 1; lr: float32 tensor [].
-    grad_scale: float32 tensor [] that multiplies the gradients, None: 1. emas: up to three lists like params, with the
-    decays ema_decays, float64 [emas], as 1 - d of a float32 d is off by a millionth. copies: a list of bfloat16 or
-    float16 tensors that take the new parameters. finite: bool tensor []; where it is False nothing is written.
+    params, exp_avgs, exp_avg_sqs: lists of float32 tensors of one device, dense, those of one parameter of the same
+    strides; grads: the same shapes, float32, bfloat16 or float16; steps: float32 tensors [], the number of this
+    update, from 1; lr: float32 tensor []. grad_scale: float32 tensor [] that multiplies the gradients, None: 1.
+    emas: up to three lists like params, with the decays ema_decays, float64 [emas], as 1 - d of a float32 d is off by
+    a millionth. low_precision: a list of bfloat16 or float16 tensors, the weights whose masters params are: each takes
+    the new parameter, rounded to nearest even; an element that is not the old parameter rounded was written by somebody
+    else, and is what the update starts from. finite: bool tensor []; where it is False nothing is written.
     float64 parameters take the reference.
-    Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
+    Raises ValueError naming the argument whose type, shape, dtype, layout or device is wrong.
     """
     if not isinstance(params, (list, tuple)):
         raise ValueError(f"adamw_ema: params must be a list of tensors, got {type(params).__name__}")
-    if not params:
-        return
-    wide = check_update(
-        params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, grad_scale, emas, ema_decays, copies, finite
-    )
-    settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-    if wide or not use_kernel(params[0], grads[0]):
+    if params:
+        lists = (params, grads, exp_avgs, exp_avg_sqs, steps, lr)
+        _check_update(*lists, betas, grad_scale, emas, ema_decays, low_precision, finite)
+        _update(*lists, betas, eps, weight_decay, grad_scale, emas, ema_decays, low_precision, finite, owner=0)
+
+
+def _update(
+    params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, grad_scale, emas, ema_decays,
+    low_precision, finite, owner,
+):  # fmt: skip
+    """`adamw_ema` of arguments that were checked. owner: whose tables the launch reads."""
+    grads = [_laid_out(g, p) for g, p in zip(grads, params, strict=True)]
+    if params[0].dtype == torch.float64 or not use_kernel(params[0], grads[0]):
         adamw_ema_reference(
-            params, grads, exp_avgs, exp_avg_sqs, steps, lr, **settings,
-            grad_scale=grad_scale, emas=emas, ema_decays=ema_decays, copies=copies, finite=finite,
+            params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            grad_scale=grad_scale, emas=emas, ema_decays=ema_decays, low_precision=low_precision, finite=finite,
         )  # fmt: skip
         return
     _adamw_ema(
-        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), [t for average in emas for t in average],
-        list(copies or ()), list(steps), lr, grad_scale,
+        list(params), grads, list(exp_avgs), list(exp_avg_sqs), [t for average in emas for t in average],
+        list(low_precision or ()), list(steps), lr, grad_scale,
         None if finite is None else finite.view(torch.uint8), ema_decays if emas else None,
-        float(betas[0]), float(betas[1]), float(eps), float(weight_decay),
+        float(betas[0]), float(betas[1]), float(eps), float(weight_decay), owner,
     )  # fmt: skip
 
 
-def clip_scale(norm, max_norm):
+def clip_scale(norm: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
     """(grad_scale, finite) of `adamw_ema` from a gradient norm [], float32 and bool [] on its device.
 
     What torch's clipping multiplies by, min(1, max_norm / (norm + 1e-6)), 1 for max_norm 0, which is no clipping; and
-    whether the norm, and so every gradient, is finite.
+    whether the norm, and so every gradient, is finite. norm may be a DTensor.
     """
+    if _is_dtensor(norm):
+        norm = norm.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
     finite = torch.isfinite(norm)
     scale = torch.ones_like(norm) if not max_norm else (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return scale.float(), finite
 
 
-class AdamWEMA(torch.optim.AdamW):
-    """torch's AdamW whose step is `adamw_ema`: one launch for each group, dtype of gradients and kind of copy.
+# Kinds and layouts of tensors.
 
-    Arguments, states and state_dict are AdamW's: each loads the other's. emas: up to three lists of tensors, in the
-    order of all parameters of all groups; ema_decays: as many numbers in [0, 1), later the tensor of that name; copies:
-    a list of bfloat16 or float16 tensors in that order, None where a parameter has no copy.
-    A gradient scaler unscales the gradients itself and skips the step, as for an optimiser that is not fused.
-    Raises ValueError for lists that do not fit and for AdamW's own reasons.
+
+def _loaded(module, name):
+    """The class of that name if its module was imported: nothing is an instance of it otherwise."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _is_dtensor(tensor):
+    kind = _loaded("torch.distributed.tensor", "DTensor")
+    return kind is not None and isinstance(tensor, kind)
+
+
+def _is_plain(tensor):
+    """Whether a tensor's memory is what it stands for. A fake tensor's would be."""
+    return type(tensor) in (Tensor, nn.Parameter, _loaded("torch._subclasses.fake_tensor", "FakeTensor"))
+
+
+def _local(tensor):
+    """What this process holds of a tensor."""
+    return tensor.to_local() if _is_dtensor(tensor) else tensor
+
+
+def _placement(tensor):
+    """Where the parts of a DTensor are, None of another tensor."""
+    return (tensor.device_mesh, tuple(tensor.placements)) if _is_dtensor(tensor) else None
+
+
+def _is_low(p):
+    return p.dtype in LOW_PRECISION
+
+
+def _same_layout(a, b):
+    """Whether the elements of two tensors of one shape lie in the same order in memory, both dense."""
+    if a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous()):
+        return True
+    # The stride of a dimension of one element has no meaning.
+    return a.numel() == 0 or all(x == y for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n > 1)
+
+
+def _laid_out(tensor, p):
+    """The tensor itself if its elements lie in the same order as those of p, else a copy in which they do."""
+    if _same_layout(_local(tensor), _local(p)):
+        return tensor
+    return torch.empty_like(p, dtype=tensor.dtype, memory_format=torch.preserve_format).copy_(tensor)
+
+
+def _check_update(params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, grad_scale, emas, ema_decays, low, finite):
+    """Raise ValueError naming the argument of `adamw_ema` that is wrong."""
+    wide = isinstance(params[0], Tensor) and params[0].dtype == torch.float64
+    single = (torch.float64,) if wide else (torch.float32,)
+    if not isinstance(params[0], Tensor):
+        raise ValueError(f"adamw_ema: params must be a list of tensors, got {type(params[0]).__name__} in it")
+    for name, tensors in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        _check_list(name, tensors, params, single)
+    _check_list("grads", grads, params, single if wide else GRAD_DTYPES)
+    _check_list("steps", steps, params, (torch.float32,))
+    if not isinstance(emas, (list, tuple)) or len(emas) > MAX_EMAS:
+        number = len(emas) if isinstance(emas, (list, tuple)) else type(emas).__name__
+        raise ValueError(f"adamw_ema: emas must be at most {MAX_EMAS} lists, got {number}")
+    for j, average in enumerate(emas):
+        _check_list(f"emas[{j}]", average, params, single)
+    if low is not None:
+        _check_list("low_precision", low, params, LOW_PRECISION)
+    if emas and ema_decays is None:
+        raise ValueError(f"adamw_ema: ema_decays must be a float64 tensor of shape [{len(emas)}], got NoneType")
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2 or any(not 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adamw_ema: betas must be two numbers in [0, 1), got {betas!r}")
+    if not isinstance(lr, Tensor):
+        raise ValueError(f"adamw_ema: lr must be a float32 tensor of shape [], got {type(lr).__name__}")
+    _check_numbers("lr", lr, (), params[0])
+    _check_numbers("grad_scale", grad_scale, (), params[0])
+    _check_numbers("ema_decays", ema_decays, (len(emas),), params[0], (torch.float64,))
+    _check_numbers("finite", finite, (), params[0], (torch.bool,))
+
+
+def _check_list(name, tensors, params, dtypes):
+    """Raise ValueError unless these are as many tensors as parameters, of their shapes (steps: []) and one dtype."""
+    if not isinstance(tensors, (list, tuple)) or len(tensors) != len(params):
+        number = len(tensors) if isinstance(tensors, (list, tuple)) else type(tensors).__name__
+        raise ValueError(f"adamw_ema: {name} must be a list of {len(params)} tensors, got {number}")
+    for i, (tensor, p) in enumerate(zip(tensors, params, strict=True)):
+        _check_tensor("adamw_ema", f"{name}[{i}]", tensor, None if name == "steps" else p, dtypes)
+        if tensor.dtype != tensors[0].dtype:
+            raise ValueError(f"adamw_ema: {name}[{i}] must be {tensors[0].dtype}, all alike, got {tensor.dtype}")
+        if tensor.device != params[0].device:
+            raise ValueError(f"adamw_ema: {name}[{i}] must be on {params[0].device}, got {tensor.device}")
+        # Gradients are copied to the order of the parameters.
+        if name not in ("grads", "steps") and not _same_layout(tensor, p):
+            raise ValueError(f"adamw_ema: {name}[{i}] must have the strides {p.stride()}, got {tensor.stride()}")
+
+
+def _check_tensor(op, name, tensor, like, dtypes):
+    """Raise ValueError unless this is a tensor of the shape of `like` (None: []), of one of the dtypes, and dense."""
+    shape = torch.Size([]) if like is None else like.shape
+    if not isinstance(tensor, Tensor) or tensor.shape != shape:
+        got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{op}: {name} must be a tensor of shape {list(shape)}, got {got}")
+    if not _is_plain(tensor) or tensor.layout != torch.strided:
+        kind = type(tensor).__name__ if not _is_plain(tensor) else tensor.layout
+        raise ValueError(f"{op}: {name} must be a plain tensor, got {kind}")
+    if tensor.dtype not in dtypes:
+        known = ", ".join(str(dtype)[6:] for dtype in dtypes)
+        raise ValueError(f"{op}: {name} must be {known}, got {tensor.dtype}")
+    dense = tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
+    if name.startswith("params") and not dense:
+        raise ValueError(f"{op}: {name} must be dense, got strides {tensor.stride()} of {list(shape)}")
+
+
+def _check_numbers(name, value, shape, like, dtypes=(torch.float32,)):
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype not in dtypes:
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"adamw_ema: {name} must be a {str(dtypes[0])[6:]} tensor of shape {list(shape)}, got {got}")
+    if not _is_plain(value):
+        raise ValueError(f"adamw_ema: {name} must be a plain tensor, got {type(value).__name__}")
+    if value.device != like.device:
+        raise ValueError(f"adamw_ema: {name} must be on {like.device}, got {value.device}")
+
+
+class _Uncast:
+    """A tensor that torch's loader does not cast to its parameter's dtype."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def _uncast(optimizer, state_dict):
+    """The state_dict with the states of low-precision parameters, which are float32, kept from the cast."""
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = dict(zip(saved, optimizer._everything(), strict=False))
+    state = {}
+    for index, entry in state_dict["state"].items():
+        if index in params and _is_low(params[index]):
+            entry = {key: v if key == "step" or not isinstance(v, Tensor) else _Uncast(v) for key, v in entry.items()}
+        state[index] = entry
+    return {**state_dict, "state": state}
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """torch's AdamW whose step is `adamw_ema`: one launch for each group and dtypes of parameters and gradients.
+
+    params: what the model multiplies with, float32, float64, bfloat16 or float16. A low-precision parameter has a
+    float32 master, `state[p]["master"]`: a step updates the master and writes it, rounded to nearest even, into the
+    parameter. The parameter is the truth: what somebody writes into it between two steps, its next step starts from.
+    emas: up to three lists of float32 tensors, in the order of all parameters of all groups; ema_decays: as many
+    numbers in [0, 1), later the tensor of that name. masters: float32 tensors in that order, taken as they are; None
+    for a parameter that is its own master, and for a low-precision one whose master is to be made from it.
+
+    Where a parameter is of low precision, the states of all that require a gradient are made at once, as a state_dict
+    must hold the masters. It is torch's AdamW's otherwise, and each loads the other's; moments and masters stay
+    float32. Loading writes no parameter. So a model and its optimiser resume exactly, whichever is loaded first: each
+    parameter is its master rounded once both are. Where a state_dict has no masters (torch's), they are made from the
+    parameters. Masters that were there stay the same tensors.
+
+    Parameters may be dense without being contiguous (channels_last). DTensors are updated where they lie; gradients,
+    averages and masters must be placed alike. A gradient scaler unscales the gradients itself and skips the step, as
+    for an optimiser that is not fused. A CUDA graph that captured a step must not outlive the optimiser.
+    Raises ValueError for lists that do not fit, for other subclasses of tensors, and for AdamW's own reasons.
     """
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, emas=(), ema_decays=(), copies=None
-    ):
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        emas: Sequence[Sequence[Tensor]] = (),
+        ema_decays: Sequence[float] = (),
+        masters: Sequence[Tensor | None] | None = None,
+    ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-        everything = [p for group in self.param_groups for p in group["params"]]
+        everything = self._everything()
         if len(emas) != len(ema_decays) or len(emas) > MAX_EMAS:
             raise ValueError(f"AdamWEMA: emas must be at most {MAX_EMAS} lists and as many decays, got {len(emas)}")
         if any(not 0 <= decay < 1 for decay in ema_decays):
             raise ValueError(f"AdamWEMA: ema_decays must be in [0, 1), got {tuple(ema_decays)}")
-        for name, tensors in [("emas", average) for average in emas] + ([] if copies is None else [("copies", copies)]):
-            if len(tensors) != len(everything):
-                raise ValueError(f"AdamWEMA: {name} must hold {len(everything)} tensors, got {len(tensors)}")
-            for p, t in zip(everything, tensors, strict=True):
-                if t is not None and t.shape != p.shape:
-                    raise ValueError(
-                        f"AdamWEMA: {name} must have the parameters' shapes, got {list(t.shape)} for {list(p.shape)}"
-                    )
+        for j, average in enumerate(emas):
+            self._check_like(f"emas[{j}]", average)
+        if masters is not None:
+            self._check_like("masters", masters, may_be_none=True)
         device = everything[0].device
         self.ema_decays = torch.tensor([float(d) for d in ema_decays], dtype=torch.float64, device=device)
-        self._emas = [{p: t for p, t in zip(everything, average, strict=True)} for average in emas]
-        self._copies = None if copies is None else dict(zip(everything, copies, strict=True))
+        self._emas = [dict(zip(everything, average, strict=True)) for average in emas]
         self._lr = torch.zeros((), dtype=torch.float32, device=device)
         # torch's fused AdamW reads the scale that a gradient scaler sets as its attribute; this step does not.
         self._step_supports_amp_scaling = False
+        self._own_tables()
+        for p, master in zip(everything, masters or (), strict=bool(masters)):
+            if master is not None and master is not p:
+                self.state[p]["master"] = master
+        self._make_states()
+
+    def _everything(self) -> list[Any]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _own_tables(self):
+        self._tables = _Tables()
+        _owned[id(self._tables)] = self._tables
+
+    @torch.no_grad()
+    def _check_like(self, name, tensors, may_be_none=False):
+        """Raise ValueError unless these tensors lie beside the parameters, in the dtype of their masters."""
+        everything = self._everything()
+        if not isinstance(tensors, (list, tuple)) or len(tensors) != len(everything):
+            number = len(tensors) if isinstance(tensors, (list, tuple)) else type(tensors).__name__
+            raise ValueError(f"AdamWEMA: {name} must hold {len(everything)} tensors, got {number}")
+        for i, (p, t) in enumerate(zip(everything, tensors, strict=True)):
+            if may_be_none and (t is None or t is p):
+                continue
+            if may_be_none and not _is_low(p):
+                raise ValueError(f"AdamWEMA: {name}[{i}] must be None: the parameter is {p.dtype}, its own master")
+            if isinstance(t, Tensor) and t.shape != p.shape:
+                raise ValueError(
+                    f"AdamWEMA: {name} must have the parameters' shapes, got {list(t.shape)} for {list(p.shape)}"
+                )
+            if _placement(t) != _placement(p):
+                raise ValueError(f"AdamWEMA: {name}[{i}] must be placed as its parameter, {_where(p)}, got {_where(t)}")
+            t, p = _local(t), _local(p)
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            _check_tensor("AdamWEMA", f"{name}[{i}]", t, p, (dtype,))
+            if t.device != p.device:
+                raise ValueError(f"AdamWEMA: {name}[{i}] must be on {p.device}, got {t.device}")
+            if not _same_layout(t, p):
+                raise ValueError(f"AdamWEMA: {name}[{i}] must have the strides {p.stride()}, got {t.stride()}")
 
     def __getstate__(self):
         """For deepcopy and pickle, to which torch gives its own three attributes only."""
-        own = {name: getattr(self, name) for name in ("ema_decays", "_emas", "_copies", "_lr")}
+        own = {name: getattr(self, name) for name in ("ema_decays", "_emas", "_lr")}
         return {**super().__getstate__(), **own, "_step_supports_amp_scaling": False}
 
-    def add_param_group(self, param_group):
-        """torch's; refused where there are averages or copies, which would lack the new parameters."""
-        if getattr(self, "_emas", ()) or getattr(self, "_copies", None) is not None:
-            raise ValueError("AdamWEMA: no group can be added: it has no averages or copies")
+    def __setstate__(self, state):
+        """torch's, for a copy (which has no tables yet) and for a state_dict that was loaded."""
+        copied = "_tables" not in self.__dict__
+        before = {} if copied else dict(self.state)
+        super().__setstate__(state)
+        if copied:
+            self._own_tables()
+        else:
+            self._settle_loaded(before)
+
+    @torch.no_grad()
+    def _settle_loaded(self, before):
+        """Loaded states in float32, masters in the tensors that were there; without masters they are the parameters."""
+        for p in self._everything():
+            entry = self.state.get(p)
+            if not _is_low(p):
+                if entry is not None:
+                    entry.pop("master", None)
+                continue
+            for key, value in (entry or {}).items():
+                if isinstance(value, _Uncast):
+                    self.state[p][key] = value.value.to(device=p.device, dtype=torch.float32)
+            kept = before.get(p, {}).get("master")
+            if kept is not None:
+                kept.copy_(self.state[p].get("master", p))
+                self.state[p]["master"] = kept
+        self._make_states()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's; refused where there are averages, which would lack the new parameters."""
+        if getattr(self, "_emas", ()):
+            raise ValueError("AdamWEMA: no group can be added: it has no averages")
         unwrap(torch.optim.AdamW.add_param_group)(self, param_group)
+        for i, p in enumerate(self.param_groups[-1]["params"]):
+            if not (_is_plain(p) or _is_dtensor(p)):
+                raise ValueError(f"AdamWEMA: params[{i}] must be a plain tensor or a DTensor, got {type(p).__name__}")
+            with torch.no_grad():
+                _check_tensor("AdamWEMA", f"params[{i}]", _local(p), _local(p), (*GRAD_DTYPES, torch.float64))
+        if hasattr(self, "_tables"):
+            self._make_states()
 
     # torch wraps these for its compiler to leave them alone, and the wrapper imports the compiler, which takes seconds.
     state_dict = unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = unwrap(torch.optim.AdamW.load_state_dict)
     zero_grad = unwrap(torch.optim.AdamW.zero_grad)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's; see the class for what becomes of the masters."""
+        handle = self.register_load_state_dict_pre_hook(_uncast)  # the last one, after the user's
+        try:
+            unwrap(torch.optim.AdamW.load_state_dict)(self, state_dict)
+        finally:
+            handle.remove()
+
+    @property
     @torch.no_grad()
-    def step(self, closure=None, *, grad_scale=None, finite=None):
+    def masters(self) -> list[Tensor]:
+        """The float32 weight behind every parameter, in order; the parameter itself where it has no other.
+
+        What was written into a low-precision parameter since the last step is taken into its master first. After
+        load_state_dict, load the model too before this is read: a loaded master is lost where its parameter differs.
+        """
+        found = []
+        for p in self._everything():
+            found.append(self._state(p)["master"] if _is_low(p) else p)
+            if _is_low(p):
+                carry_on(_local(found[-1]), _local(p))
+        return found
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        finite: Tensor | None = None,
+    ) -> Any:
         """One update, see `adamw_ema` and `clip_scale`. Parameters without a gradient stay, as do their averages."""
         loss = None
         if closure is not None:
@@ -362,52 +699,72 @@ class AdamWEMA(torch.optim.AdamW):
             kinds = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    copied = self._copies is not None and self._copies[p] is not None
-                    kinds.setdefault((p.grad.dtype, copied), []).append(p)
-            for (_, copied), chosen in kinds.items():
-                self._step(group, chosen, copied, grad_scale, finite)
+                    kinds.setdefault((p.grad.dtype, p.dtype), []).append(p)
+            for chosen in kinds.values():
+                self._step(group, chosen, grad_scale, finite)
         return loss
 
-    def _step(self, group, params, copied, grad_scale, finite):
+    def _step(self, group, params, grad_scale, finite):
+        for p in params:
+            if _placement(p.grad) != _placement(p):
+                raise ValueError(f"AdamWEMA: a gradient must be placed as its parameter, {_where(p)}: {_where(p.grad)}")
         states = [self._state(p) for p in params]
         lr = group["lr"]
         if isinstance(lr, Tensor):
             lr = lr.reshape(()).to(self._lr, non_blocking=True)
         else:
             lr = self._lr.fill_(lr)
-        lists = [[p.grad for p in params], *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))]
-        others = {
-            "betas": group["betas"],
-            "grad_scale": grad_scale,
-            "emas": [[average[p] for p in params] for average in self._emas],
-            "ema_decays": self.ema_decays,
-            "copies": [self._copies[p] for p in params] if copied and self._copies is not None else None,
-            "finite": finite,
-        }
-        check_update(params, *lists, lr, **others)  # before the steps are counted
-        steps = lists[-1]
+        low = _is_low(params[0])
+        weights = [_local(s["master"] if low else p) for s, p in zip(states, params, strict=True)]
+        grads = [_local(p.grad) for p in params]
+        moments = [[_local(s[key]) for s in states] for key in ("exp_avg", "exp_avg_sq")]
+        steps = [s["step"] for s in states]
+        emas = [[_local(average[p]) for p in params] for average in self._emas]
+        lists = (weights, grads, *moments, steps, lr)
+        low_precision = [_local(p) for p in params] if low else None
+        rest = (grad_scale, emas, self.ema_decays, low_precision, finite)
+        _check_update(*lists, group["betas"], *rest)  # before the steps are counted
         torch._foreach_add_(steps, 1 if finite is None else [finite.float()] * len(steps))
-        adamw_ema(params, *lists, lr, eps=group["eps"], weight_decay=group["weight_decay"], **others)
+        _update(*lists, group["betas"], group["eps"], group["weight_decay"], *rest, owner=id(self._tables))
+
+    @torch.no_grad()
+    def _make_states(self):
+        everything = self._everything()
+        for p in everything if any(map(_is_low, everything)) else ():
+            if p.requires_grad or "master" in self.state.get(p, ()):
+                self._state(p)
 
     def _state(self, p):
+        """The whole state of a parameter, its elements in the parameter's order."""
         state = self.state[p]
-        if not state:
+        if _is_low(p) and "master" not in state:
+            state["master"] = p.detach().float()
+        if "step" not in state:
+            weight = state.get("master", p)
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         elif state["step"].device != p.device:  # as torch keeps it unless its own fused kernel runs
             state["step"] = state["step"].to(p.device)
+        for key in ("exp_avg", "exp_avg_sq", "master"):
+            if key in state:
+                state[key] = _laid_out(state[key], p)
         return state
 
 
+def _where(tensor):
+    """The placement of a tensor in words."""
+    return f"a DTensor by {tensor.placements}" if _is_dtensor(tensor) else f"a {type(tensor).__name__}"
+
+
 def inspect_cases():
-    """(label, call): with and without averages, copies and scale, for `python -m soflow_kernels.inspect`."""
+    """(label, call): with and without averages, low precision and scale, for `python -m soflow_kernels.inspect`."""
     for grad in (torch.float32, torch.bfloat16):
-        for averages, copies in ((0, False), (1, False), (1, True), (3, True)):
+        for averages, low in ((0, False), (1, False), (1, True), (3, True)):
             p, g = torch.zeros(4096), torch.zeros(4096, dtype=grad)
             one, decays = torch.zeros(()), torch.zeros(averages, dtype=torch.float64) if averages else None
             call = partial(
-                _adamw_ema, [p], [g], [p], [p], [p] * averages, [p.bfloat16()] * copies, [one], one, one,
-                torch.ones((), dtype=torch.uint8), decays, 0.9, 0.99, 1e-8, 0.0,
+                _adamw_ema, [p], [g], [p], [p], [p] * averages, [p.bfloat16()] * low, [one], one, one,
+                torch.ones((), dtype=torch.uint8), decays, 0.9, 0.99, 1e-8, 0.0, 0,
             )  # fmt: skip
-            size = f"{averages} averages{', copy' * copies}, {str(grad)[6:]} gradients"
+            size = f"{averages} averages{', bfloat16 weights' * low}, {str(grad)[6:]} gradients"
             yield f"adamw_ema {size}", call

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, on_gpu, tl, use_kernel
 from soflow_kernels._reduce import finish
 
 # Tiles of 128 columns, a divisor of every usual width, and 16 rows: with 4 warps a thread has two 16-byte bf16 loads.
@@ -197,7 +197,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not use_kernel(x, weight, bias):
         return linear_gelu_reference(x, weight, bias)
     epilogue = (
-        x.is_cuda
+        on_gpu(x)
         and torch.version.hip is None
         and x.dtype == weight.dtype == bias.dtype
         and not torch.is_autocast_enabled(x.device.type)

@@ -16,6 +16,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -23,27 +25,31 @@ from soflow_kernels import (
     _dispatch,
     adaln,
     adamw,
-    consistency,
-    flow_matching,
     gated_residual,
     gelu,
-    increment,
-    increment_attention,
     lookahead,
+    losses,
     time_embedding,
 )
+from soflow_kernels.increment import adaln as increment_adaln
+from soflow_kernels.increment import attention as increment_attention
+from soflow_kernels.increment import gelu as increment_gelu
+from soflow_kernels.increment import silu as increment_silu
+from soflow_kernels.increment import time_embedding as increment_time_embedding
 from soflow_kernels.version import __version__
 
 MODULES = (
     adaln,
     adamw,
-    consistency,
-    flow_matching,
     gated_residual,
     gelu,
-    increment,
+    increment_adaln,
     increment_attention,
+    increment_gelu,
+    increment_silu,
+    increment_time_embedding,
     lookahead,
+    losses,
     time_embedding,
 )
 POINTERS = {
@@ -55,6 +61,8 @@ POINTERS = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
+Launch = tuple[Any, Sequence[Any], dict[str, Any]]
+"""A kernel, its arguments and its options."""
 COLUMNS = ("case", "kernel", "arch", "warps", "registers", "spill", "shared", "widest", "narrowest", "problem")
 
 
@@ -62,7 +70,7 @@ class Failed(Exception):
     """The inspection cannot run, or found a problem."""
 
 
-def specialise(kernel, args, options):
+def specialise(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> tuple[dict, dict, dict, dict]:
     """(signature, constants, attributes, settings) of a recorded launch, as a launch makes them: the compiler knows
     integers that are 1, tensors that are not given, and which integers and addresses are multiples of 16."""
     settings = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
@@ -83,7 +91,7 @@ def specialise(kernel, args, options):
     return signature, constants, attributes, settings
 
 
-def compile_launch(kernel, args, options, arch):
+def compile_launch(kernel: Any, args: Sequence[Any], options: dict[str, Any], arch: int) -> Any:
     """The compiled kernel of a recorded launch."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -94,7 +102,7 @@ def compile_launch(kernel, args, options, arch):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
 
 
-def resources(cubin):
+def resources(cubin: bytes) -> tuple[int, int]:
     """(registers a thread, spilled bytes a thread), from the machine code's own record."""
     import triton
 
@@ -111,7 +119,7 @@ def resources(cubin):
     return int(found[1]), int(found[2])
 
 
-def load_widths(ptx):
+def load_widths(ptx: str) -> collections.Counter[int]:
     """{bytes: number of load instructions}, asynchronous copies included."""
     widths = collections.Counter()
     for vector, bits in re.findall(r"\bld\.global(?:\.L\w+::\w+|\.nc|\.relaxed|\.gpu)*(?:\.v(\d))?\.[bfsu](\d+)", ptx):
@@ -121,7 +129,7 @@ def load_widths(ptx):
     return widths
 
 
-def forced_narrow(ttgir, warps):
+def forced_narrow(ttgir: str, warps: int) -> int:
     """How many loads narrower than 16 bytes the shapes of the loaded tensors make unavoidable."""
     sizes = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "i32": 4, "i64": 8, "i8": 1, "u8": 1, "i1": 1}
     count = 0
@@ -135,7 +143,7 @@ def forced_narrow(ttgir, warps):
     return count
 
 
-def inspect_launch(case, launch, arch):
+def inspect_launch(case: str, launch: Launch, arch: int) -> dict[str, Any]:
     """One row of the table."""
     kernel, args, options = launch
     compiled = compile_launch(kernel, args, options, arch)
@@ -148,14 +156,14 @@ def inspect_launch(case, launch, arch):
         problems.append("spills")
     if narrow > forced_narrow(compiled.asm["ttgir"], warps):
         problems.append("narrow loads")
-    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+    name = f"{kernel.fn.__module__.removeprefix('soflow_kernels.')}.{kernel.fn.__name__}"
     shared = compiled.metadata.shared
     row = (case, name, arch, warps, registers, spill, shared, max(widths), min(widths), ", ".join(problems))
     return dict(zip(COLUMNS, row, strict=True))
 
 
-def inspect_all(arches, only=""):
-    """The rows for every case whose label contains `only`; launches that compile to the same code come once."""
+def inspect_all(arches: Iterable[int], only: str = "") -> Iterator[dict[str, Any]]:
+    """The rows for cases whose module or label contains `only`; launches that compile to the same code come once."""
     if _dispatch.triton is None:
         raise Failed("triton is not installed")
     if _dispatch.INTERPRETED:
@@ -163,7 +171,7 @@ def inspect_all(arches, only=""):
     seen = set()
     for module in MODULES:
         for case, call in module.inspect_cases():
-            if only not in case:
+            if only not in f"{module.__name__.rpartition('.')[2]} {case}":
                 continue
             with _dispatch.recording() as launches:
                 call()
@@ -174,11 +182,13 @@ def inspect_all(arches, only=""):
                     yield from (inspect_launch(case, launch, arch) for arch in arches)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     what = "Compile every kernel ahead of time and read what came out. Needs no GPU."
     parser = argparse.ArgumentParser(prog="python -m soflow_kernels.inspect", description=what)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities (80 90 100)")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="only the cases whose label contains this")
+    parser.add_argument(
+        "--only", default="", metavar="SUBSTRING", help="only cases whose module or label contains this"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the table there")
     options = parser.parse_args(argv)
     # The reason alone, without the path through this file: an uncaught exception is exit code 1.

@@ -15,6 +15,7 @@ buffers and the keys of the state_dict stay as they are.
 import functools
 import inspect
 import math
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from torch import nn
 from soflow_kernels.adaln import gate_residual_layernorm_modulate, layernorm_modulate
 from soflow_kernels.gated_residual import gate_residual
 from soflow_kernels.gelu import linear_gelu
+
+Model = TypeVar("Model", bound=nn.Module)
 
 TOKENS = 16
 """Of the input on which a block is compared before and after, where the model does not say how many it takes."""
@@ -49,13 +52,20 @@ def _mlp(mlp, h):
 
 def _rows(x, m):
     """Tokens and modulations of as many samples each; one row of either serves all."""
-    if len(x) == len(m):
+    samples, rows = x.shape[0], m.shape[0]  # len() would fix a batch of any size, for torch.export
+    if samples == rows:
         return x, m
-    return (x, m.expand(len(x), -1)) if len(m) == 1 else (x.expand(len(m), -1, -1), m)
+    return (x, m.expand(samples, -1)) if rows == 1 else (x.expand(rows, -1, -1), m)
+
+
+def _fusable(*norms):
+    """Whether these norms, which the kernels compute, are still plain, and nobody watches their calls."""
+    return all(type(m) is nn.LayerNorm and not m.elementwise_affine and _unwatched(m) for m in norms)
 
 
 def _block(self, x, c):
-    if x.dim() != 3 or c.dim() != 2:  # a condition for every token, say
+    # A condition for every token, say.
+    if x.dim() != 3 or c.dim() != 2 or not _fusable(self.norm1, self.norm2):
         return self._soflow_base.forward(self, x, c)
     x, modulation = _rows(x, self.adaLN_modulation(c))
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
@@ -65,7 +75,7 @@ def _block(self, x, c):
 
 
 def _final(self, x, c):
-    if x.dim() != 3 or c.dim() != 2:
+    if x.dim() != 3 or c.dim() != 2 or not _fusable(self.norm_final):
         return self._soflow_base.forward(self, x, c)
     x, modulation = _rows(x, self.adaLN_modulation(c))
     shift, scale = modulation.chunk(2, dim=1)
@@ -77,7 +87,8 @@ def _diffusers_block(
     cross_attention_kwargs=None, class_labels=None, added_cond_kwargs=None,
 ):  # fmt: skip
     x, options = hidden_states, dict(cross_attention_kwargs or {})
-    if self._chunk_size is not None or "gligen" in options or x.dim() != 3:
+    plain = _fusable(self.norm1.norm, self.norm3) and _unwatched(self.norm1)
+    if self._chunk_size is not None or "gligen" in options or x.dim() != 3 or not plain:
         return self._soflow_base.forward(
             self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
             cross_attention_kwargs, class_labels, added_cond_kwargs,
@@ -311,14 +322,14 @@ def _compare(module, kind, width, tokens):
         raise _Mismatch(why)
 
 
-def patch_dit(model):
+def patch_dit(model: Model) -> Model:
     """Put the kernels into the blocks of somebody else's DiT, in place; returns the model.
 
     model: a torch.nn.Module with blocks of the forms in the module's docstring, anywhere inside. Their parameters, and
     the keys of the state_dict, do not change; outputs and gradients are the same within rounding. Every
     block is run on a small input before and after, which must agree: so patch a model before it is wrapped, sharded or
-    compiled, on a device that computes. Patching again changes nothing. The norms are no longer called as modules, and
-    hooks on them no longer run.
+    compiled, on a device that computes. Patching again changes nothing. A block whose norm somebody hooks or replaces
+    runs its own forward, and so does an MLP; other layers are called as they are: a LoRA keeps its effect.
     Raises ValueError, and changes nothing, if there is no such block, or one that looks like it but is of another form:
     its place, its class and what differs are named.
     """

@@ -4,12 +4,13 @@ import contextlib
 
 import torch
 
-from soflow_kernels._dispatch import INTERPRETED, mode, triton
+from soflow_kernels._dispatch import INTERPRETED, as_on_gpu, mode, triton
 
 __all__ = [
     "INTERPRETED",
     "LAYOUTS",
     "SHAPES",
+    "as_on_gpu",
     "assert_matches",
     "device",
     "grads",

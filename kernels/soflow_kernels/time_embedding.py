@@ -11,21 +11,22 @@ weights side by side, and one product with them; both b2, the label's row and Si
 sums of d(c) over each label and over all samples, in a fixed order. With B = 256 and H = D = 1152 in bf16 the weights
 are 6.5 MB and an activation is 0.6 MB: what counts is the number of launches.
 
-phi: w_i is within 1 ulp, by 2^x with an exponent split into an exact and a small part. The angle is reduced to
-[-pi/4, pi/4] with pi/2 in three parts (Cody & Waite 1980), whose first two products are exact up to an angle of 12 800,
-and Taylor polynomials follow: within 1.1e-7 of float64 for u in [0, 1], and 1e-7 |u| beyond, as good as float32 can say
-u w_i.
+phi: w_i is within 1 ulp, by 2^x with an exponent split into an exact and a small part; sine and cosine are within
+1.1e-7 of float64 for u in [0, 1], and 1e-7 |u| beyond, as good as float32 can say u w_i, up to |u| = 12 800: times
+scaled by 1000, as in other trainers, are well within.
 """
 
 import itertools
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_plain, check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._math import exp2, sincos
 from soflow_kernels._reduce import finish
 
 COLUMNS = 128
@@ -36,9 +37,14 @@ LABEL_TILE = 32
 MAX_FREQUENCIES = 8192
 """F of the kernel: below it, the exponents of w_i are products of two 12-bit numbers."""
 MAX_PERIOD = 1e30
+Weights = Sequence[Tensor]
+"""(W1, b1, W2, b2) of one embedder."""
 
 
-def dual_time_embedding_reference(t, s, y, t_weights, s_weights, table, *, max_period=10_000.0):
+def dual_time_embedding_reference(
+    t: Tensor, s: Tensor, y: Tensor | None, t_weights: Weights, s_weights: Weights, table: Tensor, *,
+    max_period: float = 10_000.0,
+) -> Tensor:  # fmt: skip
     """`dual_time_embedding` in plain PyTorch: any device and dtype, any order of differentiation."""
     wide = torch.float64 if torch.float64 in (t.dtype, s.dtype, table.dtype, t_weights[0].dtype) else torch.float32
     t, s = t.to(wide), s.to(wide)
@@ -58,36 +64,20 @@ def _embed(u, W1, b1, W2, b2, max_period):
 
 @jit
 def frequency(i, step, step_rest):
-    """2^(-i (step + step_rest)) for i below 2^12 and a step of 12 bits, so that i step is exact."""
-    exponent = i * step
-    n = tl.floor(exponent + 0.5)
-    r = (n - exponent) - i * step_rest  # in [-0.51, 0.51]: 2^r by the series of exp(r ln 2)
-    poly = 1.5252733804059840e-05 + r * 1.3215486790144307e-06
-    poly = 1.5403530393381610e-04 + r * poly
-    poly = 1.3333558146428443e-03 + r * poly
-    poly = 9.6181291076284770e-03 + r * poly
-    poly = 5.5504108664821580e-02 + r * poly
-    poly = 2.4022650695910072e-01 + r * poly
-    poly = 6.9314718055994530e-01 + r * poly
-    return (1 + r * poly) * ((127 - n.to(tl.int32)) << 23).to(tl.float32, bitcast=True)
+    """w_i = 2^(-i (step + step_rest)) for i below 2^12 and a step of 12 bits, so that i step is exact."""
+    return exp2(-i * step, -i * step_rest)
+
+
+# The kernels. A program does a tile: ROWS samples `rows` of B, and COLUMNS `cols` (or frequencies i) of HALF, H or D;
+# a row of tiles has `blocks` of them. Names with t and s belong to the embedders of t and of t - s; a name like x_b is
+# the stride of a pointer from one sample to the next.
 
 
 @jit
-def cos_sin(a):
-    k = tl.floor(a * 0.6366197723675814 + 0.5)
-    # pi/2 = 201 2^-7 + 2029 2^-22 + the rest
-    r = a - k * 1.5703125 - k * 0.00048375129699707031 - k * 7.549789948768648e-08
-    r = tl.where(tl.abs(r) > 1, 0.0, r)  # past 1e6 or so float32 holds no angle; keep phi in [-1, 1] all the same
-    y = r * r
-    sin = r + r * (y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880)))))
-    cos = 1 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320 + y * (-1 / 3628800)))))
-    quadrant = k - 4 * tl.floor(0.25 * k)
-    odd = (quadrant == 1) | (quadrant == 3)
-    turned_cos = tl.where(odd, sin, cos)
-    turned_sin = tl.where(odd, cos, sin)
-    cos = tl.where((quadrant == 1) | (quadrant == 2), -turned_cos, turned_cos)
-    sin = tl.where(quadrant >= 2, -turned_sin, turned_sin)
-    return cos, sin
+def _store_sinusoids(angle, at, mask, HALF: tl.constexpr):
+    sin, cos = sincos(angle)
+    tl.store(at, cos, mask=mask)
+    tl.store(at + HALF, sin, mask=mask)
 
 
 @jit
@@ -102,14 +92,8 @@ def _sinusoids_kernel(
     w = frequency(i.to(tl.float32), step, step_rest)
     t = tl.load(t_ptr + rows * t_b, mask=rows < B, other=0.0).to(tl.float32)
     s = tl.load(s_ptr + rows * s_b, mask=rows < B, other=0.0).to(tl.float32)
-    out_row = out_ptr + rows * (2 * HALF)
-    cos, sin = cos_sin(t * w)
-    tl.store(out_row + i, cos, mask=mask)
-    tl.store(out_row + HALF + i, sin, mask=mask)
-    out_row = out_ptr + (rows + B) * (2 * HALF)
-    cos, sin = cos_sin((t - s) * w)
-    tl.store(out_row + i, cos, mask=mask)
-    tl.store(out_row + HALF + i, sin, mask=mask)
+    _store_sinusoids(t * w, out_ptr + rows * (2 * HALF) + i, mask, HALF)
+    _store_sinusoids((t - s) * w, out_ptr + (rows + B) * (2 * HALF) + i, mask, HALF)
 
 
 @jit
@@ -127,6 +111,12 @@ def _silu_slope(u):
 
 
 @jit
+def _biased(row_ptr, bias_ptr, cols, mask, H: tl.constexpr):
+    bias = tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+    return tl.load(row_ptr + cols, mask=mask, other=0.0).to(tl.float32) + bias
+
+
+@jit
 def _hidden_kernel(
     ht_ptr, hs_ptr, bt_ptr, bs_ptr, out_ptr, ht_b, hs_b, B, blocks,
     H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -135,12 +125,9 @@ def _hidden_kernel(
     rows = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (rows < B) & (cols < H)
-    bias = tl.load(bt_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
-    u = tl.load(ht_ptr + rows * ht_b + cols, mask=mask, other=0.0).to(tl.float32) + bias
-    tl.store(out_ptr + rows * (2 * H) + cols, _silu(u), mask=mask)
-    bias = tl.load(bs_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
-    u = tl.load(hs_ptr + rows * hs_b + cols, mask=mask, other=0.0).to(tl.float32) + bias
-    tl.store(out_ptr + rows * (2 * H) + H + cols, _silu(u), mask=mask)
+    at = out_ptr + rows * (2 * H) + cols
+    tl.store(at, _silu(_biased(ht_ptr + rows * ht_b, bt_ptr, cols, mask, H)), mask=mask)
+    tl.store(at + H, _silu(_biased(hs_ptr + rows * hs_b, bs_ptr, cols, mask, H)), mask=mask)
 
 
 @jit
@@ -148,20 +135,20 @@ def _hidden_backward_kernel(
     dout_ptr, ht_ptr, hs_ptr, bt_ptr, bs_ptr, dht_ptr, dhs_ptr, partial_ptr, dout_b, ht_b, hs_b, B, blocks, plane,
     H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """dh of both embedders, [B, H], and its sums over the ROWS samples of chunk after chunk, [2, chunks, H] float32:
+    `plane` is chunks H, from the sums of one embedder to those of the other."""
     program = tl.program_id(0).to(tl.int64)
     chunk = program // blocks
     rows = chunk * ROWS + tl.arange(0, ROWS)[:, None]
     cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (rows < B) & (cols < H)
     at = partial_ptr + chunk * H + cols
-    bias = tl.load(bt_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
-    u = tl.load(ht_ptr + rows * ht_b + cols, mask=mask, other=0.0).to(tl.float32) + bias
+    u = _biased(ht_ptr + rows * ht_b, bt_ptr, cols, mask, H)
     dout = tl.load(dout_ptr + rows * dout_b + cols, mask=mask, other=0.0).to(tl.float32)
     dh = dout * _silu_slope(u)
     tl.store(dht_ptr + rows * H + cols, dh, mask=mask)
     tl.store(at, tl.sum(dh, axis=0)[None, :], mask=cols < H)
-    bias = tl.load(bs_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
-    u = tl.load(hs_ptr + rows * hs_b + cols, mask=mask, other=0.0).to(tl.float32) + bias
+    u = _biased(hs_ptr + rows * hs_b, bs_ptr, cols, mask, H)
     dout = tl.load(dout_ptr + rows * dout_b + H + cols, mask=mask, other=0.0).to(tl.float32)
     dh = dout * _silu_slope(u)
     tl.store(dhs_ptr + rows * H + cols, dh, mask=mask)
@@ -169,12 +156,18 @@ def _hidden_backward_kernel(
 
 
 @jit
-def _sum_of_three(
-    x_ptr, bt_ptr, bs_ptr, table_ptr, y_ptr, x_b, table_v, y_b, B, V, first, cols,
-    D: tl.constexpr, HAS_Y: tl.constexpr, ROWS: tl.constexpr,
+def _tail_kernel(
+    x_ptr, bt_ptr, bs_ptr, table_ptr, y_ptr, dout_ptr, out_ptr, x_b, table_v, y_b, dout_b, B, V, blocks,
+    D: tl.constexpr, HAS_Y: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """c. A label outside the table reads nothing and makes its row NaN. Without labels `table_ptr` is the null row."""
+    """SiLU(c), or d(c). x: the products, [B, D]; table: V rows with stride table_v, without labels the null row alone.
+
+    A label outside the table reads nothing and makes its row NaN.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    first = (program // blocks) * ROWS
     rows = first + tl.arange(0, ROWS)[:, None]
+    cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (rows < B) & (cols < D)
     c = tl.load(x_ptr + rows * x_b + cols, mask=mask, other=0.0).to(tl.float32)
     c += tl.load(bt_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
@@ -186,21 +179,6 @@ def _sum_of_three(
         c += tl.load(table_ptr + label * table_v + cols, mask=mask & known, other=float("nan")).to(tl.float32)
     else:
         c += tl.load(table_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
-    return c
-
-
-@jit
-def _tail_kernel(
-    x_ptr, bt_ptr, bs_ptr, table_ptr, y_ptr, dout_ptr, out_ptr, x_b, table_v, y_b, dout_b, B, V, blocks,
-    D: tl.constexpr, HAS_Y: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """SiLU(c), or d(c)."""
-    program = tl.program_id(0).to(tl.int64)
-    first = (program // blocks) * ROWS
-    rows = first + tl.arange(0, ROWS)[:, None]
-    cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mask = (rows < B) & (cols < D)
-    c = _sum_of_three(x_ptr, bt_ptr, bs_ptr, table_ptr, y_ptr, x_b, table_v, y_b, B, V, first, cols, D, HAS_Y, ROWS)
     if BACKWARD:
         out = tl.load(dout_ptr + rows * dout_b + cols, mask=mask, other=0.0).to(tl.float32) * _silu_slope(c)
     else:
@@ -236,7 +214,7 @@ def _label_sums_kernel(
         tl.store(dtable_ptr + v * D + cols, total, mask=cols < D)
 
 
-def split_step(max_period, half):
+def split_step(max_period: float, half: int) -> tuple[float, float]:
     """log2(max_period) / half, the step of the exponents of w_i, as 12 exact bits and the rest."""
     step = math.log2(max_period) / half
     mantissa, exponent = math.frexp(step)
@@ -375,6 +353,8 @@ _tail.register_autograd(_tail_grad, setup_context=_save)
 def _check(op, t, s, y, t_weights, s_weights, table, max_period):
     check_tensor(op, "t", t, ("B",))
     check_tensor(op, "s", s, tuple(t.shape), t)
+    for name, value in (("t", t), ("s", s)):
+        check_plain(op, name, value)
     if y is not None:
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
             raise ValueError(f"{op}: y must be an int64 tensor, got {getattr(y, 'dtype', type(y).__name__)}")
@@ -402,7 +382,10 @@ def _check(op, t, s, y, t_weights, s_weights, table, max_period):
         raise ValueError(f"{op}: max_period must be a number from 1 to {MAX_PERIOD}, got {max_period!r}")
 
 
-def dual_time_embedding(t, s, y, t_weights, s_weights, table, *, max_period=10_000.0):
+def dual_time_embedding(
+    t: Tensor, s: Tensor, y: Tensor | None, t_weights: Weights, s_weights: Weights, table: Tensor, *,
+    max_period: float = 10_000.0,
+) -> Tensor:  # fmt: skip
     """SiLU(e_t(t) + e_s(t - s) + table[y]), the conditioning of a DiT with two times, [B, D].
 
     t, s: [B], not scaled, taken in float32; y: [B] int64, None: the last row of the table, the null label. t_weights,

@@ -1,4 +1,4 @@
-"""`--dry-run`: build everything, make one step, say what the whole run needs. Writes nothing."""
+"""`--dry-run`: builds everything, makes one step and says what the whole run needs. Writes nothing."""
 
 from dataclasses import replace
 
@@ -7,18 +7,20 @@ import torch
 from ..config.schema import Config
 from ..data import open_source
 from ..models.attention import flop_counter
-from ..runs.telemetry import duration
+from ..runs.progress import duration
 from ..runs.trainer import enough_memory, memory_mb, resolve_attention, resolved, seconds_per_step, set_attention
-from ..training.memory_estimate import ledger, summary
+from ..training.memory_estimate import estimate_memory, summary
 from ..training.state import TrainState
 from ..training.step import split, train_step
 
-CPU_TFLOP_A_STEP = 0.25
-"""On a CPU the step is made on fewer images once a whole batch would need more than this."""
+CPU_FLOPS_PER_STEP = 0.25e12
+"""On a CPU the step is made on fewer images where the whole batch would need more than this."""
+FORWARDS_PER_IMAGE = 4.5
+"""Forwards per image and step that are assumed for it: about those of the public recipe."""
 
 
 def forward_flops(state: TrainState) -> int:
-    """FLOPs of one forward of the network on one image, counted by torch."""
+    """The FLOPs of one forward of the network on one image, counted by torch."""
     model = state.config.model
     x = torch.zeros(1, model.in_channels, model.input_size, model.input_size, device=state.device)
     t = torch.ones(1, device=state.device)
@@ -29,34 +31,39 @@ def forward_flops(state: TrainState) -> int:
 
 
 def forwards_per_image(state: TrainState, config: Config) -> float:
-    """Forwards per image of a whole step, from its three calls: guidance, student with backward, look-ahead."""
+    """The forwards per image of a whole step, in units of one forward of the network without gradient.
+
+    They add up from its three calls: guidance, student with backward (3), look-ahead (1 per consistency sample, or 2
+    where the value at t is not the student's own output).
+    """
     objective = state.objective
     consistency = 1 - split(config.batch_size, config.objective.fm_fraction, 0, config.batch_size) / config.batch_size
     guided = objective.guided and config.model.num_classes > 0
     guidance = guided * (1 + consistency * objective.mixed)
-    how = state.quotient
-    own_start = how.kind == "pair" and how.precision == state.precision and how.teacher != "ema"
-    return guidance + 3 + consistency * (1 if own_start or state.rides_along() else 2)
+    target = state.target
+    own_value = target.kind == "pair" and target.precision == state.precision and target.teacher != "ema"
+    return guidance + 3 + consistency * (1 if own_value or state.rides_along() else 2)
 
 
 def dry_run(config: Config) -> str:
     """The text that `--dry-run` prints. Raises UserError as a run would."""
     with enough_memory(config):
-        return _dry_run(config)
+        return _report(config)
 
 
-def _dry_run(config: Config) -> str:
-    wanted, config = config, resolved(config)
+def _report(given: Config) -> str:
+    config = resolved(given)
     synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
-    source = None if synthetic else open_source(config)  # before what takes seconds: it finds most mistakes
-    predicted = ledger(wanted if config.run.device == "cpu" else config)  # the precision is another on the CPU
+    source = None if synthetic else open_source(config)  # first, as it is quick and finds most mistakes
+    # On the CPU "auto" has been resolved for it, and the prediction is for a GPU.
+    predicted = estimate_memory(given if config.run.device == "cpu" else config)
     state = TrainState.build(config)
     backend = resolve_attention(state)
     model = config.model
-    one = forward_flops(state)
+    one_forward = forward_flops(state)
     batch = config.batch_size
     if state.device.type == "cpu":
-        batch = max(1, min(batch, int(CPU_TFLOP_A_STEP * 1e12 / (4.5 * one))))
+        batch = max(1, min(batch, int(CPU_FLOPS_PER_STEP / (FORWARDS_PER_IMAGE * one_forward))))
         state.config = replace(config, batch_size=batch)
     else:
         torch.cuda.reset_peak_memory_stats(state.device)
@@ -68,11 +75,11 @@ def _dry_run(config: Config) -> str:
     counter = flop_counter()
     with counter:
         metrics = train_step(state, x, y)
-    set_attention(state, backend)  # not before: only torch's own can be counted
-    flops = counter.get_total_flops() / batch if batch == config.batch_size else forwards_per_image(state, config) * one
+    set_attention(state, backend)  # not before, as FLOPs are only counted in torch's own attention
+    whole = batch == config.batch_size
+    flops = counter.get_total_flops() / batch if whole else forwards_per_image(state, config) * one_forward
     seconds = seconds_per_step(state, x, y) * config.batch_size / batch
     data = f"{len(source)} images" if source else "random numbers (no data was given or read)"
-    part = "" if batch == config.batch_size else f", scaled from a step of {batch}"
     rows = [
         (
             "preset",
@@ -82,15 +89,13 @@ def _dry_run(config: Config) -> str:
         ("attention", f"{backend}{' (the fastest here)' if config.run.attention == 'auto' else ''}"),
         ("data", data),
         ("parameters", f"{state.parameter_count() / 1e6:.2f} M"),
-        ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one:.2f} forwards"),
-        (
-            "memory",
-            f"{memory_mb(state.device):.0f} MB at its peak{'' if batch == config.batch_size else f', batch {batch}'}",
-        ),
+        ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one_forward:.2f} forwards"),
+        ("memory", f"{memory_mb(state.device):.0f} MB at its peak{'' if whole else f', batch {batch}'}"),
         ("on a GPU", f"predicted: {summary(predicted)}"),
         (
             "speed",
-            f"{1 / seconds:.3g} steps/s, {config.batch_size / seconds:.4g} images/s at batch {config.batch_size}{part}",
+            f"{1 / seconds:.3g} steps/s, {config.batch_size / seconds:.4g} images/s at batch {config.batch_size}"
+            + ("" if whole else f", scaled from a step of {batch}"),
         ),
         ("time needed", f"{duration(seconds * config.steps)} for {config.steps} steps"),
         ("first losses", ", ".join(f"{k} {float(v):.4f}" for k, v in metrics.items() if k.endswith(("loss", "mse")))),

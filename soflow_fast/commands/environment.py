@@ -1,12 +1,13 @@
-"""`--env`: versions, devices, and which kernels and attention are in use and why others are not."""
+"""`--env`: versions, devices, and which kernels and attention backends are in use and why others are not."""
 
-import importlib.metadata
 import platform
 
 import torch
 
+import soflow_kernels
+
 from ..models import attention
-from ..training.state import resolve_device, resolve_precision
+from ..training.precision import resolve_device, resolve_precision
 from ..version import __version__
 
 PACKAGES = (
@@ -14,14 +15,14 @@ PACKAGES = (
     *("flash-attn", "flash_attn_3", "flash-attn-4", "xformers", "apex", "diffusers"),
 )
 HEAD_DIM = 64
-"""Of the networks whose attention the table is about; only DiT-XL has another, 72, which asks for no more."""
+"""Head dimension in the table of attention backends. Only DiT-XL has another, 72, whose needs are the same."""
 
 
 def report(device_name: str = "auto") -> str:
     """The text that `--env` prints. Raises ConfigError for a device that is not there."""
     device = resolve_device(device_name)
     rows = [("soflow-fast", __version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
-    rows += [(name, _version(name)) for name in PACKAGES]
+    rows += [(name, attention.version(name) or "not installed") for name in PACKAGES]
     rows.append(("CPU threads", str(torch.get_num_threads())))
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
@@ -37,20 +38,6 @@ def report(device_name: str = "auto") -> str:
     table = attention.status(device, dtype, HEAD_DIM)
     lines += [f"  {name:<14} {'usable' if usable else 'off':<7} {why}" for name, usable, why in table]
     lines += ["", "kernels"]
-    lines += [f"  {line}" for line in _kernels(device)]
+    operations = soflow_kernels.status().items()
+    lines += [f"  {name:<36} {'kernel' if on else 'reference':<10} {why}" for name, (on, why) in operations]
     return "\n".join(lines)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _kernels(device: torch.device) -> list[str]:
-    import soflow_kernels
-
-    return [
-        f"{name:<36} {'kernel' if on else 'reference':<10} {why}" for name, (on, why) in soflow_kernels.status().items()
-    ]

@@ -1,11 +1,20 @@
-"""Command-line parsing that answers a mistake in one line, with the nearest name."""
+"""Command lines by argparse: flags made from the fields of a configuration, and mistakes answered in one line.
+
+argparse, and not a library that makes a whole command line of a dataclass: `error` is a public method here, so that a
+mistake is one line with the nearest name, and nothing of it takes time to import.
+"""
 
 import argparse
-import difflib
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any, NoReturn, TypeVar, get_args
 
-from ..config.schema import SHORT_NAMES, Config, override, shown
+from ..config import schema
+from ..config.schema import SHORT_NAMES, TYPES, Config, flatten, nearest, override, shown
 from ..config.validation import validate
 from ..errors import ConfigError, UserError
 
@@ -16,11 +25,17 @@ MOST_CALLS = 1000
 MOST_SEED = 2**63 - 1
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:  # as it is inherited, it breaks "sdpa-math" in two
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are ConfigError, and which knows the nearest flag to an unknown one."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        form = partial(_Formatter, max_help_position=30)
+        super().__init__(allow_abbrev=False, formatter_class=form, **settings)
 
     def flags(self) -> list[str]:
         """Every long flag."""
@@ -36,21 +51,58 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"{name} {shown(value)}: holds a zero byte")
         if unknown:
             name = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(name, self.flags(), 1, 0.5)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise ConfigError(f"unknown {'flag' if name.startswith('-') else 'argument'} {name}{hint}")
+            what = "flag" if name.startswith("-") else "argument"
+            raise ConfigError(f"unknown {what} {name}{nearest(name, self.flags())}")
         return values
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
+def add_fields(group: Any, names: Iterable[str], presets: Iterable[Config]) -> None:
+    """Add a flag for each short name of a field to a group of arguments.
+
+    Its help is the field's docstring, with its choices, and its default where that is the same in all `presets`.
+    """
+    usual = [flatten(config) for config in presets]
+    for name in names:
+        field = SHORT_NAMES[name]
+        kind, defaults = TYPES[field], {config[field] for config in usual}
+        notes = [", ".join(get_args(kind)), f"default {defaults.pop()}" if len(defaults) == 1 and all(defaults) else ""]
+        settings: dict[str, Any] = {"metavar": {int: "N", float: "X", str: "NAME"}.get(kind, "NAME")}
+        if kind is bool:
+            settings = {"action": argparse.BooleanOptionalAction}
+        note = "; ".join(filter(None, notes))
+        text = _help(field) + (f" ({note})" if note else "")
+        group.add_argument(f"--{name.replace('_', '-')}", default=None, help=text.replace("%", "%%"), **settings)
+
+
+def _help(field: str) -> str:
+    """The first paragraph of the docstring of a field of the configuration."""
+    section, _, name = field.rpartition(".")
+    kind = type(getattr(Config(), section)) if section else Config
+    return _docstrings()[kind.__name__].get(name, "").partition("\n\n")[0].rstrip(".").replace("\n", " ")
+
+
+@cache
+def _docstrings() -> dict[str, dict[str, str]]:
+    """The strings below the fields of each class of the schema, which Python itself does not keep."""
+    classes = [node for node in ast.parse(inspect.getsource(schema)).body if isinstance(node, ast.ClassDef)]
+    return {node.name: dict(_documented(node.body)) for node in classes}
+
+
+def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for node, below in pairwise(body):
+        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr):
+            yield ast.unparse(node.target), inspect.cleandoc(ast.literal_eval(below.value))
+
+
 def flag_of(text: str) -> str:
     """An error text that begins with a field's name, with the flag that sets the field instead."""
+    name, _, rest = text.partition(" ")
     for short, full in SHORT_NAMES.items():
-        for name in (full, short):
-            if text.startswith(name + " "):
-                return f"--{short.replace('_', '-')}{text[len(name) :]}"
+        if name in (full, short):
+            return f"--{short.replace('_', '-')} {rest}"
     return text
 
 

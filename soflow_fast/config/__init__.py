@@ -1,1 +1,1 @@
-"""What a run is: configuration, presets, and what they must mean."""
+"""The configuration of a run: fields, presets, and the checks of their meaning."""

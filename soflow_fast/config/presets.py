@@ -1,11 +1,10 @@
 """Presets: functions that return whole configurations. `preset(name)` is the way in."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 from ..errors import ConfigError
-from .schema import Config, DataConfig, DiTConfig, ObjectiveConfig, OptimConfig, RunConfig, override, shown
+from .schema import Config, DataConfig, DiTConfig, ObjectiveConfig, OptimConfig, RunConfig, nearest, override, shown
 
 
 def digits() -> Config:
@@ -55,7 +54,7 @@ def imagenet256(size: str, card: int = 0, micro_batch: int = 0) -> Config:
     """The public recipe on ImageNet 256 x 256 latents (SD-VAE ft-mse, 32 x 32 x 4), at one of the public DiT sizes.
 
     card: gigabytes (2^30 bytes) of a GPU's memory. `micro_batch` is then the largest power of two whose step is
-    predicted to stay within nine tenths of them (`ledger`).
+    predicted to stay within nine tenths of them (`estimate_memory`).
     """
     return Config(
         preset=f"imagenet256-{size.lower().replace('/', '')}" + (f"-{card}gb" if card else ""),
@@ -70,9 +69,9 @@ def preset(name: str, **changes: Any) -> Config:
     """The preset `name` with some fields replaced, by short name (`precision="fp32"`) or by full name given as
     `**{"objective.eps": 0.1}`. Raises ConfigError naming what is unknown."""
     if name not in PRESETS:
-        close = difflib.get_close_matches(str(name), PRESETS, 1, 0.4)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"unknown preset {shown(name)}{hint}; the presets are {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"unknown preset {shown(name)}{nearest(str(name), PRESETS)}; the presets are {', '.join(PRESETS)}"
+        )
     try:
         return override(PRESETS[name](), changes)
     except ValueError as error:

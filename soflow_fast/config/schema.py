@@ -1,16 +1,35 @@
 """The configuration of a run: frozen dataclasses, JSON in and out.
 
 A configuration is plain data. Building one never fails on meaning; `validation.validate` says what is wrong, by field.
+The `Literal` types are the only lists of choices: whoever needs one as a tuple takes `typing.get_args`. The first
+paragraph of a field's docstring is its help on the command line.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+FlowPath = Literal["linear", "trig"]
+Coefficients = Literal["euler", "trig"]
+RSchedule = Literal["exponent", "cosine", "linear", "constant"]
+Teacher = Literal["student", "ema"]
+LRSchedule = Literal["constant", "cosine"]
+DataKind = Literal["digits", "images", "latents"]
+OnNonfinite = Literal["stop", "skip"]
+OptimizerName = Literal["soflow", "torch", "apex"]
+Recompute = Literal["none", "mlp", "block"]
+AttentionBackend = Literal[
+    "auto", "flash4", "flash3", "flash2", "xformers", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math", "sdpa"
+]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
+QuotientKind = Literal["auto", "increments", "pair"]
+QuotientPrecision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 
 AUTO = -1
 """The micro-batch that is found at start-up."""
@@ -57,8 +76,8 @@ class DiTConfig:
 class FlowConfig:
     """The path from data to noise and the coefficients of the solution function."""
 
-    path: str = "linear"
-    coefficients: str = "euler"
+    path: FlowPath = "linear"
+    coefficients: Coefficients = "euler"
 
 
 @dataclass(frozen=True)
@@ -74,7 +93,7 @@ class ObjectiveConfig:
     p: float = 1.0
     """Power of the Huber-like weight; 0 is the plain squared error."""
     eps: float = 0.01
-    r_schedule: str = "exponent"
+    r_schedule: RSchedule = "exponent"
     r_init: float = 0.1
     """r at the first step: how far the middle time l lies from t towards s."""
     r_end: float = 0.002
@@ -87,12 +106,14 @@ class ObjectiveConfig:
     """Mean and deviation of logit t, consistency."""
     sc_end_time: tuple[float, float] = (-1.0, 0.8)
     """Mean and deviation of logit s, consistency."""
-    teacher: str = "student"
-    """Whose increment the consistency loss takes: "student", the published stop-gradient target; "ema", both ends from
-    an average of the student's weights; "ema-literal", the end from that average and the start from the student, which
-    does not train: the difference between the two networks is divided by t - l as well."""
+    teacher: Teacher = "student"
+    """Network behind the consistency target; student: the stop-gradient student, ema: an average of its weights.
+
+    The published target is the student's. An average gives both ends of the increment, the student the value."""
     teacher_decay: float = 0.99
-    """Decay of that average, apart from the one that is sampled; at first it is (1 + step) / (10 + step)."""
+    """Decay of the teacher's average.
+
+    It is apart from the average that is sampled; at first it is (1 + step) / (10 + step)."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,7 @@ class OptimConfig:
     """AdamW and the exponential moving average of the weights."""
 
     lr: float = 1e-4
-    lr_schedule: str = "constant"
+    lr_schedule: LRSchedule = "constant"
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -115,45 +136,51 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from."""
+    """The data set."""
 
-    kind: str = "digits"
-    """"digits": the handwritten digits of scikit-learn; "images": a folder or zip of images, CLASS/NAME;
-    "latents": VAE latents."""
+    kind: DataKind = "digits"
+    """digits: the handwritten digits of scikit-learn; images: a folder or zip of images, CLASS/NAME; latents: VAE
+    latents."""
     path: str = ""
+    """Folder or zip of images, CLASS/NAME."""
     flip: bool = False
     """Mirror each image with probability one half."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What may differ from one start of a run to the next without changing what it learns."""
+    """Settings that may differ from one start of a run to the next without changing what it learns."""
 
     run_dir: str = ""
-    """Empty: runs/PRESET."""
+    """Folder for everything that is written; by default runs/PRESET."""
     device: str = "auto"
+    """Device, such as cpu, cuda or cuda:1; auto: the GPU if there is one."""
     log_every: int = 10
     sample_every: int = 500
     checkpoint_every: int = 500
+    """Updates between checkpoints; 0: only the last."""
     check_quotient_every: int = 500
     """Updates between measurements of the cosine of the quotient with its float32 value on a few samples; 0: never."""
     keep: int = 2
-    """How many of the newest checkpoints stay, at least 2: a damaged one needs one before it."""
-    on_nonfinite: str = "stop"
-    """What becomes of a step with a number that is not finite, which changes nothing in any case: "stop" ends the run,
-    "skip" goes on, up to ten times in a row."""
-    optimizer: str = "soflow"
-    """Whose AdamW: "soflow" (one pass with averages and copies), "torch" (its fused one) or "apex" (FusedAdam)."""
-    compile: str = "auto"
-    """torch.compile for the blocks: "on", "off" or "auto": off until a record shows that it wins."""
-    cuda_graph: str = "auto"
-    """The step as one CUDA graph: "on", "off" or "auto", as above."""
-    recompute: str = "none"
-    """What the backward makes again to save memory, beside norms and GELUs: "none", "mlp" (the first product of each
-    MLP), "block" (all of each block)."""
-    attention: str = "auto"
-    """Whose attention: "flash4", "flash3", "flash2", "xformers", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient",
-    "sdpa-math", "sdpa" (torch picks) or "auto": the one that is measured to be the fastest."""
+    """Newest checkpoints that stay, at least 2.
+
+    A damaged one needs one before it."""
+    on_nonfinite: OnNonfinite = "stop"
+    """Reaction to a number that is not finite; stop: the run ends, skip: up to ten steps in a row are left out.
+
+    Such a step changes nothing in any case."""
+    optimizer: OptimizerName = "soflow"
+    """AdamW of this package (one pass with averages and copies), torch (fused) or apex (FusedAdam)."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
+    cuda_graph: bool = False
+    """Record the whole step as one CUDA graph."""
+    recompute: Recompute = "none"
+    """Values that the backward makes again to save memory; mlp: each MLP's first product, block: all of each block.
+
+    Norms and GELUs are made again in any case."""
+    attention: AttentionBackend = "auto"
+    """Attention backend; auto: the fastest as measured, sdpa: torch picks; --env says which are usable."""
 
 
 @dataclass(frozen=True)
@@ -168,21 +195,24 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     steps: int = 400_000
+    """Updates in the whole run."""
     batch_size: int = 256
-    """Global: over all ranks and micro-batches."""
+    """Images per update, over all ranks and micro-batches."""
     micro_batch: int = 0
-    """Samples per forward and backward on one rank; 0: the rank's whole batch; -1, typed "auto": as many as the memory
-    of the GPU is predicted to hold when the run starts. What is learnt is the same up to rounding."""
-    precision: str = "auto"
-    """"fp32", "tf32", "bf16", "fp8" (the blocks' products, by torchao) or "auto": bf16 on a GPU that has it, else
-    fp32."""
-    quotient: str = "auto"
-    """"increments": value and increment side by side; "pair": two forwards and their difference; "auto": increments
-    where products are rounded, a pair in float32."""
-    quotient_precision: str = "auto"
-    """Of the products behind the quotient: "bf16", "fp16", "tf32" or "fp32"; "auto": as in the rest of the step for
-    increments, fp32 for a pair."""
+    """Images per forward and backward on one rank; 0: the whole batch, auto: as many as fit.
+
+    -1 is what "auto" is kept as: as many as the memory of the GPU is predicted to hold when the run starts. The result
+    of the training is the same up to rounding."""
+    precision: Precision = "auto"
+    """Precision of products; auto: bf16 on a GPU that has it, else fp32; fp8: the blocks' products, by torchao."""
+    quotient: QuotientKind = "auto"
+    """Form of the consistency quotient; increments: value and increment side by side, pair: two forwards.
+
+    "auto" is increments where products are rounded, a pair in float32."""
+    quotient_precision: QuotientPrecision = "auto"
+    """Precision of the products behind it; auto: the step's for increments, fp32 for a pair."""
     seed: int = 0
+    """Seed of initialisation, data order, noise and times."""
 
 
 # The flags that people type every day, and the fields that they set.
@@ -232,16 +262,11 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def from_dict(values: Mapping[str, Any], base: Config | None = None) -> Config:
-    """The inverse of `to_dict`; a field left out is as in `base`, by default `Config()`.
-
-    Raises ValueError naming a wrong field.
-    """
-    return _build(base or Config(), values, "")
-
-
 def from_json(text: str, base: Config | None = None) -> Config:
-    """The inverse of `to_json`; a field left out is as in `base`. Raises ValueError naming what is wrong."""
+    """The inverse of `to_json`; a field left out is as in `base`, by default `Config()`.
+
+    Raises ValueError naming what is wrong.
+    """
     try:
         values = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -249,14 +274,27 @@ def from_json(text: str, base: Config | None = None) -> Config:
     return from_dict(values, base)
 
 
+def from_dict(values: Any, base: Config | None = None) -> Config:
+    """The inverse of `to_dict`; a field left out is as in `base`, by default `Config()`.
+
+    Raises ValueError naming a wrong field.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in _items(values, "the configuration"):
+        flat |= {f"{name}.{key}": item for key, item in _items(value, name)} if name in _SECTIONS else {name: value}
+    for name in ("run.compile", "run.cuda_graph"):  # of files from when these were words
+        if flat.get(name) in ("on", "off", "auto"):
+            flat[name] = flat[name] == "on"
+    return _replace(base or Config(), flat, TYPES)
+
+
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """`config` with some fields replaced, by short name ("run_dir") or full name ("objective.eps").
 
     Values may be text, as typed on a command line. Raises ValueError naming the field.
     """
-    for name, value in changes.items():
-        config = _replace(config, SHORT_NAMES.get(name, name).split("."), value, name)
-    return config
+    full = {SHORT_NAMES.get(name, name): value for name, value in changes.items()}
+    return _replace(config, full, [*TYPES, *SHORT_NAMES])
 
 
 def difference(old: Config, new: Config) -> list[str]:
@@ -273,76 +311,10 @@ def disagreement(old: Config, new: Config) -> list[str]:
     return difference(override(old, open_fields), new)
 
 
-def nearest(name: str, known: Any) -> str:
-    """ " (did you mean ...?)" for a misspelt name, or nothing."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean ...?)" for a misspelt name or flag, or nothing."""
     close = difflib.get_close_matches(name, list(known), 1, 0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _replace(node: Any, path: list[str], value: Any, full_name: str) -> Any:
-    names = {item.name for item in fields(node)}
-    head, rest = path[0], path[1:]
-    inner = getattr(node, head, None) if head in names else None
-    if head not in names or bool(rest) != is_dataclass(inner):
-        known = [*flatten(Config()), *SHORT_NAMES]
-        raise ValueError(f"unknown field {shown(full_name)}{nearest(full_name, known)}")
-    if rest:
-        return replace(node, **{head: _replace(inner, rest, value, full_name)})
-    return replace(node, **{head: _coerce(value, get_type_hints(type(node))[head], full_name)})
-
-
-def _build(base: Any, values: Any, prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be an object, got {shown(values)}")
-    hints = get_type_hints(type(base))
-    arguments = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise ValueError(f"unknown field {shown(prefix + str(name))}{nearest(str(name), hints)}")
-        inner = getattr(base, name)
-        if is_dataclass(inner):
-            arguments[name] = _build(inner, value, f"{prefix}{name}.")
-        else:
-            arguments[name] = _coerce(value, hints[name], prefix + name)
-    return replace(base, **arguments)
-
-
-def _coerce(value: Any, hint: Any, name: str) -> Any:
-    """`value`, from JSON or a command line, as the field's type."""
-    kind, parts = get_origin(hint) or hint, get_args(hint)
-    try:
-        if kind is tuple:
-            items = value.strip("()[] ").split(",") if isinstance(value, str) else list(value)
-            if len(items) != len(parts):
-                raise ValueError
-            return tuple(_coerce(item, part, name) for item, part in zip(items, parts, strict=True))
-        if kind is bool:
-            if isinstance(value, str):
-                return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
-            if not isinstance(value, bool):
-                raise ValueError
-            return value
-        if isinstance(value, bool) or value is None:
-            raise ValueError
-        if kind is int:
-            if name == "micro_batch" and value == "auto":
-                return AUTO
-            number = float(value) if isinstance(value, str) and not value.strip().lstrip("+-").isdigit() else value
-            if isinstance(number, float) and not number.is_integer():
-                raise ValueError
-            return int(number)
-        if kind is float:
-            number = float(value)
-            if not math.isfinite(number):
-                raise ValueError
-            return number
-        if kind is str and isinstance(value, (str, os.PathLike)):
-            return os.fspath(value)
-        raise ValueError
-    except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
-        what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        wanted = what.get(kind, f"{len(parts)} numbers") + (" or auto" if name == "micro_batch" else "")
-        raise ValueError(f"{name} must be {wanted}, got {shown(value)}") from None
+    return f" (did you mean {close[0] if close[0].startswith('-') else repr(close[0])}?)" if close else ""
 
 
 def shown(value: Any) -> str:
@@ -351,3 +323,75 @@ def shown(value: Any) -> str:
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_type(name: str, value: Any, given: Any = None) -> None:
+    """Raise ValueError, showing `given` or else `value`, if `value` is not of the type of the field `name`."""
+    kind = TYPES[name]
+    parts = get_args(kind) if get_origin(kind) is tuple else ()
+    if parts:
+        fits = isinstance(value, tuple) and len(value) == len(parts) and all(map(_is, value, parts))
+    else:
+        fits = _is(value, kind)
+    if not fits:
+        words = {int: "a whole number", float: "a number", bool: "true or false"}
+        wanted = "two numbers" if parts else words.get(kind, "text")
+        or_auto = " or auto" if name == "micro_batch" else ""
+        raise ValueError(f"{name} must be {wanted}{or_auto}, got {shown(value if given is None else given)}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is (str if get_origin(kind) is Literal else kind)
+
+
+def _types(kind: Any = Config, prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, hint in get_type_hints(kind).items():
+        found |= _types(hint, f"{prefix}{name}.") if is_dataclass(hint) else {prefix + name: hint}
+    return found
+
+
+TYPES: dict[str, Any] = _types()
+"""The type of each field, by its full name."""
+_SECTIONS = {name.partition(".")[0] for name in TYPES if "." in name}
+
+
+def _items(values: Any, name: str) -> Iterable[tuple[str, Any]]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be an object, got {shown(values)}")
+    return values.items()
+
+
+def _replace(config: Config, changes: Mapping[str, Any], known: Iterable[str]) -> Config:
+    """`config` with fields replaced by full name. Raises ValueError naming one that is unknown or of the wrong type."""
+    for name, given in changes.items():
+        if name not in TYPES:
+            raise ValueError(f"unknown field {shown(name)}{nearest(name, known)}")
+        value = _read(given, TYPES[name]) if (name, given) != ("micro_batch", "auto") else AUTO
+        check_type(name, value, given)
+        section, _, last = name.rpartition(".")
+        inner = replace(getattr(config, section), **{last: value}) if section else value
+        config = replace(config, **{section or last: inner})
+    return config
+
+
+def _read(value: Any, kind: Any) -> Any:
+    """`value`, from JSON or as typed, as a field of type `kind` has it; what does not fit stays as it is."""
+    if get_origin(kind) is tuple:
+        parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
+        return tuple(_read(part, float) for part in parts) if isinstance(parts, (list, tuple)) else value
+    if kind is bool and isinstance(value, str):
+        return {"true": True, "false": False, "1": True, "0": False}.get(value.lower(), value)
+    if kind in (int, float) and isinstance(value, str):
+        for number in (int, float):  # "1e3" is a whole number, and a float would round the largest ones
+            with contextlib.suppress(ValueError):
+                value = number(value)
+                break
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -1,155 +1,126 @@
-"""What a configuration must mean: every check names its field."""
+"""The meaning of a configuration: every check names its field.
 
-import math
+`validate` is called where a configuration enters, and nowhere behind: from a command line (`commands.parser`), from a
+checkpoint (`runs.checkpoint`), and from a library user's hands (`TrainState.build`, where one from a command line
+passes again, in a tenth of a millisecond). `DiT`, `SolutionFlow` and `Objective` check their own part, as users build
+them directly. `runs.trainer.resolved` replaces what was left open ("auto") by what it comes to on this machine, once
+for each run.
+"""
+
 import os
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .schema import AUTO, Config, DiTConfig, FlowConfig, ObjectiveConfig, flatten, nearest, shown
+from .schema import AUTO, TYPES, Config, DiTConfig, FlowConfig, ObjectiveConfig, check_type, flatten, nearest, shown
 
-PATHS = ("linear", "trig")
-COEFFICIENTS = ("euler", "trig")
-R_SCHEDULES = ("exponent", "cosine", "linear", "constant")
-LR_SCHEDULES = ("constant", "cosine")
-OPTIMIZERS = ("soflow", "torch", "apex")
-SWITCH = ("auto", "on", "off")
-ON_NONFINITE = ("stop", "skip")
-RECOMPUTE = ("none", "mlp", "block")
-ATTENTION = (
-    *("auto", "flash4", "flash3", "flash2", "xformers"),
-    *("sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math", "sdpa"),
-)
-PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp8")
-QUOTIENTS = ("auto", "increments", "pair")
-QUOTIENT_PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
-TEACHERS = ("student", "ema", "ema-literal")
-DATA_KINDS = ("digits", "images", "latents")
 # What float32 holds: beyond, torch raises in the midst of a step or takes 0 for a number.
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 def validate(config: Config) -> Config:
     """Check the meaning of every field and return `config`. Raises ValueError naming the first wrong field."""
-    usual = flatten(Config())
     for name, value in flatten(config).items():
-        _require(_of_type(value, usual[name]), name, _TYPES[type(usual[name])], value)
-        for number in value if isinstance(value, tuple) else (value,):
-            _require(not isinstance(number, float) or math.isfinite(number), name, "finite", value)
-            holds = not isinstance(usual[name], (float, tuple)) or number == 0 or SMALLEST <= abs(number) <= LARGEST
-            _require(holds, name, "0 or of a size from 1.2e-38 to 3.4e38, as float32 is", value)
+        check_type(name, value)
+        if TYPES[name] in (float, tuple[float, float]):
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(number == 0 or SMALLEST <= abs(number) <= LARGEST for number in numbers):
+                what = "0 or of a size from 1.2e-38 to 3.4e38, as float32 is"
+                raise ValueError(f"{name} must be {what}, got {shown(value)}")
     validate_model(config.model, "model.")
     validate_flow(config.flow, "flow.")
     validate_objective(config.objective, "objective.")
-    optim, run = config.optim, config.run
-    for name in ("lr", "eps"):
-        _require(getattr(optim, name) > 0, f"optim.{name}", "above 0", getattr(optim, name))
-    _one_of("optim.lr_schedule", optim.lr_schedule, LR_SCHEDULES)
-    _require(optim.warmup_steps >= 0, "optim.warmup_steps", "at least 0", optim.warmup_steps)
-    _require(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", "two numbers in [0, 1)", optim.betas)
-    _require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
-    _require(optim.grad_clip >= 0, "optim.grad_clip", "at least 0", optim.grad_clip)
-    _require(0 <= optim.ema_decay < 1, "optim.ema_decay", "in [0, 1)", optim.ema_decay)
-    _one_of("data.kind", config.data.kind, DATA_KINDS)
-    for name, path in (("data.path", config.data.path), ("run.run_dir", run.run_dir)):
-        _require(_can_be_a_name(path), name, "a name that a file can have, without zero byte or lone surrogate", path)
-    for name, least in (
-        ("log_every", 1),
-        ("sample_every", 0),
-        ("checkpoint_every", 0),
-        ("check_quotient_every", 0),
-        ("keep", 2),
-    ):
-        _require(getattr(run, name) >= least, f"run.{name}", f"at least {least}", getattr(run, name))
-    _one_of("run.optimizer", run.optimizer, OPTIMIZERS)
-    _one_of("run.compile", run.compile, SWITCH)
-    _one_of("run.cuda_graph", run.cuda_graph, SWITCH)
-    _one_of("run.recompute", run.recompute, RECOMPUTE)
-    _one_of("run.on_nonfinite", run.on_nonfinite, ON_NONFINITE)
-    _one_of("run.attention", run.attention, ATTENTION)
-    _require(1 <= config.steps < 10**8, "steps", "in [1, 10^8)", config.steps)  # a checkpoint's name has 8 digits
-    _require(1 <= config.batch_size <= 2**20, "batch_size", "in [1, 2^20]", config.batch_size)
-    _require(config.micro_batch >= AUTO, "micro_batch", "at least 0, or auto", config.micro_batch)
-    _one_of("precision", config.precision, PRECISIONS)
-    _one_of("quotient", config.quotient, QUOTIENTS)
-    _one_of("quotient_precision", config.quotient_precision, QUOTIENT_PRECISIONS)
-    _require(0 <= config.seed < 2**63, "seed", "in [0, 2^63)", config.seed)
+
+    optim = config.optim
+    check = _checks(optim, "optim.")
+    check("lr", optim.lr > 0, "above 0")
+    check("eps", optim.eps > 0, "above 0")
+    check("warmup_steps", optim.warmup_steps >= 0, "at least 0")
+    check("betas", all(0 <= beta < 1 for beta in optim.betas), "two numbers in [0, 1)")
+    check("weight_decay", optim.weight_decay >= 0, "at least 0")
+    check("grad_clip", optim.grad_clip >= 0, "at least 0")
+    check("ema_decay", 0 <= optim.ema_decay < 1, "in [0, 1)")
+
+    a_name = "a name that a file can have, without zero byte or lone surrogate"
+    _checks(config.data, "data.")("path", _can_be_a_name(config.data.path), a_name)
+    run = config.run
+    check = _checks(run, "run.")
+    check("run_dir", _can_be_a_name(run.run_dir), a_name)
+    check("log_every", run.log_every >= 1, "at least 1")
+    check("sample_every", run.sample_every >= 0, "at least 0")
+    check("checkpoint_every", run.checkpoint_every >= 0, "at least 0")
+    check("check_quotient_every", run.check_quotient_every >= 0, "at least 0")
+    check("keep", run.keep >= 2, "at least 2")
+
+    check = _checks(config, "")
+    check("steps", 1 <= config.steps < 10**8, "in [1, 10^8)")  # a checkpoint's name has 8 digits
+    check("batch_size", 1 <= config.batch_size <= 2**20, "in [1, 2^20]")
+    check("micro_batch", config.micro_batch >= AUTO, "at least 0, or auto")
+    check("seed", 0 <= config.seed < 2**63, "in [0, 2^63)")
     return config
 
 
 def validate_model(model: DiTConfig, prefix: str = "") -> None:
     """Check a DiTConfig. Raises ValueError naming the field."""
+    check = _checks(model, prefix)
     for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-        value = getattr(model, name)
-        least = 0 if name == "num_classes" else 1
-        _require(isinstance(value, int) and value >= least, prefix + name, f"a whole number of at least {least}", value)
+        value, least = getattr(model, name), 0 if name == "num_classes" else 1
+        check(name, isinstance(value, int) and value >= least, f"a whole number of at least {least}")
     limits = {"input_size": 2**12, "in_channels": 2**12, "hidden_size": 2**16, "depth": 1000, "num_classes": 2**24}
     for name, most in limits.items():
-        _require(getattr(model, name) <= most, prefix + name, f"at most {most}", getattr(model, name))
-    _require(0 < model.mlp_ratio <= 64, prefix + "mlp_ratio", "above 0 and at most 64", model.mlp_ratio)
-    _require(
-        model.hidden_size * model.mlp_ratio >= 1, prefix + "mlp_ratio", "at least 1 / hidden_size", model.mlp_ratio
-    )
-    _require(
-        model.input_size % model.patch_size == 0,
-        prefix + "patch_size",
-        f"a divisor of input_size {model.input_size}",
-        model.patch_size,
-    )
-    _require(
-        model.hidden_size % model.num_heads == 0,
-        prefix + "num_heads",
-        f"a divisor of hidden_size {model.hidden_size}",
-        model.num_heads,
-    )
-    _require(
-        model.hidden_size % 4 == 0, prefix + "hidden_size", "a multiple of 4 (2-D sin-cos positions)", model.hidden_size
-    )
+        check(name, getattr(model, name) <= most, f"at most {most}")
+    check("mlp_ratio", 0 < model.mlp_ratio <= 64, "above 0 and at most 64")
+    check("mlp_ratio", model.hidden_size * model.mlp_ratio >= 1, "at least 1 / hidden_size")
+    check("patch_size", model.input_size % model.patch_size == 0, f"a divisor of input_size {model.input_size}")
+    check("num_heads", model.hidden_size % model.num_heads == 0, f"a divisor of hidden_size {model.hidden_size}")
+    check("hidden_size", model.hidden_size % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
 
 
 def validate_flow(flow: FlowConfig, prefix: str = "") -> None:
     """Check a FlowConfig. Raises ValueError naming the field."""
-    _one_of(prefix + "path", flow.path, PATHS)
-    _one_of(prefix + "coefficients", flow.coefficients, COEFFICIENTS)
+    _checks(flow, prefix)
 
 
 def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
     """Check an ObjectiveConfig. Raises ValueError naming the field."""
-    _require(objective.guidance_scale >= 1, prefix + "guidance_scale", "at least 1", objective.guidance_scale)
-    _require(
-        objective.guidance_decay_time >= 0, prefix + "guidance_decay_time", "at least 0", objective.guidance_decay_time
-    )
+    check = _checks(objective, prefix)
+    check("guidance_scale", objective.guidance_scale >= 1, "at least 1")
+    check("guidance_decay_time", objective.guidance_decay_time >= 0, "at least 0")
     for name in ("mix_ratio", "fm_fraction", "label_drop"):
-        _require(0 <= getattr(objective, name) <= 1, prefix + name, "in [0, 1]", getattr(objective, name))
-    _require(objective.p >= 0, prefix + "p", "at least 0", objective.p)
-    _require(objective.eps > 0, prefix + "eps", "above 0", objective.eps)
-    _one_of(prefix + "r_schedule", objective.r_schedule, R_SCHEDULES)
+        check(name, 0 <= getattr(objective, name) <= 1, "in [0, 1]")
+    check("p", objective.p >= 0, "at least 0")
+    check("eps", objective.eps > 0, "above 0")
     for name in ("r_init", "r_end"):
-        _require(0 < getattr(objective, name) <= 1, prefix + name, "in (0, 1]", getattr(objective, name))
-    _one_of(prefix + "teacher", objective.teacher, TEACHERS)
-    _require(0 <= objective.teacher_decay < 1, prefix + "teacher_decay", "in [0, 1)", objective.teacher_decay)
+        check(name, 0 < getattr(objective, name) <= 1, "in (0, 1]")
+    check("teacher_decay", 0 <= objective.teacher_decay < 1, "in [0, 1)")
     usual = ObjectiveConfig().teacher_decay
-    _require(
-        objective.teacher != "student" or objective.teacher_decay == usual,
-        prefix + "teacher_decay",
-        f"left at {usual} with the teacher student, which is no average",
-        objective.teacher_decay,
-    )
+    fits = objective.teacher != "student" or objective.teacher_decay == usual
+    check("teacher_decay", fits, f"left at {usual} with the teacher student, which is no average")
     for name in ("fm_time", "sc_time", "sc_end_time"):
-        _require(
-            getattr(objective, name)[1] > 0, prefix + name, "a mean and a deviation above 0", getattr(objective, name)
-        )
+        check(name, getattr(objective, name)[1] > 0, "a mean and a deviation above 0")
 
 
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "two numbers"}
+def _checks(section: Any, prefix: str) -> Callable[[str, bool, str], None]:
+    """Check the fields of a section that are a `Literal`; `check(name, holds, what)` is for the others.
+
+    It raises ValueError, saying what the field must be, where a condition does not hold.
+    """
+
+    def check(name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"{prefix}{name} must be {what}, got {shown(getattr(section, name))}")
+
+    for name, allowed in _choices(type(section)).items():
+        value = getattr(section, name)
+        if value not in allowed:
+            hint = nearest(str(value), allowed)
+            raise ValueError(f"{prefix}{name} must be one of {', '.join(allowed)}, got {shown(value)}{hint}")
+    return check
 
 
-def _of_type(value: Any, usual: Any) -> bool:
-    """Whether `value` has the type of a field whose usual value is given; whole numbers are numbers."""
-    if isinstance(usual, tuple):
-        fits = isinstance(value, tuple) and len(value) == len(usual)
-        return fits and all(map(_of_type, value, usual))
-    if isinstance(usual, float):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is type(usual)
+@cache
+def _choices(kind: type) -> dict[str, tuple[str, ...]]:
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
 
 
 def _can_be_a_name(path: str) -> bool:
@@ -157,15 +128,3 @@ def _can_be_a_name(path: str) -> bool:
         return b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
         return False
-
-
-def _require(holds: bool, name: str, what: str, value: Any) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {what}, got {shown(value)}")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"{name} must be one of {', '.join(allowed)}, got {shown(value)}{nearest(str(value), allowed)}"
-        )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-"""What a file may be, whatever it is called: of some other formats Pillow hands the file to a program (EPS)."""
+"""The formats that are read, whatever a file is called: for some others Pillow starts a program (EPS)."""
 LARGEST_FILE = 64 * 2**20
 
 
@@ -63,7 +63,7 @@ def load_images(path: str, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """What a zip holds under a name, unpacked no further than to the length that it states."""
+    """The content of a zip's member, unpacked no further than to the length that it states."""
     with archive.open(name) as file:
         return file.read(archive.getinfo(name).file_size + 1)
 

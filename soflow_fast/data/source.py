@@ -1,4 +1,4 @@
-"""What every data set offers, and the order in which a run sees it."""
+"""The interface of every data set, and the order in which a run sees it."""
 
 import functools
 

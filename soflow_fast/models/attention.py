@@ -1,15 +1,9 @@
 """Scaled dot-product attention by several implementations, and why one of them cannot be used here.
 
-    flash4           flash_attn.cute of flash-attn-4, Hopper and Blackwell
-    flash3           flash_attn_interface of flash_attn_3, Hopper
-    flash2           flash-attn, Ampere and later
-    xformers         memory_efficient_attention, which picks a kernel itself
-    sdpa-cudnn, sdpa-flash, sdpa-efficient, sdpa-math    one kernel of torch
-    sdpa             torch picks one by shape and dtype
-
-They agree to rounding. No head dimension is padded here; what a package does inside is its own affair.
+`IMPLEMENTATIONS` lists them. They agree to rounding. No head dimension is padded here; a package may pad inside.
 """
 
+import contextlib
 import importlib.metadata
 import warnings
 from collections.abc import Callable
@@ -21,95 +15,116 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..config.validation import ATTENTION
 from ..errors import ConfigError
 
-BACKENDS = ATTENTION[1:]
+Backend = str | Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The name of an implementation, or a function of q, k, v [B, heads, T, head_dim] that returns the same shape."""
+
 HALF = (torch.bfloat16, torch.float16)
-KERNELS = {
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa-math": SDPBackend.MATH,
-}
+SINGLE = (*HALF, torch.float32)
+ANY = (*SINGLE, torch.float64)
 
 
-class Package(NamedTuple):
-    """A package with attention kernels for NVIDIA GPUs, and what these need."""
+# Import statements, as torch.compile traces them; it does not trace importlib.
+def _flash4() -> Callable[..., Any]:
+    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
 
-    name: str
-    install: str
-    capability: tuple[int, int]
-    """The least compute capability."""
-    dtypes: tuple[torch.dtype, ...] = HALF
-    largest: int = 256
-    """Head dimension. Rows are read 16 bytes at a time, so it is also a multiple of that."""
-
-
-PACKAGES = {
-    "flash4": Package("flash-attn-4", "pip install flash-attn-4", (9, 0)),
-    "flash3": Package(
-        "flash_attn_3", "pip install flash_attn_3 --index-url https://download.pytorch.org/whl/cu130", (9, 0)
-    ),
-    "flash2": Package("flash-attn", "pip install flash-attn", (8, 0)),
-    "xformers": Package("xformers", "pip install xformers", (7, 0), (*HALF, torch.float32), 2**16),
-}
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v for q, k, v [B, heads, T, head_dim], which may be views of one product.
-
-    A backend is left to torch's choice where it does not take the dtype at all: samples and the checks of a bf16 run
-    are in float32.
-    """
-    if backend == "sdpa" or not takes(backend, q.dtype, q.device.type):
-        return F.scaled_dot_product_attention(q, k, v)
-    if backend in KERNELS:
-        with sdpa_kernel(KERNELS[backend]):
-            return F.scaled_dot_product_attention(q, k, v)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, T, heads, head_dim], no copy
-    function = _imported(backend)
-    if backend == "xformers":
-        return function(q, k, v).transpose(1, 2)
-    out = function(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
-    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # some versions give the log-sum-exp as well
-
-
-def takes(backend: str, dtype: torch.dtype, device_type: str) -> bool:
-    """Whether a backend computes in a dtype; those of "sdpa" and "sdpa-math" are all."""
-    if backend in PACKAGES:
-        return dtype in PACKAGES[backend].dtypes
-    if backend == "sdpa-cudnn" or (backend == "sdpa-flash" and device_type != "cpu"):
-        return dtype in HALF
-    return backend != "sdpa-efficient" or dtype in (*HALF, torch.float32)
-
-
-def _imported(backend: str) -> Callable[..., Any]:
-    """The function of a package, imported on first use."""
-    if backend == "flash4":
-        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
-    elif backend == "flash3":
-        from flash_attn_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
-    elif backend == "flash2":
-        from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
-    else:
-        assert backend == "xformers", backend
-        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
-
-        return memory_efficient_attention
     return flash_attn_func
 
 
+def _flash3() -> Callable[..., Any]:
+    from flash_attn_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_func
+
+
+def _flash2() -> Callable[..., Any]:
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_func
+
+
+def _xformers() -> Callable[..., Any]:
+    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
+
+    return memory_efficient_attention
+
+
+class Implementation(NamedTuple):
+    """One way to compute attention, and what it needs."""
+
+    dtypes: tuple[torch.dtype, ...]
+    """The dtypes of its operands on a GPU."""
+    kernel: SDPBackend | None = None
+    """The kernel that torch is to take; None: torch chooses, or a package computes."""
+    package: str = ""
+    """The package to install, for NVIDIA GPUs; empty: torch itself."""
+    load: Callable[[], Callable[..., Any]] | None = None
+    """Imports the function of a package."""
+    pip: str = ""
+    """Further arguments of `pip install`."""
+    capability: tuple[int, int] = (0, 0)
+    """The least compute capability that a package supports."""
+    largest: int = 256
+    """The largest head dimension that a package supports. Rows are also multiples of 16 bytes."""
+
+
+_WHEELS = "--index-url https://download.pytorch.org/whl/cu130"
+
+IMPLEMENTATIONS = {
+    "flash4": Implementation(HALF, None, "flash-attn-4", _flash4, "", (9, 0)),  # Hopper and Blackwell
+    "flash3": Implementation(HALF, None, "flash_attn_3", _flash3, _WHEELS, (9, 0)),  # Hopper alone
+    "flash2": Implementation(HALF, None, "flash-attn", _flash2, "", (8, 0)),  # Ampere and later
+    "xformers": Implementation(SINGLE, None, "xformers", _xformers, "", (7, 0), 2**16),
+    "sdpa-cudnn": Implementation(HALF, SDPBackend.CUDNN_ATTENTION),
+    "sdpa-flash": Implementation(HALF, SDPBackend.FLASH_ATTENTION),
+    "sdpa-efficient": Implementation(SINGLE, SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa-math": Implementation(ANY, SDPBackend.MATH),
+    "sdpa": Implementation(ANY),  # torch picks a kernel by shape and dtype
+}
+BACKENDS = tuple(IMPLEMENTATIONS)
+PACKAGES = {name: row for name, row in IMPLEMENTATIONS.items() if row.package}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "sdpa") -> Tensor:
+    """softmax(q k' / sqrt(head_dim)) v for q, k, v [B, heads, T, head_dim], which may be views of one tensor.
+
+    Torch chooses where the named implementation does not take the dtype at all: samples and the checks of a bf16 run
+    are in float32. A function as backend is called whatever the dtype.
+    """
+    if not isinstance(backend, str):
+        return backend(q, k, v)
+    if backend == "sdpa" or not takes(backend, q.dtype, q.device.type):
+        return F.scaled_dot_product_attention(q, k, v)
+    row = IMPLEMENTATIONS[backend]
+    if row.kernel is not None:
+        with sdpa_kernel(row.kernel):
+            return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, T, heads, head_dim], no copy
+    assert row.load is not None
+    function = row.load()
+    if backend == "xformers":
+        return function(q, k, v).transpose(1, 2)
+    out = function(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # some versions return the log-sum-exp as well
+
+
+def takes(backend: str, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether an implementation computes in a dtype. The CPU's flash kernel takes all."""
+    return dtype in IMPLEMENTATIONS[backend].dtypes or (backend, device_type) == ("sdpa-flash", "cpu")
+
+
 def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why `attention` cannot use a backend on a device with operands of a dtype and head dimension; None: it can."""
-    if backend in PACKAGES:
-        return _not_importable(backend) or _not_on(PACKAGES[backend], backend, device, dtype, head_dim)
-    if backend in ("sdpa", "sdpa-math"):
+    """Why a backend cannot be used on a device with operands of a dtype and head dimension; None: it can."""
+    row = IMPLEMENTATIONS[backend]
+    if row.package:
+        return _not_importable(row) or _not_on(backend, device, dtype, head_dim)
+    if row.kernel in (None, SDPBackend.MATH):
         return None
     if device.type != "cuda" and (backend, device.type) != ("sdpa-flash", "cpu"):
         return "needs a GPU"
     if not takes(backend, dtype, device.type):
-        return _needs_dtype(HALF if backend in ("sdpa-cudnn", "sdpa-flash") else (*HALF, torch.float32))
+        return _needs_dtype(row.dtypes)
     return _not_by_torch(backend, device, dtype, head_dim)
 
 
@@ -120,30 +135,31 @@ def require(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
         raise ConfigError(f"--attention {backend}: {reason}")
 
 
-def _not_importable(backend: str) -> str | None:
-    package = PACKAGES[backend]
+def _not_importable(row: Implementation) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _imported(backend)
+            assert row.load is not None
+            row.load()
     except Exception as error:  # whatever a package raises that was built for another torch or CUDA
-        if isinstance(error, ImportError) and version(package.name) is None:
-            return f"{package.name} is not installed ({package.install})"
-        return f"{package.name} cannot be imported: {in_short(error)}"
+        if isinstance(error, ImportError) and version(row.package) is None:
+            return f"{row.package} is not installed ({' '.join(['pip install', row.package, row.pip]).strip()})"
+        return f"{row.package} cannot be imported: {in_short(error)}"
     return None
 
 
-def _not_on(package: Package, backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _not_on(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    row = IMPLEMENTATIONS[backend]
     if device.type != "cuda" or torch.version.hip is not None:
         return "needs an NVIDIA GPU"
-    if dtype not in package.dtypes:
-        return _needs_dtype(package.dtypes)
+    if dtype not in row.dtypes:
+        return _needs_dtype(row.dtypes)
     here = torch.cuda.get_device_capability(device)
-    least = max(package.capability, (8, 0)) if dtype == torch.bfloat16 else package.capability
+    least = max(row.capability, (8, 0)) if dtype == torch.bfloat16 else row.capability
     if here < least or (backend == "flash3" and here != least):
         exactly = "" if backend == "flash3" else " or more"
         return f"needs compute capability {least[0]}.{least[1]}{exactly}, the GPU has {here[0]}.{here[1]}"
-    largest = 128 if backend == "flash4" and here[0] in (10, 11) else package.largest
+    largest = 128 if backend == "flash4" and here[0] in (10, 11) else row.largest
     multiple = 16 // dtype.itemsize
     if head_dim > largest or head_dim % multiple:
         return f"head dimension {head_dim}: it takes multiples of {multiple} up to {largest}"
@@ -151,7 +167,7 @@ def _not_on(package: Package, backend: str, device: torch.device, dtype: torch.d
 
 
 def _not_by_torch(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What torch says when one of its kernels is to do a small case, of which a gradient will be asked."""
+    """Torch's reason for refusing a small case, of which a gradient will be asked, to one of its kernels."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -177,7 +193,7 @@ def in_short(error: Exception) -> str:
 
 
 def version(package: str) -> str | None:
-    """The version of an installed package."""
+    """The version of an installed package; None: it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -185,23 +201,28 @@ def version(package: str) -> str | None:
 
 
 def status(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[tuple[str, bool, str]]:
-    """(backend, usable, what it is or why not) for every backend."""
+    """(backend, usable, what it is or why it cannot be used) for every backend."""
     rows = []
-    for backend in BACKENDS:
-        reason = why_not(backend, device, dtype, head_dim)
-        if backend in PACKAGES:
-            name = PACKAGES[backend].name
-            what = f"{name} {version(name) or ''}".rstrip()
-        elif backend == "sdpa":
+    for name, row in IMPLEMENTATIONS.items():
+        if row.package:
+            what = f"{row.package} {version(row.package) or ''}".rstrip()
+        elif row.kernel is None:
             what = "torch picks a kernel by shape and dtype"
         else:
-            what = f"torch's {backend.removeprefix('sdpa-')} kernel"
-        rows.append((backend, reason is None, reason or what))
+            what = f"torch's {name.removeprefix('sdpa-')} kernel"
+        reason = why_not(name, device, dtype, head_dim)
+        rows.append((name, reason is None, reason or what))
     return rows
 
 
+class _NoModules(contextlib.nullcontext):
+    """A module tracker that sees none: torch's hooks all modules, and a watched DiT does not fuse its layers."""
+
+    parents = frozenset({"Global"})
+
+
 def flop_counter() -> FlopCounterMode:
-    """torch's FLOP counter, taught the CPU's flash kernel, of which it would count nothing. Packages stay uncounted."""
+    """Torch's FLOP counter of totals, taught the CPU's flash kernel. Packages stay uncounted."""
     aten = torch.ops.aten
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **named: sdpa_flop_count(q, k, v),
@@ -209,4 +230,6 @@ def flop_counter() -> FlopCounterMode:
             lambda grad, q, k, v, *rest, **named: sdpa_backward_flop_count(grad, q, k, v)
         ),
     }
-    return FlopCounterMode(display=False, custom_mapping=formulas)
+    counter: Any = FlopCounterMode(display=False, custom_mapping=formulas)
+    counter.mod_tracker = _NoModules()
+    return counter

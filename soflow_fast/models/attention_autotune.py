@@ -1,4 +1,4 @@
-"""`--attention auto`: the backend that is fastest at a run's shape, of those that compute the right thing there.
+"""`--attention auto`: the backend that is fastest at a run's shape, among those that compute the right thing there.
 
 Which one that is depends on GPU, head dimension and length, and no rule is known that tells, so all are timed: forward,
 and forward with backward, as a step makes both. The choice is kept in a file, by everything that it depends on.
@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files import write_file
 from ..rng import generator
-from ..runs.telemetry import replace_file
 from ..version import __version__
-from .attention import BACKENDS, PACKAGES, attention, in_short, require, version, why_not
+from .attention import BACKENDS, PACKAGES, Backend, attention, in_short, require, version, why_not
 
 WARM_UP = 3
 SAMPLES = 9
 CALLS = 5
-"""In each sample of the time, so that launching one kernel hides behind the one before, as it does in a step."""
+"""Calls in each sample of the time, so that launching one kernel hides behind the one before, as it does in a step."""
 
 
 class Shape(NamedTuple):
-    """Of q, k and v."""
+    """The shape of q, k and v."""
 
     B: int
     heads: int
@@ -37,12 +37,12 @@ class Shape(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What trying every backend came to."""
+    """The outcome of trying every backend, by its name."""
 
     seconds: dict[str, tuple[float, float]]
-    """Of a forward, and of a forward with backward, by backend."""
+    """Times of a forward, and of a forward with backward."""
     passed_over: dict[str, str]
-    """Why, by backend."""
+    """Reasons for those that were not timed."""
 
     def fastest(self) -> str:
         """The backend with the least time for both; torch's own choice if none could be timed."""
@@ -67,18 +67,23 @@ def choose(
     On the CPU it is "sdpa". Elsewhere it is what the file `cache` (None: the user's) holds, or is measured and put
     there; a file that cannot be read or written only costs the measurement.
     """
-    if not _worth_timing(device):
+    if device.type != "cuda":
         return "sdpa"
-    path = cache_path() if cache is None else cache
-    shape = Shape(B, heads, T, head_dim)
+    return remembered(device, dtype, Shape(B, heads, T, head_dim), clock, cache or cache_path(), compiled)
+
+
+def remembered(
+    device: torch.device, dtype: torch.dtype, shape: Shape, clock: Callable[[], float], cache: Path, compiled: bool
+) -> str:
+    """The backend that the file `cache` holds for this case, if it can still be used; else it is measured."""
     key = _key(device, dtype, shape, compiled)
-    known = _read(path).get(key)
+    known = _read(cache).get(key)
     backend = known.get("backend") if isinstance(known, dict) else None
-    if isinstance(backend, str) and backend in BACKENDS and why_not(backend, device, dtype, head_dim) is None:
+    if isinstance(backend, str) and backend in BACKENDS and why_not(backend, device, dtype, shape.head_dim) is None:
         return backend
     found = compare(device, dtype, shape, clock, compiled)
     entry = {"backend": found.fastest(), **found._asdict()}
-    _write(path, _read(path) | {key: entry})
+    _write(cache, _read(cache) | {key: entry})
     return found.fastest()
 
 
@@ -124,8 +129,8 @@ def compare(
     return Comparison(seconds, passed_over)
 
 
-def mixed(qkv: Tensor, backend: str) -> Tensor:
-    """[B, T, 3, heads, d] -> [B, T, heads d], as in a DiT block."""
+def attend(qkv: Tensor, backend: Backend) -> Tensor:
+    """Attention as in a DiT block: [B, T, 3, heads, d] -> [B, T, heads d]."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     return attention(q, k, v, backend).transpose(1, 2).flatten(2)
 
@@ -137,7 +142,7 @@ class Case:
         B, heads, T, d = shape
         source = generator(0, 0, 0, "attention", device)
         self.device, self.compiled = device, compiled
-        self.tolerance = 2 * unit(device, dtype)
+        self.tolerance = 2 * rounding_unit(device, dtype)
         self.qkv = torch.randn(B, T, 3, heads, d, generator=source, device=device).to(dtype).requires_grad_()
         self.dout = torch.randn(B, T, heads * d, generator=source, device=device).to(dtype)
         self.checked = [0, B - 1]
@@ -150,22 +155,22 @@ class Case:
     def forward(self, backend: str) -> Tensor:
         """The output. Compiled, it is recorded but left to eager kernels: what surrounds attention is not compared."""
         if not self.compiled:
-            return mixed(self.qkv, backend)
+            return attend(self.qkv, backend)
         with torch._dynamo.config.patch(recompile_limit=64):  # one variant for each backend, and without gradient
-            return torch.compile(mixed, backend="eager", fullgraph=True, dynamic=False)(self.qkv, backend)
+            return torch.compile(attend, backend="eager", fullgraph=True, dynamic=False)(self.qkv, backend)
 
-    def both(self, backend: str) -> tuple[Tensor, Tensor]:
+    def forward_backward(self, backend: str) -> tuple[Tensor, Tensor]:
         """The output, and the gradient of the operands."""
         out = self.forward(backend)
         (gradient,) = torch.autograd.grad(out, self.qkv, self.dout)
         return out.detach(), gradient
 
     def fault(self, backend: str) -> str | None:
-        """Why a backend must not be used, after trying it. The errors are relative to the norm of the right result."""
+        """Why a backend must not be used, after trying it. Errors are relative to the norm of the right result."""
         try:
             with warnings.catch_warnings():  # a kernel of torch that gives up says why in warnings as well
                 warnings.simplefilter("ignore")
-                results = self.both(backend)
+                results = self.forward_backward(backend)
             for what, found, right in zip(("result", "gradient"), results, self.right, strict=True):
                 error = float((found[self.checked] - right).norm() / right.norm())
                 if not error <= self.tolerance:
@@ -178,7 +183,7 @@ class Case:
         """The median times of a forward without gradient, and of a forward with backward."""
         with torch.no_grad():
             forward = self._median(lambda: self.forward(backend), clock)
-        return forward, self._median(lambda: self.both(backend), clock)
+        return forward, self._median(lambda: self.forward_backward(backend), clock)
 
     def _median(self, work: Callable[[], Any], clock: Callable[[], float]) -> float:
         for _ in range(WARM_UP):
@@ -198,12 +203,12 @@ class Case:
             torch.cuda.synchronize(self.device)
 
 
-def unit(device: torch.device, dtype: torch.dtype) -> float:
-    """The distance of 1 from the next number in the precision of the products.
+def rounding_unit(device: torch.device, dtype: torch.dtype) -> float:
+    """The distance of 1 from the next number in the precision of matrix products.
 
     Operands, weights and results are rounded to at most half of it each, and independently over rows: measured are
-    errors of up to 0.4 of it in bf16, of a gradient. Where sums are not wider than what is added up, they round as
-    well: in float32 of up to 4 units of the last place, hence 16.
+    errors of up to 0.4 of it in bf16, of a gradient. Where sums are not wider than their terms, they round as well: in
+    float32 errors of up to 4 units of the last place are measured, hence 16.
     """
     if dtype in (torch.float32, torch.float64):
         return 2.0**-10 if _in_tf32(device, dtype) else 16 * torch.finfo(dtype).eps
@@ -216,20 +221,16 @@ def _in_tf32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def cache_path() -> Path:
-    """soflow-fast/attention.json in the user's cache folder."""
+    """The path of soflow-fast/attention.json in the user's cache folder."""
     folder = os.environ.get("XDG_CACHE_HOME", "")
     home = Path(folder) if os.path.isabs(folder) else Path(os.path.expanduser("~")) / ".cache"
     return home / "soflow-fast" / "attention.json"
 
 
-def _worth_timing(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
 def _key(device: torch.device, dtype: torch.dtype, shape: Shape, compiled: bool) -> str:
     """Everything that the choice depends on."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    packages = [f"{p.name} {version(p.name)}" for p in PACKAGES.values()]
+    packages = [f"{row.package} {version(row.package)}" for row in PACKAGES.values()]
     precision = "tf32" if _in_tf32(device, dtype) else str(dtype).removeprefix("torch.")
     torches = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     sizes = " ".join(f"{name}={size}" for name, size in shape._asdict().items())
@@ -248,6 +249,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _write(path: Path, values: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
+        write_file(path, (json.dumps(values, indent=2) + "\n").encode(), synced=False)
     except OSError:
         pass  # the next start measures again

@@ -1,10 +1,13 @@
 """The Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748) with SoFlow's two times (arXiv 2512.15657).
 
-Block names and parameter keys are those of the public checkpoints. A gated residual, the norm after it and the product
-after that are one operation (`products`), so a block hands its last residual on to the next block unfinished.
+Every module's forward says what it computes. Where all layers are plain and nobody watches them, `DiT.forward` runs the
+same computation fused across the borders of its modules (`fused_layers`), with the modulations of all blocks as one
+product; else it calls the modules one by one. Names of parameters are those of the public checkpoints.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,29 +15,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from soflow_kernels import dual_time_embedding
+from soflow_kernels import (
+    dual_time_embedding,
+    gate_residual,
+    gate_residual_layernorm_modulate,
+    layernorm_modulate,
+    on_gpu,
+)
 
 from ..config.schema import DiTConfig
 from ..config.validation import validate_model
-from .attention import attention
-from .fused_layers import Entry, Weight, defers_bias, linear, normed_linear, normed_mlp, stacked_linear
-from .low_precision import Stack, keep_copies, operands, stack_in_place
+from .attention import Backend, attention
+from .fused_layers import (
+    EPS,
+    BlockModulation,
+    BlockOutputs,
+    BlockWeights,
+    LinearWeights,
+    PendingResidual,
+    SavePolicy,
+    defers_bias,
+    fused_block,
+    normed_linear,
+    stacked_linear,
+    weights_of,
+)
+from .plain_layers import PLAIN_LAYERS, Kinds, call_layer, changed_part, plain_kind, watched_everywhere
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
 
 
-class Tape:
-    """What the products of a forward came to on some of its samples, for a pass that goes the same way once more."""
+class TapedOutputs:
+    """The outputs that the linear layers of a forward had for some of its samples, without gradient.
+
+    A value-and-increment pass over the same samples (`paired_forward`) takes its values from here.
+    """
 
     def __init__(self, rows: slice) -> None:
         self.rows = rows
         self.outputs: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+        """The output of a layer, and the bias that it still lacks."""
 
-    def keep(self, layer: nn.Module, output: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Note the output of `layer`, without gradient, and the bias that it still lacks. Returns the output."""
-        self.outputs[layer] = (output.detach()[self.rows], None if bias is None else bias.detach())
-        return output
+    def keep(self, layer: nn.Module, output: Tensor, missing_bias: Tensor | None = None) -> None:
+        """Note the output of `layer` for these samples."""
+        bias = None if missing_bias is None else missing_bias.detach()
+        self.outputs[layer] = output.detach()[self.rows], bias
 
 
 class PatchEmbed(nn.Module):
@@ -49,23 +75,37 @@ class PatchEmbed(nn.Module):
         """[B, C, H, W] -> [B, T, C patch^2], the input of the embedding's product."""
         B, C, H, W = x.shape
         p = self.proj.kernel_size[0]
-        return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
+        x = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+        return x.reshape(B, (H // p) * (W // p), C * p * p)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.patches(x), self.proj.weight.flatten(1), self.proj.bias)
+        if changed_part(self.proj, nn.Conv2d, PLAIN_LAYERS) is None and not watched_everywhere():
+            # One matrix product, as for the increments: a convolution rounds otherwise.
+            return F.linear(self.patches(x), self.proj.weight.flatten(1), self.proj.bias)
+        return call_layer(self.proj, x).flatten(2).transpose(1, 2)
+
+
+class TimeMLP(nn.Sequential):
+    """Linear, SiLU, Linear."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
 
 class TimeEmbedder(nn.Module):
-    """The parameters that take a time to [B, D]: 256 sinusoids [cos, sin] of max period 10000, Linear, SiLU, Linear."""
+    """Times [B] -> [B, D]: 256 sinusoids [cos, sin] of max period 10000, Linear, SiLU, Linear."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp: Any = nn.Sequential(
-            nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp: Any = TimeMLP(hidden_size)
+
+    def forward(self, t: Tensor) -> Tensor:
+        phi = sinusoids(t)
+        dtype = next((p.dtype for p in self.mlp.parameters() if p.is_floating_point()), phi.dtype)
+        return self.mlp(phi.to(dtype))
 
 
-class Table(nn.Embedding):
+class LabelTable(nn.Embedding):
     """An embedding that draws nothing on the meta device: torch would import its compiler for that, which takes
     seconds."""
 
@@ -79,16 +119,16 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
-        self.embedding_table = Table(num_classes + 1, hidden_size)
+        self.embedding_table = LabelTable(num_classes + 1, hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
 
 
 class Attention(nn.Module):
-    """The parameters of multi-head self-attention on tokens [B, T, D]."""
+    """Multi-head self-attention on tokens [B, T, D]: qkv, softmax(q k' / sqrt(head_dim)) v, proj."""
 
-    backend = "sdpa"
+    backend: Backend = "sdpa"
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -96,69 +136,98 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, qkv: Tensor) -> Tensor:
-        """What lies between its products: [B, T, 3 D] -> [B, T, D]."""
-        B, T, D = qkv.shape
-        q, k, v = qkv.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        return attention(q, k, v, self.backend).transpose(1, 2).reshape(B, T, D // 3)
+    def forward(self, x: Tensor) -> Tensor:
+        return call_layer(self.proj, self.attend(call_layer(self.qkv, x)))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """The attention between the two linear layers: packed q, k, v [B, T, 3 D] -> [B, T, D]."""
+        return packed_attention(qkv, self.num_heads, self.backend)
+
+
+def packed_attention(qkv: Tensor, num_heads: int, backend: Backend) -> Tensor:
+    """softmax(q k' / sqrt(head_dim)) v of packed q, k, v [B, T, 3 D] -> [B, T, D]."""
+    B, T, D = qkv.shape
+    q, k, v = qkv.reshape(B, T, 3, num_heads, D // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+    return attention(q, k, v, backend).transpose(1, 2).reshape(B, T, D // 3)
 
 
 class MLP(nn.Module):
-    """The parameters of Linear, tanh GELU, Linear on tokens [B, T, D]."""
+    """Linear, tanh GELU, Linear on tokens [B, T, D]."""
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, inner_size)
         self.fc2 = nn.Linear(inner_size, hidden_size)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return call_layer(self.fc2, F.gelu(call_layer(self.fc1, x), approximate="tanh"))
+
+
+class Modulation(nn.Sequential):
+    """The conditioning c [B, D] -> `chunks` rows of D in the dtype of the blocks: SiLU, Linear; [B, chunks D]."""
+
+    def __init__(self, hidden_size: int, chunks: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
+
+    def forward(self, c: Tensor, dtype: torch.dtype) -> Tensor:
+        silu, layer = self
+        return call_layer(layer, silu(c).to(dtype))
+
 
 class Block(nn.Module):
-    """One DiT block, from the gated residual that enters it to the one that leaves it."""
+    """One DiT block with adaLN-Zero (arXiv 2212.09748, section 3.2)."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         D = config.hidden_size
         self.attn = Attention(D, config.num_heads)
         self.mlp = MLP(D, int(D * config.mlp_ratio))
-        self.adaLN_modulation: Any = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.adaLN_modulation: Any = Modulation(D, 6)
 
-    def products(self) -> list[nn.Linear]:
-        """Its layers on tokens, in the order in which they are run."""
-        return [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x + gate1 attn(n1), then + gate2 mlp(n2), each n a modulated norm; [B, T, D].
 
-    def forward(
-        self,
-        entry: Entry,
-        inner: tuple[Tensor, Tensor, Tensor],
-        weights: list[Weight],
-        keep_norms: bool = False,
-        keep_inner: bool = True,
-        taped: bool = False,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor | None]]:
-        """(x, y): the residual [B, T, D] and the MLP's result that is still to be gated and added to it.
-
-        entry: what leads into the first norm; inner: the attention's gate, and shift and scale of the second norm,
-        [B, D] each; weights: of `products`. Third, what qkv, proj and fc1 came to. The others as in
-        `products.normed_mlp`.
+        x: tokens [B, T, D]; c: the conditioning [B, D], from which shift, scale and gate of attention come, then those
+        of the MLP.
         """
-        qkv_weight, proj, fc1, fc2 = weights
-        gate, shift, scale = inner
-        x, qkv = normed_linear(entry, qkv_weight, keep_norm=keep_norms)
-        later = defers_bias(x)
-        y = linear(self.attn(qkv), proj, bias=not later)
-        entry = Entry(x, y, gate, proj.master_bias if later else None, shift, scale)
-        x, out, u = normed_mlp(entry, fc1, fc2, keep_norm=keep_norms, keep_inner=keep_inner, taped=taped)
-        return x, out, (qkv, y, u)
+        m = BlockModulation(*self.adaLN_modulation(c, x.dtype).chunk(6, dim=1))
+        h = layernorm_modulate(x, m.shift1, m.scale1, EPS)
+        x, h = gate_residual_layernorm_modulate(x, self.attn(h), m.gate1, m.shift2, m.scale2, EPS)
+        return gate_residual(x, self.mlp(h), m.gate2)
+
+    def linears(self) -> list[nn.Linear]:
+        """The linear layers on tokens, in the order in which they are run."""
+        return [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
 
 
 class FinalLayer(nn.Module):
-    """Tokens -> patches, after the last norm."""
+    """Tokens [B, T, D] -> patches [B, T, patch^2 C]: the last modulated norm and a linear layer."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         D = config.hidden_size
         self.linear = nn.Linear(D, config.patch_size**2 * config.in_channels)
-        self.adaLN_modulation: Any = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+        self.adaLN_modulation: Any = Modulation(D, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """c: the conditioning [B, D], from which shift and scale come. The patches are in the dtype of c."""
+        shift, scale = self.adaLN_modulation(c, x.dtype).chunk(2, dim=1)
+        return call_layer(self.linear, layernorm_modulate(x, shift, scale, EPS, c.dtype))
+
+
+KINDS: Kinds = {
+    **PLAIN_LAYERS,
+    **plain_kind(LabelTable, parameters=("weight",)),
+    **plain_kind(PatchEmbed, {"proj": nn.Conv2d}),
+    **plain_kind(TimeMLP, {"0": nn.Linear, "1": nn.SiLU, "2": nn.Linear}),
+    **plain_kind(TimeEmbedder, {"mlp": TimeMLP}),
+    **plain_kind(LabelEmbedder, {"embedding_table": LabelTable}),
+    **plain_kind(Attention, {"qkv": nn.Linear, "proj": nn.Linear}),
+    **plain_kind(MLP, {"fc1": nn.Linear, "fc2": nn.Linear}),
+    **plain_kind(Modulation, {"0": nn.SiLU, "1": nn.Linear}),
+    **plain_kind(Block, {"attn": Attention, "mlp": MLP, "adaLN_modulation": Modulation}),
+    **plain_kind(FinalLayer, {"linear": nn.Linear, "adaLN_modulation": Modulation}),
+}
 
 
 class DiT(nn.Module):
@@ -167,11 +236,12 @@ class DiT(nn.Module):
     pos_embed: Tensor
     blocks: Any  # a ModuleList of Block
     recompute = "none"
-    """What a backward makes again beside norms and GELUs: "none", "mlp" (the first product of each MLP), "block"."""
+    """The parts that a backward makes again beside norms and GELUs: "none", "mlp" (its first linear layer), "block"."""
     keep_norms: bool | None = None
     """Keep every product's input for the backward instead, as autograd would. None: on a CPU, where memory is not what
     is short, unless `recompute` asks for less."""
-    stack: Stack | None = None
+    compile_backend: str | Callable[..., Any] | None = None
+    """The backend of torch.compile for the fused blocks; None: they are not compiled."""
 
     def __init__(self, config: DiTConfig | None = None) -> None:
         super().__init__()
@@ -197,7 +267,7 @@ class DiT(nn.Module):
         if self.pos_embed.device.type == "meta":
             return
         self.pos_embed.copy_(sincos_positions(self.config.hidden_size, math.isqrt(self.pos_embed.shape[1])))
-        for module in self.modules():
+        for module in self.modules():  # the layers that end at zero draw as well: so a seed gives the same weights
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=source)
                 if module.bias is not None:
@@ -205,127 +275,143 @@ class DiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=source)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02, generator=source)
-        for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
-
-    def conditioning(self, t: Tensor, s: Tensor, y: Tensor | None) -> Tensor:
-        """SiLU(c), c = e_t(t) + e_s(t - s) + e_y(y), [B, D]; times [B] are not scaled, y None is the null label."""
-        of_t, of_s = (tuple(embedder.mlp.parameters()) for embedder in (self.t_embedder, self.s_embedder))
-        return dual_time_embedding(t, s, y, of_t, of_s, self.y_embedder.embedding_table.weight, max_period=MAX_PERIOD)
+        for layer in (*self.modulation_layers(), self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
 
     def modulation_layers(self) -> list[nn.Linear]:
         """The layers from SiLU(c) to shifts, scales and gates: six rows of D for each block, two for the last norm."""
-        return [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1]]
+        parts: list[Any] = [*self.blocks, self.final_layer]
+        return [part.adaLN_modulation[1] for part in parts]
 
-    def set_attention(self, backend: str) -> None:
-        """Let all blocks take the attention of a backend, one of `attention.BACKENDS`."""
+    def low_precision_layers(self) -> list[nn.Linear]:
+        """The layers whose parameters are in low precision in a step in low precision: those of the blocks, and all
+        modulations."""
+        return [*(layer for block in self.blocks for layer in block.linears()), *self.modulation_layers()]
+
+    def set_attention(self, backend: Backend) -> None:
+        """Let all blocks take an attention backend, one of `attention.BACKENDS`, or a function of q, k and v."""
         for block in self.blocks:
             block.attn.backend = backend
 
-    def keep_copies(self, dtype: torch.dtype) -> None:
-        """Keep copies of the blocks' weights in a dtype, which products under autocast to that dtype then take; in the
-        dtype of the weights: lay those of the modulations side by side. Either way they are one product."""
-        layers = self.modulation_layers()
-        if dtype == layers[0].weight.dtype:
-            self.stack = stack_in_place(layers)
-        else:
-            self.stack = keep_copies([layer for block in self.blocks for layer in block.products()], layers, dtype)
-
-    def copied_layers(self) -> list[Any]:
-        """The layers that keep copies of their weights."""
-        layers = [layer for block in self.blocks for layer in block.products()] + self.modulation_layers()
-        return [layer for layer in layers if hasattr(layer, "copy")]
-
-    def refresh_copies(self) -> None:
-        """Bring the copies up to date now, for a forward in which Python does not look."""
-        for layer in self.copied_layers():
-            layer.copy.follow(layer)
-
-    def forget_copies(self) -> None:
-        """Have the copies made anew at their next use: for changes that torch's version counters do not show, such as
-        those through `.data` and by torch's fused optimisers."""
-        for layer in self.copied_layers():
-            layer.copy.forget()
-
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the blocks by torch.compile, one graph each without breaks; equal blocks share their code."""
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the fused blocks by torch.compile, one graph each without breaks; equal blocks share their code."""
         # One variant for the first block and one for the others, with and without gradient, for each size of batch.
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 64)
-        for block in self.blocks:
-            block.compile(backend=backend, fullgraph=True, dynamic=False)
+        self.compile_backend = backend
 
-    def modulations(self, c: Tensor, dtype: torch.dtype, tape: Tape | None = None) -> list[Tensor]:
-        """Of SiLU(c) [B, D]: per block shift, scale and gate of attention and of the MLP, then shift and scale of the
-        last norm, [B, D] each, in one list."""
+    def changed_part(self, *, float8: bool = False) -> str | None:
+        """The name of the first submodule that is not as `DiT` makes it: replaced, wrapped, hooked, pruned, quantised
+        or sharded; None: all are plain. float8: linear layers of torchao's float8 recipe pass too."""
+        parts: list[tuple[str, nn.Module, type[nn.Module]]] = [
+            ("x_embedder", self.x_embedder, PatchEmbed),
+            ("t_embedder", self.t_embedder, TimeEmbedder),
+            ("s_embedder", self.s_embedder, TimeEmbedder),
+            ("y_embedder", self.y_embedder, LabelEmbedder),
+            *((f"blocks.{k}", block, Block) for k, block in enumerate(self.blocks)),
+            ("final_layer", self.final_layer, FinalLayer),
+        ]
+        for name, module, kind in parts:
+            found = changed_part(module, kind, KINDS, float8=float8)
+            if found is not None:
+                return f"{name}.{found}" if found else name
+        return None
+
+    def conditioning(self, t: Tensor, s: Tensor, y: Tensor | None) -> Tensor:
+        """SiLU(c), c = e_t(t) + e_s(t - s) + e_y(y), [B, D]; times [B] are not scaled, y None is the null label. All
+        embedders must be plain."""
+        of_t, of_s = (tuple(embedder.mlp.parameters()) for embedder in (self.t_embedder, self.s_embedder))
+        return dual_time_embedding(t, s, y, of_t, of_s, self.y_embedder.embedding_table.weight, max_period=MAX_PERIOD)
+
+    def modulations(self, c: Tensor, dtype: torch.dtype, tape: TapedOutputs | None = None) -> list[Tensor]:
+        """Modulations from SiLU(c) [B, D], all in one product: six [B, D] for each block, then shift and scale of the
+        last norm, in one list."""
         layers = self.modulation_layers()
-        weights = [operands(layer, dtype) for layer in layers]
-        stack = None
-        if self.stack is not None and self.stack.holds(weights):
-            stack = self.stack.weight, self.stack.bias
-        out = stacked_linear(c.to(dtype), weights, stack)
+        weights = [weights_of(layer, dtype) for layer in layers]
+        out = stacked_linear(c.to(dtype), weights)
         if tape is not None:
-            for layer, value in zip(layers, out, strict=True):
+            for layer, value in zip(layers, out.split([len(w.weight) for w in weights], dim=1), strict=True):
                 tape.keep(layer, value)
-        return [part for value in out for part in value.split(self.config.hidden_size, dim=1)]
+        return list(out.split(self.config.hidden_size, dim=1))
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, tape: Tape | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, tape: TapedOutputs | None = None
+    ) -> Tensor:
         """The network's output, [B, C, H, W], for x [B, C, H, W], times t and s [B], labels y [B] (None: null).
 
-        The blocks compute in the dtype of their weights, or of autocast where it is on, residual and modulations
-        included; the statistics of norms are float32 in any case. The two ends stay in the dtype of the weights under
-        autocast as well: the conditioning, the patches and the last product cost nothing beside the blocks, and what
-        they round is lost in every token. `tape` notes the products on the way.
+        The blocks compute in the dtype of autocast where it is on, else in that of `pos_embed`, whatever the dtype of
+        their weights, residual and modulations included; the statistics of norms are float32 in any case. The two ends
+        stay in the dtype of `pos_embed` under autocast as well: the conditioning, the patches and the last product
+        cost nothing beside the blocks, and what they round is lost in every token. `tape` notes the outputs of layers
+        on the way; all layers must then be plain.
         Raises ValueError for shapes that do not fit the configuration.
         """
         self.check_input(x, t, s, y)
         device = x.device.type
-        dtype = self.pos_embed.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.pos_embed.dtype
+        changed = self.changed_part()
         with torch.autocast(device, enabled=False):
-            c = self.conditioning(t, s, y)
-            x = (self.x_embedder(x) + self.pos_embed).to(dtype)
-            m = self.modulations(c, dtype, tape)
-            keep_norms = self.keep_norms
-            if keep_norms is None:
-                keep_norms = not x.is_cuda and self.recompute == "none"
-            branch = gate = bias = None
-            for k, block in enumerate(self.blocks):
-                shift, scale, gate1, shift2, scale2, next_gate = m[6 * k : 6 * k + 6]
-                entry = Entry(x, branch, gate, bias, shift, scale)
-                x, branch = self._block(block, entry, (gate1, shift2, scale2), keep_norms, tape)
-                gate = next_gate
-                bias = block.mlp.fc2.bias if defers_bias(x) else None
-            final = operands(self.final_layer.linear, self.pos_embed.dtype)
-            _, out = normed_linear(Entry(x, branch, gate, bias, m[-2], m[-1]), final, keep_norm=keep_norms)
+            if changed is None and not watched_everywhere():
+                return self.unpatchify(self._fused(x, t, s, y, dtype, tape))
             if tape is not None:
-                tape.keep(self.final_layer.linear, out)
-            return self.unpatchify(out)
+                raise ValueError(f"tape: {changed or 'every module'} is watched or changed, its outputs are not taken")
+            return self.unpatchify(self._called(x, t, s, y, dtype))
 
-    def _block(
-        self, block: Block, entry: Entry, inner: tuple[Tensor, Tensor, Tensor], keep_norms: bool, tape: Tape | None
-    ) -> tuple[Tensor, Tensor]:
-        layers = block.products()
-        weights = [operands(layer, entry.x.dtype) for layer in layers]
-        how = (keep_norms, self.recompute == "none", tape is not None)
-        if self.recompute == "block" and torch.is_grad_enabled():
-            x, out, _ = checkpoint(block, entry, inner, weights, *how, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportGeneralTypeIssues]
-            return x, out
-        x, out, values = block(entry, inner, weights, *how)
+    def _called(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Patches [B, T, patch^2 C], every module called."""
+        labels = torch.full(t.shape, self.num_classes, device=t.device) if y is None else y
+        c = self.t_embedder(t) + self.s_embedder(t - s) + self.y_embedder(labels)
+        x = (self.x_embedder(x) + self.pos_embed).to(dtype)
+        for block in self.blocks:
+            if self.recompute == "block" and torch.is_grad_enabled():
+                x = _checkpoint(block, x, c)
+            else:
+                x = block(x, c)
+        return self.final_layer(x, c)
+
+    def _fused(
+        self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, dtype: torch.dtype, tape: TapedOutputs | None
+    ) -> Tensor:
+        """Patches [B, T, patch^2 C], fused across the borders of modules."""
+        c = self.conditioning(t, s, y)
+        x = (self.x_embedder(x) + self.pos_embed).to(dtype)
+        m = self.modulations(c, dtype, tape)
+        keep_norms = self.keep_norms
+        if keep_norms is None:
+            keep_norms = not on_gpu(x) and self.recompute == "none"
+        save = SavePolicy(norms=keep_norms, inner=self.recompute == "none")
+        residual = PendingResidual(x)
+        for k, block in enumerate(self.blocks):
+            residual = self._fused_block(block, residual, BlockModulation(*m[6 * k : 6 * k + 6]), save, tape)
+        final = weights_of(self.final_layer.linear, self.pos_embed.dtype)
+        _, out = normed_linear(residual, m[-2], m[-1], final, keep_norm=keep_norms)
         if tape is not None:
-            later = defers_bias(x)
-            for k, (layer, value) in enumerate(zip(layers, (*values, out), strict=True)):
-                tape.keep(layer, value, layer.bias if later and k else None)
-        return x, out
+            tape.keep(self.final_layer.linear, out)
+        return out
+
+    def _fused_block(
+        self,
+        block: Block,
+        residual: PendingResidual,
+        modulation: BlockModulation,
+        save: SavePolicy,
+        tape: TapedOutputs | None,
+    ) -> PendingResidual:
+        layers = block.linears()
+        weights = BlockWeights(*(weights_of(layer, residual.x.dtype) for layer in layers))
+        run: Any = fused_block if self.compile_backend is None else _compiled_block(self.compile_backend)
+        if self.recompute == "block" and torch.is_grad_enabled():
+            run = functools.partial(_checkpoint, run)
+        leaving, outputs = run(residual, modulation, weights, block.attn.attend, save, tape is not None)
+        if tape is not None:
+            _tape_block(tape, layers, outputs, weights, defers_bias(residual.x))
+        return leaving
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Output patches [B, T, patch^2 C] -> images [B, C, H, W]."""
         p, C = self.config.patch_size, self.config.in_channels
-        n = self.config.input_size // p
-        return x.reshape(-1, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(-1, C, n * p, n * p)
+        n, B = self.config.input_size // p, len(x)
+        return x.reshape(B, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, n * p, n * p)
 
     def check_input(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None) -> None:
         """Raise ValueError naming the input whose shape does not fit."""
@@ -335,6 +421,35 @@ class DiT(nn.Module):
         for name, value in (("t", t), ("s", s), ("y", y)):
             if value is not None and value.shape != x.shape[:1]:
                 raise ValueError(f"{name} must be [{x.shape[0]}], got {list(value.shape)}")
+
+
+def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function whose backward makes again what it would keep."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+@functools.cache
+def _compiled_block(backend: str | Callable[..., Any]) -> Callable[..., tuple[PendingResidual, BlockOutputs]]:
+    return torch.compile(fused_block, backend=backend, fullgraph=True, dynamic=False)
+
+
+def _tape_block(
+    tape: TapedOutputs, layers: list[nn.Linear], outputs: BlockOutputs, weights: BlockWeights, later: bool
+) -> None:
+    """Note what the layers of a block came to; later: all but the first have deferred their biases."""
+    each: list[tuple[nn.Linear, Tensor | None, LinearWeights]] = list(zip(layers, outputs, weights, strict=True))
+    for k, (layer, output, (_, bias)) in enumerate(each):
+        assert output is not None
+        tape.keep(layer, output, bias if later and k else None)
+
+
+def sinusoids(t: Tensor) -> Tensor:
+    """Times [B] -> 256 sinusoids [B, 256], [cos, sin] of t w_i, w_i = 10000^(-i/128); float32, or float64 of such t."""
+    half = FREQUENCIES // 2
+    t = t if t.dtype == torch.float64 else t.float()
+    w = torch.exp(-math.log(MAX_PERIOD) * (torch.arange(half, device=t.device, dtype=t.dtype) / half))
+    angle = t[:, None] * w
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 def sincos_positions(hidden_size: int, grid: int) -> Tensor:

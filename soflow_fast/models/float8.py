@@ -1,21 +1,16 @@
-"""Products of the blocks in float8, by torchao's training recipe: tensor-wise dynamic scales, e4m3 values and weights,
-e5m2 gradients (Micikevicius et al. 2022, arXiv 2209.05433). For Hopper, Ada and later; everything else stays bf16."""
+"""The linear layers of the blocks in float8, by torchao's training recipe: tensor-wise dynamic scales, e4m3 values and
+weights, e5m2 gradients (Micikevicius et al. 2022, arXiv 2209.05433). For Hopper, Ada and later; the rest stays bf16."""
 
-import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..config.schema import DiTConfig
 from ..errors import ConfigError
+from .dit import DiT
 
 MULTIPLE = 16
-"""Of every side of a float8 product."""
-
-_on = False
+"""The sides of a float8 product are multiples of this."""
 
 
 def require(model: DiTConfig, device: torch.device) -> None:
@@ -30,31 +25,11 @@ def require(model: DiTConfig, device: torch.device) -> None:
             raise ConfigError(f"--precision fp8: {name} must be a multiple of {MULTIPLE}, got {value}")
 
 
-def use_float8(layers: list[nn.Linear], *, emulate: bool = False) -> None:
-    """Let these layers multiply in float8 inside `float8_products`. They keep their parameters and their keys."""
-    from torchao.float8 import Float8LinearConfig  # pyright: ignore[reportMissingImports]
-    from torchao.float8.float8_linear import Float8Linear  # pyright: ignore[reportMissingImports]
+def use_float8(net: DiT, *, emulate: bool = False) -> None:
+    """Replace the blocks' linear layers on tokens by torchao's, with the same parameters and names."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # pyright: ignore[reportMissingImports]
 
-    for layer in layers:
-        twin: Any = Float8Linear.from_float(layer, config=Float8LinearConfig(emulate=emulate))
-        twin.bias = None  # goes where the other products' biases go
-        layer.__dict__["float8"] = twin  # past nn.Module, which would list its parameters twice
-
-
-@contextlib.contextmanager
-def float8_products() -> Iterator[None]:
-    """Within the context, layers of `use_float8` multiply in float8."""
-    global _on
-    before, _on = _on, True
-    try:
-        yield
-    finally:
-        _on = before
-
-
-def product(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
-    """How the layer multiplies here, without its bias, if that is in float8."""
-    twin: Any = layer.__dict__.get("float8") if _on else None
-    if twin is not None and twin.weight is not layer.weight:
-        twin.weight = layer.weight
-    return twin
+    layers = {id(layer) for block in net.blocks for layer in block.linears()}
+    convert_to_float8_training(
+        net, config=Float8LinearConfig(emulate=emulate), module_filter_fn=lambda layer, name: id(layer) in layers
+    )

@@ -1,12 +1,14 @@
-"""The products of a DiT block with what comes before them, keeping for the backward only what cannot be made again.
+"""The DiT block of plain layers, fused across the borders of its modules, keeping little for the backward.
 
-A product keeps its input, which here is a modulated norm or a GELU: cheap to make again from what the norm or the GELU
-itself keeps. So each of these nodes covers both. Per token and block there remain, in units of the hidden size D: the
-residual before attention (1), q, k and v (3), attention's result (1), its projection (1), the residual before the MLP
-(1), the MLP's inner values before the GELU (4) and its result (1): 12 D, and the norms' statistics.
+A gated residual, the norm after it and the product after that are one autograd node. A product keeps its input for the
+backward, which here is a modulated norm or a GELU: cheap to make again from what the norm or the GELU itself keeps. So
+each node covers both. Per token and block there remain, in units of the hidden size D: the residual before attention
+(1), q, k and v (3), attention's result (1), its projection (1), the residual before the MLP (1), the MLP's inner values
+before the GELU (4) and its result (1): 12 D, and the statistics of the norms.
 
-Weights may have copies in the dtype of the activations (`low_precision`): products take the copies, and the gradient
-goes to the weights. Without gradient, and under forward-mode AD or torch.func, plain compositions run instead.
+A residual whose last branch is still to be gated and added (`PendingResidual`) goes from block to block, so that the
+addition is fused with the next block's norm. Without gradient, and under forward-mode AD or torch.func, the plain
+composition of the same operations runs instead.
 """
 
 from collections.abc import Callable
@@ -14,11 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from soflow_kernels import (
     bias_gelu,
+    gate_residual,
     gate_residual_layernorm_modulate,
     layernorm_modulate,
     linear_gelu,
@@ -29,123 +32,161 @@ from soflow_kernels.adaln import adaln_bwd, adaln_fwd
 from soflow_kernels.gelu import bias_gelu_backward
 
 EPS = 1e-6
-"""Of the norms."""
+"""Epsilon of every LayerNorm."""
 
 
-class Weight(NamedTuple):
-    """A product's weight [N, K] and bias [N], and the two as they are multiplied, which may be copies."""
+class SavePolicy(NamedTuple):
+    """The values that a block keeps for its backward and could make again."""
 
-    master: Tensor
-    master_bias: Tensor
-    low: Tensor
+    norms: bool
+    """The modulated norms and GELUs, which are the inputs of products, as autograd would."""
+    inner: bool
+    """The MLP's values before the GELU, 4 D numbers a token; else their product is made again."""
+
+
+class LinearWeights(NamedTuple):
+    """Weight [N, K] and bias [N] of a linear layer, in the dtype in which they are multiplied."""
+
+    weight: Tensor
     bias: Tensor
-    product: Callable[[Tensor], Tensor] | None = None
-    """How to multiply with it, without the bias, where that is not a plain product."""
 
 
-class Entry(NamedTuple):
-    """What leads into a norm: x' = x + gate (y + bias), then LN(x') (1 + scale) + shift. y, gate: None for x' = x."""
+class BlockWeights(NamedTuple):
+    """The four linear layers of a block on tokens."""
+
+    qkv: LinearWeights
+    proj: LinearWeights
+    fc1: LinearWeights
+    fc2: LinearWeights
+
+
+class BlockModulation(NamedTuple):
+    """Shift, scale and gate of attention and of the MLP, [B, D] each (arXiv 2212.09748, section 3.2: adaLN-Zero)."""
+
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+    gate2: Tensor
+
+
+class PendingResidual(NamedTuple):
+    """The residual stream x + gate (branch + bias), whose last branch is not yet added; branch None: x as it is."""
 
     x: Tensor
-    y: Tensor | None
-    gate: Tensor | None
-    bias: Tensor | None
-    shift: Tensor
-    scale: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+    bias: Tensor | None = None
+
+    def added(self) -> Tensor:
+        """The residual [B, T, D] with its branch."""
+        x, branch, gate, bias = self
+        return x if branch is None or gate is None else gate_residual(x, branch, gate, bias)
 
 
-def _product_backward(dout: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+class BlockOutputs(NamedTuple):
+    """The outputs of a block's linear layers, without gradient, for a `TapedOutputs`."""
+
+    qkv: Tensor
+    proj: Tensor
+    fc1: Tensor | None
+    fc2: Tensor
+
+
+def weights_of(layer: nn.Linear, dtype: torch.dtype) -> LinearWeights:
+    """The parameters of a layer in a dtype: themselves, or a cast that autograd follows."""
+    return LinearWeights(layer.weight.to(dtype), layer.bias.to(dtype))
+
+
+def _linear_backward(dout: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     rows = dout.flatten(0, -2)
     return dout @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0) if has_bias else None
 
 
-class _Linear(torch.autograd.Function):
-    """x W' + b by the copies, gradients to the masters."""
+class _StackedLinear(torch.autograd.Function):
+    """x W' + b for weights and biases stacked from several; keeps these, not the stack."""
 
     @staticmethod
-    def forward(ctx: Any, x, master, master_bias, low, bias):
-        ctx.save_for_backward(x, low)
-        ctx.has_bias = master_bias is not None
-        return F.linear(x, low, bias)
+    def forward(ctx: Any, x, *parameters):
+        weights, biases = parameters[0::2], parameters[1::2]
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, torch.cat(weights), torch.cat(biases))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        return *_product_backward(dout, x, weight, ctx.has_bias), None, None
+        x, *weights = ctx.saved_tensors
+        rows = [len(weight) for weight in weights]
+        dx, dweight, dbias = _linear_backward(dout, x, torch.cat(weights), True)
+        assert dbias is not None
+        each = zip(dweight.split(rows), dbias.split(rows), strict=True)
+        return dx, *[gradient for pair in each for gradient in pair]
 
 
 class _NormedLinear(torch.autograd.Function):
-    """x', LN(x') modulated and multiplied; keeps x', y and statistics, not the norm."""
+    """x', LN(x') modulated and multiplied; keeps x', the branch and the statistics, not the norm."""
 
     @staticmethod
-    def forward(ctx: Any, x, y, gate, y_bias, shift, scale, master, master_bias, low, bias):
-        low, bias = (master, master_bias) if low is None else (low, bias)
-        x, h, mean, rstd = adaln_fwd(x, y, gate, shift, scale, EPS, y_bias, low.dtype)
-        ctx.save_for_backward(x, y, gate, y_bias, shift, scale, mean, rstd, low)
-        out = F.linear(h, low, bias)
-        return out if y is None else (x, out)
+    def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, weight, bias):
+        x, h, mean, rstd = adaln_fwd(x, branch, gate, shift, scale, EPS, branch_bias, weight.dtype)
+        ctx.save_for_backward(x, branch, gate, branch_bias, shift, scale, mean, rstd, weight)
+        out = F.linear(h, weight, bias)
+        return out if branch is None else (x, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, y, gate, y_bias, shift, scale, mean, rstd, low = ctx.saved_tensors
+        x, branch, gate, branch_bias, shift, scale, mean, rstd, weight = ctx.saved_tensors
         dsum = douts[0] if len(douts) == 2 else None
-        h = layernorm_modulate(x, shift, scale, EPS, low.dtype)
-        dh, dweight, dbias = _product_backward(douts[-1], h, low, True)
+        h = layernorm_modulate(x, shift, scale, EPS, weight.dtype)
+        dh, dweight, dbias = _linear_backward(douts[-1], h, weight, True)
         del h
-        d = adaln_bwd(dh, dsum, x, y, gate, scale, y_bias, mean, rstd, EPS)
-        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dweight, dbias, None, None
+        d = adaln_bwd(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
+        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dweight, dbias
 
 
 class _NormedMLP(torch.autograd.Function):
-    """x', LN(x') modulated, and the MLP without its last bias; keeps x', y, statistics and (`keep`) the inner values.
+    """x', LN(x') modulated, and the MLP; keeps x', the branch, the statistics and (`keep_inner`) the inner values.
 
-    fused: the first bias goes with the GELU, else with its product. The inner values are returned as well, as the
-    product left them and without gradient.
+    defer_bias: the first bias goes with the GELU and the last one is left out, else each goes with its product. The
+    inner values are returned as well, as the product left them and without gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, y, gate, y_bias, shift, scale, w1, b1, low1, bias1, w2, b2, low2, bias2, fused, keep):
-        low1, bias1 = (w1, b1) if low1 is None else (low1, bias1)
-        low2, bias2 = (w2, b2) if low2 is None else (low2, bias2)
-        x, h, mean, rstd = adaln_fwd(x, y, gate, shift, scale, EPS, y_bias, low1.dtype)
-        u = F.linear(h, low1, None if fused else bias1)
-        inner = bias_gelu(u, b1) if fused else F.gelu(u, approximate="tanh")
-        out = F.linear(inner, low2, None if fused else bias2)
-        kept = u if keep else None
-        ctx.save_for_backward(x, y, gate, y_bias, shift, scale, mean, rstd, low1, bias1, b1, low2, kept)
-        ctx.fused = fused
+    def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, w1, b1, w2, b2, defer_bias, keep_inner):
+        x, h, mean, rstd = adaln_fwd(x, branch, gate, shift, scale, EPS, branch_bias, w1.dtype)
+        u = F.linear(h, w1, None if defer_bias else b1)
+        inner = bias_gelu(u, b1) if defer_bias else F.gelu(u, approximate="tanh")
+        out = F.linear(inner, w2, None if defer_bias else b2)
+        ctx.save_for_backward(
+            x, branch, gate, branch_bias, shift, scale, mean, rstd, w1, b1, w2, u if keep_inner else None
+        )
+        ctx.defer_bias = defer_bias
         ctx.mark_non_differentiable(u)
         return x, out, u
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dsum, dout, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, y, gate, y_bias, shift, scale, mean, rstd, low1, bias1, b1, low2, u = ctx.saved_tensors
-        h = layernorm_modulate(x, shift, scale, EPS, low1.dtype)
+        x, branch, gate, branch_bias, shift, scale, mean, rstd, w1, b1, w2, u = ctx.saved_tensors
+        h = layernorm_modulate(x, shift, scale, EPS, w1.dtype)
         if u is None:
-            u = F.linear(h, low1, None if ctx.fused else bias1)
-        dinner = dout @ low2
-        if ctx.fused:
+            u = F.linear(h, w1, None if ctx.defer_bias else b1)
+        dinner = dout @ w2
+        if ctx.defer_bias:
             du, db1, inner = bias_gelu_backward(dinner, u, b1)
         else:
             du = torch.ops.aten.gelu_backward(dinner, u, approximate="tanh")
             db1, inner = du.flatten(0, -2).sum(0), F.gelu(u, approximate="tanh")
         del dinner, u
         dout = dout.flatten(0, -2)
-        dw2, db2 = dout.t() @ inner.flatten(0, -2), None if ctx.fused else dout.sum(0)
+        dw2, db2 = dout.t() @ inner.flatten(0, -2), None if ctx.defer_bias else dout.sum(0)
         del inner
-        dh, dw1, _ = _product_backward(du, h, low1, False)
+        dh, dw1, _ = _linear_backward(du, h, w1, False)
         del h, du
-        d = adaln_bwd(dh, dsum, x, y, gate, scale, y_bias, mean, rstd, EPS)
-        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dw1, db1, None, None, dw2, db2, *[None] * 4
-
-
-def _apart(weight: Weight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """A weight as the nodes take it: no copies where it is multiplied itself (torch.compile refuses one twice)."""
-    master, bias, low, low_bias, _ = weight
-    return (master, bias, None, None) if low is master else (master, bias, low, low_bias)
+        d = adaln_bwd(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
+        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dw1, db1, dw2, db2, None, None
 
 
 def _composed() -> bool:
@@ -153,97 +194,86 @@ def _composed() -> bool:
     return not torch.is_grad_enabled() or transformed()
 
 
-def _operand(weight: Tensor, low: Tensor) -> Tensor:
-    """What a composed operation multiplies: the copy, or what leads back to the weight."""
-    return weight.to(low.dtype) if torch.is_grad_enabled() and weight is not low else low
-
-
 def defers_bias(x: Tensor) -> bool:
     """Whether the operation after a product of x takes the product's bias along: where it is a kernel."""
     return use_kernel(x)
 
 
-def linear(x: Tensor, weight: Weight, *, bias: bool = True) -> Tensor:
-    """x W' + b (or without b), [..., K] -> [..., N], in the dtype of the copy."""
-    master, master_bias, low, low_bias, product = weight
-    if product is not None:
-        return product(x) + (master_bias.to(low.dtype) if bias else 0)
-    if low is master or _composed():
-        return F.linear(x, _operand(master, low), _operand(master_bias, low_bias) if bias else None)
-    return _Linear.apply(x, master, master_bias if bias else None, low, low_bias if bias else None)
+def linear(x: Tensor, layer: LinearWeights, *, bias: bool = True) -> Tensor:
+    """x W' + b (or without b), [..., K] -> [..., N]."""
+    return F.linear(x, layer.weight, layer.bias if bias else None)
 
 
-def _norm(entry: Entry, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x, y, gate, bias, shift, scale = entry
-    if y is None:
+def stacked_linear(x: Tensor, layers: list[LinearWeights]) -> Tensor:
+    """The products of one x [B, K] with several layers side by side, [B, sum of N], as one product."""
+    if _composed():
+        weights, biases = zip(*layers, strict=True)
+        return F.linear(x, torch.cat(weights), torch.cat(biases))
+    return _StackedLinear.apply(x, *[value for layer in layers for value in layer])  # pyright: ignore[reportReturnType]
+
+
+def _norm(residual: PendingResidual, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, branch, gate, bias = residual
+    if branch is None or gate is None:
         return x, layernorm_modulate(x, shift, scale, EPS, dtype)
-    return gate_residual_layernorm_modulate(x, y, gate, shift, scale, EPS, bias, dtype)
+    return gate_residual_layernorm_modulate(x, branch, gate, shift, scale, EPS, bias, dtype)
 
 
-def normed_linear(entry: Entry, weight: Weight, *, keep_norm: bool = False) -> tuple[Tensor, Tensor]:
-    """x' and the product of its modulated norm, [B, T, D] and [B, T, N]. keep_norm: keep the product's input too."""
-    if keep_norm or weight.product or _composed():
-        x, h = _norm(entry, weight.low.dtype)
-        return x, linear(h, weight)
-    x, y, gate, bias, shift, scale = entry
-    out = _NormedLinear.apply(x, y, gate, bias, shift, scale, *_apart(weight))
-    return out if isinstance(out, tuple) else (x, out)
+def normed_linear(
+    residual: PendingResidual, shift: Tensor, scale: Tensor, layer: LinearWeights, *, keep_norm: bool
+) -> tuple[Tensor, Tensor]:
+    """The residual x' [B, T, D] with its branch added, and the product of its modulated norm, [B, T, N]."""
+    if keep_norm or _composed():
+        x, h = _norm(residual, shift, scale, layer.weight.dtype)
+        return x, linear(h, layer)
+    out = _NormedLinear.apply(*residual, shift, scale, *layer)
+    return out if isinstance(out, tuple) else (residual.x, out)  # pyright: ignore[reportReturnType]
 
 
 def normed_mlp(
-    entry: Entry,
-    first: Weight,
-    second: Weight,
+    residual: PendingResidual,
+    shift: Tensor,
+    scale: Tensor,
+    fc1: LinearWeights,
+    fc2: LinearWeights,
     *,
-    keep_norm: bool = False,
-    keep_inner: bool = True,
+    save: SavePolicy,
     taped: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x', the MLP (product, tanh GELU, product) of its modulated norm, and the inner values before the GELU.
+    """The residual x' with its branch added, the MLP (linear, tanh GELU, linear) of its modulated norm, and the values
+    before the GELU.
 
-    The last bias is left out where `defers_bias`, and the first one is not yet in the inner values; these come without
-    gradient, None unless they are at hand (`taped`: they are). keep_norm: keep all inputs of products for the backward;
-    keep_inner False: make the inner values again in the backward.
+    Where `defers_bias`, the last bias is left out of the MLP and the first one out of the values before the GELU; these
+    come without gradient, None unless they are at hand (`taped`: they are).
     """
-    fused = defers_bias(entry.x)
-    if not (keep_norm or first.product or _composed()):
-        x, y, gate, bias, shift, scale = entry
-        return _NormedMLP.apply(x, y, gate, bias, shift, scale, *_apart(first), *_apart(second), fused, keep_inner)
-    x, h = _norm(entry, first.low.dtype)
-    if taped or first.product or (torch.is_grad_enabled() and (fused or first.low is not first.master)):
-        u = linear(h, first, bias=not fused)
-        inner = bias_gelu(u, first.master_bias) if fused else F.gelu(u, approximate="tanh")
-        return x, linear(inner, second, bias=not fused), u.detach()
-    inner = linear_gelu(h, _operand(first.master, first.low), _operand(first.master_bias, first.bias))
-    return x, linear(inner, second, bias=not fused), None
+    defer_bias = defers_bias(residual.x)
+    if not (save.norms or _composed()):
+        return _NormedMLP.apply(*residual, shift, scale, *fc1, *fc2, defer_bias, save.inner)  # pyright: ignore[reportReturnType]
+    x, h = _norm(residual, shift, scale, fc1.weight.dtype)
+    if taped or (torch.is_grad_enabled() and (defer_bias or h.dtype != torch.float32)):
+        u = linear(h, fc1, bias=not defer_bias)
+        inner = bias_gelu(u, fc1.bias) if defer_bias else F.gelu(u, approximate="tanh")
+        return x, linear(inner, fc2, bias=not defer_bias), u.detach()
+    return x, linear(linear_gelu(h, fc1.weight, fc1.bias), fc2, bias=not defer_bias), None
 
 
-class _Stacked(torch.autograd.Function):
-    """x W' + b for weights that lie side by side in memory, with the gradient of each."""
+def fused_block(
+    residual: PendingResidual,
+    modulation: BlockModulation,
+    weights: BlockWeights,
+    attend: Callable[[Tensor], Tensor],
+    save: SavePolicy,
+    taped: bool = False,
+) -> tuple[PendingResidual, BlockOutputs]:
+    """One DiT block, from the pending residual that enters it to the one that leaves it, and what its layers came to.
 
-    @staticmethod
-    def forward(ctx: Any, x, weight, bias, rows, *masters):
-        ctx.save_for_backward(x, weight)
-        ctx.rows = rows
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        dx, dweight, dbias = _product_backward(dout, x, weight, True)
-        assert dbias is not None
-        each = zip(dweight.split(ctx.rows), dbias.split(ctx.rows), strict=True)
-        return dx, None, None, None, *[gradient for pair in each for gradient in pair]
-
-
-def stacked_linear(x: Tensor, weights: list[Weight], stack: tuple[Tensor, Tensor] | None) -> list[Tensor]:
-    """The products of one x [B, K] with several weights, [B, N] each, as one product where they are a `stack`."""
-    if stack is None or (torch.is_grad_enabled() and transformed()):
-        return [linear(x, weight) for weight in weights]
-    rows = [len(weight.low) for weight in weights]
-    if torch.is_grad_enabled():
-        out = _Stacked.apply(x, *stack, rows, *[m for weight in weights for m in weight[:2]])
-    else:
-        out = F.linear(x, *stack)
-    return list(out.split(rows, dim=1))
+    attend: attention proper, from the packed q, k and v [B, T, 3 D] to [B, T, D].
+    """
+    m = modulation
+    x, qkv = normed_linear(residual, m.shift1, m.scale1, weights.qkv, keep_norm=save.norms)
+    later = defers_bias(x)
+    branch = linear(attend(qkv), weights.proj, bias=not later)
+    residual = PendingResidual(x, branch, m.gate1, weights.proj.bias if later else None)
+    x, out, inner = normed_mlp(residual, m.shift2, m.scale2, weights.fc1, weights.fc2, save=save, taped=taped)
+    leaving = PendingResidual(x, out, m.gate2, weights.fc2.bias if later else None)
+    return leaving, BlockOutputs(qkv, branch, inner, out)

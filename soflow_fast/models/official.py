@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' public trainer (zlab-princeton/SoFlow), whose keys are `network.` and the DiT's own."""
+"""Checkpoints of the authors' public trainer (zlab-princeton/SoFlow). Keys are the DiT's after `network.`."""
 
 import os
 import zipfile
@@ -8,37 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import DIT_SIZES, DiTConfig
+from ..config.schema import DIT_SIZES, Coefficients, DiTConfig, FlowPath
 from ..errors import CheckpointError
 from ..flow import SolutionFlow
 from .dit import DiT
 
-_EMA_NAMES = ("ema", "model_ema", "ema_model", "ema_state_dict", "ema_network")
-_NAMES = ("model", "state_dict", "network", "model_state_dict")
+_EMA_ENTRIES = ("ema", "model_ema", "ema_model", "ema_state_dict", "ema_network")
+_MODEL_ENTRIES = ("model", "state_dict", "network", "model_state_dict")
 
 
 def load_official(
     source: str | os.PathLike | Mapping[str, Any],
     config: DiTConfig | None = None,
     *,
-    path: str = "linear",
-    coefficients: str = "euler",
+    path: FlowPath = "linear",
+    coefficients: Coefficients = "euler",
 ) -> SolutionFlow:
     """A SolutionFlow in eval mode from the authors' checkpoint.
 
     Args:
         source: a file written by torch.save, or a state dict with keys `network...`; or either one wrapped in a dict
             with entries such as "model" and "ema", of which the EMA weights are taken. Nothing in a file is executed.
-        config: the network's shape; None: read off the weights, which works for the public sizes (the number of heads
-            of another one cannot be seen in its weights).
-        path, coefficients: as of SolutionFlow.
+        config: the network's shape; None: inferred from the weights, which works for the public sizes (the number of
+            heads of another one cannot be seen in its weights).
+        path, coefficients: those of SolutionFlow.
 
     Raises:
         CheckpointError: if the file is missing, unreadable or its weights do not fit.
     """
     where = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
-    weights = _unwrap(source if isinstance(source, Mapping) else _read(where), where)
-    config = config or _infer(weights, where)
+    weights = _find_weights(source if isinstance(source, Mapping) else _read(where), where)
+    config = config or _infer_config(weights, where)
     flow = SolutionFlow(DiT(config), path, coefficients)
     expected = flow.state_dict()
     weights.setdefault("network.pos_embed", expected["network.pos_embed"])
@@ -55,9 +55,10 @@ def load_official(
 
 
 def _read(where: str) -> Mapping[str, Any]:
+    """The content of a file of torch.save. Raises CheckpointError for anything but a dict of plain values."""
     try:
         with open(where, "rb") as file:
-            # torch stores and never compresses: what unpacks to more than it takes would fill the memory.
+            # Torch never compresses; a file that unpacks to more than its size could fill the memory.
             if zipfile.is_zipfile(file) and any(
                 info.file_size > info.compress_size for info in zipfile.ZipFile(file).infolist()
             ):
@@ -73,11 +74,11 @@ def _read(where: str) -> Mapping[str, Any]:
     return content
 
 
-def _unwrap(content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """The flat {key: tensor} inside, EMA first, with the wrappers' prefixes taken off."""
-    for name in (*_EMA_NAMES, *_NAMES):
+def _find_weights(content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """{key: tensor} from a checkpoint's content: the EMA's where it has them, keys without prefixes of wrappers."""
+    for name in (*_EMA_ENTRIES, *_MODEL_ENTRIES):
         if isinstance(content.get(name), Mapping):
-            return _unwrap(content[name], where)
+            return _find_weights(content[name], where)
     weights = {}
     for key, value in content.items():
         if isinstance(value, Tensor) and isinstance(key, str):
@@ -90,7 +91,8 @@ def _unwrap(content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     return weights
 
 
-def _infer(weights: Mapping[str, Tensor], where: str) -> DiTConfig:
+def _infer_config(weights: Mapping[str, Tensor], where: str) -> DiTConfig:
+    """The configuration of a public size from the shapes of its weights. Raises CheckpointError for another one."""
     try:
         hidden_size, in_channels, patch_size, _ = weights["network.x_embedder.proj.weight"].shape
         depth = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("network.blocks."))

@@ -23,12 +23,12 @@ from soflow_kernels import (
     bias_gelu_increment,
     gate_residual_layernorm_modulate_increment,
     layernorm_modulate_increment,
+    on_gpu,
     silu_increment,
     time_embedding_increment,
 )
 
-from .dit import FREQUENCIES, MAX_PERIOD, Attention, DiT, Tape
-from .low_precision import operands
+from .dit import FREQUENCIES, MAX_PERIOD, Attention, DiT, TapedOutputs
 
 
 @torch.no_grad()
@@ -42,12 +42,13 @@ def paired_forward(
     y: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    tape: Tape | None = None,
+    tape: TapedOutputs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(N(x, t, s; y), N(x + dx, t + dt, s; y) - N(x, t, s; y)), both [B, C, H, W], without gradient.
 
     Args:
-        net: a DiT, any size; its weights in float32 or float64.
+        net: a DiT, any size; the parameters of its ends in float32 or float64, those of its blocks in any dtype. All
+            its layers must be as `DiT` makes them: what acts when they are called would be missed here.
         x, dx: [B, C, H, W]; t, dt, s: [B], dt of either sign; y: labels [B], None: the null label.
         dtype: of the operands of the products (accumulated in float32): bfloat16, float16, float32 or float64. The
             conditioning, the patches and the last product, which cost next to nothing, stay in float32.
@@ -57,10 +58,17 @@ def paired_forward(
     The relative error of the increment does not grow as dx and dt go to 0.
 
     Raises:
-        ValueError: for shapes that do not fit the network, another dtype, or a network that is no DiT.
+        ValueError: for shapes that do not fit the network, another dtype, a network that is no DiT, or a layer of it
+            that was replaced, wrapped, hooked, pruned, quantised or sharded, which is named.
     """
     if not isinstance(net, DiT):
         raise ValueError(f"net must be a DiT, got {type(net).__name__}: it has no value-and-increment forward")
+    changed = net.changed_part(float8=True)
+    if changed is not None:
+        raise ValueError(
+            f"net.{changed} was replaced, wrapped or hooked, which the value-and-increment forward would miss; "
+            "take a pair of forwards (--quotient pair)"
+        )
     if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
     net.check_input(x, t, s, y)
@@ -70,12 +78,12 @@ def paired_forward(
     work = torch.float64 if dtype == torch.float64 or work == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
         x, dx, t, dt, s = (v.to(work) for v in (x, dx, t, dt, s))
-        walk = _Walk(work, dtype, {} if tape is None else tape.outputs)
-        value, increment = walk.network(net, x, dx, t, dt, s, y).unbind()
+        both = _PairedPass(work, dtype, {} if tape is None else tape.outputs)
+        value, increment = both.network(net, x, dx, t, dt, s, y).unbind()
         return value, increment
 
 
-class _Walk:
+class _PairedPass:
     """One pass over pairs [2, ...]: `work` is the dtype of all but the operands of products, which are `operand`.
 
     known: layers whose value another forward has computed already, with the bias that this value lacks or None.
@@ -116,8 +124,6 @@ class _Walk:
         operand = operand or self.operand
         weight, bias = layer.weight.flatten(1), layer.bias
         assert bias is not None
-        if isinstance(layer, nn.Linear) and operand == torch.bfloat16:
-            weight = operands(layer, operand).low
         if layer in self.known:
             value, missing = self.known[layer]
             value = value.to(self.work)
@@ -137,7 +143,7 @@ class _Walk:
 
     def _rounded_product(self, a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
         a, b = a.to(operand), b.to(operand)
-        if a.is_cuda and b.dim() == 2:
+        if on_gpu(a) and b.dim() == 2:
             return torch.mm(a.flatten(0, -2), b, out_dtype=self.work).unflatten(0, a.shape[:-1])
         return a.to(self.work) @ b.to(self.work)  # the products of rounded operands are exact in float32
 

@@ -10,7 +10,7 @@ from ..training.state import TrainState
 from . import checkpoint
 
 PATIENCE = 1.0
-"""Seconds that an abandoned save has to clean up; what it leaves then, the next start removes."""
+"""Seconds that an abandoned save has to clean up; the next start removes the rest."""
 
 
 class _Abandoned(BaseException):
@@ -18,19 +18,27 @@ class _Abandoned(BaseException):
 
 
 class Saver:
-    """One save at a time: the next one waits for the one before it. `warn` is told of a save that the disk refused.
-    `before` is called in the thread, before each one.
+    """Writes one checkpoint at a time: the next one waits for the one before it.
 
-    What a crash costs: the newest whole checkpoint is of the last interval but one while that of the last one is being
-    written, so at most one interval and the steps made during the write; under two intervals in all, as the loop waits
-    for the write before it makes the step that is saved next. A save that the disk refused adds its interval.
+    A crash costs at most one interval and the steps made during a write, under two intervals in all: the loop waits for
+    the write to end before it makes the step that is saved next. A save that the disk refused adds its interval.
 
     As a context manager: a block that ends well or by an Exception waits for the save under way; one that is
     interrupted abandons it.
+
+    Args:
+        run_dir: the run directory.
+        keep: how many of the newest checkpoints stay.
+        warn: is told, in the thread that calls, of a save that the disk refused and of what `before` reports.
+        before: is called in the writing thread before each save, with a function that takes warnings.
     """
 
     def __init__(
-        self, run_dir: Path, keep: int, warn: Callable[[str], None], before: Callable[[], None] = lambda: None
+        self,
+        run_dir: Path,
+        keep: int,
+        warn: Callable[[str], None],
+        before: Callable[[Callable[[str], None]], None] = lambda warn: None,
     ) -> None:
         self.run_dir, self.keep, self.warn, self.before = run_dir, keep, warn, before
         # Not the thread's own `join`: interrupted once, it takes the thread for stopped (CPython 3.11).
@@ -62,12 +70,12 @@ class Saver:
             raise failed[1]
 
     def poll(self) -> None:
-        """Tell of a save that has failed since."""
+        """Tell of a save that has failed meanwhile."""
         if self._failed or self._warnings:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what was no fault of the disk's."""
+        """Wait until nothing is being written. Raises the error of a save if it was no fault of the disk's."""
         failed = self._join()
         if failed and not isinstance(failed[1], OSError):
             raise failed[1]
@@ -87,11 +95,11 @@ class Saver:
 
     def _write(self, content: checkpoint.Snapshot) -> None:
         try:
-            self.before()
+            self.before(self._warnings.append)
             checkpoint.write(self.run_dir, content, self.keep, self._proceed, self._warnings.append)
         except _Abandoned:
             pass
-        except BaseException as error:  # a thread's: raised again in the one that waits for it
+        except BaseException as error:  # raised again in the thread that waits for this one
             self._failed = content.step, error
         finally:
             self._idle.set()

@@ -2,7 +2,7 @@
 
 RUN/checkpoints/step-00002500/ holds config.json, state.json, network.safetensors, ema.safetensors,
 optimizer.safetensors and manifest.json with the SHA-256 of each. It is written beside its place under a temporary
-name, synced to the disk and renamed; of a run, from a copy in host memory, in a thread beside the training (`saver`).
+name, synced to the disk and renamed. During a run a thread writes it from a copy in host memory (`async_save`).
 """
 
 import hashlib
@@ -43,13 +43,13 @@ class LaterFormat(CheckpointError):
 
 
 def directory(run_dir: Path) -> Path:
-    """Where the checkpoints of a run are."""
+    """The folder of a run's checkpoints."""
     return run_dir / "checkpoints"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, in host memory of its own: training may go on while it is written."""
+    """The content of a checkpoint in host memory of its own: training may go on while it is written."""
 
     step: int
     texts: dict[str, str]
@@ -62,7 +62,7 @@ def snapshot(state: TrainState) -> Snapshot:
     """A copy of `state` as it is now, taken from the device. Raises Diverged if a number in it is not finite."""
     refused = state.guard.read()
     step = {"format": FORMAT, "step": state.step, "skipped": refused.skipped, "in_row": refused.in_row}
-    tensors = {"network.safetensors": state.flow.state_dict(), "ema.safetensors": state.ema.state_dict()}
+    tensors = {"network.safetensors": state.weights(), "ema.safetensors": state.ema.state_dict()}
     if state.teacher is not None:
         tensors["teacher.safetensors"] = state.teacher.state_dict()
     tensors["optimizer.safetensors"] = _optimizer_tensors(state)
@@ -113,8 +113,11 @@ def write(
     proceed: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = _warn,
 ) -> Path:
-    """`save` of a snapshot. `proceed` is called between its parts; what it raises ends it, leaving nothing behind.
-    `warn` is told of what could not be removed."""
+    """Write a snapshot, as `save` writes a state.
+
+    `proceed` is called between its parts; an error that it raises ends the writing and leaves nothing behind. `warn` is
+    told of old checkpoints that could not be removed.
+    """
     final = directory(run_dir) / f"step-{content.step:08d}"
     with whole_directory(final, proceed) as folder:
         for name, text in content.texts.items():
@@ -185,7 +188,10 @@ def resume(run_dir: Path, state: TrainState, warn: Callable[[str], None]) -> boo
 
 
 def _newest_usable(found: list[Path], use: Callable[[Path], T], warn: Callable[[str], None]) -> T:
-    """`use` of the first checkpoint that it takes, those before it told to `warn`. Raises CheckpointError if none."""
+    """The result of `use` on the first checkpoint that it accepts; `warn` is told of those before it.
+
+    Raises CheckpointError if it accepts none, LaterFormat for the first one of a later version.
+    """
     refused: list[str] = []
     for folder in found:
         try:
@@ -207,18 +213,20 @@ def restore(folder: Path, state: TrainState) -> None:
     changed = disagreement(_config(folder, files), state.config)
     if changed:
         raise CheckpointError(f"{folder}: of a run with another configuration ({'; '.join(changed)})")
-    weights = {"network": state.flow, "ema": state.ema} | ({"teacher": state.teacher} if state.teacher else {})
-    found = {name: _tensors(folder, files, f"{name}.safetensors") for name in weights}
+    averages = {"ema": state.ema} | ({"teacher": state.teacher} if state.teacher else {})
+    found = {name: _tensors(folder, files, f"{name}.safetensors") for name in ("network", *averages)}
     optimizer = _tensors(folder, files, "optimizer.safetensors")
     counts = _read_state(folder, files)
     entries = _optimizer_entries(optimizer, [*state.flow.parameters()], folder, begun=counts["step"] > 0)
-    for name, flow in weights.items():
+    _check_weights(state.weights(), found["network"], folder)
+    for name, flow in averages.items():
         _load_weights(flow, found[name], folder)
     groups = state.optimizer.state_dict()["param_groups"]
     try:
         state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: optimiser of another model: {error}") from None
+    state.load_weights(found["network"])  # after the optimiser, whose masters they are
     state.step = counts["step"]
     state.guard.restore(counts["skipped"], counts["in_row"])
 
@@ -283,7 +291,7 @@ def load(source: str | os.PathLike, device: str | torch.device = "cpu") -> Solut
 
 
 def load_with_config(source: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[SolutionFlow, Config]:
-    """`load`, and the configuration that the weights were trained with."""
+    """Load weights as `load` does, with the configuration that they were trained with."""
     path = Path(source)
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint")
@@ -342,7 +350,7 @@ def _read_one(path: Path, most: int, digest: str) -> bytes:
 
 
 def _most_bytes(config: Config) -> int:
-    """How long a file of tensors may be: with both moments in float32 and names of any sensible length."""
+    """The most bytes of a file of tensors: both moments in float32, and names of any sensible length."""
     weights = [*build_flow(config).state_dict().values()]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(8 * sum(w.numel() for w in weights) + 1024 * len(weights) + 2**20, memory)
@@ -352,7 +360,7 @@ def _most_bytes(config: Config) -> int:
 def whole_directory(final: Path, proceed: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A temporary directory that becomes `final`, with a manifest, if the block ends well, and else goes.
 
-    proceed: called between the parts; what it raises ends it as an error in the block does.
+    proceed: is called between the parts; an error that it raises ends the writing as one in the block does.
     """
     make_folder(final.parent)
     temporary = final.parent / f".partial-{final.name}-{os.getpid()}"
@@ -397,8 +405,10 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """The optimiser's state by number of the parameter and name; the masters are kept as the network's weights."""
     entries = state.optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, entry in entries.items() for name, value in entry.items()}
+    named = ((index, name, value) for index, entry in entries.items() for name, value in entry.items())
+    return {f"{index}.{name}": value for index, name, value in named if name != "master"}
 
 
 def _tensors(folder: Path, files: dict[str, bytes], name: str) -> dict[str, Tensor]:
@@ -417,10 +427,13 @@ def _tensors(folder: Path, files: dict[str, bytes], name: str) -> dict[str, Tens
     return found
 
 
-def _load_weights(flow: SolutionFlow, weights: dict[str, Tensor], folder: Path) -> None:
-    expected = flow.state_dict()
+def _check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], folder: Path) -> None:
     for name in [*expected, *weights]:
         got, wanted = weights.get(name), expected.get(name)
         if got is None or wanted is None or (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
             raise CheckpointError(f"{folder}: of another model: {name[:60]} does not fit")
+
+
+def _load_weights(flow: SolutionFlow, weights: dict[str, Tensor], folder: Path) -> None:
+    _check_weights(flow.state_dict(), weights, folder)
     flow.load_state_dict(weights, assign=next(flow.parameters()).is_meta)

@@ -13,7 +13,7 @@ WARM_UP = 3
 """Calls that run as they are before one is recorded: compilers, autotuners and lazy initialisations come to rest."""
 
 
-def record(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+def record_graph(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """Record the launches of a function, running none of them. Returns (what runs them, what the function returned)."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -21,11 +21,11 @@ def record(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     return graph.replay, out
 
 
-class Captured:
+class GraphedFunction:
     """`function` of tensors (or None) of fixed shapes, which returns a dict of tensors or one tensor.
 
     The first calls run it as it is, every one for good; then it is recorded, and later calls copy their arguments to
-    where the recording reads them and replay it. Arguments of other shapes run as they are. What is returned is a copy.
+    where the recording reads them and replay it. Arguments of other shapes run as they are. The result is a copy.
     """
 
     def __init__(self, function: Callable[..., Any], warm_up: int = WARM_UP) -> None:
@@ -43,20 +43,20 @@ class Captured:
             return self.function(*arguments)
         if self.left:
             self.left -= 1
-            return _beside(self.function, arguments)
+            return _on_side_stream(self.function, arguments)
         for place, value in zip(self.places, arguments, strict=True):
             if place is not None:
                 place.copy_(value)  # pyright: ignore[reportArgumentType]
         if self.replay is None:
-            self.replay, self.out = record(lambda: self.function(*(self.places or ())))
+            self.replay, self.out = record_graph(lambda: self.function(*(self.places or ())))
         self.replay()
         if isinstance(self.out, Tensor):
             return self.out.clone()
         return dict(zip(self.out, torch.stack(list(self.out.values())).unbind(), strict=True))
 
 
-def _beside(function: Callable[..., Any], arguments: tuple[Tensor | None, ...]) -> Any:
-    """Call a function on a stream of its own, as what comes before a recording must be."""
+def _on_side_stream(function: Callable[..., Any], arguments: tuple[Tensor | None, ...]) -> Any:
+    """Call a function on a stream of its own, as calls before a recording must be."""
     device = next(value.device for value in arguments if value is not None)
     if device.type != "cuda":
         return function(*arguments)

@@ -1,56 +1,50 @@
-"""What a training step needs of a GPU's memory, without a GPU: the real step on tensors without data, every storage
-that it makes counted as the caching allocator would.
+"""The memory that a training step needs on a GPU, predicted without one: the real step runs on tensors without data,
+and every storage that it makes is counted as the caching allocator would.
 
-The tensors say that they are on a GPU but are not: torch without CUDA has no autograd for CUDA tensors, with data or
-without. Not counted are what libraries allocate inside one operation (workspaces of cuBLAS, partial sums of our own
-kernels: tens of MB), the CUDA context, and what the allocator loses between its blocks.
+Left out is what libraries allocate inside one operation (workspaces of cuBLAS, partial sums of our own kernels: tens of
+MB), the CUDA context, and what the allocator loses between its blocks.
 """
 
-import contextlib
-import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from soflow_kernels import _dispatch
+from soflow_kernels.testing import as_on_gpu
 
 from ..config.schema import Config
 from ..errors import ConfigError
-from . import state as state_module
-from .consistency_target import resolve_quotient
-from .optimizer import copies_of
-from .state import TrainState, resolve_precision
+from .precision import resolve_precision
+from .state import TrainState
 from .step import draw, train_step
 
 BLOCK = 512
 """Bytes that the caching allocator rounds up to."""
 USABLE = 0.9
-"""Of a GPU's free memory; the rest is for what is not counted."""
+"""The part of a GPU's free memory that a step may take; the rest is for what is not counted."""
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """Bytes that are in use at the peak of a step, by what they are for. The first eight add up to `peak`."""
+class MemoryEstimate:
+    """Bytes in use at the peak of a step, by purpose. `parts` add up to `peak`."""
 
     weights: int
-    """What products take, and buffers: copies in low precision, and the parameters that have none."""
+    """Weights as the forward multiplies them, in low precision where there are masters, and buffers."""
     masters: int
-    """The parameters that have copies."""
+    """Float32 masters of weights in low precision."""
     moments: int
     """The optimiser's state."""
     averages: int
     """EMA and teacher."""
     gradients: int
     activations: int
-    """What was there when a backward began: all that autograd keeps for it, and the batch."""
+    """Whatever else is there when a backward begins: all that autograd keeps for it, and the batch."""
     workspace: int
     """The rest."""
     peak: int
@@ -65,32 +59,29 @@ class Ledger:
         return {name: getattr(self, name) for name in names}
 
 
-def describe(ledger: Ledger) -> str:
-    """A table of the parts and their sum, in GB (10^9 bytes)."""
-    rows = {**ledger.parts(), "peak": ledger.peak}
-    return "\n".join(f"{name:<13}{size / 1e9:8.3f} GB" for name, size in rows.items())
-
-
-def summary(ledger: Ledger) -> str:
-    """The peak and its parts in one line."""
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in ledger.parts().items() if size)
-    micro = f" in micro-batches of {ledger.micro_batch}" if ledger.micro_batch < ledger.batch else ""
-    return f"{ledger.peak / 1e9:.2f} GB at its peak, {ledger.precision}, batch {ledger.batch}{micro}: {parts}"
+def summary(estimate: MemoryEstimate) -> str:
+    """The peak and its parts in one line, in GB (10^9 bytes)."""
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in estimate.parts().items() if size)
+    micro = f" in micro-batches of {estimate.micro_batch}" if estimate.micro_batch < estimate.batch else ""
+    return f"{estimate.peak / 1e9:.2f} GB at its peak, {estimate.precision}, batch {estimate.batch}{micro}: {parts}"
 
 
 class Storages(TorchDispatchMode):
-    """Within the context, which storages are made and freed, in order. Views of one are one."""
+    """Within the context, records which storages are made and freed, in order. Views of one storage count once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
-        self.live: dict[int, int] = {}  # the address of a storage that is in use -> its number
-        self.log: list[int] = []  # numbers of storages, k when it is made and ~k when it is freed
+        """Bytes of each storage, rounded up to whole blocks, by its number."""
+        self.live: dict[int, int] = {}
+        """The number of each storage that is in use, by its address."""
+        self.events: list[int] = []
+        """Numbers of storages, k when it is made and ~k when it is freed."""
         self._references: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return _unknown(args[0])
+            return _number_on_host(args[0])
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
@@ -106,23 +97,22 @@ class Storages(TorchDispatchMode):
             self.sizes.append(-(-storage.nbytes() // BLOCK) * BLOCK)
             self.live[address] = k
             self._references[k] = weakref.ref(storage, lambda _: self._free(address, k))
-            self.log.append(k)
+            self.events.append(k)
         return self.live[address]
 
     def _free(self, address: int, k: int) -> None:
         del self.live[address], self._references[k]
-        self.log.append(~k)
+        self.events.append(~k)
 
     def peak(self, first: int) -> set[int]:
-        """The storages in use at the moment, from event `first` of the log on, when they were largest together."""
-        used = most = 0
-        at = 0
-        for i, k in enumerate(self.log):
+        """The storages in use when they took the most memory together, at or after event `first`."""
+        used = most = at = 0
+        for i, k in enumerate(self.events):
             used += self.sizes[k] if k >= 0 else -self.sizes[~k]
             if i >= first and used > most:
                 most, at = used, i
         found: set[int] = set()
-        for k in self.log[: at + 1]:
+        for k in self.events[: at + 1]:
             if k >= 0:
                 found.add(k)
             else:
@@ -130,98 +120,51 @@ class Storages(TorchDispatchMode):
         return found
 
 
-def _unknown(tensor: Tensor) -> bool | int | float:
-    """What the host reads off a tensor without data: finite, a label that exists, a factor of one."""
+def _number_on_host(tensor: Tensor) -> bool | int | float:
+    """The value that the host reads off a tensor without data: finite, a label that exists, a factor of one."""
     return {torch.bool: True}.get(tensor.dtype, 1.0 if tensor.is_floating_point() else 1)
 
 
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    inherited = name not in owner.__dict__
-    before = None if inherited else owner.__dict__[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if inherited:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-
-def _apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply`, which swaps parameters without data in place and cannot where anything refers to them."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = nn.Parameter(convert(parameter.detach()), parameter.requires_grad)
-        part._buffers.update({name: convert(value) for name, value in part._buffers.items() if value is not None})
-    return module
-
-
-def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    """A copy of a tensor without data; torch's would copy the mode that it belongs to."""
-    copied = tensor.detach().clone()
-    memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-    return memo[id(tensor)]
-
-
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What torch picks on a GPU; without one it would pick by the processor."""
+    """The kernel that torch picks on a GPU; for these tensors it would pick one of the CPU's."""
     if q.dtype == torch.float32:
         kept = torch.is_grad_enabled()
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, kept)[0]
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
-@contextlib.contextmanager
-def _without_data(device: str) -> Iterator[None]:
-    """Tensors hold no data, and on "cuda" go the ways of tensors on a GPU."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
-        stack.enter_context(_replaced(nn.Module, "_apply", _apply))
-        stack.enter_context(_replaced(FakeTensor, "__deepcopy__", _deepcopy))
-        if torch.device(device).type == "cuda":
-            gpu = torch.device("cuda")
-            stack.enter_context(_replaced(FakeTensor, "is_cuda", property(lambda tensor: True)))
-            # As in a process of its own, whatever has been switched off in this one.
-            stack.enter_context(_replaced(_dispatch, "_mode", os.environ.get("SOFLOW_KERNELS", "auto")))
-            stack.enter_context(_replaced(_dispatch, "triton", _dispatch.triton or object()))
-            stack.enter_context(_replaced(F, "scaled_dot_product_attention", _fused_attention))
-            stack.enter_context(
-                _replaced(state_module, "resolve_quotient", lambda c, p, _: resolve_quotient(c, p, gpu))
-            )
-            stack.enter_context(_replaced(state_module, "resolve_precision", lambda name, _: _precision(name)))
-        yield
+def estimate_memory(config: Config, *, device: str = "cuda", batch: int | None = None) -> MemoryEstimate:
+    """The memory that one step of `config` on `batch` images (by default all of its batch) needs on a GPU or the CPU.
 
-
-def _precision(name: str) -> str:
-    """The precision of a step on a GPU: on this machine's where it has one."""
-    if name == "auto" and not torch.cuda.is_available():
-        return "bf16"
-    return resolve_precision(name, torch.device("cuda"))
-
-
-def ledger(config: Config, *, device: str = "cuda", batch: int | None = None) -> Ledger:
-    """What one step of `config` on `batch` images (by default all of its batch) needs on a GPU, or on the CPU.
-
-    At its peak over a run: the moments are there, and the quotient is checked. Needs no GPU and makes no number.
+    It is the peak over a run: the moments are there, and the quotient is checked. Needs no GPU and computes no number.
     fp8 is counted as bf16, compiled blocks and a recorded step as the plain one.
     Raises ConfigError naming a wrong field.
     """
-    # What needs a GPU or a compiler, by what is like it: torch's optimiser has the state of apex's.
-    optimizer = "torch" if config.run.optimizer == "apex" else config.run.optimizer
-    run = replace(config.run, device="cpu", optimizer=optimizer, compile="off", cuda_graph="off")
-    precision = "bf16" if config.precision == "fp8" else config.precision
     B = config.batch_size if batch is None else batch
-    with _without_data(device), Storages() as storages:
-        state = TrainState.build(replace(config, batch_size=B, precision=precision, run=run))
-        found = measure(state, storages)
+    precision = "bf16" if config.precision == "fp8" else config.precision
+    # What needs a GPU or a compiler is counted by what is like it: torch's optimiser has the state of apex's.
+    optimizer = "torch" if config.run.optimizer == "apex" else config.run.optimizer
+    run = replace(config.run, device="cpu", optimizer=optimizer, compile=False, cuda_graph=False)
+    counted = replace(config, batch_size=B, precision=precision, run=run)
+    if torch.device(device).type == "cuda":
+        gpu = torch.device("cuda")
+        if precision == "auto":  # this machine's where it has a GPU
+            auto = resolve_precision("auto", gpu) if torch.cuda.is_available() else "bf16"
+            counted = replace(counted, precision=auto)
+        with as_on_gpu(), Storages() as storages:
+            state = TrainState.build(counted, resolve_for=gpu)
+            for flow in (state.flow, state.ema, state.teacher):
+                if flow is not None:
+                    flow.network.set_attention(_fused_attention)
+            found = measure_step(state, storages)
+    else:
+        with FakeTensorMode(), Storages() as storages:
+            found = measure_step(TrainState.build(counted), storages)
     return replace(found, precision="fp8") if config.precision == "fp8" else found
 
 
-def measure(state: TrainState, storages: Storages) -> Ledger:
-    """What a step of a new state, built while `storages` counted, needs at its peak."""
+def measure_step(state: TrainState, storages: Storages) -> MemoryEstimate:
+    """The memory that a step of a new state needs at its peak. The state was built while `storages` recorded."""
     config, model = state.config, state.config.model
     B = config.batch_size // state.world
     parts = -(-B // min(config.micro_batch if config.micro_batch > 0 else B, B))
@@ -238,30 +181,28 @@ def measure(state: TrainState, storages: Storages) -> Ledger:
     state.step = max(config.run.check_quotient_every, 1) - 1
     rest = (images(B - n), draw(state, images(B - n)[0].shape)) if n < B else None
     batch = images(n)
-    first = len(storages.log)
-    static = _static(state, storages)
-    kept: set[int] = set()
-    backward = torch.autograd.backward
+    first = len(storages.events)
+    lasting = _lasting(state, storages)
+    at_backward: set[int] = set()
 
-    def noted_backward(*arguments: Any, **named: Any) -> None:
-        kept.update(storages.live.values())
-        backward(*arguments, **named)
+    def note(name: str, **values: Any) -> None:
+        if name == "backward":
+            at_backward.update(storages.live.values())
 
-    with _replaced(torch.autograd, "backward", noted_backward):
-        train_step(state, *batch)
+    train_step(state, *batch, observe=note)
     del rest
-    found = storages.peak(first)
+    left = at_peak = storages.peak(first)
     gradients = {storages.number(p.grad) for p in state.flow.parameters() if p.grad is not None}
     sums: dict[str, int] = {}
-    left = found
-    for name, numbers in {**static, "gradients": gradients, "activations": kept, "workspace": found}.items():
+    purposes = {**lasting, "gradients": gradients, "activations": at_backward, "workspace": at_peak}
+    for name, numbers in purposes.items():
         sums[name] = sum(storages.sizes[k] for k in left & numbers)
         left = left - numbers
-    return Ledger(**sums, peak=sum(sums.values()), batch=B, micro_batch=size, precision=state.precision)
+    return MemoryEstimate(**sums, peak=sum(sums.values()), batch=B, micro_batch=size, precision=state.precision)
 
 
-def _static(state: TrainState, storages: Storages) -> dict[str, set[int]]:
-    """The storages that last from step to step."""
+def _lasting(state: TrainState, storages: Storages) -> dict[str, set[int]]:
+    """The storages that last from step to step, by purpose."""
 
     def numbers(tensors: Iterable[Tensor | None]) -> set[int]:
         return {storages.number(tensor) for tensor in tensors if tensor is not None}
@@ -270,29 +211,28 @@ def _static(state: TrainState, storages: Storages) -> dict[str, set[int]]:
         return [tensor for module in modules if module for tensor in (*module.parameters(), *module.buffers())]
 
     optimizer: Any = state.optimizer
-    copies = copies_of(state.flow.network)
-    pairs = list(zip(state.flow.network.parameters(), copies, strict=True))
-    plain = [parameter for parameter, copy in pairs if copy is None]
+    masters = numbers(optimizer.masters)
+    weights = numbers(all_of(state.flow))
     return {
-        "weights": numbers([*copies, *plain, *state.flow.buffers()]),
-        "masters": numbers(parameter for parameter, copy in pairs if copy is not None),
-        "moments": numbers(value for kept in optimizer.state.values() for value in tree_leaves(kept)),
+        "weights": weights,
+        "masters": masters - weights,
+        "moments": numbers(value for kept in optimizer.state.values() for value in tree_leaves(kept)) - masters,
         "averages": numbers(all_of(state.ema, state.teacher)),
     }
 
 
 def largest_micro_batch(config: Config, memory: int) -> int:
-    """The largest micro-batch whose step is predicted to stay within the usable part of so many bytes on a GPU.
+    """The largest micro-batch whose step is predicted to stay within the usable part of `memory` bytes on a GPU.
 
-    A batch is cut into as few parts as fit, near-equal ones: what is predicted grows nearly evenly with their size, so
-    that a few ledgers suffice. Raises ConfigError where not even single images fit.
+    A batch is cut into as few near-equal parts as fit. The prediction grows nearly evenly with their size, so that a
+    few estimates suffice. Raises ConfigError where not even single images fit.
     """
     limit, B = USABLE * memory, config.batch_size
     known: dict[int, int] = {}
 
     def peak(size: int) -> int:
         if size not in known:
-            known[size] = ledger(replace(config, micro_batch=size)).peak
+            known[size] = estimate_memory(replace(config, micro_batch=size)).peak
         return known[size]
 
     if peak(B) <= limit:

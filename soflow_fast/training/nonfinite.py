@@ -1,4 +1,4 @@
-"""What is not finite in a step, noticed on the device: the update is refused there, and the host reads of it later."""
+"""Numbers of a step that are not finite: the device notices them and refuses the update, the host reads of it later."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 PLACES = ("input", "guidance", "network", "teacher", "loss", "gradient")
-"""Where a number that is not finite may first be seen, in the order in which a step comes by. Teacher: the values and
-increments behind the consistency target, whoever's they are."""
+"""Places where a number that is not finite may first be seen, in the order of a step. "teacher": the values and
+increments behind the consistency target, the student's own as well."""
 GIVE_UP = 10
 """Steps in a row that may be skipped."""
 
-Seen = dict[str, Tensor]
+FiniteFlags = dict[str, Tensor]
 """Whether all numbers were finite, bool [], by place."""
 
 
@@ -28,14 +28,14 @@ class Refused(NamedTuple):
     """So many in a row that no update is made any more."""
 
 
-def look(seen: Seen, place: str, *values: Tensor) -> None:
+def note_finite(flags: FiniteFlags, place: str, *values: Tensor) -> None:
     """Note whether `values` are finite."""
     for value in values:
         finite = torch.isfinite(value.detach()).all()
-        seen[place] = seen[place] & finite if place in seen else finite
+        flags[place] = flags[place] & finite if place in flags else finite
 
 
-class Guard:
+class NonfiniteGuard:
     """Lets a step happen or not, and counts. After `limit` refused steps in a row none happens any more: however late
     the host reads of it, the weights are those before the first of them."""
 
@@ -45,10 +45,10 @@ class Guard:
         """The number of the next update."""
         self._counts = torch.zeros(4, dtype=torch.int64, device=device)  # skipped, in a row, step, place
 
-    def allows(self, seen: Seen) -> Tensor:
+    def should_update(self, flags: FiniteFlags) -> Tensor:
         """Whether the update may happen, bool []; counted if not. Nothing is copied to the host."""
-        wrong = ~torch.stack([seen[place] for place in PLACES if place in seen])
-        names = [PLACES.index(place) for place in PLACES if place in seen]
+        wrong = ~torch.stack([flags[place] for place in PLACES if place in flags])
+        names = [PLACES.index(place) for place in PLACES if place in flags]
         skipped, in_row, step, place = self._counts.unbind()
         any_wrong, held = wrong.any(), in_row >= self.limit
         counted = any_wrong & ~held
@@ -67,7 +67,7 @@ class Guard:
         return ~(any_wrong | held)
 
     def skipped(self) -> Tensor:
-        """How many steps were refused, int64 [], on the device."""
+        """The number of steps that were refused, int64 [], on the device."""
         return self._counts[0].clone()
 
     def read(self) -> Refused:

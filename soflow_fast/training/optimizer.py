@@ -1,10 +1,12 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) and the averages of the weights, by three implementations.
 
-* "soflow": `soflow_kernels.AdamWEMA`, one pass over everything: update, averages, copies in low precision;
-* "torch": torch's fused AdamW, then the averages by `foreach` operations; copies are made again at their next use;
+* "soflow": `soflow_kernels.AdamWEMA`, one pass over everything: update, averages, parameters in low precision;
+* "torch": torch's fused AdamW, then the averages and the rounding by `foreach` operations;
 * "apex": apex's FusedAdam, the same way.
 
-They agree to float32 rounding and read each other's state. A step whose gradients are not finite changes nothing.
+Parameters in low precision have float32 masters, which the optimiser updates and rounds to them. A parameter that
+somebody else has written since, so that it is not its master rounded, becomes the master of the next step. The three
+agree to float32 rounding and read each other's state. A step whose gradients are not finite changes nothing.
 """
 
 import importlib.util
@@ -18,6 +20,34 @@ from soflow_kernels import AdamWEMA
 from ..config.schema import OptimConfig
 from ..errors import ConfigError
 from ..models.dit import DiT
+
+
+class _Masters:
+    """The float32 weights behind the parameters: masters of those in low precision, else the parameters themselves."""
+
+    def __init__(self, params: list[Tensor], masters: list[Tensor | None]) -> None:
+        self.params = params
+        self.all = [p if m is None else m for p, m in zip(params, masters, strict=True)]
+        self._pairs = [(p, m) for p, m in zip(params, self.all, strict=True) if p is not m]
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Take over gradients, and parameters that were written since."""
+        for p, m in self._pairs:
+            m.grad = None if p.grad is None else p.grad.to(m.dtype)
+            m.copy_(torch.where(m.to(p.dtype) == p, m, p.to(m.dtype)))
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Round the masters to their parameters."""
+        if self._pairs:
+            torch._foreach_copy_([p for p, _ in self._pairs], [m for _, m in self._pairs])
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        for _, m in self._pairs:
+            m.grad = None
+        for p in self.params:
+            p.grad = None if set_to_none or p.grad is None else torch.zeros_like(p.grad)
 
 
 class _Averages:
@@ -39,47 +69,71 @@ class _Averages:
 
 
 class TorchAdamW(torch.optim.AdamW):
-    """torch's fused AdamW with the interface of `AdamWEMA`. Gradients must be of the parameters' dtype."""
+    """torch's fused AdamW with the interface of `AdamWEMA`."""
 
-    def __init__(self, params: list[Tensor], emas: list[list[Tensor]], **settings: Any) -> None:
+    def __init__(
+        self, params: list[Tensor], masters: list[Tensor | None], emas: list[list[Tensor]], **settings: Any
+    ) -> None:
+        self._masters = _Masters(params, masters)
         # `capturable` says that a CUDA graph may record the step.
-        super().__init__(params, fused=True, capturable=params[0].is_cuda, **settings)
-        self._averages = _Averages(params, emas)
+        super().__init__(self._masters.all, fused=True, capturable=params[0].is_cuda, **settings)
+        self._averages = _Averages(self._masters.all, emas)
         self.ema_decays = self._averages.decays
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The float32 weight behind every parameter."""
+        return self._masters.all
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._masters.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, *, grad_scale: Tensor | None = None, finite: Tensor | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._masters.read()
         # What a gradient scaler would set: a divisor of the gradients, and 1 for a step that is to be skipped.
         self.grad_scale = None if grad_scale is None else grad_scale.reciprocal()
         self.found_inf = None if finite is None else (~finite).float()
         super().step()
         self._averages.update(finite)
+        self._masters.write()
 
 
 class ApexAdamW:
     """apex's FusedAdam with the interface and the state_dict of `AdamWEMA`. Needs a GPU."""
 
-    def __init__(self, params: list[Tensor], emas: list[list[Tensor]], **settings: Any) -> None:
+    def __init__(
+        self, params: list[Tensor], masters: list[Tensor | None], emas: list[list[Tensor]], **settings: Any
+    ) -> None:
         from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
 
-        self.inner: Any = FusedAdam(params, adam_w_mode=True, capturable=True, **settings)
-        self._averages = _Averages(params, emas)
+        self._masters = _Masters(params, masters)
+        self.inner: Any = FusedAdam(self._masters.all, adam_w_mode=True, capturable=True, **settings)
+        self._averages = _Averages(self._masters.all, emas)
         self.ema_decays = self._averages.decays
         self._scale: Tensor | None = None
         self._found_inf: Tensor | None = None
 
     @property
+    def masters(self) -> list[Tensor]:
+        """The float32 weight behind every parameter."""
+        return self._masters.all
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self.inner.param_groups
 
+    @property
+    def state(self) -> Any:
+        return self.inner.state
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for p in self._averages.params:
-            p.grad = None if set_to_none or p.grad is None else torch.zeros_like(p.grad)
+        self._masters.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, *, grad_scale: Tensor | None = None, finite: Tensor | None = None) -> None:
-        params = self._averages.params
-        one = torch.ones(1, device=params[0].device)
+        self._masters.read()
+        one = torch.ones(1, device=self.masters[0].device)
         self._scale = one if grad_scale is None else grad_scale.reciprocal().view(1)
         self._found_inf = 0 * one if finite is None else (~finite).float().view(1)
         for group in self.inner.param_groups:
@@ -87,10 +141,11 @@ class ApexAdamW:
                 group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=one.device)
         self.inner.step(grad_scaler=self)
         self._averages.update(finite)
+        self._masters.write()
 
     # The two questions that FusedAdam has for a gradient scaler.
     def _check_inf_per_device(self, optimizer: Any) -> dict[torch.device, Tensor | None]:
-        return {self._averages.params[0].device: self._found_inf}
+        return {self.masters[0].device: self._found_inf}
 
     def _get_scale_async(self) -> Tensor | None:
         return self._scale
@@ -113,7 +168,7 @@ class ApexAdamW:
             steps = {int(entries[index].pop("step")) for index in group["params"] if index in entries}
             if len(steps) > 1:
                 raise ValueError(f"parameters have taken {sorted(steps)} steps; FusedAdam counts one for all")
-            device = self._averages.params[0].device
+            device = self.masters[0].device
             counted = {"step": torch.tensor([steps.pop()], dtype=torch.int, device=device)} if steps else {}
             groups.append({**group, **counted})
         self.inner.load_state_dict({"state": entries, "param_groups": groups})
@@ -122,28 +177,25 @@ class ApexAdamW:
 Optimizer = AdamWEMA | TorchAdamW | ApexAdamW
 
 
-def build_optimizer(kind: str, settings: OptimConfig, network: DiT, averages: list[nn.Module]) -> Optimizer:
-    """The optimiser of a network and its averages, whose decays the step sets. Raises ConfigError if it is not here."""
+def build_optimizer(
+    kind: str, settings: OptimConfig, network: DiT, masters: list[Tensor | None], averages: list[nn.Module]
+) -> Optimizer:
+    """The optimiser of a network and its averages, whose decays the step sets. Raises ConfigError if it is not here.
+
+    masters: in the order of the network's parameters, the float32 weights of those in low precision, else None.
+    """
     params: list[Any] = list(network.parameters())
     emas: Any = [list(average.parameters()) for average in averages]
     options: Any = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
     if kind == "torch":
-        return TorchAdamW(params, emas, **options)
+        return TorchAdamW(params, masters, emas, **options)
     if kind == "apex":
         if importlib.util.find_spec("apex") is None:
             raise ConfigError("--optimizer apex: apex is not installed (github.com/NVIDIA/apex, with its CUDA part)")
         if params[0].device.type != "cuda":
             raise ConfigError("--optimizer apex: FusedAdam needs a GPU")
         try:
-            return ApexAdamW(params, emas, **options)
+            return ApexAdamW(params, masters, emas, **options)
         except (ImportError, RuntimeError) as error:
             raise ConfigError(f"--optimizer apex: {error}") from None
-    return AdamWEMA(params, emas=emas, ema_decays=[0.0] * len(emas), copies=copies_of(network), **options)
-
-
-def copies_of(network: DiT) -> list[Tensor | None]:
-    """The copies in low precision that the network keeps of its parameters, in their order; None: there is none."""
-    kept = {}
-    for layer in network.copied_layers():
-        kept |= {layer.weight: layer.copy.weight, layer.bias: layer.copy.bias}
-    return [kept.get(parameter) for parameter in network.parameters()]
+    return AdamWEMA(params, emas=emas, ema_decays=[0.0] * len(emas), masters=masters, **options)

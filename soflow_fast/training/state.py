@@ -1,9 +1,10 @@
-"""What training changes: network, its averages, optimiser, step."""
+"""The state that training changes: network, its averages, optimiser, step."""
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..config.schema import Config
 from ..config.validation import validate
@@ -11,17 +12,23 @@ from ..errors import ConfigError
 from ..flow import SolutionFlow
 from ..models import float8
 from ..models.dit import DiT
+from ..models.plain_layers import watched_everywhere
 from ..objective import Objective
 from ..rng import generator
-from .consistency_target import Quotient, resolve_quotient
-from .cuda_graph import Captured
-from .nonfinite import Guard
+from .consistency_target import ConsistencyTarget, resolve_target
+from .cuda_graph import GraphedFunction
+from .nonfinite import NonfiniteGuard
 from .optimizer import Optimizer, build_optimizer
+from .precision import resolve_device, resolve_precision, round_parameters
 
 
 @dataclass
 class TrainState:
-    """One training run in memory. `step` updates have been made; the next one is number `step`."""
+    """One training run in memory. `step` updates have been made; the next one is number `step`.
+
+    In a step of bf16 or fp8 the parameters of the blocks are bfloat16 themselves, and the optimiser holds their float32
+    masters.
+    """
 
     config: Config
     flow: SolutionFlow
@@ -31,22 +38,32 @@ class TrainState:
     objective: Objective
     device: torch.device
     precision: str
-    """"fp32", "tf32", "bf16" or "fp8": what `config.precision` resolved to on this device."""
-    quotient: Quotient
-    guard: Guard
+    """"fp32", "tf32", "bf16" or "fp8": `config.precision` on this device."""
+    target: ConsistencyTarget
+    guard: NonfiniteGuard
     """Lets an update happen or not."""
     teacher: SolutionFlow | None = None
     """The average of the weights behind the consistency target, if it is not the student's own."""
-    captured: Captured | None = None
-    """What a step does on the device, as a CUDA graph."""
+    graph: GraphedFunction | None = None
+    """The part of a step that runs on the device, as a CUDA graph."""
     step: int = 0
     rank: int = 0
     world: int = 1
 
     @classmethod
-    def build(cls, config: Config, *, rank: int = 0, world: int = 1) -> "TrainState":
+    def build(
+        cls,
+        config: Config,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        weights: Mapping[str, Tensor] | None = None,
+        resolve_for: torch.device | None = None,
+    ) -> "TrainState":
         """Network, EMA and optimiser at step 0, initialised from `config.seed`.
 
+        weights: the initial weights instead, by the names of `SolutionFlow.state_dict`.
+        resolve_for: the device that decides about precision and consistency target; None: the one of the run.
         Raises ConfigError naming a wrong field.
         """
         try:
@@ -56,43 +73,63 @@ class TrainState:
         if config.batch_size % world:
             raise ConfigError(f"batch_size must be a multiple of the {world} ranks, got {config.batch_size}")
         device = resolve_device(config.run.device)
-        if config.run.cuda_graph == "on" and device.type != "cuda":
+        if config.run.cuda_graph and device.type != "cuda":
             raise ConfigError(f"--cuda-graph: needs a GPU, the device is {device.type}")
-        precision = resolve_precision(config.precision, device)
-        quotient = resolve_quotient(config, precision, device)
-        flow = build_flow(config)
-        values = flow.state_dict()  # `to_empty` would do, but it imports sympy for its work on the meta device
-        flow.load_state_dict({k: torch.empty(v.shape, dtype=v.dtype) for k, v in values.items()}, assign=True)
-        flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))  # on the CPU: the same on every device
-        flow = flow.to(device)
-        ema = copy.deepcopy(flow).requires_grad_(False).eval()
-        flow.network.keep_copies(torch.bfloat16 if precision in ("bf16", "fp8") else torch.float32)
+        precision = resolve_precision(config.precision, resolve_for or device)
+        target = resolve_target(config, precision, resolve_for or device)
         if precision == "fp8":
             float8.require(config.model, device)
-            float8.use_float8([layer for block in flow.network.blocks for layer in block.products()])
+        weights = {k: v.to(device) for k, v in (initial_weights(config) if weights is None else weights).items()}
+        flow = filled_flow(config, weights)
+        ema = filled_flow(config, weights).requires_grad_(False).eval()
+        teacher = None if target.teacher == "student" else filled_flow(config, weights).requires_grad_(False).eval()
+        masters: list[Tensor | None] = [None] * sum(1 for _ in flow.parameters())
+        if precision in ("bf16", "fp8"):
+            masters = round_parameters(flow.network, flow.network.low_precision_layers(), torch.bfloat16)
+        if precision == "fp8":
+            float8.use_float8(flow.network)
         flow.network.recompute = config.run.recompute
-        teacher = None if quotient.teacher == "student" else copy.deepcopy(ema)
-        if config.run.compile == "on":
+        if config.run.compile:
             for network in (flow.network, *([teacher.network] if teacher else [])):
                 network.compile_blocks()
         averages = [average.network for average in (ema, teacher) if average is not None]
-        optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, averages)
+        optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, masters, averages)
         objective = Objective(config.objective)
-        guard = Guard(device)  # in a loop of one's own, a step that is refused is left out, and that is all
+        guard = NonfiniteGuard(device)  # in a loop of one's own, a refused step is left out, and that is all
         return cls(
-            config, flow, ema, optimizer, objective, device, precision, quotient, guard, teacher, rank=rank, world=world
+            config, flow, ema, optimizer, objective, device, precision, target, guard, teacher, rank=rank, world=world
         )
 
     def rides_along(self) -> bool:
-        """Whether the values behind the quotient are those of the student's own forward. A forward that keeps little
-        for its backward would have to keep them for this."""
-        return self.quotient.rides_along(self.precision) and self.flow.network.recompute == "none"
+        """Whether the values behind the consistency target are those of the student's own forward. One that keeps
+        little for its backward would have to keep them for this, and one whose layers are called does not note them."""
+        network = self.flow.network
+        return (
+            self.target.rides_along(self.precision)
+            and network.recompute == "none"
+            and network.changed_part() is None
+            and not watched_everywhere()
+        )
 
     def sum_gradients_in(self, dtype: torch.dtype | None) -> None:
-        """The dtype of the weights' gradients: None, as products with the weights' copies give them, or a wider one in
-        which those of several micro-batches are added up."""
-        for layer in self.flow.network.copied_layers():
-            layer.weight.grad_dtype = layer.bias.grad_dtype = dtype
+        """Set the dtype of the gradients of parameters in low precision: None, their own, or a wider one in which those
+        of several micro-batches are added up."""
+        for parameter in self.flow.parameters():
+            if parameter.dtype.itemsize < 4:
+                parameter.grad_dtype = dtype or parameter.dtype
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """The network's state dict in float32: masters in place of parameters in low precision."""
+        named = zip(self.flow.named_parameters(), self.optimizer.masters, strict=True)
+        return self.flow.state_dict() | {name: master.detach() for (name, _), master in named}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set masters, parameters and buffers to the float32 `weights`, by the names of `SolutionFlow.state_dict`."""
+        self.flow.load_state_dict(weights)
+        for (name, _), master in zip(self.flow.named_parameters(), self.optimizer.masters, strict=True):
+            master.copy_(weights[name])
 
     def parameter_count(self) -> int:
         """Trained numbers in the network."""
@@ -105,25 +142,17 @@ def build_flow(config: Config) -> SolutionFlow:
         return SolutionFlow(DiT(config.model), config.flow.path, config.flow.coefficients)
 
 
-def resolve_device(name: str) -> torch.device:
-    """ "auto" -> the GPU if there is one, else the CPU. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].split(". ")[0]
-        raise ConfigError(f"--device {name}: {reason}") from None
-    if device.type == "meta":
-        raise ConfigError(f"--device {name}: holds no data")
-    return device
+def filled_flow(config: Config, weights: Mapping[str, Tensor]) -> SolutionFlow:
+    """The flow of a configuration with a copy of these weights, on their device."""
+    flow = build_flow(config)
+    flow.load_state_dict({name: value.detach().clone() for name, value in weights.items()}, assign=True)
+    return flow
 
 
-def resolve_precision(name: str, device: torch.device) -> str:
-    """ "auto" -> bf16 on a GPU that computes in it, else fp32. Raises ConfigError where the device lacks it."""
-    if name == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if name == "tf32" and device.type != "cuda":
-        raise ConfigError(f"--precision tf32: only NVIDIA GPUs have it, the device is {device.type}")
-    return name
+def initial_weights(config: Config) -> dict[str, Tensor]:
+    """The weights from which a run begins: a function of its seed, drawn on the CPU, so the same on every device."""
+    flow = build_flow(config)
+    empty = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in flow.state_dict().items()}
+    flow.load_state_dict(empty, assign=True)
+    flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))
+    return flow.state_dict()

@@ -5,11 +5,13 @@
 3. without gradient: the look-ahead (x_l, l, s) of the consistency samples.
 
 In units of one forward of the whole batch that is 1.25 + 3 + 0.25 at the public recipe (backward: 2). Where the
-quotient is taken by increments, the third call makes the products of increments alone: their values ride along on the
-second. A teacher, or another precision of the quotient, takes a value-and-increment pass or a pair of its own: 0.5.
+consistency target is taken by increments, the third call makes the products of increments alone: their values ride
+along on the second. A teacher, or another precision of the target, takes a value-and-increment pass or a pair of its
+own: 0.5.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +19,17 @@ from torch import Tensor
 
 from soflow_kernels import AdamWEMA, clip_scale
 
-from ..models.dit import Tape
-from ..objective import LossTerm, with_null
+from ..models.dit import TapedOutputs
+from ..objective import ConsistencyPoints, LossTerm, with_null
 from ..rng import generator
-from .consistency_target import Ends, comparable, cosine, products, value_and_increment
-from .cuda_graph import Captured
-from .nonfinite import Seen, look
+from .consistency_target import quotient_cosine, value_and_increment
+from .cuda_graph import GraphedFunction
+from .nonfinite import FiniteFlags, note_finite
+from .precision import matmul_precision
 from .state import TrainState
+
+Observer = Callable[..., None]
+"""`observe(name, **values)`, called on the way through a step; it changes nothing."""
 
 
 class Draws(NamedTuple):
@@ -38,7 +44,7 @@ class Draws(NamedTuple):
 
 
 def split(batch_size: int, fraction: float, start: int, stop: int) -> int:
-    """How many of the samples [start, stop) of a global batch take the flow-matching loss.
+    """The number of samples in [start, stop) of a global batch that take the flow-matching loss.
 
     Over any partition of the batch into ranges the counts add up to exactly round(fraction * batch_size).
     """
@@ -47,7 +53,7 @@ def split(batch_size: int, fraction: float, start: int, stop: int) -> int:
 
 
 def _n_fm(state: TrainState, B: int) -> int:
-    """How many of this rank's B samples take the flow-matching loss."""
+    """The number of this rank's B samples that take the flow-matching loss."""
     first = B * state.rank
     return split(B * state.world, state.config.objective.fm_fraction, first, first + B)
 
@@ -69,30 +75,61 @@ def draw(state: TrainState, shape: torch.Size) -> Draws:
     return Draws(x1, torch.cat([t_fm, t_sc]), torch.cat([t_fm, l_sc]), torch.cat([t_fm, s_sc]), dropped, n_fm)
 
 
-def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+class Samples(NamedTuple):
+    """Some samples of a batch with their draws; the first `n_fm` are flow matching."""
+
+    x_t: Tensor
+    v_t: Tensor
+    t: Tensor
+    l: Tensor
+    s: Tensor
+    y: Tensor | None
+    """Labels [B], the dropped ones replaced by the null label; None: unconditional."""
+    label_dropped: Tensor
+    n_fm: int
+
+    @property
+    def fm(self) -> slice:
+        return slice(0, self.n_fm)
+
+    @property
+    def sc(self) -> slice:
+        return slice(self.n_fm, len(self.x_t))
+
+
+def train_step(
+    state: TrainState,
+    x0: Tensor,
+    y: Tensor | None,
+    *,
+    draws: Draws | None = None,
+    observe: Observer | None = None,
+) -> dict[str, Tensor]:
     """One whole update of `state` on this rank's batch.
 
     x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Returns scalars as tensors on the
     device: losses, `sc_mse` (mean q^2), weights, gradient norm, learning rate; every `run.check_quotient_every` steps
     `q_cosine`, of the quotient with its float32 value; where such steps are skipped, `skipped`: how many so far had a
     number that is not finite. They change nothing but the count of steps. Nothing is copied to the host.
+
+    draws: noise, times and dropped labels; None: those of `draw`.
+    observe: called for each micro-batch as `observe("student", samples=, output=)`,
+    `observe("target", points=, value=, increment=)`, `observe("losses", fm=, sc=)` and, just before its backward,
+    `observe("backward", loss=)`; a step that is observed runs as it is, not as a CUDA graph.
     Raises ValueError if x0 and y do not fit the model.
     """
     config = state.config
     _check_batch(state, x0, y)
     x0 = x0.to(state.device, state.flow.network.pos_embed.dtype, non_blocking=True)
     y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
-    draws = draw(state, x0.shape)
+    draws = draw(state, x0.shape) if draws is None else draws
     _set_rates(state)
-    if state.captured is None and config.run.cuda_graph == "on":
-        capture(state)
-    if state.captured is not None and not _checks_quotient(state):
-        state.flow.network.refresh_copies()
-        totals = state.captured(x0, y, *draws[:-1])
-        if not isinstance(state.optimizer, AdamWEMA):  # a replay runs no line of `_update`
-            state.flow.network.forget_copies()
+    if state.graph is None and config.run.cuda_graph:
+        make_graph(state)
+    if state.graph is not None and observe is None and not _checks_quotient(state):
+        totals = state.graph(x0, y, *draws[:-1])
     else:
-        totals = update(state, x0, y, draws)
+        totals = update(state, x0, y, draws, observe or _unobserved)
     totals["lr"] = torch.tensor(learning_rate(state))
     if config.run.on_nonfinite == "skip":
         totals["skipped"] = state.guard.skipped()
@@ -100,7 +137,11 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None) -> dict[str, Ten
     return totals
 
 
-def capture(state: TrainState) -> None:
+def _unobserved(name: str, **values: Any) -> None:
+    pass
+
+
+def make_graph(state: TrainState) -> None:
     """Make the next steps of `state` a CUDA graph, once some have been made as they are."""
     for group in state.optimizer.param_groups:  # read from the device, as a number would be recorded
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=state.device).clone()
@@ -108,40 +149,46 @@ def capture(state: TrainState) -> None:
     def function(x0: Tensor, y: Tensor | None, *drawn: Any) -> dict[str, Tensor]:
         return update(state, x0, y, Draws._make([*drawn, _n_fm(state, len(x0))]))
 
-    state.captured = Captured(function)
+    state.graph = GraphedFunction(function)
 
 
-def update(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws) -> dict[str, Tensor]:
-    """What a step does on the device, from its draws to the weights; nothing of it is copied to the host."""
+def update(
+    state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws, observe: Observer = _unobserved
+) -> dict[str, Tensor]:
+    """The part of a step that runs on the device, from its draws to the weights; nothing is copied to the host."""
     config, B = state.config, len(x0)
     state.optimizer.zero_grad(set_to_none=True)
     micro = config.micro_batch if config.micro_batch > 0 else B
     parts = -(-B // micro)
-    low = parts == 1 and isinstance(state.optimizer, AdamWEMA)  # the others take gradients of the weights' dtype
+    low = parts == 1 and isinstance(state.optimizer, AdamWEMA)  # the others take gradients in float32
     state.sum_gradients_in(None if low else torch.float32)
     totals: dict[str, Tensor] = {}
-    seen: Seen = {}
-    look(seen, "input", x0)
+    flags: FiniteFlags = {}
+    note_finite(flags, "input", x0)
     for k in range(parts):
         index, n_fm = _micro_batch(B, draws.n_fm, k, parts, x0.device)
-        checked = totals if k == 0 and _checks_quotient(state) else None
-        fm, sc = _losses(state, x0, y, draws, index, n_fm, seen, checked)
-        n_sc = (B // parts if index is None else len(index)) - n_fm
+        samples = _samples(state, x0, y, draws, index, n_fm)
+        measured = totals if k == 0 and _checks_quotient(state) else None
+        fm, sc = _losses(state, samples, flags, measured, observe)
+        observe("losses", fm=fm, sc=sc)
+        n_sc = len(samples.x_t) - n_fm
         loss = (n_fm * fm.loss if n_fm else 0) + (n_sc * sc.loss if n_sc else 0)
         assert isinstance(loss, Tensor)
-        with products(state.precision, state.device):
-            (loss / B).backward()
+        loss = loss / B
+        observe("backward", loss=loss)
+        with matmul_precision(state.precision, state.device):
+            loss.backward()
         for name, term, n, whole in (("fm", fm, n_fm, draws.n_fm), ("sc", sc, n_sc, B - draws.n_fm)):
             for part, value in zip(term._fields, term, strict=True) if n else ():
                 totals[f"{name}_{part}"] = totals.get(f"{name}_{part}", 0) + value.detach() * (n / whole)
-    look(seen, "loss", torch.stack([value for name, value in totals.items() if name != "q_cosine"]))
-    totals["grad_norm"] = _update(state, seen)
+    note_finite(flags, "loss", torch.stack([value for name, value in totals.items() if name != "q_cosine"]))
+    totals["grad_norm"] = _update(state, flags)
     return totals
 
 
 def _checks_quotient(state: TrainState) -> bool:
     every = state.config.run.check_quotient_every
-    return bool(every) and comparable(state.quotient) and (state.step + 1) % every == 0
+    return bool(every) and (state.step + 1) % every == 0
 
 
 def _check_batch(state: TrainState, x0: Tensor, y: Tensor | None) -> None:
@@ -170,67 +217,104 @@ def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) ->
     return torch.cat([flow_matching, torch.arange(n_fm + start - a, n_fm + stop - b, device=device)]), b - a
 
 
-def _losses(
-    state: TrainState,
-    x0: Tensor,
-    y: Tensor | None,
-    draws: Draws,
-    index: Tensor | None,
-    n_fm: int,
-    seen: Seen,
-    checked: dict[str, Tensor] | None,
-) -> tuple[LossTerm, LossTerm]:
-    """Both losses of some samples, from the three network calls. A loss without samples is NaN without gradient.
-
-    seen: is told whether the numbers on the way are finite.
-    checked: where the measured cosine of the quotient goes, None: it is not measured.
-    """
-    flow, objective, network = state.flow, state.objective, state.flow.network
+def _samples(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws, index: Tensor | None, n_fm: int) -> Samples:
+    """The samples of a micro-batch at their times. index: which they are; None: all of the batch."""
     x1, t, l, s, dropped = draws[:5]
     if index is not None:
         x0, x1, t, l, s, dropped = (value[index] for value in (x0, x1, t, l, s, dropped))
         y = None if y is None else y[index]
-    label = with_null(flow, y, dropped)
-    x_t, v_t = flow.point(x0, x1, t)
-    fm, sc = slice(0, n_fm), slice(n_fm, len(x0))
+    x_t, v_t = state.flow.point(x0, x1, t)
+    return Samples(x_t, v_t, t, l, s, with_null(state.flow, y, dropped), dropped, n_fm)
 
-    v_null = v_sc = None
-    if objective.guided and y is not None:
-        null = torch.full_like(y, network.num_classes)
-        mixed = objective.mixed and n_fm < len(x0)
-        x, times = (torch.cat([v, v[sc]]) if mixed else v for v in (x_t, t))
-        labels = torch.cat([null, label[sc]]) if mixed and label is not None else null
-        with torch.no_grad(), products(state.precision, state.device):
-            guidance = flow.to_velocity(network(x, times, times, labels).float())
-        look(seen, "guidance", guidance)
-        v_null, v_sc = guidance[: len(x0)], guidance[len(x0) :] if mixed else None
 
-    # Without consistency samples there is nothing to ride along for.
-    tape = Tape(sc) if n_fm < len(x0) and state.rides_along() else None
-    with products(state.precision, state.device):
-        output = (network(x_t, t, s, label) if tape is None else network(x_t, t, s, label, tape=tape)).float()
-    look(seen, "network", output)
+def _losses(
+    state: TrainState,
+    samples: Samples,
+    flags: FiniteFlags,
+    measured: dict[str, Tensor] | None,
+    observe: Observer,
+) -> tuple[LossTerm, LossTerm]:
+    """Both losses of some samples, from the three network calls. A loss without samples is NaN without gradient.
 
-    fm_term = sc_term = LossTerm(*[x_t.new_full((), math.nan)] * 3)
-    if n_fm:
-        null_fm = None if v_null is None else v_null[fm]
-        fm_term = objective.flow_matching_term(flow, output[fm], v_t[fm], t[fm], null_fm, dropped[fm])
-    if n_fm < len(x0):
-        x, t, l, s = x_t[sc], t[sc], l[sc], s[sc]
-        null_sc = None if v_null is None else v_null[sc]
-        labels = None if label is None else label[sc]
-        with torch.no_grad():
-            target, dx, x_l = objective.look_ahead(x, v_t[sc], t, l, null_sc, v_sc, dropped[sc])
-            at = Ends(x, target, dx, x_l, t, l, s, labels)
-            own = state.precision == state.quotient.precision or state.quotient.teacher == "ema"
-            given = output[sc] if own else None
-            value, increment = value_and_increment(state.quotient, flow, state.teacher, at, given, tape)
-            look(seen, "teacher", value, increment)
-            if checked is not None:
-                q = objective.quotient(flow, value, increment, x, target, t, l, s)
-                checked["q_cosine"] = cosine(state.quotient, objective, flow, state.teacher, at, q)
-        sc_term = objective.consistency_term(flow, output[sc], value, increment, x, target, t, l, s)
+    flags: told whether the numbers on the way are finite.
+    measured: where the cosine of the quotient goes, None: it is not measured.
+    """
+    v_null, v_label = _guidance(state, samples, flags)
+    output, tape = _student(state, samples, flags)
+    observe("student", samples=samples, output=output)
+    fm_term = sc_term = LossTerm(*[samples.x_t.new_full((), math.nan)] * 3)
+    if samples.n_fm:
+        fm = samples.fm
+        null = None if v_null is None else v_null[fm]
+        fm_term = state.objective.flow_matching_term(
+            state.flow, output[fm], samples.v_t[fm], samples.t[fm], null, samples.label_dropped[fm]
+        )
+    if samples.n_fm < len(samples.x_t):
+        sc = samples.sc
+        null = None if v_null is None else v_null[sc]
+        points, value, increment = _target(state, samples, null, v_label, output[sc], tape, flags, measured)
+        observe("target", points=points, value=value, increment=increment)
+        sc_term = state.objective.consistency_term(state.flow, output[sc], points, value, increment)
     return fm_term, sc_term
+
+
+def _guidance(state: TrainState, samples: Samples, flags: FiniteFlags) -> tuple[Tensor | None, Tensor | None]:
+    """The velocities of all samples without a label, and of the consistency samples with theirs; None: not needed."""
+    flow, network, y = state.flow, state.flow.network, samples.y
+    if not state.objective.guided or y is None:
+        return None, None
+    B, sc = len(samples.x_t), samples.sc
+    null = torch.full_like(y, network.num_classes)
+    mixed = state.objective.mixed and samples.n_fm < B
+    x, t = (torch.cat([v, v[sc]]) if mixed else v for v in (samples.x_t, samples.t))
+    labels = torch.cat([null, y[sc]]) if mixed else null
+    with torch.no_grad(), matmul_precision(state.precision, state.device):
+        velocities = flow.to_velocity(network(x, t, t, labels).float())
+    note_finite(flags, "guidance", velocities)
+    return velocities[:B], velocities[B:] if mixed else None
+
+
+def _student(state: TrainState, samples: Samples, flags: FiniteFlags) -> tuple[Tensor, TapedOutputs | None]:
+    """N(x_t, t, s) of all samples, in float32, and the outputs on which the consistency target rides along."""
+    network, (x_t, _, t, _, s, y, _, n_fm) = state.flow.network, samples
+    # Without consistency samples there is nothing to ride along for.
+    tape = TapedOutputs(samples.sc) if n_fm < len(x_t) and state.rides_along() else None
+    with matmul_precision(state.precision, state.device):
+        output = (network(x_t, t, s, y) if tape is None else network(x_t, t, s, y, tape=tape)).float()
+    note_finite(flags, "network", output)
+    return output, tape
+
+
+@torch.no_grad()
+def _target(
+    state: TrainState,
+    samples: Samples,
+    v_null: Tensor | None,
+    v_label: Tensor | None,
+    output: Tensor,
+    tape: TapedOutputs | None,
+    flags: FiniteFlags,
+    measured: dict[str, Tensor] | None,
+) -> tuple[ConsistencyPoints, Tensor, Tensor]:
+    """The points of the consistency samples, and value and increment between them.
+
+    v_null, v_label, output: of the consistency samples alone.
+    """
+    flow, objective, sc = state.flow, state.objective, samples.sc
+    x, v_t, t, l, s, dropped = (
+        v[sc] for v in (samples.x_t, samples.v_t, samples.t, samples.l, samples.s, samples.label_dropped)
+    )
+    y = None if samples.y is None else samples.y[sc]
+    velocity, dx, x_l = objective.look_ahead(x, v_t, t, l, v_null, v_label, dropped)
+    points = ConsistencyPoints(x, velocity, dx, x_l, t, l, s, y)
+    own = state.precision == state.target.precision or state.target.teacher == "ema"
+    given = output if own else None
+    value, increment = value_and_increment(state.target, flow, state.teacher, points, given, tape)
+    note_finite(flags, "teacher", value, increment)
+    if measured is not None:
+        q = objective.quotient(flow, points, value, increment)
+        measured["q_cosine"] = quotient_cosine(state.target, objective, flow, state.teacher, points, q)
+    return points, value, increment
 
 
 def learning_rate(state: TrainState) -> float:
@@ -268,21 +352,16 @@ def _set_rates(state: TrainState) -> None:
 
 
 @torch.no_grad()
-def _update(state: TrainState, seen: Seen) -> Tensor:
+def _update(state: TrainState, flags: FiniteFlags) -> Tensor:
     """Clip, AdamW and the averages; nothing moves if a number is not finite. Returns the norm before clipping."""
     optimizer, optim = state.optimizer, state.config.optim
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
     scale, _ = clip_scale(norm, optim.grad_clip)
-    look(seen, "gradient", norm)
-    finite = state.guard.allows(seen)
+    note_finite(flags, "gradient", norm)
+    finite = state.guard.should_update(flags)
     try:
         optimizer.step(grad_scale=scale if optim.grad_clip else None, finite=finite)
     except torch.OutOfMemoryError as error:  # some weights may have moved: not to be repeated
         raise MemoryError(str(error)) from error
-    for layer in state.flow.network.copied_layers():
-        if isinstance(optimizer, AdamWEMA):
-            layer.copy.trust(layer)
-        else:
-            layer.copy.forget()
     return norm

@@ -72,12 +72,14 @@ WRONG = [
     ("train", ["--set", "objective.eps=0"], ["objective.eps", "above 0"]),
     ("train", ["--set", "model.num_heads=7"], ["model.num_heads"]),
     ("train", ["--set", "optim.betas=0.9"], ["optim.betas"]),
-    ("train", ["--teacher", "ema-literal", "--quotient", "increments"], ["--quotient increments", "ema-literal"]),
+    ("train", ["--teacher", "ema-literal"], ["--teacher must be one of student, ema, got 'ema-literal'"]),
+    ("train", ["--compile=on"], ["--compile"]),
+    ("train", ["--set", "compile=on"], ["--compile must be true or false, got 'on'"]),
     ("train", ["--config", "nowhere.json"], ["--config nowhere.json", "No such file"]),
     ("train", ["--config", "."], ["--config .", "directory"]),
     ("train", ["--config", "junk"], ["--config junk", "not JSON"]),
     ("train", ["--config", "binary"], ["--config binary"]),
-    ("train", ["--config", "typo.json"], ["--config typo.json", "'model.dept'", "did you mean 'depth'?"]),
+    ("train", ["--config", "typo.json"], ["--config typo.json", "'model.dept'", "did you mean 'model.depth'?"]),
     ("train", ["--config", "junk", "digits"], ["--config junk", "digits"]),
     ("train", ["--data", "junk"], ["--data junk", "digits"]),
     ("train", ["cifar10"], ["--data is missing"]),
@@ -206,16 +208,7 @@ def test_training_on_a_full_disk(kilobytes: int, mount: Call, run_flags: list[st
         assert (folder / "manifest.json").stat().st_size
 
 
-def test_training_on_a_full_disk_in_a_process_of_its_own(
-    mount: Call, run_flags: list[str], command: Call, tmp_path: Path
-) -> None:
-    disk = mount("size=100k")
-    result = command("train", *run_flags, "--run-dir", disk / "run", cwd=tmp_path)
-    assert result.code == 2 and result.err.count("\n") == 1, result
-    assert result.err.startswith("soflow: error: ") and str(disk / "run") in result.err
-
-
-PRINT = "from soflow_fast import errors; errors.run(lambda: print('x' * 100_000))"
+PRINT = "from soflow_fast.commands import process; process.run(lambda: print('x' * 100_000))"
 
 
 def test_output_to_a_full_disk(environment: dict[str, str]) -> None:
@@ -226,7 +219,11 @@ def test_output_to_a_full_disk(environment: dict[str, str]) -> None:
     assert (done.returncode, done.stderr) == (2, "soflow: error: cannot read or write: No space left on device\n")
 
 
-MISTAKE = "from soflow_fast import errors, train; errors.run(lambda: train.main(['--steps', 'x']))"
+MISTAKE = """
+from soflow_fast import train
+from soflow_fast.commands import process
+process.run(lambda: train.main(["--steps", "x"]))
+"""
 
 
 def test_an_error_that_cannot_be_printed_keeps_its_exit_code(environment: dict[str, str]) -> None:

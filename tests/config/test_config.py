@@ -1,9 +1,11 @@
 """Configurations: JSON there and back, overrides, and every mistake named by its field."""
 
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 
 from soflow_fast.config.presets import PRESETS, preset
 from soflow_fast.config.schema import (
+    AUTO,
     SHORT_NAMES,
+    TYPES,
     Config,
     DiTConfig,
     difference,
@@ -25,6 +29,7 @@ from soflow_fast.config.schema import (
 )
 from soflow_fast.config.validation import validate
 from soflow_fast.errors import ConfigError
+from soflow_fast.runs.trainer import resolved
 from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import train_step
 
@@ -59,7 +64,8 @@ def test_json_may_leave_fields_out() -> None:
     ("text", "parts"),
     [
         ('{"stepz": 3}', ["'stepz'", "did you mean 'steps'?"]),
-        ('{"model": {"dept": 3}}', ["'model.dept'", "did you mean 'depth'?"]),
+        ('{"model": {"dept": 3}}', ["'model.dept'", "did you mean 'model.depth'?"]),
+        ('{"rundir": "x"}', ["'rundir'", "did you mean 'run.run_dir'?"]),
         ('{"model": 3}', ["model must be an object", "3"]),
         ('{"steps": "many"}', ["steps must be a whole number", "many"]),
         ('{"steps": 1.5}', ["steps must be a whole number", "1.5"]),
@@ -67,8 +73,8 @@ def test_json_may_leave_fields_out() -> None:
         ('{"steps": null}', ["steps must be a whole number", "None"]),
         ('{"optim": {"lr": NaN}}', ["optim.lr must be a number", "nan"]),
         ('{"optim": {"lr": 1e999}}', ["optim.lr must be a number", "inf"]),
-        ('{"optim": {"betas": [0.9]}}', ["optim.betas must be 2 numbers"]),
-        ('{"optim": {"betas": 0.9}}', ["optim.betas must be 2 numbers"]),
+        ('{"optim": {"betas": [0.9]}}', ["optim.betas must be two numbers"]),
+        ('{"optim": {"betas": 0.9}}', ["optim.betas must be two numbers"]),
         ('{"data": {"flip": "perhaps"}}', ["data.flip must be true or false"]),
         ('{"data": {"path": 7}}', ["data.path must be text", "7"]),
         ("[]", ["the configuration must be an object"]),
@@ -92,6 +98,12 @@ def test_wrong_json_is_named(text: str, parts: list[str]) -> None:
         ("objective.p", 1, 1.0),
         ("data.flip", "true", True),
         ("data.flip", "0", False),
+        ("compile", True, True),
+        ("cuda_graph", "false", False),
+        ("seed", "9223372036854775807", 2**63 - 1),
+        ("optim.lr", ".5", 0.5),
+        ("micro_batch", "auto", AUTO),
+        ("data", Path("photos"), "photos"),
         ("optim.betas", "0.5,0.6", (0.5, 0.6)),
         ("optim.betas", "(0.5, 0.6)", (0.5, 0.6)),
         ("optim.betas", [0, 0.5], (0.0, 0.5)),
@@ -116,8 +128,10 @@ def test_text_becomes_the_fields_type(name: str, text: Any, value: Any) -> None:
         ("steps", "9" * 5000, ["steps must be a whole number"]),
         ("seed", "²", ["seed must be a whole number"]),
         ("optim.lr", "nan", ["optim.lr must be a number"]),
-        ("optim.betas", "0.9", ["optim.betas must be 2 numbers"]),
+        ("optim.betas", "0.9", ["optim.betas must be two numbers"]),
         ("data.flip", "maybe", ["data.flip must be true or false"]),
+        ("compile", "on", ["run.compile must be true or false", "'on'"]),
+        ("micro_batch", "most", ["micro_batch must be a whole number or auto", "'most'"]),
     ],
 )
 def test_wrong_overrides_are_named(name: str, value: Any, parts: list[str]) -> None:
@@ -168,8 +182,6 @@ OUT_OF_RANGE = {
     "run.keep": 1,
     "run.on_nonfinite": "ignore",
     "run.optimizer": "adam",
-    "run.compile": "yes",
-    "run.cuda_graph": "yes",
     "run.recompute": "all",
     "run.attention": "flash5",
     "steps": 0,
@@ -180,7 +192,10 @@ OUT_OF_RANGE = {
     "quotient_precision": "fp8",
     "seed": -1,
 }
-FREE = {"preset", "data.path", "data.flip", "run.run_dir", "run.device", "optim.ema_warmup"}
+FREE = {
+    *("preset", "data.path", "data.flip", "run.run_dir", "run.device", "optim.ema_warmup"),
+    *("run.compile", "run.cuda_graph"),
+}
 
 
 @pytest.mark.parametrize("name", OUT_OF_RANGE)
@@ -196,6 +211,7 @@ def test_a_value_out_of_range_is_refused_by_name(name: str) -> None:
     [
         ("steps", 2.5), ("steps", True), ("batch_size", "8"), ("seed", 1.0), ("precision", None), ("optim.lr", "1"),
         ("optim.betas", [0.9, 0.99]), ("optim.betas", (0.9,)), ("data.flip", 1), ("data.path", 3), ("run.keep", 2.0),
+        ("run.compile", "on"), ("optim.lr", math.nan), ("optim.lr", math.inf), ("optim.betas", (0.9, math.nan)),
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
@@ -211,7 +227,32 @@ def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> No
 
 
 def test_every_field_has_its_range_tested() -> None:
-    assert set(flatten(Config())) == set(OUT_OF_RANGE) | FREE
+    assert set(flatten(Config())) == set(TYPES) == set(OUT_OF_RANGE) | FREE
+
+
+def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
+    choices = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
+    assert len(choices) == 13
+    for name, allowed in choices.items():
+        for value in allowed:
+            validate(override(Config(), {name: value}))
+        wrong = f"{name} must be one of {', '.join(allowed)}, got '{allowed[-1]}x' (did you mean "
+        with pytest.raises(ValueError, match=re.escape(wrong)):
+            validate(override(Config(), {name: allowed[-1] + "x"}))
+    with pytest.raises(ValueError, match=r"^objective\.teacher must be one of student, ema, got 'ema-literal'"):
+        validate(override(Config(), {"teacher": "ema-literal"}))
+
+
+@pytest.mark.parametrize(("word", "value"), [("auto", False), ("off", False), ("on", True)])
+def test_switches_of_older_files_are_read(word: str, value: bool) -> None:
+    old = from_json(json.dumps({"run": {"compile": word, "cuda_graph": word}}))
+    assert (old.run.compile, old.run.cuda_graph) == (value, value)
+
+
+def test_resolving_leaves_the_attention_open_and_nothing_else() -> None:
+    config = resolved(preset("digits", device="cpu", micro_batch="auto"))
+    assert [name for name, value in flatten(config).items() if value in ("auto", AUTO)] == ["run.attention"]
+    assert resolved(config) == config and validate(config)
 
 
 def test_difference_names_what_changed_and_not_where_it_is_written() -> None:

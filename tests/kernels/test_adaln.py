@@ -298,6 +298,7 @@ def by_autograd(tensors, bias, dsum, dout, alone):
         ((3, 4, 72), False, False, True),
         ((3, 4, 72), True, False, False),
         ((3, 4, 72), True, False, True),
+        ((1, 5, 100), False, True, True),
         ((2, 3, 1152), False, True, True),
         ((1, 2, 1152), False, False, False),
         *((shape, alone, not alone, True) for shape in EMPTY for alone in (False, True)),

@@ -50,18 +50,17 @@ def close(got, wanted, tolerance=1e-6):
     assert (found <= tolerance).all(), found
 
 
-def test_equals_torch_over_100_steps_with_a_moving_rate(device):
+def test_equals_torch_over_40_steps_with_a_moving_rate(device):
     mine = parameters(device)
     decays = (0.9, 0.99, 0.5)
     emas = averages_of(mine, 3)
-    copies = [p.detach().bfloat16() for p in mine]
-    optimizer = AdamWEMA(mine, **HYPER, emas=emas, ema_decays=decays, copies=copies)
+    optimizer = AdamWEMA(mine, **HYPER, emas=emas, ema_decays=decays)
     theirs, reference = torch_adamw(mine)
     single = parameters(device)
     eager = torch.optim.AdamW(single, **HYPER, foreach=False)
     expected = averages_of(theirs, 3)
-    for k in range(100):
-        rate = HYPER["lr"] * (1 - k / 200)
+    for k in range(40):
+        rate = HYPER["lr"] * (1 - k / 80)
         for group in (*optimizer.param_groups, *reference.param_groups, *eager.param_groups):
             group["lr"] = rate
         set_gradients(mine, k)
@@ -83,8 +82,7 @@ def test_equals_torch_over_100_steps_with_a_moving_rate(device):
         close(got, wanted, (1.5 * errors(other, wanted)).clamp_min(1e-6))
     for average, wanted in zip(emas, expected, strict=True):
         close(average, wanted)
-    close(copies, mine, 2**-7)
-    assert all(optimizer.state[p]["step"] == 100 for p in mine)
+    assert all(optimizer.state[p]["step"] == 40 for p in mine)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -123,14 +121,14 @@ def test_clipping_and_the_finite_flag(norm, max_norm, device):
     norm = torch.tensor(norm, device=device)
     scale, finite = clip_scale(norm, max_norm)
     mine, theirs = parameters(device), parameters(device)
-    emas, copies = averages_of(mine, 1), [p.detach().bfloat16() for p in mine]
-    optimizer = AdamWEMA(mine, **HYPER, emas=emas, ema_decays=(0.9,), copies=copies)
+    emas = averages_of(mine, 1)
+    optimizer = AdamWEMA(mine, **HYPER, emas=emas, ema_decays=(0.9,))
     set_gradients(mine, -1)
     optimizer.step()  # so that the state is not empty
-    before = [t.clone() for t in (*mine, *emas[0], *copies, *(optimizer.state[mine[3]].values()))]
+    before = [t.clone() for t in (*mine, *emas[0], *(optimizer.state[mine[3]].values()))]
     set_gradients(mine, 0)
     optimizer.step(grad_scale=scale, finite=finite)
-    after = [*mine, *emas[0], *copies, *(optimizer.state[mine[3]].values())]
+    after = [*mine, *emas[0], *(optimizer.state[mine[3]].values())]
     if not norm.isfinite():
         assert all(map(torch.equal, before, after))
         return
@@ -252,7 +250,7 @@ def test_learning_rate_is_a_tensor(kind, device):
 def test_deepcopy_goes_on_alone(device):
     params = parameters(device)
     emas = averages_of(params, 1)
-    optimizer = AdamWEMA(params, **HYPER, emas=emas, ema_decays=(0.9,), copies=[p.detach().half() for p in params])
+    optimizer = AdamWEMA(params, **HYPER, emas=emas, ema_decays=(0.9,))
     set_gradients(params, 0)
     optimizer.step()
     before = [p.detach().clone() for p in (*params, *emas[0])]
@@ -284,7 +282,7 @@ def test_tables_of_many_groups_are_made_once(device, monkeypatch):
 
 def test_chunks_cover_every_element_once():
     sizes = (8, 1024, 1032, 5000, 1)
-    chunks = adamw._chunks_of(sizes, torch.device("cpu"), []).tolist()
+    chunks = adamw._chunks(sizes).tolist()
     assert chunks == [[i, c] for i, n in enumerate(sizes) for c in range(-(-n // adamw.BLOCK))]
 
 
@@ -304,7 +302,7 @@ def test_misaligned_tensors_and_gradients_that_move(device, monkeypatch):
         reference.step()
         del kept
     close(mine, theirs)
-    assert len(adamw._tables) <= adamw.KEPT_TABLES
+    assert len(optimizer._tables.found) <= adamw.KEPT_TABLES
 
 
 def test_same_bits_every_time(device):
@@ -357,7 +355,7 @@ def test_reference_is_the_same_update(on_host, finite, device, monkeypatch):
         gradients = [torch.ones_like(p) * 0.3 for p in values]
         function(
             values, gradients, *state, steps, torch.tensor(0.01, device=device), betas=(0.8, 0.95), weight_decay=0.2,
-            grad_scale=torch.tensor(0.5, device=device), emas=emas, copies=copies,
+            grad_scale=torch.tensor(0.5, device=device), emas=emas, low_precision=copies,
             ema_decays=torch.tensor([0.9, 0.3], dtype=torch.float64, device=device),
             finite=torch.tensor(finite, device=device),
         )  # fmt: skip
@@ -375,7 +373,7 @@ def test_opcheck(device):
     go = torch.ones((), dtype=torch.uint8, device=device)
     copies = [p.bfloat16() for p in params]
     steps = [one.clone(), one.clone()]
-    arguments = (params, *lists[:3], lists[3], copies, steps, one, one, go, decays, 0.9, 0.99, 1e-8, 0.1)
+    arguments = (params, *lists[:3], lists[3], copies, steps, one, one, go, decays, 0.9, 0.99, 1e-8, 0.1, 0)
     torch.library.opcheck(adamw._adamw_ema, arguments)
 
 
@@ -400,7 +398,7 @@ def good(device="cpu"):
         ({"grads": [torch.zeros(4), torch.zeros(3, 2)]}, r"grads\[1\] must be a tensor of shape \[2, 3\]"),
         ({"grads": [torch.zeros(4), torch.zeros(2, 3).long()]}, r"grads\[1\] must be float32, bfloat16, float16"),
         ({"grads": [torch.zeros(4), torch.zeros(2, 3).half()]}, r"grads\[1\] must be .* all alike"),
-        ({"exp_avgs": [torch.zeros(4), torch.zeros(3, 2).t()]}, r"exp_avgs\[1\] must be contiguous"),
+        ({"exp_avgs": [torch.zeros(4), torch.zeros(3, 2).t()]}, r"exp_avgs\[1\] must have the strides"),
         ({"exp_avg_sqs": [None, None]}, r"exp_avg_sqs\[0\] must be a tensor"),
         ({"steps": [1, 1]}, r"steps\[0\] must be a tensor of shape \[\]"),
         ({"lr": 0.1}, "lr must be a float32 tensor"),
@@ -408,7 +406,7 @@ def good(device="cpu"):
         ({"finite": torch.tensor(1.0)}, "finite must be a bool tensor"),
         ({"emas": [[torch.zeros(4), torch.zeros(2, 3)]]}, r"ema_decays must be a float64 tensor of shape \[1\]"),
         ({"emas": [[]] * 4}, "emas must be at most 3 lists, got 4"),
-        ({"copies": [torch.zeros(4), torch.zeros(2, 3)]}, r"copies\[0\] must be bfloat16, float16"),
+        ({"low_precision": [torch.zeros(4), torch.zeros(2, 3)]}, r"low_precision\[0\] must be bfloat16, float16"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -422,8 +420,8 @@ def test_wrong_arguments_are_named(change, message):
     [
         ({"emas": [[]], "ema_decays": ()}, "as many decays"),
         ({"emas": [[torch.zeros(4)]], "ema_decays": (1.0,)}, r"ema_decays must be in \[0, 1\)"),
-        ({"emas": [[torch.zeros(4)] * 2], "ema_decays": (0.5,)}, "emas must hold 1 tensors, got 2"),
-        ({"copies": []}, "copies must hold 1 tensors, got 0"),
+        ({"emas": [[torch.zeros(4)] * 2], "ema_decays": (0.5,)}, r"emas\[0\] must hold 1 tensors, got 2"),
+        ({"masters": []}, "masters must hold 1 tensors, got 0"),
         ({"lr": -1.0}, "Invalid learning rate"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -460,5 +458,5 @@ def test_wrong_betas_are_named(betas, device):
 
 
 def test_averages_must_fit_when_the_optimiser_is_made(device):
-    with pytest.raises(ValueError, match="emas must have the parameters"):
+    with pytest.raises(ValueError, match=r"emas\[0\] must have the parameters"):
         AdamWEMA([torch.nn.Parameter(torch.ones(4))], emas=[[torch.ones(3)]], ema_decays=[0.5])

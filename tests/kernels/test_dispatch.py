@@ -54,7 +54,7 @@ def on(device, op):
 def test_every_operation_of_the_package_is_tested_here():
     elsewhere = {op for op in soflow_kernels.status() if op not in GOOD}
     here = Path(__file__)
-    tests = "".join(path.read_text() for path in here.parent.glob("test_*.py") if path.name != here.name)
+    tests = "".join(path.read_text() for path in here.parent.rglob("test_*.py") if path.name != here.name)
     assert not {op for op in elsewhere if f"{op}(" not in tests}
     for op in soflow_kernels.status():
         assert callable(getattr(soflow_kernels, op)) and callable(getattr(soflow_kernels, f"{op}_reference"))

@@ -111,11 +111,17 @@ def check_part(function, reference, tensors, weight):
 
 
 all_parts = pytest.mark.parametrize("part", ["hidden", "tail", "null tail"])
+# One column, a tile of rows that is not full, no rows, a masked tile, many tiles of rows, many of columns.
+PART_SHAPES = ((3, 1), (7, 64), (0, 40), (1, 100), (70, 40), (2, 1152))
 
 
-@all_parts
-@pytest.mark.parametrize("shape", [(3, 1), (7, 64), (3, 72), (0, 40), (1, 100), (70, 40), (3, 384), (2, 1152)], ids=str)
-def test_parts(shape, part, device):
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [(part, shape) for part in ("hidden", "tail") for shape in PART_SHAPES]
+    + [("null tail", shape) for shape in ((7, 64), (0, 40), (70, 40))],
+    ids=str,
+)
+def test_parts(part, shape, device):
     check_part(*parts(*shape, torch.float32, device)[part])
 
 
@@ -147,8 +153,10 @@ def angles(t, s, frequencies, max_period):
     return torch.stack([t, t - s]).double()[..., None] * w
 
 
-@pytest.mark.parametrize("max_period", [10_000.0, 1.0, 37.5, 1e9])
-@pytest.mark.parametrize("frequencies", [256, 2, 4, 100, 600])
+@pytest.mark.parametrize(
+    ("frequencies", "max_period"),
+    [(256, 1e4), (2, 1e4), (4, 1e4), (100, 1e4), (600, 1e4), (100, 1.0), (100, 37.5), (100, 1e9)],
+)
 def test_sinusoids(frequencies, max_period, device):
     """2e-7 absolute for times in [0, 1], and the relative precision of float32 for small sines."""
     pairs = list(itertools.product(SPECIAL, SPECIAL)) + [(0.123456 + 0.0137 * i, 0.011 * i) for i in range(60)]
@@ -162,8 +170,9 @@ def test_sinusoids(frequencies, max_period, device):
     assert (sin - angle.sin()).abs().max() <= 2e-7
 
 
-@pytest.mark.parametrize("max_period", [10_000.0, 37.5, 1e9])
-@pytest.mark.parametrize("frequencies", [256, 4, 600, 8192])
+@pytest.mark.parametrize(
+    ("frequencies", "max_period"), [(256, 1e4), (4, 1e4), (600, 1e4), (8192, 1e4), (600, 37.5), (600, 1e9)]
+)
 def test_frequencies(frequencies, max_period, device):
     """The sine of a tiny power of two is that power times the frequency: one unit in the last place of float32."""
     t = torch.tensor([2.0**-30], device=device)
@@ -173,7 +182,14 @@ def test_frequencies(frequencies, max_period, device):
 
 def test_sinusoids_of_large_times(device):
     """Times scaled by 1000 or more: what float32 can say of the angle, and never outside [-1, 1]."""
-    u = torch.cat([torch.linspace(-1e4, 1e4, 401), torch.arange(60) * (math.pi / 4), torch.tensor([1e9, -1e30])])
+    u = torch.cat(
+        [
+            torch.linspace(-1e4, 1e4, 201),
+            torch.linspace(0, 1000, 101),
+            torch.arange(60) * (math.pi / 4),
+            torch.tensor([1e9, -1e30]),
+        ]
+    )
     u = u.to(device)
     got = te._sinusoids(u, torch.zeros_like(u), 256, 10_000.0, torch.float32)[0].double()
     angle = angles(u, torch.zeros_like(u), 256, 10_000.0)[0]
@@ -192,8 +208,9 @@ def test_sinusoids_of_what_is_no_number(device):
     assert not got[:, 2].isnan().any()
 
 
-@pytest.mark.parametrize("null", [False, True], ids=["labels", "null"])
-@pytest.mark.parametrize("D", [1, 64, 72, 100, 384, 1152])
+@pytest.mark.parametrize(
+    ("D", "null"), [(1, False), (72, False), (384, False), (72, True)], ids=["1", "72", "384", "72 null"]
+)
 def test_forward_and_gradients(D, null, device):
     """Labels come several times; a row of the table without a sample gets an exact zero."""
     parameters, others, weight = inputs(3, D, torch.float32, device, H=max(D, 24))
@@ -203,13 +220,23 @@ def test_forward_and_gradients(D, null, device):
     assert all((found[row] == 0).all() == (row not in used) for row in range(CLASSES + 1))
 
 
-@pytest.mark.parametrize("null", [False, True], ids=["labels", "null"])
-@pytest.mark.parametrize("B", [0, 1, 7, 70])
+@pytest.mark.parametrize(("B", "null"), [(0, False), (1, False), (70, False), (70, True)])
 def test_batches(B, null, device):
     """70 samples are three tiles of labels and nine of hidden rows."""
     parameters, others, weight = inputs(B, 40, torch.float32, device, H=24)
     others["y"] = None if null else others["y"]
     check(parameters, others, weight)
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_empty_batch(mode, device):
+    """The gradients of all parameters are exact zeros."""
+    parameters, others, weight = inputs(0, 40, torch.float32, device)
+    for y in (others["y"], None):
+        with testing.mode(mode):
+            found = run(te.dual_time_embedding, parameters, {**others, "y": y}, weight)
+        assert found.pop("output 0").shape == (0, 40)
+        assert all((value == 0).all() for value in found.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -254,11 +281,10 @@ def test_layouts(layout, device):
     check(laid_out, others, testing.lay_out(weight, layout))
 
 
-@pytest.mark.parametrize("max_period", [100.0, 1e6])
-def test_max_period(max_period, device):
+def test_max_period(device):
     parameters, others, weight = inputs(5, 40, torch.float32, device)
-    found = check(parameters, {**others, "max_period": max_period}, weight)
-    assert not torch.equal(found["output 0"], check(parameters, others, weight)["output 0"])
+    found = check(parameters, {**others, "max_period": 100.0}, weight)["output 0"]
+    assert not torch.equal(found, call(te.dual_time_embedding, **parameters, **others))
 
 
 def test_special_times_and_flow_matching(device):
@@ -328,9 +354,9 @@ def test_a_label_outside_the_table_is_seen(wrong, device):
 
 def test_same_bits_every_time(device):
     parameters, others, weight = inputs(70, 40, torch.float32, device)
-    runs = [run(te.dual_time_embedding, parameters, others, weight) for _ in range(3)]
-    for name, value in runs[0].items():
-        assert all(torch.equal(value, other[name]) for other in runs[1:]), name
+    first, second = (run(te.dual_time_embedding, parameters, others, weight) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def test_many_samples_of_one_label(device):
@@ -346,7 +372,7 @@ def test_many_samples_of_one_label(device):
 
 
 def test_reference_has_right_gradients():
-    parameters, others, _ = inputs(3, 4, torch.float64, "cpu", frequencies=6)
+    parameters, others, _ = inputs(2, 3, torch.float64, "cpu", frequencies=4)
     leaves = [tensor.requires_grad_() for tensor in (others["t"].double(), others["s"].double(), *parameters.values())]
 
     def function(t, s, *values):
@@ -393,13 +419,11 @@ def test_opcheck(device):
     b, a, table = (parameters[name].requires_grad_() for name in ("t_b2", "s_b2", "table"))
     torch.library.opcheck(te._sinusoids, (others["t"], others["s"], 16, 10_000.0, torch.bfloat16))
     torch.library.opcheck(te._hidden, (x, h, b, a))
-    for y in (others["y"], None):
-        torch.library.opcheck(te._tail, (x, b, a, table, y))
-        torch.library.opcheck(te._tail, (x.detach().bfloat16().requires_grad_(), b, a, table, y))
+    torch.library.opcheck(te._tail, (x, b, a, table, None))
+    torch.library.opcheck(te._tail, (x.detach().bfloat16().requires_grad_(), b, a, table, others["y"]))
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("null", [False, True], ids=["labels", "null"])
+@pytest.mark.parametrize(("null", "autocast"), [(False, False), (True, False), (False, True)])
 def test_compile_equals_eager(null, autocast, device):
     parameters, others, weight = inputs(5, 40, torch.float32, device)
     others["y"] = None if null else others["y"]

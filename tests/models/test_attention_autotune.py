@@ -1,4 +1,4 @@
-"""How the fastest right attention backend is chosen, and where the choice is kept."""
+"""The choice of the fastest right attention backend, and the place where it is kept."""
 
 import json
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from soflow_fast.errors import ConfigError
-from soflow_fast.models import attention_autotune as attention_choice
+from soflow_fast.models import attention_autotune
 from soflow_fast.models.attention import BACKENDS, attention, why_not
-from soflow_fast.models.attention_autotune import Case, Shape, cache_path, choose, compare, try_out
+from soflow_fast.models.attention_autotune import Case, Shape, cache_path, choose, compare, remembered, try_out
 
 CPU = torch.device("cpu")
 HERE = [name for name in BACKENDS if why_not(name, CPU, torch.float32, 64) is None]
@@ -22,7 +22,8 @@ class Bench:
     """A clock that backends move by their cost."""
 
     def __init__(self) -> None:
-        self.now, self.tried = 0.0, []
+        self.now = 0.0
+        self.tried: list[str] = []
         self.costs = {"sdpa-flash": 3.0, "sdpa-math": 2.0, "sdpa": 5.0}
         self.behaviour: dict[str, Callable[..., Tensor]] = {}
 
@@ -34,18 +35,16 @@ class Bench:
         self.now += self.costs[backend]
         return self.behaviour.get(backend, attention)(q, k, v)
 
-    def choose(self, cache: Path, **others: Any) -> str:
-        shape = {"B": 3, "heads": 2, "T": 5, "head_dim": 8} | others
-        return choose(CPU, torch.bfloat16, *shape.values(), self.clock, cache)
+    def choose(self, cache: Path, head_dim: int = 8) -> str:
+        return remembered(CPU, torch.bfloat16, Shape(3, 2, 5, head_dim), self.clock, cache, compiled=False)
 
 
 @pytest.fixture
 def bench(monkeypatch: Any) -> Bench:
-    """Three backends that are timed although there is no GPU."""
+    """The three backends of the CPU, timed by a clock of ours."""
     made = Bench()
-    monkeypatch.setattr(attention_choice, "_worth_timing", lambda device: True)
-    monkeypatch.setattr(attention_choice, "BACKENDS", tuple(made.costs))
-    monkeypatch.setattr(attention_choice, "attention", made.attention)
+    monkeypatch.setattr(attention_autotune, "BACKENDS", tuple(made.costs))
+    monkeypatch.setattr(attention_autotune, "attention", made.attention)
     return made
 
 
@@ -88,7 +87,7 @@ def test_one_that_cannot_be_compiled_is_passed_over_in_compiled_blocks(monkeypat
             torch._dynamo.graph_break()
         return attention(q, k, v, backend)
 
-    monkeypatch.setattr(attention_choice, "attention", breaks)
+    monkeypatch.setattr(attention_autotune, "attention", breaks)
     for compiled in (False, True):
         case = Case(CPU, torch.bfloat16, Shape(3, 2, 5, 8), compiled)
         faults = {name: case.fault(name) for name in HERE}
@@ -104,11 +103,11 @@ def test_a_wrong_gradient_is_seen(which: int, bench: Bench) -> None:
         out = attention(*qkv)
         return out + (qkv[which] - qkv[which].detach()).to(out) * 0.1
 
+    case = Case(CPU, torch.bfloat16, Shape(1, 2, 5, 8))
     bench.behaviour["sdpa-math"] = wrong
-    found = compare(CPU, torch.bfloat16, Shape(3, 2, 5, 8), bench.clock)
-    assert found.passed_over["sdpa-math"].startswith("its gradient is wrong")
+    assert (case.fault("sdpa-math") or "").startswith("its gradient is wrong")
     bench.behaviour["sdpa-math"] = lambda *qkv: attention(*qkv) * float("nan")
-    assert Case(CPU, torch.bfloat16, Shape(1, 2, 5, 8)).fault("sdpa-math") == "its result is wrong: relative error nan"
+    assert case.fault("sdpa-math") == "its result is wrong: relative error nan"
 
 
 def test_one_that_fails_while_it_is_timed_is_passed_over(bench: Bench) -> None:
@@ -147,7 +146,7 @@ def test_the_choice_is_kept_by_shape(bench: Bench, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"7", b"\xff\xfe", b"[" * 100_000, "entry: 3", "entry: {}", 'entry: {"backend": "flash9"}',
+    [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, "entry: 3", "entry: {}", 'entry: {"backend": "flash9"}',
      'entry: {"backend": ["sdpa"]}', 'entry: {"backend": "sdpa-cudnn"}'],
     ids=lambda value: str(value)[:30],
 )  # fmt: skip

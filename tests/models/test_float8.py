@@ -8,7 +8,7 @@ import torch
 from soflow_fast import DiTConfig, ObjectiveConfig, TrainState, preset, train_step
 from soflow_fast.errors import ConfigError
 from soflow_fast.models import float8
-from soflow_fast.models.low_precision import operands
+from soflow_fast.models.plain_layers import call_layer, is_float8
 
 SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
 CONFIG = dataclasses.replace(
@@ -22,7 +22,7 @@ def emulated(monkeypatch):
     pytest.importorskip("torchao.float8")
     original = float8.use_float8
     monkeypatch.setattr(float8, "require", lambda model, device: None)
-    monkeypatch.setattr(float8, "use_float8", lambda layers: original(layers, emulate=True))
+    monkeypatch.setattr(float8, "use_float8", lambda net: original(net, emulate=True))
 
 
 def build(precision="fp8", **fields):
@@ -38,30 +38,39 @@ def batch(seed=0):
     return torch.randn(8, 1, 8, 8, generator=source), torch.randint(10, (8,), generator=source)
 
 
-def test_products_are_float8_only_where_they_are_meant_to_be(emulated):
-    run = build()
-    layer = run.flow.network.blocks[0].mlp.fc1
+def relative(got, wanted):
+    return ((got - wanted).norm() / wanted.norm()).item()
+
+
+def test_only_bf16_inputs_of_the_blocks_are_multiplied_in_float8(emulated):
+    network = build().flow.network
+    layer = network.blocks[0].mlp.fc1
     x = torch.randn(16, 32).bfloat16()
-    exact = x.float() @ layer.weight.T
-    assert operands(layer, torch.bfloat16).product is None
-    with float8.float8_products():
-        assert operands(layer, torch.float32).product is None
-        assert operands(run.flow.network.final_layer.linear, torch.bfloat16).product is None
-        product = operands(layer, torch.bfloat16).product
-        assert product is not None
-        out = product(x)
-    error = (out - exact).norm() / exact.norm()
-    assert 5e-3 < error < 6e-2  # bf16 would be 2e-3
+    exact = x.float() @ layer.weight.float().T + layer.bias.float()
+    assert 5e-3 < relative(call_layer(layer, x), exact) < 6e-2  # bf16 would be 2e-3
+    assert relative(call_layer(layer, x.float()), exact) < 1e-5
+    plain = {name for name, part in network.named_modules() if type(part) is torch.nn.Linear}
+    replaced = {name for name, part in network.named_modules() if is_float8(part)}
+    assert len(replaced) == 4 * SIZES.depth and all(name.startswith("blocks.") for name in replaced)
+    assert "final_layer.linear" in plain and "blocks.0.adaLN_modulation.1" in plain
+    assert network.changed_part() == "blocks.0.attn.qkv" and network.changed_part(float8=True) is None
 
 
 def test_parameters_and_keys_stay(emulated):
     run, plain = build(), build("bf16")
     assert list(run.flow.state_dict()) == list(plain.flow.state_dict())
-    assert run.parameter_count() == plain.parameter_count()
-    run.flow.load_state_dict({k: v.clone() for k, v in plain.flow.state_dict().items()}, assign=True)
-    layer = run.flow.network.blocks[1].attn.proj
-    with float8.float8_products():
-        assert operands(layer, torch.bfloat16).product.weight is layer.weight
+    assert [p.dtype for p in run.flow.parameters()] == [p.dtype for p in plain.flow.parameters()]
+    run.load_weights(plain.weights())
+    assert all(torch.equal(a, b) for a, b in zip(run.flow.parameters(), plain.flow.parameters(), strict=True))
+
+
+def test_a_pair_in_low_precision_is_refused(emulated):
+    with pytest.raises(ConfigError, match=r"^--quotient-precision bf16: a pair in a step of fp8 is fp32 or tf32$"):
+        build(quotient="pair", quotient_precision="bf16")
+    state = build(quotient="pair")
+    x0, y = batch()
+    state.config = dataclasses.replace(state.config, run=dataclasses.replace(state.config.run, check_quotient_every=1))
+    assert train_step(state, x0, y)["q_cosine"] > 0.999  # float32 pairs do not go through float8
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
@@ -69,7 +78,7 @@ def test_a_step_is_near_its_bf16_self(recompute, emulated):
     run = build(run=dataclasses.replace(CONFIG.run, recompute=recompute))
     exact = build("fp32")
     got, wanted = train_step(run, *batch()), train_step(exact, *batch())
-    assert run.quotient.kind == "increments" and run.quotient.precision == "bf16" and not run.rides_along()
+    assert run.target.kind == "increments" and run.target.precision == "bf16" and not run.rides_along()
     torch.testing.assert_close(got["fm_mse"], wanted["fm_mse"], rtol=0.1, atol=0)
     torch.testing.assert_close(got["sc_mse"], wanted["sc_mse"], rtol=0.3, atol=0)
 

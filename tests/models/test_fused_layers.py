@@ -10,27 +10,29 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from soflow_fast.config.presets import preset
-from soflow_fast.models.dit import DiT, Tape
+from soflow_fast.models.dit import DiT, TapedOutputs
+from soflow_fast.training.precision import round_parameters
 from tests.networks import assert_close, gradients, inputs, network
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 @pytest.mark.parametrize("B", [1, 4])
-@pytest.mark.parametrize("copies", [None, torch.float64], ids=["", "stacked"])
-def test_gradients_are_those_of_autograd(B, recompute, copies):
+def test_gradients_are_those_of_autograd(B, recompute):
     plain = gradients(network(torch.float64, keep_norms=True), B)
-    assert_close(gradients(network(torch.float64, copies, recompute=recompute), B), plain, 1e-12)
+    assert_close(gradients(network(torch.float64, recompute=recompute), B), plain, 1e-12)
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
-@pytest.mark.parametrize("copies", [None, torch.bfloat16], ids=["copied at each use", "copied once"])
-def test_low_precision_gradients(recompute, copies):
-    """As near to float64 as the plain composition in the same precision, in the dtype of the weights."""
+@pytest.mark.parametrize("rounded", [None, torch.bfloat16], ids=["float32 parameters", "bf16 parameters"])
+def test_low_precision_gradients(recompute, rounded):
+    """As near to float64 as the plain composition in the same precision, in the dtype of the parameters."""
     exact = gradients(network(torch.float64))
     plain = gradients(network(keep_norms=True), autocast=True)
-    got = gradients(network(copies=copies, recompute=recompute), autocast=True)
+    net = network(rounded=rounded, recompute=recompute)
+    dtypes = {name: p.dtype for name, p in net.named_parameters()}
+    got = gradients(net, autocast=True)
     for name, value in exact.items():
-        assert got[name].dtype == torch.float32, name
+        assert got[name].dtype == dtypes.get(name, torch.float32), name
         error, usual = ((each[name].double() - value).norm() for each in (got, plain))
         assert error <= 1.5 * usual + 1e-3 * value.norm(), name
 
@@ -52,7 +54,7 @@ def test_second_derivatives_are_refused():
 
 
 def test_forward_derivatives_are_exact():
-    net = network(torch.float64, torch.float64)
+    net = network(torch.float64)
     x, t, s, y, direction = inputs(dtype=torch.float64)
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, direction)
@@ -95,7 +97,7 @@ def test_kept_for_the_backward_at_xl_sizes(recompute, least, most):
     with FakeTensorMode():
         for depth in (2, 6):  # the difference leaves out what is kept once
             net = DiT(dataclasses.replace(config, depth=depth))
-            net.keep_copies(torch.bfloat16)
+            round_parameters(net, net.low_precision_layers(), torch.bfloat16)
             net.recompute, net.keep_norms = recompute, False
             x, t, y = torch.empty(B, 4, 32, 32), torch.empty(B), torch.zeros(B, dtype=torch.int64)
 
@@ -113,7 +115,7 @@ def test_kept_for_the_backward_at_xl_sizes(recompute, least, most):
 
 
 def test_without_gradient_nothing_is_kept_and_no_statistics_are_made():
-    net = network(copies=torch.float32)
+    net = network()
     *given, _ = inputs()
     with torch.no_grad():
         quiet = net(*given)
@@ -123,9 +125,9 @@ def test_without_gradient_nothing_is_kept_and_no_statistics_are_made():
 def test_tape_holds_what_the_products_came_to():
     net = network(torch.float64)
     x, t, s, y, _ = inputs(dtype=torch.float64)
-    tape = Tape(slice(1, 3))
+    tape = TapedOutputs(slice(1, 3))
     out = net(x, t, s, y, tape=tape)
-    layers = [layer for block in net.blocks for layer in block.products()] + net.modulation_layers()
+    layers = [layer for block in net.blocks for layer in block.linears()] + net.modulation_layers()
     assert set(tape.outputs) == {*layers, net.final_layer.linear}
     final, missing = tape.outputs[net.final_layer.linear]
     assert missing is None and not final.requires_grad

@@ -11,9 +11,10 @@ from soflow_fast import DiT, DiTConfig, Objective, TrainState, paired_forward, p
 from soflow_fast.data import open_source
 from soflow_fast.flow import per_sample
 from soflow_fast.models.attention import flop_counter
-from soflow_fast.models.dit import Tape
-from soflow_fast.training.consistency_target import OPERAND, products
-from soflow_kernels.increment_attention import softmax_increment
+from soflow_fast.models.dit import TapedOutputs
+from soflow_fast.objective import ConsistencyPoints
+from soflow_fast.training.precision import OPERAND, matmul_precision
+from soflow_kernels.increment.attention import softmax_increment
 
 RATIOS = (0.5, 0.1, 0.01, 0.002, 1e-4, 1e-5)
 SIZES = {
@@ -107,8 +108,8 @@ def test_rides_along_on_the_values_of_another_forward(nets, batch, r, precision,
     rows = slice(2, 5)
     dt = (r * (s - t))[rows]
     dx = v[rows] * per_sample(dt, x)
-    tape = Tape(rows)
-    with products(precision, torch.device("cpu")):
+    tape = TapedOutputs(rows)
+    with matmul_precision(precision, torch.device("cpu")):
         output = net(x, t, s, y, tape=tape)
     plain = net(x, t, s, y)
     assert relative(output.detach(), plain.detach().double()) < (1e-5 if precision == "fp32" else 5e-2)
@@ -170,6 +171,7 @@ def trained():
     return state.flow, source
 
 
+@pytest.mark.slow
 def test_quotient_of_a_trained_network(trained, capsys):
     """bf16 products with increments against plain pairs, relative error of q and its cosine with float64."""
     flow, source = trained
@@ -188,7 +190,8 @@ def test_quotient_of_a_trained_network(trained, capsys):
         with torch.no_grad():
             start, difference = exact(wide.network, x, x_l - x, t, dt, s, y)
             x64, v64, t64, l64, s64 = args64
-            q64 = objective.quotient(wide, start, difference, x64, v64, t64, l64, s64)
+            at = ConsistencyPoints(x64, v64, x64, x64, t64, l64, s64, y)
+            q64 = objective.quotient(wide, at, start, difference)
             found = {}
             value, increment = paired_forward(flow.network, x, x_l - x, t, dt, s, y, dtype=torch.bfloat16)
             found["increments, bf16"] = (value, increment)
@@ -197,7 +200,8 @@ def test_quotient_of_a_trained_network(trained, capsys):
                     start, end = (flow.network(*a, s, y).float() for a in ((x, t), (x_l, l)))
                 found[name] = (start, end - start)
         for name, (value, increment) in found.items():
-            q = objective.quotient(flow, value, increment, x, v, t, l, s).double()
+            at = ConsistencyPoints(x, v, x_l - x, x_l, t, l, s, y)
+            q = objective.quotient(flow, at, value, increment).double()
             cosine = float((q * q64).sum() / (q.norm() * q64.norm()))
             rows.append((r, name, relative(q, q64), cosine))
     with capsys.disabled():

@@ -1,12 +1,13 @@
-"""What the tests of reliability share: trainings that are started quickly, and how often the costly ones run."""
+"""Fixtures of the tests of reliability: trainings that start quickly, and the number of rounds of costly ones."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,19 +72,25 @@ class Starter:
 
 
 @pytest.fixture(scope="session")
-def starting(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Starter]]:
-    """`starting(*prefix)`: a `started` of its own, run by a command such as unshare."""
-    with ExitStack() as stack:
-        yield lambda *prefix: stack.enter_context(
-            closing(Starter(environment, tmp_path_factory.mktemp("outputs"), prefix))
-        )
+def mounting() -> tuple[str, ...]:
+    """The command that gives a process a mount namespace of its own, where it may mount a tmpfs; empty: none does."""
+    for prefix in (("unshare", "--mount"), ("unshare", "-rm")):
+        with tempfile.TemporaryDirectory() as place, contextlib.suppress(FileNotFoundError):
+            mount = [*prefix, "mount", "-t", "tmpfs", "none", place]
+            if not subprocess.run(mount, capture_output=True).returncode:
+                return prefix
+    return ()
 
 
 @pytest.fixture(scope="session")
-def started(starting: Callable[..., Starter]) -> Starter:
+def started(
+    environment: dict[str, str], mounting: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Starter]:
     """`started(*arguments)`: a training that has just begun, at the command line's first statement. A function of `os`
-    called `hang` never returns in a thread of it; each fsync takes `slow` seconds more."""
-    return starting()
+    called `hang` never returns in a thread of it; each fsync takes `slow` seconds more. Where that is permitted, it
+    sees mounts that nobody else sees."""
+    with contextlib.closing(Starter(environment, tmp_path_factory.mktemp("outputs"), mounting)) as starter:
+        yield starter
 
 
 @pytest.fixture(scope="session")

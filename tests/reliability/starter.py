@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from soflow_fast import errors, train
-from soflow_fast.runs import trainer
+from soflow_fast import train
+from soflow_fast.commands import process
+from soflow_fast.runs import samples
 
-TENSORBOARD = ("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer")
-for heavy in ("sklearn.datasets", "sklearn.svm", "scipy.linalg", *TENSORBOARD):
+for heavy in ("sklearn.datasets", "sklearn.svm", "scipy.linalg", "torch.utils.tensorboard"):
     importlib.import_module(heavy)
 torch.set_num_threads(1)
-trainer.EVALUATION_SAMPLES = 100
+samples.EVALUATION_SAMPLES = 100
 
 
 def slowly(function: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
@@ -63,7 +63,7 @@ def main() -> None:
                 setattr(os, request["hang"], hanging(getattr(os, request["hang"])))
             if request["slow"]:
                 os.fsync = functools.partial(slowly, os.fsync, request["slow"])
-            errors.run(functools.partial(train.main, request["arguments"]))
+            process.run(functools.partial(train.main, request["arguments"]))
         running.add(child)
         print(child, flush=True)
     for child in running:

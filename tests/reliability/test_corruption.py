@@ -44,7 +44,7 @@ def test_the_one_before_is_used_and_named(
     newest, before = checkpoint.list_checkpoints(run_dir)
     flip(newest / "network.safetensors", 9999)
     monkeypatch.chdir(run_dir.parents[1])
-    monkeypatch.setattr("soflow_fast.runs.trainer.EVALUATION_SAMPLES", 100)
+    monkeypatch.setattr("soflow_fast.runs.samples.EVALUATION_SAMPLES", 100)
     arguments = {
         "sample": [run_dir, "--out", "out", "--n", "1"],
         "evaluate": [run_dir, "--n", "100"],

@@ -36,7 +36,7 @@ def is_whole(folder: Path) -> bool:
 
 def test_kills_in_the_midst_of_saving(started: Any, until: Any, count: Any, tiny: list[str], tmp_path: Path) -> None:
     """One run, killed again and again, goes on from the last checkpoint, or from the one before if that was begun."""
-    run_dir, chance, kills = tmp_path / "run", random.Random(0), count(10, 50)
+    run_dir, chance, kills = tmp_path / "run", random.Random(0), count(6, 50)
     folder, newest, stale = checkpoint.directory(run_dir), 0, 0
     for k in range(8 * kills):
         if k >= kills and stale >= kills // 5:  # how many meet a save is a matter of the machine's pace

@@ -21,11 +21,21 @@ LAST = "step-00000060"
 FILES = (*(f"{name}.safetensors" for name in ("network", "ema", "teacher", "optimizer")), "state.json")
 
 
-def test_four_kills_change_no_bit(started: Any, until: Any, logged: Any, tiny: list[str], tmp_path: Path) -> None:
-    straight, killed, chance = tmp_path / "straight", tmp_path / "killed", random.Random(3)
-    training = started(*tiny, *FLAGS, "--run-dir", straight)
+@pytest.fixture(scope="module")
+def straight(started: Any, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that is not killed."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    training = started(*tiny, *FLAGS, "--run-dir", run_dir)
     assert training.wait() == 0, training.output.read_text()
-    for after in sorted(chance.sample(range(2, 27), 4)):
+    return run_dir
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_kills_change_no_bit(
+    kills: int, straight: Path, started: Any, until: Any, logged: Any, tiny: list[str], tmp_path: Path
+) -> None:
+    killed, chance = tmp_path / "killed", random.Random(3)
+    for after in sorted(chance.sample(range(2, 27), kills)):
         training = started(*tiny, *FLAGS, "--run-dir", killed)
         log = killed / "metrics.jsonl"
         until(lambda: log.exists() and log.read_bytes().count(b"\n") >= after)  # noqa: B023

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from soflow_fast.errors import Interrupted
-from soflow_fast.runs import checkpoint, trainer
+from soflow_fast.runs import checkpoint, signals, trainer
 
 FLAGS = ["--steps", "1000", "--set=run.log_every=1"]
 SAID = "soflow: stopped before the first step; the same command begins where this one did\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_while_the_first_step_compiles(
     environment: dict[str, str], until: Any, count: Any, tiny: list[str], tmp_path: Path
@@ -94,7 +95,7 @@ def test_an_error_after_the_first_step_is_no_signal(
 
 def test_a_lost_terminal_stops_only_once() -> None:
     before = signal.getsignal(signal.SIGHUP)
-    with trainer.signals(lambda: True) as pending:
+    with signals.collected(lambda: True) as pending:
         with pytest.raises(Interrupted, match="before the first step"):
             signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from soflow_fast.runs import telemetry
+from soflow_fast.runs.metrics import MetricsLog
 
 FLAGS = ["--steps", "20", "--checkpoint-every", "5", "--set=run.sample_every=0", "--set=model.num_classes=0"]
 
@@ -83,16 +83,11 @@ def test_a_log_that_cannot_be_synced_is_a_warning(
     assert "not saved" not in result.out
 
 
-def test_a_refused_sync_is_told_once(tmp_path: Path) -> None:
+def test_a_refused_sync_names_the_log(tmp_path: Path) -> None:
     warnings: list[str] = []
-    log = telemetry.MetricsLog(tmp_path / "metrics.jsonl", 0, warnings.append)
-    (tmp_path / "metrics.jsonl").unlink()
-    log.sync()
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, pytest.fail)
     log.write({"step": 1})
-    log.write({"step": 2})
-    log.sync()
-    assert len(warnings) == 1 and "[Errno 2]" in warnings[0] and "metrics.jsonl" in warnings[0]
+    log.sync(pytest.fail)
     (tmp_path / "metrics.jsonl").unlink()
-    log.sync()
-    log.close()
-    assert len(warnings) == 2
+    log.sync(warnings.append)
+    assert len(warnings) == 1 and "[Errno 2]" in warnings[0] and "metrics.jsonl may lack its last lines" in warnings[0]

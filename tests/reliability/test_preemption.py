@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from soflow_fast import errors
+from soflow_fast.commands import process
 from soflow_fast.errors import Interrupted
-from soflow_fast.runs import checkpoint, trainer
+from soflow_fast.runs import checkpoint, signals
 
 STEPS = 400 if os.environ.get("SOFLOW_SOAK") == "1" else 120
 FLAGS = f"--steps {STEPS} --checkpoint-every 8 --set=run.log_every=1 --set=run.sample_every=50".split()
@@ -53,7 +53,7 @@ def test_signals_at_random_moments(
     """One run to its end, however often it is stopped on the way."""
     chance, run_dir = random.Random(1), tmp_path / "run"
     saved = 0
-    for k in range(count(4, 20)):
+    for k in range(count(3, 20)):
         kind, number = ("start-up", "steps", "save")[k % 3], list(CODES)[k % 2]
         training = started(*tiny, *FLAGS, "--run-dir", run_dir)
         until(lambda: is_caught(training.pid))  # noqa: B023
@@ -75,7 +75,7 @@ def test_signals_at_random_moments(
             newest = checkpoint.list_checkpoints(run_dir)[0]
             assert int(newest.name[-8:]) == int(stopped[1]) == logged(run_dir)[-1]["step"] < STEPS
             checkpoint.read_verified(newest)
-    assert saved >= 2
+    assert saved >= 2  # at start-up there may be nothing to save
     training = started(*tiny, *FLAGS, "--run-dir", run_dir)
     assert training.wait() == 0, training.output.read_text()
     ours, theirs = checkpoint.list_checkpoints(run_dir)[0], checkpoint.list_checkpoints(whole)[0]
@@ -140,7 +140,7 @@ def test_two_signals_anywhere_are_no_traceback(
 
     def main() -> None:
         if moment == "after a save":
-            with trainer.signals() as pending:
+            with signals.collected() as pending:
                 os.kill(os.getpid(), first)
             raise Interrupted(pending[0])
         with contextlib.ExitStack() as stack:
@@ -152,8 +152,8 @@ def test_two_signals_anywhere_are_no_traceback(
     if child == 0:
         try:
             if moment != "at once":
-                monkeypatch.setattr(errors, "_say", lambda line: os.kill(os.getpid(), second))
-            errors.run(main)
+                monkeypatch.setattr(process, "_say", lambda line: os.kill(os.getpid(), second))
+            process.run(main)
         except SystemExit as ended:
             os._exit(200 + (ended.code not in CODES.values()))
         except BaseException:
@@ -180,13 +180,13 @@ def test_a_save_that_is_refused_goes_before_the_signal(
 
 def test_a_signal_whose_exception_was_lost_is_not_lost() -> None:
     """Python drops what is raised in a destructor; here something else catches it."""
-    handlers = {number: signal.getsignal(number) for number in errors.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
     hook, seen = threading.excepthook, []
 
     def swallowed() -> None:
         with contextlib.suppress(Interrupted):
             os.kill(os.getpid(), signal.SIGTERM)
-        with trainer.signals() as pending:
+        with signals.collected() as pending:
             seen.append(list(pending))
 
     def failed_import() -> None:
@@ -198,7 +198,7 @@ def test_a_signal_whose_exception_was_lost_is_not_lost() -> None:
     try:
         for act, code in ((swallowed, 143), (failed_import, 130), (lambda: None, 0)):
             with pytest.raises(SystemExit) as ended:
-                errors.run(act)
+                process.run(act)
             assert ended.value.code == code
     finally:
         threading.excepthook = hook

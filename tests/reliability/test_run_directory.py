@@ -15,8 +15,8 @@ import pytest
 from soflow_fast import load
 from soflow_fast.config.schema import from_json
 from soflow_fast.errors import ConfigError
-from soflow_fast.files import LOCK, sole_writer
 from soflow_fast.runs import checkpoint
+from soflow_fast.runs.run_directory import LOCK, lock
 
 FLAGS = ["--steps", "90000", "--checkpoint-every", "10", "--set=run.log_every=1", "--set=run.sample_every=0"]
 SHORT = ["--steps", "20", "--checkpoint-every", "5", "--set=run.sample_every=0"]
@@ -24,7 +24,7 @@ SHORT = ["--steps", "20", "--checkpoint-every", "5", "--set=run.sample_every=0"]
 
 @pytest.fixture(autouse=True)
 def small_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("soflow_fast.runs.trainer.EVALUATION_SAMPLES", 100)
+    monkeypatch.setattr("soflow_fast.runs.samples.EVALUATION_SAMPLES", 100)
 
 
 def test_a_second_training_is_refused_and_the_first_goes_on(
@@ -117,13 +117,13 @@ def test_a_file_system_that_locks_what_is_open_for_writing(tmp_path: Path, monke
 
     monkeypatch.setattr(fcntl, "flock", flock)
     refused = pytest.raises(ConfigError, match="another process")
-    with sole_writer(tmp_path, pytest.fail), refused, sole_writer(tmp_path, pytest.fail):
+    with lock(tmp_path, pytest.fail), refused, lock(tmp_path, pytest.fail):
         pass
 
 
 def test_the_lock_goes_with_the_block(tmp_path: Path) -> None:
     for _ in range(2):
-        with sole_writer(tmp_path, pytest.fail):
+        with lock(tmp_path, pytest.fail):
             pass
 
 

@@ -15,6 +15,7 @@ from soflow_fast.data import open_source
 SMALL = {"model.hidden_size": 16, "model.depth": 2, "model.num_heads": 2, "batch_size": 8, "device": "cpu"}
 
 
+@pytest.mark.slow
 def test_memory_and_open_files(
     started: Any, until: Any, count: Any, tiny: list[str], tmp_path: Path, record_property: Any
 ) -> None:
@@ -49,7 +50,8 @@ def test_memory_and_open_files(
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
-def test_no_recompilation_after_the_tenth_step(count: Any) -> None:
+@pytest.mark.parametrize("steps", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_no_recompilation_after_the_tenth_step(steps: int, count: Any) -> None:
     torch._dynamo.reset()
     counters.clear()
     state = TrainState.build(preset("digits", **SMALL))
@@ -59,7 +61,7 @@ def test_no_recompilation_after_the_tenth_step(count: Any) -> None:
         train_step(state, *source.batch(state.step))
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
-    for _ in range(count(100, 1000)):
+    for _ in range(count(steps, 1000)):
         train_step(state, *source.batch(state.step))
     assert counters["stats"]["unique_graphs"] == graphs
     torch._dynamo.reset()

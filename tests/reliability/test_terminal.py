@@ -20,9 +20,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from soflow_fast import errors
+from soflow_fast.commands import process
 from soflow_fast.config.schema import Config
-from soflow_fast.runs import checkpoint, telemetry, trainer
+from soflow_fast.errors import Interrupted
+from soflow_fast.runs import checkpoint, signals, trainer
+from soflow_fast.runs.progress import Progress
 from soflow_fast.train import configuration
 
 FLAGS = ["--checkpoint-every", "5", "--set=run.log_every=1", "--set=run.sample_every=0"]
@@ -38,7 +40,7 @@ def saved(run_dir: Path) -> int:
 
 
 def short(tiny: list[str], run_dir: Path) -> Config:
-    """Of a run of two steps that evaluates nothing."""
+    """Flags of a run of two steps that evaluates nothing."""
     values = configuration([*tiny, "--set=model.num_classes=0", "--steps", "2", "--run-dir", str(run_dir)])
     return values[0]
 
@@ -51,7 +53,7 @@ class Terminal:
         self.file = Path(os.ttyname(self._slave))
 
     def read(self, until: bytes) -> bytes:
-        """What it shows, up to what is waited for."""
+        """The text on it, up to the text that is waited for."""
         found = b""
         while until not in found and select.select([self.master], [], [], 60)[0]:
             found += os.read(self.master, 4096)
@@ -65,7 +67,7 @@ class Terminal:
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """Puts the handlers of signals back."""
-    before = {number: signal.getsignal(number) for number in errors.SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -74,12 +76,12 @@ def handlers() -> Iterator[None]:
 def test_a_terminal_that_is_closed(started: Any, until: Any, logged: Any, tiny: list[str], tmp_path: Path) -> None:
     """Without its signal, as under nohup or setsid: the run goes on to its end."""
     terminal, run_dir = Terminal(), tmp_path / "run"
-    training = started(*tiny, *FLAGS, "--steps", "400", "--run-dir", run_dir, output=terminal.file)
-    assert b"\rstep " in terminal.read(b"\rstep ")
+    training = started(*tiny, *FLAGS, "--steps", "150", "--run-dir", run_dir, output=terminal.file)
+    assert b"\x1b[2Kstep " in terminal.read(b"\x1b[2Kstep ")
     terminal.close()
     assert training.wait() == 0
-    assert saved(run_dir) == 400 and (run_dir / "evaluation.json").exists()
-    assert [entry["step"] for entry in logged(run_dir)] == list(range(1, 401))
+    assert saved(run_dir) == 150 and (run_dir / "evaluation.json").exists()
+    assert [entry["step"] for entry in logged(run_dir)] == list(range(1, 151))
 
 
 @pytest.mark.parametrize("numbers", [["SIGHUP"], ["SIGHUP"] * 3, ["SIGHUP", "SIGTERM"], ["SIGTERM", "SIGHUP"]], ids=str)
@@ -89,7 +91,7 @@ def test_the_signal_of_a_lost_terminal(
     """It comes several times, from the kernel and from the shell, and beside the SIGTERM of systemd: all are one."""
     terminal, run_dir = Terminal(), tmp_path / "run"
     training = started(*tiny, *FLAGS, *HOURS, "--run-dir", run_dir, output=terminal.file)
-    terminal.read(b"\rstep ")
+    terminal.read(b"\x1b[2Kstep ")
     until(lambda: saved(run_dir) >= 5)
     terminal.close()
     for name in numbers:
@@ -123,20 +125,20 @@ def test_a_signal_that_is_ignored_stays_ignored(handlers: None) -> None:
 
     def act() -> None:
         os.kill(os.getpid(), signal.SIGHUP)
-        with trainer.signals() as pending:
+        with signals.collected() as pending:
             os.kill(os.getpid(), signal.SIGHUP)
             assert pending == []
 
     with pytest.raises(SystemExit) as ended:
-        errors.run(act)
+        process.run(act)
     assert ended.value.code == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_second_signal_is_not_that_of_the_terminal(handlers: None) -> None:
-    with trainer.signals() as pending:
+    with signals.collected() as pending:
         for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
             signal.raise_signal(number)
-        with pytest.raises(errors.Interrupted, match="second signal"):
+        with pytest.raises(Interrupted, match="second signal"):
             signal.raise_signal(signal.SIGINT)
     assert pending[0] == signal.SIGHUP
 
@@ -150,38 +152,40 @@ def test_a_log_on_a_full_disk(started: Any, tiny: list[str], logged: Any, tmp_pa
 
 CLOSED = """
 import os, sys
-from soflow_fast import errors, telemetry
+from soflow_fast.commands import process
+from soflow_fast.errors import UserError
+from soflow_fast.runs.progress import Progress
 assert sys.stdout is None and sys.stderr is None
 def act():
     file = open(sys.argv[1], "wb", buffering=0)
     os.write(1, b"of C code")
     print("of Python")
-    telemetry.Progress(10).say("a line")
+    Progress(10).say("a line")
     file.write(b"ours")
-    raise errors.UserError("x")
-errors.run(act)
+    raise UserError("x")
+process.run(act)
 """
 
 
 def test_output_that_is_closed_from_the_start(environment: dict[str, str], tmp_path: Path) -> None:
-    """What is opened next has its number, were it not taken: then what C code prints would go there."""
+    """The next file that is opened would take its number, and C code would print into it."""
     shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", CLOSED, str(tmp_path / "x")]
     assert subprocess.run(shell, env=environment).returncode == 2
     assert (tmp_path / "x").read_bytes() == b"ours"
 
 
 def test_training_without_output(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a library, without `errors.run`."""
+    """As a library, without `process.run`."""
     monkeypatch.setattr(sys, "stdout", None)
     assert trainer.train(short(tiny, tmp_path / "run")).step == saved(tmp_path / "run") == 2
 
 
-ASCII = "from soflow_fast import errors; errors.run(lambda: print('\\u00fc\\udcff'))"
+ASCII = "from soflow_fast.commands import process; process.run(lambda: print('\\u00fc\\udcff'))"
 
 
 def test_names_that_the_output_cannot_encode(environment: dict[str, str]) -> None:
     raw = io.BytesIO()
-    progress = telemetry.Progress(10, io.TextIOWrapper(raw, encoding="ascii"))
+    progress = Progress(10, io.TextIOWrapper(raw, encoding="ascii"))
     progress.say("training in o\u00fc\udcff\x1b[2J")
     assert raw.getvalue() == b"training in o\\xfc\\udcff\\x1b[2J\n"
     setting = {**environment, "PYTHONIOENCODING": "ascii"}
@@ -206,12 +210,17 @@ class Failing(io.StringIO):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(5, "Input/output error"), OSError(9, "Bad file descriptor"), ValueError("I/O operation on closed file")],
+    [
+        OSError(5, "Input/output error"),
+        OSError(9, "Bad file descriptor"),
+        ValueError("I/O operation on closed file"),
+        BrokenPipeError(),
+    ],
     ids=str,
 )
 def test_output_that_went_away_is_left_alone(error: Exception) -> None:
     stream = Failing(error)
-    progress = telemetry.Progress(10, stream)
+    progress = Progress(10, stream)
     for step in range(1, 11):
         progress.update(step, {"memory_mb": 1.0}, 1.0, 1.0, 100.0)
         progress.say("a line")
@@ -219,7 +228,7 @@ def test_output_that_went_away_is_left_alone(error: Exception) -> None:
     assert stream.writes == 1
     stream = io.StringIO()
     stream.close()
-    telemetry.Progress(10, stream).say("a line")
+    Progress(10, stream).say("a line")
 
 
 def test_control_sequences_in_names_do_not_reach_the_terminal(call: Callable[..., Any], tmp_path: Path) -> None:
@@ -231,7 +240,7 @@ def test_control_sequences_in_names_do_not_reach_the_terminal(call: Callable[...
     assert result.code == 2 and "a/\\x1b]0;title\\x07\\x1b[2J\\u202egnp.png is no readable image" in result.err
     assert all(c.isprintable() for c in result.err.removesuffix("\n"))
     stream = io.StringIO()
-    telemetry.Progress(10, stream).say(f"warning: {name}")
+    Progress(10, stream).say(f"warning: {name}")
     assert stream.getvalue() == "warning: \\x1b]0;title\\x07\\x1b[2J\\u202egnp.png\n"
 
 

@@ -315,7 +315,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from soflow_fast import TrainState, checkpoint, preset
+from soflow_fast import TrainState, preset
+from soflow_fast.runs import checkpoint
 import safetensors.torch
 
 torch.set_num_threads(1)

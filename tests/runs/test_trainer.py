@@ -19,7 +19,7 @@ from soflow_fast.config.schema import Config, from_json
 from soflow_fast.errors import ConfigError, Diverged, Interrupted, StorageError
 from soflow_fast.evaluation import DigitScores
 from soflow_fast.flow import SolutionFlow
-from soflow_fast.runs import checkpoint, trainer
+from soflow_fast.runs import checkpoint, run_directory, samples, trainer
 from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import train_step
 
@@ -42,13 +42,13 @@ def configuration(run_dir: Path, **changes: Any) -> Config:
 
 
 def fingerprint(flow: SolutionFlow, n: int, nfe: int, seed: int) -> DigitScores:
-    """In the place of the evaluation, which tests/test_cli.py sees: a number that depends on every weight."""
+    """In the place of the evaluation, which tests/commands/test_cli.py sees: a number that depends on every weight."""
     return DigitScores(float(sum(p.double().sum() for p in flow.parameters())), n, nfe)
 
 
 @pytest.fixture(autouse=True)
 def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "measure_digits", fingerprint)
+    monkeypatch.setattr(samples, "measure_digits", fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
     """A run to its end without interruption."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "measure_digits", fingerprint)
+        patch.setattr(samples, "measure_digits", fingerprint)
         return run_dir, trainer.train(configuration(run_dir))
 
 
@@ -187,9 +187,10 @@ def test_a_signal_acts_at_once_while_nothing_is_to_be_saved(tmp_path: Path, monk
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests without one
         os.kill(os.getpid(), signal.SIGINT)
 
-    for name in ("open_source", "measure_digits"):  # before the first step, after the last one
+    # Before the first step, and after the last one.
+    for module, name in ((trainer, "open_source"), (samples, "measure_digits")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(trainer, name, interrupt)
+            patch.setattr(module, name, interrupt)
             trainer.train(configuration(tmp_path / name))
     assert not (tmp_path / "open_source").exists()
     assert checkpoint.list_checkpoints(tmp_path / "measure_digits")[0].name == "step-00000011"
@@ -259,7 +260,7 @@ def test_a_checkpoint_that_cannot_be_saved_is_a_warning_except_the_last(
 @pytest.mark.parametrize(
     "failure",
     [
-        MemoryError(),  # torch.OutOfMemoryError: tests/test_ledger.py
+        MemoryError(),  # torch.OutOfMemoryError: tests/training/test_memory_estimate.py
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
 )
@@ -308,8 +309,8 @@ def test_a_run_without_labels_and_without_grids_on_the_way(tmp_path: Path) -> No
 
 def test_grids_are_drawn_by_the_average(tmp_path: Path, monkeypatch: Any) -> None:
     drawn: list[SolutionFlow] = []
-    plain = trainer.sample
-    monkeypatch.setattr(trainer, "sample", lambda flow, *a, **k: drawn.append(flow) or plain(flow, *a, **k))
+    plain = samples.sample
+    monkeypatch.setattr(samples, "sample", lambda flow, *a, **k: drawn.append(flow) or plain(flow, *a, **k))
     state = trainer.train(configuration(tmp_path / "run", **{"run.sample_every": 2}))
     assert len(drawn) > 1 and all(flow is state.ema for flow in drawn)
 
@@ -339,21 +340,21 @@ def test_a_run_from_before_a_field_was_known_goes_on(whole: tuple[Path, TrainSta
     values = json.loads(path.read_text())
     del values["quotient"], values["quotient_precision"]
     path.write_text(json.dumps(values))
-    trainer.check_run_dir(run_dir, whole[1].config)
+    run_directory.check(run_dir, whole[1].config)
     values["precision"] = "bf16"
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="another configuration"):
-        trainer.check_run_dir(run_dir, whole[1].config)
+        run_directory.check(run_dir, whole[1].config)
 
 
 STARTS = """
 import shutil, sys
 from importlib import import_module
 from pathlib import Path
-from soflow_fast import trainer
 from soflow_fast.config.presets import preset
+from soflow_fast.runs import samples, trainer
 
-trainer.EVALUATION_SAMPLES = 100
+samples.EVALUATION_SAMPLES = 100
 config = preset("digits", device="cpu", precision="fp32", steps=2, checkpoint_every=1, run_dir="run")
 trainer.train(config)
 shutil.rmtree("run/checkpoints/step-00000002")

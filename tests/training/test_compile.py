@@ -16,7 +16,7 @@ pytestmark = [  # torch's own
     pytest.mark.filterwarnings("ignore:.*is deprecated"),
 ]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=needs_compiler)]
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])]
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +42,8 @@ def test_gradients_are_those_of_eager_blocks(B, backend):
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 def test_low_precision_gradients(recompute):
-    wanted = gradients(network(copies=torch.bfloat16), autocast=True)
-    net = network(copies=torch.bfloat16, recompute=recompute)
+    wanted = gradients(network(rounded=torch.bfloat16), autocast=True)
+    net = network(rounded=torch.bfloat16, recompute=recompute)
     net.compile_blocks("aot_eager")
     got = gradients(net, autocast=True)
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
@@ -52,13 +52,13 @@ def test_low_precision_gradients(recompute):
 @pytest.mark.parametrize("fields", [{}, {"precision": "bf16"}, {"precision": "bf16", "teacher": "ema"}], ids=str)
 def test_a_step_does_not_recompile(fields, monkeypatch):
     objective = ObjectiveConfig(teacher=fields.pop("teacher", "student"))
-    config = preset("digits", device="cpu", batch_size=8, compile="on", **{"precision": "fp32", **fields})
+    config = preset("digits", device="cpu", batch_size=8, compile=True, **{"precision": "fp32", **fields})
     model = dataclasses.replace(SIZES, in_channels=1, num_classes=10)
     compiled = type(network()).compile_blocks
     monkeypatch.setattr(type(network()), "compile_blocks", lambda net: compiled(net, "aot_eager"))
     config = dataclasses.replace(config, model=model, objective=objective)
     run = TrainState.build(config)
-    plain = TrainState.build(dataclasses.replace(config, run=dataclasses.replace(config.run, compile="off")))
+    plain = TrainState.build(dataclasses.replace(config, run=dataclasses.replace(config.run, compile=False)))
 
     def step(k):
         source = torch.Generator().manual_seed(k)

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from soflow_fast import DiTConfig, ObjectiveConfig, TrainState, preset, train_step
 from soflow_fast.errors import ConfigError
-from soflow_fast.training import cuda_graph as capturing
-from soflow_fast.training.cuda_graph import Captured
-from soflow_fast.training.step import capture
+from soflow_fast.training import cuda_graph
+from soflow_fast.training.cuda_graph import GraphedFunction
+from soflow_fast.training.step import make_graph
 from soflow_kernels import adamw
 
 SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
@@ -19,7 +19,7 @@ HOST_READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal
 
 
 class Recorder(TorchDispatchMode):
-    """What a CUDA graph does, on the CPU: notes operations with the tensors that they read and write, and makes the
+    """A CUDA graph on the CPU: notes operations with the tensors that they read and write, and makes the
     same operations on the same tensors again. A host read fails, as it would while a graph is recorded.
 
     A recording here runs what it notes, so the first replay is left out.
@@ -63,7 +63,7 @@ def graphs(monkeypatch):
             out = function()
         return lambda: torch.no_grad()(recorder.replay)(), out
 
-    monkeypatch.setattr(capturing, "record", record)
+    monkeypatch.setattr(cuda_graph, "record_graph", record)
     monkeypatch.setattr(adamw, "_on_host", lambda tensor: False)
     return made
 
@@ -89,14 +89,14 @@ SETTINGS = [
     {"optim.lr_schedule": "cosine", "teacher": "ema", "precision": "bf16", "optim.lr": 1e-2},
     {"micro_batch": 3, "optim.lr": 1e-2},
     {"optimizer": "torch", "optim.lr": 1e-2, "recompute": "mlp"},
-    {"optimizer": "torch", "optim.lr": 1e-2, "precision": "bf16"},  # whose copies nobody but a replay could write
+    {"optimizer": "torch", "optim.lr": 1e-2, "precision": "bf16"},
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_recorded_steps_are_the_same_to_the_bit(settings, graphs):
     plain, recorded = state(**settings), state(**settings)
-    capture(recorded)
+    make_graph(recorded)
     for group in plain.optimizer.param_groups:  # torch's own step multiplies numbers in float64, tensors in float32
         group["lr"] = torch.tensor(group["lr"])
     for seed in range(9):
@@ -114,7 +114,7 @@ def test_recorded_steps_are_the_same_to_the_bit(settings, graphs):
 
 def test_measured_quotients_and_other_batches_run_as_they_are(graphs):
     plain, recorded = (state(**{"run.check_quotient_every": 5, "precision": "bf16"}) for _ in range(2))
-    capture(recorded)
+    make_graph(recorded)
     for seed in range(8):
         n = 6 if seed == 6 else 8
         wanted, got = train_step(plain, *batch(seed, n)), train_step(recorded, *batch(seed, n))
@@ -126,7 +126,7 @@ def test_measured_quotients_and_other_batches_run_as_they_are(graphs):
 def test_weights_that_somebody_loads_are_the_next_steps(graphs):
     plain, recorded, other = state("bf16"), state("bf16"), state("bf16")
     train_step(other, *batch(9))
-    capture(recorded)
+    make_graph(recorded)
     for seed in range(8):
         if seed == 5:
             for run in (plain, recorded):
@@ -136,10 +136,10 @@ def test_weights_that_somebody_loads_are_the_next_steps(graphs):
 
 
 def test_returned_tensors_are_the_callers(graphs):
-    double = Captured(lambda x: {"twice": (2 * x).sum()}, warm_up=1)
+    double = GraphedFunction(lambda x: {"twice": (2 * x).sum()}, warm_up=1)
     results = [double(torch.full((2,), float(k)))["twice"] for k in range(4)]
     assert [float(value) for value in results] == [0, 4, 8, 12]
-    single = Captured(lambda x, y: x + 1, warm_up=0)
+    single = GraphedFunction(lambda x, y: x + 1, warm_up=0)
     results = [single(torch.full((2,), float(k)), None) for k in range(3)]
     assert [float(value[0]) for value in results] == [1, 2, 3]
 
@@ -170,7 +170,7 @@ def test_a_step_reads_nothing_on_the_host(settings, monkeypatch):
 
 def test_a_graph_without_a_gpu_is_refused():
     with pytest.raises(ConfigError, match=r"^--cuda-graph: needs a GPU, the device is cpu$"):
-        state(cuda_graph="on")
+        state(cuda_graph=True)
 
 
 @pytest.mark.gpu
@@ -180,10 +180,10 @@ def test_recorded_steps_on_a_gpu(precision):
     config = preset("digits", precision=precision, device="cuda", batch_size=8, steps=40)
     plain, recorded = (
         TrainState.build(dataclasses.replace(config, model=SIZES, run=dataclasses.replace(config.run, cuda_graph=on)))
-        for on in ("off", "on")
+        for on in (False, True)
     )
     for seed in range(9):
         wanted, got = train_step(plain, *batch(seed)), train_step(recorded, *batch(seed))
         for name, value in wanted.items():
             torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=name)
-    assert recorded.captured.replay is not None
+    assert recorded.graph.replay is not None

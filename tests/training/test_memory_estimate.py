@@ -1,4 +1,4 @@
-"""What a step is predicted to need, and the micro-batches that follow from it."""
+"""The memory that a step is predicted to need, and the micro-batches that follow from it."""
 
 import dataclasses
 import functools
@@ -8,15 +8,25 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from soflow_fast import TrainState, preset, train_step
 from soflow_fast.config.presets import PRESETS
 from soflow_fast.config.schema import AUTO, Config, DiTConfig, difference, from_json, override, to_json
 from soflow_fast.errors import ConfigError
 from soflow_fast.runs import trainer
-from soflow_fast.training import memory_estimate as ledger
-from soflow_kernels import use_kernel
+from soflow_fast.training import memory_estimate
+from soflow_fast.training.memory_estimate import (
+    BLOCK,
+    USABLE,
+    MemoryEstimate,
+    Storages,
+    estimate_memory,
+    largest_micro_batch,
+    measure_step,
+    summary,
+)
+from soflow_kernels import on_gpu, use_kernel
+from soflow_kernels.testing import as_on_gpu, mode
 
 TINY = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
 GIB = 2**30
@@ -29,10 +39,10 @@ def tiny(**changes: Any) -> Config:
     return override(config, changes)
 
 
-def counted(config: Config) -> ledger.Ledger:
-    """A real step, counted by the same mode."""
-    with ledger.Storages() as storages:
-        return ledger.measure(TrainState.build(config), storages)
+def measured(config: Config) -> MemoryEstimate:
+    """The same count of a real step."""
+    with Storages() as storages:
+        return measure_step(TrainState.build(config), storages)
 
 
 # The prediction
@@ -42,34 +52,28 @@ def counted(config: Config) -> ledger.Ledger:
     "changes",
     [
         {},
-        {"precision": "bf16"},
-        {"micro_batch": 3},
-        {"run.recompute": "block"},
         {"run.recompute": "mlp", "precision": "bf16", "micro_batch": 4},
-        {"teacher": "ema"},
-        {"run.optimizer": "torch", "precision": "bf16"},
-        {"model.num_classes": 0},
-        {"objective.fm_fraction": 1.0},
+        {"run.recompute": "block", "model.num_classes": 0, "objective.fm_fraction": 1.0, "micro_batch": 3},
+        {"run.optimizer": "torch", "precision": "bf16", "teacher": "ema"},
     ],
     ids=str,
 )
 def test_tensors_without_data_count_like_real_ones(changes: dict[str, Any]) -> None:
     """To the byte: both ways go through the same operations."""
     config = tiny(**changes)
-    assert ledger.ledger(config, device="cpu") == counted(config)
+    assert estimate_memory(config, device="cpu") == measured(config)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "fp32"), ("cpu", "bf16"), ("cuda", "bf16")])
 def test_what_lasts_is_numbers_times_bytes(device: str, precision: str) -> None:
     config = tiny(precision=precision, **{"model.hidden_size": 128, "objective.teacher": "ema"})
     state = TrainState.build(config)
     numbers = state.parameter_count() + sum(b.numel() for b in state.flow.buffers())
-    copied = sum(p.numel() for layer in state.flow.network.copied_layers() for p in (layer.weight, layer.bias))
+    copied = sum(p.numel() for p in state.flow.parameters() if p.dtype == torch.bfloat16)
     parameters = len(list(state.flow.parameters()))
-    found = ledger.ledger(config, device=device)
+    found = estimate_memory(config, device=device)
     # Blocks round up: every storage by less than one. The optimiser counts the steps of each parameter besides.
-    slack = ledger.BLOCK * parameters
+    slack = BLOCK * parameters
     for size, exact, factor in (
         (found.weights + found.masters, 4 * numbers + 2 * copied, 2),
         (found.masters, 4 * copied, 1),
@@ -82,81 +86,85 @@ def test_what_lasts_is_numbers_times_bytes(device: str, precision: str) -> None:
 
 def test_the_parts_add_up_and_the_peak_grows_with_the_batch() -> None:
     peaks = []
-    for batch in (8, 16, 32, 64):
-        found = ledger.ledger(tiny(precision="bf16"), batch=batch)
+    for batch in (8, 16, 32):
+        found = estimate_memory(tiny(precision="bf16"), batch=batch)
         assert sum(found.parts().values()) == found.peak and min(found.parts().values()) >= 0
         assert (found.batch, found.micro_batch) == (batch, batch)
         peaks.append(found.peak)
     assert peaks == sorted(set(peaks))
 
 
-def test_activations_are_what_products_says_that_blocks_keep() -> None:
+def test_activations_are_what_the_blocks_keep() -> None:
     """12 D values a token and block in bf16. Statistics and the ends come on top, and the peak lies a little into the
     backward, when the last block has gone: one of six has a few operations of its own, 5 % in all."""
     config = override(preset("imagenet256-b2"), {"model.depth": 6})
-    one, two = (ledger.ledger(config, batch=n).activations for n in (16, 32))
+    one, two = (estimate_memory(config, batch=n).activations for n in (16, 32))
     model, tokens = config.model, 256
     exact = 16 * tokens * model.depth * 12 * model.hidden_size * 2
     assert two - one == pytest.approx(exact, rel=0.05)
-    kept = [ledger.ledger(override(config, {"run.recompute": r}), batch=32).peak for r in ("none", "mlp", "block")]
-    assert kept == sorted(kept, reverse=True)
 
 
-def test_kernels_are_counted_and_nothing_stays_replaced() -> None:
-    before = nn.Module._apply, torch.nn.functional.scaled_dot_product_attention, torch.autograd.backward
-    with ledger._without_data("cuda"):
-        assert use_kernel(torch.zeros(2)) and torch.zeros(2).is_cuda
-    ledger.ledger(tiny())
-    after = nn.Module._apply, torch.nn.functional.scaled_dot_product_attention, torch.autograd.backward
-    assert after == before
-    assert "is_cuda" not in FakeTensor.__dict__ and "__deepcopy__" not in FakeTensor.__dict__
-    assert not torch.zeros(2).is_cuda
+def test_recomputing_saves_memory() -> None:
+    kept = [
+        estimate_memory(tiny(precision="bf16", **{"run.recompute": r}), batch=64).peak for r in ("none", "mlp", "block")
+    ]
+    assert kept == sorted(set(kept), reverse=True)
+
+
+def test_tensors_without_data_go_the_ways_of_a_gpu() -> None:
+    real = torch.zeros(2)
+    before = use_kernel(real)
+    with pytest.raises(RuntimeError, match="torn down"), as_on_gpu():
+        x = torch.zeros(2)
+        assert on_gpu(x) and use_kernel(x) and not use_kernel(x.double())
+        with mode("reference"):
+            assert on_gpu(x) and not use_kernel(x)
+        with pytest.raises(AssertionError, match="Fake"):
+            torch.add(real, 1)
+        raise RuntimeError("torn down")
+    assert not on_gpu(real) and use_kernel(real) == before
+
+
+def test_every_backward_is_announced() -> None:
+    places: list[str] = []
+    state = TrainState.build(tiny(micro_batch=3))
+    train_step(state, *batch(), observe=lambda name, **values: places.append(name) if name == "backward" else None)
+    assert places == ["backward"] * 3
 
 
 def test_auto_precision_on_a_gpu_that_is_not_here() -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here, and its own precision counts")
-    assert ledger.ledger(tiny(precision="auto")).precision == "bf16"
-    assert ledger.ledger(tiny(precision="tf32")).precision == "tf32"
-    assert ledger.ledger(tiny(precision="auto"), device="cpu").precision == "fp32"
+    assert estimate_memory(tiny(precision="auto")).precision == "bf16"
+    assert estimate_memory(tiny(precision="tf32")).precision == "tf32"
+    assert estimate_memory(tiny(precision="auto"), device="cpu").precision == "fp32"
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"run.optimizer": "apex"},
-        {"quotient_precision": "fp16"},
+        {"run.optimizer": "apex", "quotient_precision": "fp16"},
         {"precision": "tf32"},
-        {"precision": "fp8"},
-        {"run.cuda_graph": "on", "run.compile": "on"},
+        {"precision": "fp8", "run.cuda_graph": True, "run.compile": True},
     ],
     ids=str,
 )
 def test_what_only_a_gpu_can_do_is_counted(changes: dict[str, Any]) -> None:
-    found = ledger.ledger(tiny(**{"precision": "bf16", **changes}))
+    found = estimate_memory(tiny(**{"precision": "bf16", **changes}))
     assert found.peak > 0 and found.precision == changes.get("precision", "bf16")
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: ledger.ledger(tiny(), batch=0),
-        lambda: ledger.ledger(tiny(), batch=-8),
-        lambda: ledger.ledger(tiny(steps=0)),
-        lambda: ledger.ledger(tiny(quotient="increments", **{"objective.teacher": "ema-literal"})),
-    ],
-)
-def test_a_wrong_configuration_is_refused(call: Any) -> None:
-    with pytest.raises(ConfigError):
-        call()
+def test_a_wrong_configuration_is_refused() -> None:
+    for changes, batch, named in (({}, 0, "batch_size"), ({"steps": 0}, 8, "steps")):
+        with pytest.raises(ConfigError, match=rf"^{named} must be in "):
+            estimate_memory(tiny(**changes), batch=batch)
 
 
-def test_the_table_and_the_line_name_every_part() -> None:
-    found = ledger.ledger(tiny(precision="bf16", micro_batch=4))
-    rows = [line.split() for line in ledger.describe(found).splitlines()]
-    assert [row[0] for row in rows] == [*found.parts(), "peak"] and all(row[2] == "GB" for row in rows)
-    line = ledger.summary(found)
-    assert "at its peak, bf16, batch 8 in micro-batches of 4: weights" in line and "workspace" in line
+def test_the_summary_names_every_part() -> None:
+    found = estimate_memory(tiny(precision="bf16", micro_batch=4))
+    line = summary(found)
+    assert "at its peak, bf16, batch 8 in micro-batches of 4: weights" in line
+    assert all(f"{name} {size / 1e9:.2f}" in line for name, size in found.parts().items() if size)
 
 
 # Presets for cards
@@ -166,47 +174,46 @@ def test_the_table_and_the_line_name_every_part() -> None:
 @pytest.mark.parametrize("name", CARDS)
 def test_presets_fit_their_cards_and_the_next_power_of_two_does_not(name: str) -> None:
     config = preset(name)
-    usable = ledger.USABLE * CARDS[name] * GIB
+    usable = USABLE * CARDS[name] * GIB
     assert config.batch_size == 256 and config.micro_batch in {2**k for k in range(9)}
-    assert ledger.ledger(config).peak <= usable
+    assert estimate_memory(config).peak <= usable
     if config.micro_batch < config.batch_size:
-        assert ledger.ledger(dataclasses.replace(config, micro_batch=2 * config.micro_batch)).peak > usable
+        assert estimate_memory(dataclasses.replace(config, micro_batch=2 * config.micro_batch)).peak > usable
 
 
 # --micro-batch auto
 
 
 def test_auto_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "ledger", functools.cache(ledger.ledger))
+    cached = functools.cache(estimate_memory)
+    monkeypatch.setattr(memory_estimate, "estimate_memory", cached)
     config = tiny(precision="bf16", batch_size=48)
-    peaks = {size: ledger.ledger(dataclasses.replace(config, micro_batch=size)).peak for size in (1, 2, 3, 4, 5, 48)}
-    assert ledger.largest_micro_batch(config, int(peaks[48] / ledger.USABLE) + 1) == 48
-    # Parts of 5, 4 and 3 are 10, 12 and 16 of them.
-    for size in (4, 3):
-        assert ledger.largest_micro_batch(config, int(peaks[size] / ledger.USABLE) + 1) == size
-    assert ledger.largest_micro_batch(config, int(peaks[5] / ledger.USABLE) - 1) == 4
+    peaks = {size: cached(dataclasses.replace(config, micro_batch=size)).peak for size in (1, 4, 5, 48)}
+    assert largest_micro_batch(config, int(peaks[48] / USABLE) + 1) == 48
+    assert largest_micro_batch(config, int(peaks[4] / USABLE) + 1) == 4  # 12 parts; 10 parts have 5
+    assert largest_micro_batch(config, int(peaks[5] / USABLE) - 1) == 4
     with pytest.raises(ConfigError, match=r"^--micro-batch auto: single images need "):
-        ledger.largest_micro_batch(config, int(peaks[1] / ledger.USABLE) - 1)
+        largest_micro_batch(config, int(peaks[1] / USABLE) - 1)
 
 
-def test_auto_takes_few_ledgers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_few_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they would be: nearly affine, with a step where gradients of several micro-batches are added up."""
     asked = []
 
     def affine(config: Config) -> Any:
         size = -(-config.batch_size // -(-config.batch_size // config.micro_batch))
         asked.append(size)
-        return type("Ledger", (), {"peak": 1000 + 13 * size + size % 3 + (300 if size < config.batch_size else 0)})
+        return type("Estimate", (), {"peak": 1000 + 13 * size + size % 3 + (300 if size < config.batch_size else 0)})
 
-    monkeypatch.setattr(ledger, "ledger", affine)
+    monkeypatch.setattr(memory_estimate, "estimate_memory", affine)
     for batch in (1, 7, 256, 1000):
         config = tiny(batch_size=batch)
         sizes = sorted({-(-batch // parts) for parts in range(1, batch + 1)})
-        for memory in range(1600, 5000, 37):
+        for memory in range(1600, 5000, 137):
             asked.clear()
             fits = [n for n in sizes if affine(dataclasses.replace(config, micro_batch=n)).peak <= 0.9 * memory]
             asked.clear()
-            assert ledger.largest_micro_batch(config, memory) == max(fits)
+            assert largest_micro_batch(config, memory) == max(fits)
             assert len(asked) <= 7
 
 
@@ -219,9 +226,9 @@ def test_auto_in_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("many", "1.5", "AUTO"):
         with pytest.raises(ValueError, match=r"^micro_batch must be a whole number or auto, got "):
             tiny(micro_batch=wrong)
-    peak = ledger.ledger(dataclasses.replace(config, micro_batch=2)).peak
+    peak = estimate_memory(dataclasses.replace(config, micro_batch=2)).peak
     monkeypatch.setattr(trainer, "resolve_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(peak / ledger.USABLE) + 1, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(peak / USABLE) + 1, 80 * GIB))
     assert trainer.resolved(config).micro_batch == 2
 
 
@@ -258,14 +265,14 @@ def contents(state: TrainState) -> list[torch.Tensor]:
     assert state.teacher
     moments = [value for kept in state.optimizer.state.values() for value in kept.values()]
     averages = [*state.ema.parameters(), *state.teacher.parameters()]
-    copies = [layer.copy.weight for layer in state.flow.network.copied_layers()]
-    return [value.detach().clone() for value in (*state.flow.parameters(), *moments, *averages, *copies)]
+    return [
+        value.detach().clone() for value in (*state.flow.parameters(), *state.optimizer.masters, *moments, *averages)
+    ]
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("micro,at", [(0, 1), (4, 2)])
+@pytest.mark.parametrize(("where", "micro", "at"), [("forward", 0, 1), ("backward", 0, 1), ("backward", 4, 2)])
 def test_a_step_that_runs_out_of_memory_changes_nothing_and_is_repeated(
-    where: str, micro: int, at: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    where: str, micro: int, at: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny(precision="bf16", micro_batch=micro, **{"objective.teacher": "ema"})
     failing, again, whole = (TrainState.build(config) for _ in range(3))
@@ -277,10 +284,8 @@ def test_a_step_that_runs_out_of_memory_changes_nothing_and_is_repeated(
         train_step(failing, *batch())
     assert failing.step == 1 and all(map(torch.equal, contents(failing), before))
 
-    source: Any = None
-    run = trainer.Run(again, source, tmp_path)
     out_of_memory_once(again, where, at)
-    run._step(*batch())
+    trainer.step_in_memory(again, *batch(), print)
     smaller = (micro or 8) // 2
     assert again.config.micro_batch == smaller and again.step == 2
     assert capsys.readouterr().out == f"out of memory at step 2: again, in micro-batches of {smaller}\n"
@@ -317,7 +322,7 @@ def test_an_update_that_runs_out_of_memory_is_not_repeated(tmp_path: Path, monke
 
 
 def test_another_micro_batch_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "EVALUATION_SAMPLES", 64)
+    monkeypatch.setattr("soflow_fast.runs.samples.EVALUATION_SAMPLES", 64)
     config = tiny(run_dir=str(tmp_path / "run"), steps=2, checkpoint_every=1, **{"run.sample_every": 0})
     trainer.train(config)
     state = trainer.train(dataclasses.replace(config, micro_batch=4))

@@ -239,7 +239,11 @@ def test_bf16_takes_the_quotient_from_increments():
     low.flow.network.blocks[0].attn.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
     x0, y = batch()
     got, wanted = (train_step(state, x0, y) for state in (low, exact))
-    assert seen == [torch.bfloat16]
+    # The student, and a float32 pair: increments would not call what is watched.
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]
+    plain = train_step(off_zero(build(objective, precision="bf16")), x0, y)
+    torch.testing.assert_close(got["sc_mse"], plain["sc_mse"], rtol=6e-2, atol=0)
+    got = plain
     # These random weights amplify what bf16 makes of the values; a bf16 pair is off by more than its own size.
     torch.testing.assert_close(got["sc_mse"], wanted["sc_mse"], rtol=6e-2, atol=0)
     torch.testing.assert_close(got["sc_weight"], wanted["sc_weight"], rtol=6e-2, atol=0)

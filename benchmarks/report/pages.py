@@ -1,0 +1,381 @@
+"""`python -m benchmarks.report` puts the newest records' tables between their markers in the pages of docs/.
+
+With --check it writes nothing and exits 1 if a page or plot differs from the records. To draw needs matplotlib.
+--compare A B shows two records of one benchmark side by side.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.harness.command import Parser
+from benchmarks.harness.race import figures, speed_ups
+from benchmarks.report import plots, record
+from benchmarks.report.compare import compare, find
+from benchmarks.report.tables import kernel_table, markdown, number, quartiles, sweep_base, sweep_table
+from soflow_fast.errors import UserError
+
+HEAD = (
+    "network and batch", "recipe", "precision", "images/s", "ms per step (quartiles)", "time over ours",
+    "network calls", "forwards per image", "GFLOP per image", "of product ceiling", "of copy bandwidth", "memory",
+)  # fmt: skip
+
+
+def table(run: dict) -> str:
+    """A record as Markdown: a line per case and recipe, and what was measured where."""
+    lines = []
+    for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
+        rows = [row for row in group if not row.get("skipped")]
+        ratios = speed_ups(rows)
+        for row in rows:
+            first = case if row is rows[0] else ""
+            f, ratio = figures(row), ratios.get(row["recipe"])
+            cells = [first, row["recipe"], row["precision"], number(f["images_per_s"])]
+            cells += [quartiles(row["seconds"], 1e-3), f"{ratio:.2f}x" if ratio else ""]
+            cells += [
+                str(row["network_calls"]),
+                f"{row['forwards_per_image']:.2f}",
+                number(row["flops_per_image"] / 1e9),
+                share(f["images_per_s"], row["flops_per_image"], row.get("product_ceiling")),
+                share(f["images_per_s"], row.get("bytes_per_image"), row.get("copy_ceiling")),
+            ]
+            lines.append([*cells, memory(row)])
+    rounds = sorted({len(row["seconds"]) for row in run["rows"] if row["seconds"]})
+    note = f"`{run['command']}`; the recipes' steps in turn, {' and '.join(map(str, rounds))} rounds."
+    if any("product_ceiling" in row for row in run["rows"]):
+        note += (
+            " Ceilings: one large product in the same precision and one large copy, in the same run; bytes are those"
+            " that the operations read and write, which caches may hold, and of compiled code are not seen."
+        )
+    note += not_run(run["rows"])
+    return page(HEAD, 9, lines, run, note)
+
+
+def page(head: Sequence[str], numbers: int, lines: list[list[str]], run: dict, note: str) -> str:
+    """A table, the last `numbers` columns aligned to the right, and below it what was measured where."""
+    return f"{markdown(list(head), numbers, lines)}\n\n{measured(run, note)}"
+
+
+def not_run(rows: list[dict]) -> str:
+    """A sentence on who did not run and why; with the network where it is not the same for all."""
+    cases = {row["case"] for row in rows}
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.get("skipped"):
+            where.setdefault((row["recipe"], row["skipped"]), []).append(row["case"])
+    who: dict[str, list[str]] = {}
+    for (recipe, reason), at in where.items():
+        who.setdefault(reason, []).append(recipe if set(at) == cases else f"{recipe} ({'; '.join(at)})")
+    reasons = "; ".join(", ".join(names) + f": {why}" for why, names in who.items())
+    return f" Not run: {reasons}." if who else ""
+
+
+def share(images_per_s: float, each: float | None, ceiling: float | None) -> str:
+    """FLOPs or bytes per image as a share of a ceiling of the device."""
+    return f"{images_per_s * each / ceiling:.2f}" if each and ceiling else "not measured"
+
+
+def digits(run: dict) -> str:
+    """A record of benchmarks.digits as Markdown: a line per seed and number of network calls."""
+    head = [
+        "seed",
+        "network calls per image",
+        "classified as their label",
+        "Frechet distance",
+        "near copies",
+        "seconds",
+    ]
+    lines = []
+    for row in run["rows"]:
+        for nfe, scores in row["nfe"].items():
+            cells = [str(row["seed"]), nfe, f"{scores['accuracy']:.4f}", f"{scores['frechet']:.1f}"]
+            cells += [f"{scores['near_copies']:.4f}", f"{row['seconds']:.0f}" if nfe == "1" else ""]
+            lines.append(cells)
+    note = (
+        f"{run['rows'][0]['samples']} samples each. Labels by an SVC fitted on the real digits; Frechet distance in "
+        "pixel space, where two halves of the real digits are 16 apart; near copies lie within Euclidean distance 4 of "
+        f"a training image, pixels 0..16; seconds of the whole command, evaluation included. `{run['command']}`."
+    )
+    return page(head, len(head), lines, run, note)
+
+
+def precision_errors(run: dict) -> str:
+    """A record of benchmarks.precision as Markdown: relative error and cosine of the quotient, by r and way."""
+    rows = [row for row in run["rows"] if row["kind"] == "error"]
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    found = {(row["r"], row["way"]): f"{row['error']:.1e} / {row['cosine']:.5f}" for row in rows}
+    lines = [[f"{r:g}", *(found[r, way] for way in ways)] for r in dict.fromkeys(r for r, _ in found)]
+    return page(["r", *ways], 1 + len(ways), lines, run, f"`{run['command']}`.")
+
+
+def precision_quality(run: dict) -> str:
+    """A record of benchmarks.precision as Markdown: what each recipe learned, mean and range over the seeds."""
+    rows = [row for row in run["rows"] if row["kind"] == "quality"]
+    head = ["recipe", "r_end", "Frechet, 1 step", "2 steps", "accuracy, 1 step", "2 steps", "mean q^2", "mean weight"]
+    lines = []
+    for r, recipe in dict.fromkeys((row["r_end"], row["recipe"]) for row in rows):
+        group = [row for row in rows if (row["r_end"], row["recipe"]) == (r, recipe)]
+        lost = sum(not row["nfe"] for row in group)
+        cells = [f"{recipe} ({lost} of {len(group)} not finite, left out)" if lost else recipe, f"{r:g}"]
+        for figure, digits in (("frechet", 1), ("accuracy", 4)):
+            cells += [spread([row["nfe"][nfe][figure] for row in group if row["nfe"]], digits) for nfe in ("1", "2")]
+        cells += [spread([row["last"][name] for row in group if row["nfe"]], 2) for name in ("sc_mse", "sc_weight")]
+        lines.append(cells)
+    seeds = len({row["seed"] for row in rows})
+    note = (
+        f"Mean over {seeds} seeds (lowest to highest). mean q^2 and mean weight over the last 100 steps. "
+        f"`{run['command']}`."
+    )
+    return page(head, len(head) - 1, lines, run, note)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean (lowest to highest)."""
+    if not values:
+        return "not finite"
+    mean = sum(values) / len(values)
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def increments(run: dict) -> str:
+    """A record of benchmarks.increments as Markdown: a line per case and contestant."""
+    lines = []
+    for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
+        rows = list(group)
+        found = {row["way"]: figures(row) for row in rows}
+        for k, (way, f) in enumerate(found.items()):
+            against = "forward" if way == "paired forward" else "step, increments ride along"
+            ratio = f["median_ms"] / found[against]["median_ms"]
+            compared = way not in ("forward", "step, increments ride along")
+            ms = quartiles(rows[k]["seconds"], 1e-3)
+            lines.append([case if k == 0 else "", way, ms, f"{ratio:.2f}x" if compared else ""])
+    note = (
+        "bf16, everything in turn; steps against the first, the paired forward against one forward of the whole batch. "
+        f"`{run['command']}`."
+    )
+    return page(["network and batch", "what", "ms (quartiles)", "ratio"], 2, lines, run, note)
+
+
+def sampling(run: dict) -> str:
+    """A record of benchmarks.sampling as Markdown: a line per network, batch and way."""
+    lines = []
+    for (case, batch), group in itertools.groupby(run["rows"], key=lambda row: (row["case"], row["batch"])):
+        for k, row in enumerate(group):
+            if row["seconds"]:
+                ms, images = quartiles(row["seconds"], 1e-3), number(figures(row)["images_per_s"])
+            else:
+                ms, images = row["why_not"], ""
+            lines.append([case if k == 0 else "", row["way"], str(batch) if k == 0 else "", ms, images])
+    head = ["network", "one network call", "batch", "ms (quartiles)", "images/s"]
+    return page(head, 3, lines, run, f"In turn, one run. `{run['command']}`.")
+
+
+def kernels(run: dict) -> str:
+    """A record of benchmarks/test_kernels.py as Markdown: what it is of, a line per operation, pass and way."""
+    if "gpu" in run:
+        what = "Of a GPU, at the shapes of DiT-XL/2."
+    else:
+        what = (
+            "Of a CPU, at small shapes, each operation's reference in place of its kernel: that the benchmark works is "
+            "all that this shows. It says nothing of the kernels."
+        )
+    note = (
+        "Every operation's ways in turn, one run. MB by the formulas of the operations' docstrings, where they have "
+        f"one; their share of what a copy moves per second in the same run. `{run['command']}`."
+    )
+    return f"{what}\n\n{kernel_table(run['rows'])}\n\n{measured(run, note)}"
+
+
+def sweeps(run: dict) -> str:
+    """A record of benchmarks.sweeps as Markdown: the plot, a line per point and recipe."""
+    note = (
+        f"Both recipes in turn. {sweep_base(run['rows'])} Peak memory of "
+        "each recipe alone: allocated on a GPU, what the process's resident memory rose by on a CPU. "
+        f"`{run['command']}`."
+    )
+    plot = "![Time and memory of a step over batch, tokens and depth](sweeps.svg)"
+    return f"{plot}\n\n{sweep_table(run['rows'])}\n\n{measured(run, note)}"
+
+
+def quality_for_time(run: dict) -> str:
+    """A record of benchmarks.quality_for_time as Markdown: a line per method, mean and range over the seeds."""
+    head = ["method", "ms per step", "seconds of training", "Frechet at a quarter", "at half", "at the end", "accuracy"]
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in run["rows"]):
+        each = [row["points"] for row in run["rows"] if row["method"] == method]
+        count = len(each[0])
+        cells = [method, spread([1e3 * points[-1]["seconds"] / points[-1]["step"] for points in each], 1)]
+        cells.append(spread([points[-1]["seconds"] for points in each], 0))
+        cells += [
+            spread([points[max(0, k - 1)]["frechet"] for points in each], 1) for k in (count // 4, count // 2, count)
+        ]
+        lines.append([*cells, spread([points[-1]["accuracy"] for points in each], 4)])
+    seeds, steps = len({row["seed"] for row in run["rows"]}), run["rows"][0]["points"][-1]["step"]
+    note = (
+        f"Mean over {seeds} seeds (lowest to highest) of {steps} steps each; one-step samples of the averaged weights, "
+        f"judging them is not in the seconds. `{run['command']}`."
+    )
+    picture = "![Frechet distance of one-step digits by seconds of training](quality.svg)"
+    return f"{markdown(head, len(head) - 1, lines)}\n\n{picture}\n\n{measured(run, note)}"
+
+
+def soak(run: dict) -> str:
+    """A record of benchmarks.soak in words."""
+    total = {name: sum(row[name] for row in run["rows"]) for name in ("passed", "failed", "skipped")}
+    minutes = sum(row["duration"] for row in run["rows"]) / 60
+    found = {name: value for row in run["rows"] for name, value in row["measured"].items()}
+    where = ", ".join(f"`{row['file']}`" for row in run["rows"] if row["failed"])
+    note = (
+        f"{total['passed']} passed, {total['failed']} failed{f' ({where})' * bool(where)}, {total['skipped']} skipped, "
+    )
+    note += f"{minutes:.1f} minutes. `{run['command']}`."
+    if "MB per 1000 steps" in found:
+        slope, steps = found["MB per 1000 steps"], found["steps"]
+        note += f" Over {steps:.0f} steps resident memory rose by {slope:.2f} MB per 1000."
+    return measured(run, note)
+
+
+class Block(NamedTuple):
+    """A part of a page that is made from the newest record of a benchmark."""
+
+    page: str
+    benchmark: str
+    render: Callable[[dict], str]
+    plot: tuple[Callable[[dict, Path], None], str] | None = None
+    """The function that draws the same record, and the file that it draws."""
+
+
+BLOCKS = {
+    "step": Block("docs/performance.md", "step", table),
+    "quality-for-time": Block(
+        "docs/performance.md", "quality-for-time", quality_for_time, (plots.quality_for_time, "docs/quality.svg")
+    ),
+    "sampling": Block("docs/performance.md", "sampling", sampling),
+    "digits": Block("docs/performance.md", "digits", digits),
+    "precision-errors": Block("docs/precision.md", "precision", precision_errors),
+    "step-batch": Block("docs/performance.md", "step-batch", table),
+    "soak": Block("docs/reliability.md", "soak", soak),
+    "increments": Block("docs/precision.md", "increments", increments),
+    "precision-quality": Block(
+        "docs/precision.md", "precision", precision_quality, (plots.precision, "docs/precision.svg")
+    ),
+    "kernels": Block("docs/kernels.md", "kernels", kernels),
+    "sweeps": Block("docs/performance.md", "sweeps", sweeps, (plots.sweeps, "docs/sweeps.svg")),
+}
+
+
+def measured(run: dict, note: str) -> str:
+    """Where and with what a record was made."""
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    threads = f"{run['threads']} CPU thread{'s' * (run['threads'] != 1)}"
+    commit = f", commit {run['commit']}" if run["commit"] else ""
+    early = " Not everything passed or was reached." if run.get("unfinished") else ""
+    return (
+        f"{run['date'][:10]}, {run['device']}, {threads}, {versions}{commit}.{early} {note} "
+        f"Every sample: `benchmarks/records/{run['file']}`."
+    )
+
+
+def memory(row: dict) -> str:
+    """Peak memory in GiB, allocated / reserved; on a CPU what autograd keeps for the backward."""
+    if row["peak_allocated"] is not None:
+        return f"{row['peak_allocated'] / 2**30:.1f} / {row['peak_reserved'] / 2**30:.1f} GiB peak"
+    if row.get("kept_for_backward") is not None:
+        return f"{number(row['kept_for_backward'] / 2**20)} MiB kept for the backward"
+    return "not measured"
+
+
+def insert(text: str, block: str, name: str = "step") -> str:
+    """`text` with `block` between the markers of `name`. Raises ValueError unless each is there once, in order."""
+    begin, end = f"<!-- benchmark:{name} -->", f"<!-- /benchmark:{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"needs one {begin} and, after it, one {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
+
+
+def main(argv: Sequence[str] | None = None, root: Path = record.ROOT, folder: Path | None = None) -> int:
+    """The command; returns its exit code: 1 for a difference found by --check, 2 for what the user has to mend, said in
+    one line: no record, a damaged one, two that cannot be compared, no markers, no matplotlib."""
+    parser = Parser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page or plot differs")
+    about = "write nothing; show two records side by side: files, or names in benchmarks/records"
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help=about)
+    try:
+        arguments = parser.parse(argv)
+        folder = folder or record.RECORDS
+        if arguments.compare:
+            a, b = arguments.compare
+            print(compare(find(a, folder), find(b, folder)))
+            return 0
+        return bring_up_to_date(root, folder, arguments.check)
+    except UserError as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return UserError.exit_code
+
+
+def bring_up_to_date(root: Path, folder: Path, check: bool) -> int:
+    """Write the pages and plots of the newest records, or (check) see whether they are there: 1 if one is not.
+
+    Raises UserError naming the record, page or package that stands in the way.
+    """
+    runs = {name: run for name, block in BLOCKS.items() if (run := record.newest(folder, block.benchmark))}
+    if not runs:
+        raise UserError(f"no record in {record.shown(folder)}: make one with pytest benchmarks/ --record")
+    differing = []
+    for page in dict.fromkeys(BLOCKS[name].page for name in runs):
+        mine = {name: run for name, run in runs.items() if BLOCKS[name].page == page}
+        try:
+            text = wanted = (root / page).read_text(encoding="utf-8")
+            for name, run in mine.items():
+                wanted = insert(wanted, rendered(name, run), name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{page}: {getattr(error, 'strerror', None) or error}") from None
+        if text != wanted:
+            differing.append(f"{page} differs from {', '.join(run['file'] for run in mine.values())}")
+            if not check:
+                record.replace(root / page, wanted.encode())
+    plots_of = {
+        root / block.plot[1]: (block.plot[0], runs[name])
+        for name, block in BLOCKS.items()
+        if block.plot and name in runs
+    }
+    for path, (draw, run) in plots_of.items():
+        if fault := plots.fault(run, path):
+            differing.append(f"{record.shown(path)}: {fault}")
+        if not check:
+            redraw(draw, run, path, needed=fault is not None)
+    for line in differing if check else ():
+        print(line, file=sys.stderr)
+    return 1 if check and differing else 0
+
+
+def redraw(draw: Callable[[dict, Path], None], run: dict, path: Path, needed: bool) -> None:
+    """Draw a plot. Raises UserError if there is nothing to draw with and the one that is there is of another record."""
+    try:
+        draw(run, path)
+    except ImportError as error:
+        if needed:
+            raise UserError(f"{record.shown(path)}: cannot be drawn: {error} (pip install matplotlib)") from None
+    except MALFORMED as error:
+        raise malformed(run, error) from None
+
+
+MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)
+"""Errors that come of rows that are not those of their benchmark."""
+
+
+def rendered(name: str, run: dict) -> str:
+    """A block's text. Raises UserError naming the record if its rows are not those of its benchmark."""
+    try:
+        return BLOCKS[name].render(run)
+    except MALFORMED as error:
+        raise malformed(run, error) from None
+
+
+def malformed(run: dict, error: BaseException) -> UserError:
+    """For a record that says what benchmark it is of, and does not hold what that needs."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return UserError(f"{run['file']}: its rows are not those of {run['benchmark']} ({what})")

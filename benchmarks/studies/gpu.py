@@ -1,0 +1,149 @@
+"""`python -m benchmarks.gpu --minutes 10`: everything that the owner of a GPU can contribute within so many minutes.
+
+In the order of worth: environment, the tests that need a GPU, operations, the step at B/2 and XL/2, sampling, sweeps.
+Each is a process with a share of the time that is left; one that fails or runs out of time is named at the end and does
+not stop the others; what it has measured by then is on record. The records are listed last: hand them in as they are.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.report import record
+
+TRIAL = record.ROOT / "runs" / "benchmarks"
+"""Where --allow-cpu leaves its records: they are none to hand in."""
+WITHIN = "{within}"
+GRACE = 15.0
+"""Seconds between asking a process to end, which then writes its record, and ending it."""
+ALL = 60.0
+"""Minutes from which on every recipe is timed, also at its largest batch; below, those of contestants.HEADLINE."""
+
+
+class Part(NamedTuple):
+    """One thing to do. A share is relative to the shares of the parts that follow."""
+
+    name: str
+    share: float
+    command: list[str]
+    """A word may have WITHIN in it: the seconds after which the part should begin nothing more."""
+
+
+def parts(minutes: float, cpu: bool = False) -> list[Part]:
+    """The parts, most worth first; times inside them follow the minutes. cpu: the small things only."""
+    scale = minutes / 10
+    python, pytest = [sys.executable, "-m"], [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    step = [*pytest, "benchmarks/test_step.py", "--record", f"--seconds={15 * scale:g}"]
+    steps = Part("the step at B/2 and XL/2", 8, step if minutes >= ALL else [*step, "--headline", "-k", "test_step"])
+    if cpu:
+        steps = Part("the step, digits", 8, [*step, "--headline", "-k", "digits"])
+    operations = [*pytest, "benchmarks/test_kernels.py", "--record", f"--kernel-seconds={0.5 * scale:g}"]
+    return [
+        Part("environment", 1, [*python, "soflow_fast.train", "--env"]),
+        Part("tests", 1.5, [*pytest, "tests", "-m", "gpu"]),
+        Part("operations", 4, operations),
+        steps,
+        Part("sampling", 2, [*python, "benchmarks.sampling", f"--seconds={3 * scale:g}", f"--within={WITHIN}"]),
+        Part("sweeps", 3, [*python, "benchmarks.sweeps", f"--seconds={2 * scale:g}", f"--within={WITHIN}"]),
+    ]
+
+
+def run(part: Part, seconds: float, environment: dict[str, str]) -> str | None:
+    """Run a part with its output shown, for at most so many seconds; None, or in words how it failed."""
+    try:
+        # What is begun within two thirds of the time is likely to end within it.
+        command = [word.replace(WITHIN, f"{seconds / 1.5:.0f}") for word in part.command]
+        process = subprocess.Popen(command, cwd=record.ROOT, env=environment, start_new_session=True)
+    except OSError as error:
+        return f"could not be started: {error.strerror}"
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        _end(process)
+        return f"ran out of time after {seconds:.0f} s"
+    except BaseException:  # Ctrl-C and SIGTERM reach us alone: the part has a session of its own
+        _end(process)
+        raise
+    return None if code == 0 else f"exit code {code}"
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process and all that it started."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, signum)
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            pass
+        break
+
+
+def run_all(todo: Sequence[Part], seconds: float, records: Path) -> int:
+    """Run the parts within so many seconds, and say what came of them. Returns how many failed."""
+    ours = [str(record.ROOT), str(record.ROOT / "kernels")]
+    path = os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "SOFLOW_RECORDS": str(records)}
+    before, ends, failed = _written(records), time.monotonic() + seconds, []
+    try:
+        for index, part in enumerate(todo):
+            left = ends - time.monotonic()
+            share = left * part.share / sum(other.share for other in todo[index:])
+            print(f"== {part.name}, at most {max(share, 0):.0f} s", flush=True)
+            failure = run(part, share, environment) if share > 0 else "no time was left"
+            if failure is not None:
+                failed.append(f"{part.name}: {failure}")
+                print(f"== {failed[-1]}", flush=True)
+    except KeyboardInterrupt:
+        failed.append("stopped before its end")
+    print("== done" if not failed else "== not done:")
+    for line in failed:
+        print(f"   {line}")
+    found = [path for path, written in _written(records).items() if before.get(path) != written]
+    print("== records:" if found else "== no records")
+    for path in found:
+        print(f"   {record.shown(path)}")
+    return len(failed)
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT, ignored or not until now as in a shell's background, raise KeyboardInterrupt inside."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _written(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.glob("*.json"))}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 1 if a part failed, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0, help="for everything together (10)")
+    parser.add_argument("--allow-cpu", action="store_true", help="without a GPU, try it all small; nothing to hand in")
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.minutes < float("inf"):
+        parser.error(f"--minutes must be above 0 and finite, got {arguments.minutes:g}")
+    cpu = not torch.cuda.is_available()
+    if cpu and not arguments.allow_cpu:
+        print("benchmarks.gpu: no GPU here (--allow-cpu tries it all small)", file=sys.stderr)
+        return 2
+    records = TRIAL if cpu else record.RECORDS
+    with stopped_by_signals():
+        return min(run_all(parts(arguments.minutes, cpu), 60 * arguments.minutes, records), 1)

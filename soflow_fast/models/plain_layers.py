@@ -1,0 +1,95 @@
+"""Whether a module is as it was made: nobody replaced, wrapped, hooked, pruned, quantised or sharded a part of it.
+
+The fused path computes with the parameters of such modules without calling them. Anything else is called, so that what
+acts through `Module.__call__`, or in the place of a layer, takes effect.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.func import functional_call
+from torch.nn.modules import module as torch_module
+
+
+class PlainKind(NamedTuple):
+    """The parts of a new module of a type."""
+
+    forward: Callable[..., Any]
+    """The type's forward, as it was when this was noted."""
+    parameters: tuple[str, ...]
+    children: Mapping[str, type[nn.Module]]
+
+
+Kinds = Mapping[type[nn.Module], PlainKind]
+
+
+def plain_kind(
+    kind: type[nn.Module], children: Mapping[str, type[nn.Module]] | None = None, parameters: tuple[str, ...] = ()
+) -> dict[type[nn.Module], PlainKind]:
+    """An entry of `Kinds`: `kind` with the names and exact types of its submodules and the names of its parameters."""
+    return {kind: PlainKind(kind.forward, parameters, children or {})}
+
+
+PLAIN_LAYERS: Kinds = {
+    **plain_kind(nn.Linear, parameters=("weight", "bias")),
+    **plain_kind(nn.Conv2d, parameters=("weight", "bias")),
+    **plain_kind(nn.SiLU),
+}
+
+
+def changed_part(module: nn.Module, kind: type[nn.Module], kinds: Kinds, *, float8: bool = False) -> str | None:
+    """The dotted name of the first part of `module` that is not as a new one of type `kind` has it, "" for the module
+    itself; None: all are. float8: a linear layer of torchao's float8 recipe passes too."""
+    plain = kinds[kind]
+    same = type(module) is kind or (float8 and kind is nn.Linear and is_float8(module))
+    if not same or _watched(module) or (type(module) is kind and type(module).forward is not plain.forward):
+        return ""
+    if tuple(module._parameters) != plain.parameters or module._modules.keys() != plain.children.keys():
+        return ""
+    if not all(_is_plain_tensor(value) for value in module._parameters.values()):
+        return ""
+    for name, part in plain.children.items():
+        found = changed_part(module._modules[name], part, kinds, float8=float8)  # pyright: ignore[reportArgumentType]
+        if found is not None:
+            return f"{name}.{found}" if found else name
+    return None
+
+
+def _watched(module: nn.Module) -> bool:
+    m: Any = module
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        return True
+    return "forward" in m.__dict__ or m._compiled_call_impl is not None
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    return type(value) in (nn.Parameter, Tensor) or isinstance(value, FakeTensor)
+
+
+def watched_everywhere() -> bool:
+    """Whether a hook of all modules is set, as by `torch.nn.modules.module.register_module_forward_hook`."""
+    return bool(torch_module._has_any_global_hook())
+
+
+def is_float8(layer: nn.Module) -> bool:
+    """Whether a layer is of torchao's float8 training recipe."""
+    return type(layer).__module__.startswith("torchao.float8.")
+
+
+def call_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)` in the dtype of x: its floating parameters are cast for the call, hooks and all else act as they do.
+
+    A layer whose parameters are tensors of another kind (quantised, say) is called in its own dtype. A float8 layer
+    multiplies bfloat16 in float8; float32 is not what it is for, and takes its weight as it is.
+    """
+    if is_float8(layer) and x.dtype.itemsize > 2:
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))  # pyright: ignore[reportArgumentType,reportCallIssue]
+    others = {name: p for name, p in layer.named_parameters() if p.is_floating_point() and p.dtype != x.dtype}
+    if not others:
+        return layer(x)
+    if all(_is_plain_tensor(p) for p in others.values()):
+        return functional_call(layer, {name: p.to(x.dtype) for name, p in others.items()}, (x,))
+    return layer(x.to(next(iter(others.values())).dtype)).to(x.dtype)

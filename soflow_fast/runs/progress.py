@@ -1,0 +1,105 @@
+"""The output of a run: a live line on a terminal, a plain line now and then elsewhere, and messages."""
+
+import errno
+import io
+import sys
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from ..errors import printable
+
+PLAIN_LINE_EVERY = 10.0
+"""Seconds between progress lines where the output is not a terminal."""
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+"""Errors of a reader that went away, of a terminal that was closed, and of a closed file."""
+LABELS = {"fm_loss": "fm", "sc_loss": "sc", "sc_mse": "mean q^2"}
+
+
+class Progress:
+    """The output of a run of `total` steps. Whatever becomes of the stream, it does not end the run.
+
+    A stream that went away is left alone from then on. What a full disk refuses is lost, or comes with a later line.
+    """
+
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+        self.total = total
+        known: TextIO | None = stream or sys.stdout  # None where it was closed before Python began
+        self._gone = known is None or getattr(known, "closed", False)
+        self._stream = known or io.StringIO()
+        self._console = _Console(file=self._stream, soft_wrap=True, markup=False, highlight=False, emoji=False)
+        self._on_terminal = not self._gone and self._stream.isatty() and not self._console.is_dumb_terminal
+        self._live: Live | None = None
+        self._last = float("-inf")
+
+    def update(self, step: int, metrics: Mapping[str, float], rate: float, images: float, now: float) -> None:
+        """Show step `step` at `now` seconds: `metrics`, `rate` steps/s and `images` images/s."""
+        if not self._on_terminal and now - self._last < PLAIN_LINE_EVERY and step < self.total:
+            return
+        self._last = now
+        left = (self.total - step) / rate if rate else float("inf")
+        parts = [f"step {step}/{self.total}", f"{duration(left)} left"]
+        parts += [f"{label} {metrics[name]:.3f}" for name, label in LABELS.items() if name in metrics]
+        parts += [f"{images:.0f} img/s", f"{metrics['memory_mb']:.0f} MB"]
+        line = "  ".join(parts)
+        self._show(lambda: self._show_live(line) if self._on_terminal else self._print(line))
+
+    def say(self, text: str) -> None:
+        """Print a line of its own, above the live line. Control sequences in it are made visible."""
+        self._show(lambda: self._print(printable(text)))
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.say(f"warning: {text}")
+
+    def close(self) -> None:
+        """End the live line, so that what follows stands on a line of its own."""
+        live, self._live = self._live, None
+        if live:
+            self._show(live.stop)
+
+    def _show_live(self, line: str) -> None:
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self._live.start()
+            self._console.show_cursor()  # `Live` hides it, and a process that is killed could not show it again
+        self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def _print(self, line: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        line = line.encode(encoding, "backslashreplace").decode(encoding)
+        if self._live:
+            self._console.print(Text(line))
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    def _show(self, act: Callable[[], None]) -> None:
+        """Write to the stream, if it is still there."""
+        if self._gone:
+            return
+        try:
+            act()
+        except ValueError:  # closed meanwhile
+            self._gone = True
+        except OSError as error:
+            # Other errors are those of a full disk, in which a later line may find room.
+            self._gone = error.errno in GONE or isinstance(error, BrokenPipeError)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave the error to `Progress`: rich would exit."""
+        raise  # rich calls this while it handles the error
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    if seconds == float("inf"):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

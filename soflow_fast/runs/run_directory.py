@@ -1,0 +1,114 @@
+"""The directory of a run: whose it is, who may write to it, and what a start finds and leaves in it.
+
+config.json       the configuration, every "auto" replaced
+checkpoints/      see checkpoint.py
+metrics.jsonl     see metrics.py; tensorboard/ has the same
+samples/          grids of samples
+evaluation.json   the figures of the finished run
+.lock             held by the process that trains
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from ..config.schema import Config, disagreement, from_json, to_json
+from ..errors import ConfigError, storage, storage_error
+from ..files import TEXT, make_folder, read_file, set_aside, write_file
+
+LOCK = ".lock"
+
+
+def check(run_dir: Path, config: Config) -> None:
+    """Raise ConfigError if `run_dir` holds another run or something else, or if another process trains in it.
+
+    Writes nothing. Raises StorageError if the directory cannot be read.
+    """
+    with storage("--run-dir"):
+        _check_content(run_dir, config)
+        if (run_dir / LOCK).exists():
+            with storage(f"--run-dir {run_dir}"), lock(run_dir, lambda text: None):
+                pass
+
+
+@contextmanager
+def taken(run_dir: Path, config: Config, warn: Callable[[str], None]) -> Iterator[None]:
+    """Make the directory if need be, and be the only process that trains in it. Raises as `check` does."""
+    with ExitStack() as held:
+        with storage(f"--run-dir {run_dir}"):
+            make_folder(run_dir)
+            held.enter_context(lock(run_dir, warn))
+        with storage("--run-dir"):  # another process may have made it since it was checked
+            _check_content(run_dir, config)
+        yield
+
+
+def prepare(run_dir: Path, config: Config, resumed: bool, warn: Callable[[str], None]) -> None:
+    """Write config.json and make what the training writes to. Raises StorageError.
+
+    Removes partial files of a start that was killed. A log without a checkpoint to go on from is set aside.
+    """
+    with storage(f"--run-dir {run_dir}"):
+        write_file(run_dir / "config.json", to_json(config).encode())
+        (run_dir / "samples").mkdir(exist_ok=True)
+        for stale in run_dir.rglob(".*.partial-*"):
+            if stale.is_file():
+                stale.unlink()
+        log = run_dir / "metrics.jsonl"
+        if not resumed and os.path.lexists(log) and log.stat().st_size:
+            kept = set_aside(log)
+            warn(f"{log} has lines but there is no checkpoint: from step 0 again; kept as {kept.name}")
+
+
+@contextmanager
+def lock(run_dir: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a run directory; it goes with the process, however that ends. Reading takes no lock.
+
+    Raises ConfigError if another process holds it, OSError if the directory cannot be written to. Some network file
+    systems have no locks: `warn` is told, and nothing is held.
+    """
+    with ExitStack() as held:
+        # Not for writing: a file that is open so would keep its disk from being made read-only. But NFS wants it.
+        for mode in (os.O_RDONLY, os.O_RDWR):
+            handle = os.open(run_dir / LOCK, mode | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            held.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                raise ConfigError(f"--run-dir {run_dir}: another process is training in it") from None
+            except OSError as error:
+                if error.errno == errno.EBADF and mode == os.O_RDONLY:
+                    continue
+                name = run_dir / LOCK
+                warn(f"{name}: cannot be locked ({error.strerror}); start no second training in this directory")
+        yield
+
+
+def _check_content(run_dir: Path, config: Config) -> None:
+    """Raise ConfigError if `run_dir` holds another run or something else."""
+    known = run_dir / "config.json"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"--run-dir {run_dir}: is a file")
+    if not known.exists():
+        if run_dir.exists() and any(path.name != LOCK for path in run_dir.iterdir()):
+            raise ConfigError(f"--run-dir {run_dir}: neither empty nor a run (it has no config.json)")
+        return
+    try:
+        text = read_file(known, TEXT).decode()
+        if not text.strip("\0 \n"):  # a loss of power: the checkpoints hold the configuration too, and it is compared
+            return
+        old = from_json(text)
+    except OSError as error:
+        raise storage_error(error, "cannot read the run's configuration") from None
+    except ValueError as error:
+        raise ConfigError(f"{known}: {error}") from None
+    changed = disagreement(old, config)
+    if changed:
+        raise ConfigError(
+            f"--run-dir {run_dir}: holds a run with another configuration ({'; '.join(changed)}); "
+            "give another --run-dir or the same configuration"
+        )

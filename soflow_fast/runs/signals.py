@@ -1,0 +1,81 @@
+"""The signals that end a run: which they are, which have come, and how a training collects them until it has saved.
+
+A process begins with `watch`, under which the first signal acts wherever the program is. A training step is not to be
+cut short, so the trainer holds signals back with `collected` and looks at them between steps.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ..errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NOTHING_TO_SAVE = "stopped before the first step; the same command begins where this one did"
+
+_received: list[int] = []
+
+
+def handled() -> list[signal.Signals]:
+    """The signals that end a run: not SIGHUP where it is ignored, as by nohup."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
+def received() -> list[int]:
+    """The signals that came under `watch`. An exception that a handler raised is lost where Python cannot raise, as in
+    a destructor or in a callback of C code; its signal is still known here."""
+    return list(_received)
+
+
+def forget() -> None:
+    """Forget the signals that came before: a new command begins in this process."""
+    _received.clear()
+
+
+def watch(act: Callable[[int], None]) -> None:
+    """From now on note each signal and call `act` with its number.
+
+    A SIGHUP that follows another signal is ignored: a terminal that goes away sends several, and systemd sends one
+    beside its SIGTERM.
+    """
+
+    def handle(signum: int, frame: object) -> None:
+        if signum == signal.SIGHUP and _received:
+            return
+        _received.append(signum)
+        act(signum)
+
+    for number in handled():
+        signal.signal(number, handle)
+
+
+@contextmanager
+def collected(idle: Callable[[], bool] = lambda: False) -> Iterator[list[int]]:
+    """Collect the signals that come inside in the list that is yielded, beginning with those already received.
+
+    A second signal raises Interrupted at once. So does the first one while `idle()` holds, that is before the first
+    step: nothing is to be saved then, and the step may compile for minutes. An error that a compiler made of that
+    exception is raised as Interrupted again. SIGHUP never counts as the second signal. Outside of the main thread
+    Python lets nobody set a handler, and nothing is collected.
+    """
+    pending = received()
+
+    def handle(signum: int, frame: object) -> None:
+        if signum != signal.SIGHUP and any(number != signal.SIGHUP for number in pending):
+            raise Interrupted(signum, "stopped at once by a second signal; the last checkpoint stands", at_once=True)
+        pending.append(signum)
+        if idle() and len(pending) == 1:
+            raise Interrupted(signum, NOTHING_TO_SAVE)
+
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handle) for number in (handled() if here else ())}
+    try:
+        yield pending
+    except Exception:
+        if pending and idle():
+            raise Interrupted(pending[0], NOTHING_TO_SAVE) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,142 @@
+"""README.md, CONTRIBUTING.md and docs/ against the repository: links, figures, names and flags are what is there."""
+
+import ast
+import json
+import re
+import statistics
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import soflow_fast
+from soflow_fast.config.schema import SHORT_NAMES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_FLAGS = {"config", "set", "dry-run", "env", "help", "out", "n", "nfe", "labels"}  # of train, sample and evaluate
+
+
+@cache
+def records() -> list[dict]:
+    """All records of benchmarks, oldest first, each with its file's name under "file"."""
+    found = [
+        json.loads(path.read_text()) | {"file": path.name} for path in (ROOT / "benchmarks/records").glob("*.json")
+    ]
+    return sorted((record for record in found if "benchmark" in record), key=lambda record: record["date"])
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def without_blocks(page: Path) -> str:
+    """A page without what is made from records."""
+    return re.sub(r"<!-- benchmark:.*?<!-- /benchmark:", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if path.startswith("https://"):
+            continue
+        found = page.parent / path if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_imports_what_there_is(page: Path):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "soflow_fast":
+                assert [alias.name for alias in node.names if not hasattr(soflow_fast, alias.name)] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/training.md", "docs/sampling.md", "docs/precision.md"])
+def test_flags_are_there(name: str):
+    flags = {found.strip("-") for found in re.findall(r"(?<![\w-])--[a-z][a-z-]*", without_blocks(ROOT / name))}
+    known = OTHER_FLAGS | {short.replace("_", "-") for short in SHORT_NAMES}
+    assert flags - known == set()
+
+
+def step_figures(run: dict) -> list[str]:
+    medians = {(row["case"], row["recipe"]): statistics.median(row["seconds"]) for row in run["rows"] if row["seconds"]}
+    cases = dict.fromkeys(row["case"] for row in run["rows"])
+
+    def times_ours(recipe: str) -> str:
+        return " and ".join(f"{medians[case, recipe] / medians[case, 'soflow-fast']:.2f}" for case in cases)
+
+    return [
+        f"the authors' recipe takes {times_ours(AUTHORS)} times",
+        f"MeanFlow as published {times_ours('MeanFlow as published')},",
+        f"derivative on a quarter of the batch {times_ours('MeanFlow, JVP on a quarter')} ",
+    ]
+
+
+def digits_figures(run: dict) -> list[str]:
+    scores = [row["nfe"]["1"] for row in run["rows"]]
+
+    def spread(values: list[float], digits: int) -> str:
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    return [
+        f"{spread([score['accuracy'] for score in scores], 4)} classified",
+        f"Frechet distance {spread([score['frechet'] for score in scores], 1)} over {len(scores)} seeds",
+        f"{spread([row['seconds'] for row in run['rows']], 0)} s",
+    ]
+
+
+def quality_figures(run: dict) -> list[str]:
+    def reached(method: str) -> str:
+        last = [row["points"][-1] for row in run["rows"] if row["method"] == method]
+        distance, seconds = (statistics.mean(point[name] for point in last) for name in ("frechet", "seconds"))
+        return f"{distance:.1f} after {seconds:.0f} s"
+
+    return [
+        f"SoFlow {reached('SoFlow')}",
+        f"MeanFlow {reached('MeanFlow, published times')}",
+        f"MeanFlow with SoFlow's times {reached(SAME_TIMES)}",
+    ]
+
+
+def precision_figures(run: dict) -> list[str]:
+    cosines = {row["way"]: row["cosine"] for row in run["rows"] if row["kind"] == "error" and row["r"] == 0.002}
+    return [
+        f"{cosines['bf16 pair']:.5f} by a pair of bf16 forwards",
+        f"{cosines['bf16 increments']:.5f} by increments",
+    ]
+
+
+def soak_figures(run: dict) -> list[str]:
+    found = {name: value for row in run["rows"] for name, value in row["measured"].items()}
+    assert not sum(row["failed"] for row in run["rows"])
+    return [
+        f"{sum(row['passed'] for row in run['rows'])} tests",
+        f"over {found['steps']:.0f} steps memory rose by {found['MB per 1000 steps']:.2f} MB per 1000",
+    ]
+
+
+AUTHORS, SAME_TIMES = "authors' recipe", "MeanFlow, SoFlow's times"
+FIGURES = {
+    "digits": digits_figures,
+    "step": step_figures,
+    "quality-for-time": quality_figures,
+    "precision": precision_figures,
+    "soak": soak_figures,
+}
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_the_readmes_figures_are_those_of_the_newest_records(kind: str):
+    run = [record for record in records() if record["benchmark"] == kind][-1]
+    lines = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if f"records/{run['file']})" in line]
+    assert len(lines) == 1, run["file"]
+    assert [figure for figure in FIGURES[kind](run) if figure not in lines[0]] == []
