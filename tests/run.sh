@@ -4,10 +4,10 @@
 #   fast  everything but what is marked `slow`: minutes on two cores
 #   all   everything
 #
-# Two processes run at the same time, with one thread each. Triton decides once in a process, when it is imported, whether
-# it compiles or interprets; the kernels are interpreted where there is no GPU, the engine needs them as they are. The
-# engine's tests write to the terminal; the kernels' write to a file, which is printed when they are done. The closing
-# lines of both come last.
+# Two processes run at the same time, with one thread each: the engine's tests, and beside them the kernels' and then the
+# benchmarks'. Triton decides once in a process, when it is imported, whether it compiles or interprets; the kernels are
+# interpreted where there is no GPU, the engine needs them as they are. The engine's tests write to the terminal; the
+# others write to a file each, which are printed when they are done. All closing lines come last.
 #
 # Arguments that name a file, folder or test (tests/test_flow.py::test_x) run just that, slow or not, in one process.
 # Options alone (-x, -k NAME) go to both processes.
@@ -35,37 +35,47 @@ color=auto
 [ -t 1 ] && color=yes # pytest writes to pipes and files here, and would take none
 
 folder=$(mktemp -d "${TMPDIR:-/tmp}/soflow-tests.XXXXXX") || exit 1
-kernels=
-trap 'test -z "$kernels" || kill "$kernels" 2>/dev/null; rm -rf "$folder"' EXIT
+beside=
+trap 'test -z "$beside" || kill "$beside" 2>/dev/null; rm -rf "$folder"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# The kernels' tests are the ones in the background: a shell starts what it sends there with SIGINT ignored, and the
-# engine's tests are about SIGINT.
-"$PYTHON" -m pytest "--color=$color" -m "$selection" "$@" tests/kernels >"$folder/kernels" 2>&1 &
-kernels=$!
+# The engine's tests stay in the foreground: a shell starts what it sends to the background with SIGINT ignored, and they
+# are about SIGINT. A process in the background that is told to end takes its pytest along.
+(
+    trap 'test -z "$running" || kill "$running" 2>/dev/null; exit 143' TERM
+    for part in kernels benchmarks; do
+        "$PYTHON" -m pytest "--color=$color" -m "$selection" "$@" "tests/$part" >"$folder/$part" 2>&1 &
+        running=$!
+        wait "$running"
+        echo $? >"$folder/$part.code"
+    done
+) &
+beside=$!
 # -u: the dots appear as the tests end. The exit code goes through a file, since a pipe's is that of `tee`.
 {
-    "$PYTHON" -u -m pytest "--color=$color" -m "$selection" "$@" tests --ignore=tests/kernels
-    echo $? >"$folder/code"
+    "$PYTHON" -u -m pytest "--color=$color" -m "$selection" "$@" \
+        tests --ignore=tests/kernels --ignore=tests/benchmarks
+    echo $? >"$folder/engine.code"
 } 2>&1 | tee "$folder/engine"
-engine_code=$(cat "$folder/code")
 
-echo "The kernels' tests, in a process of their own:"
-wait "$kernels"
-kernels_code=$?
-kernels=
-cat "$folder/kernels"
+echo "The tests of the kernels and of the benchmarks, in processes of their own:"
+wait "$beside"
+beside=
+cat "$folder/kernels" "$folder/benchmarks"
 
-printf 'Engine:  '
-tail -n 1 "$folder/engine"
-printf 'Kernels: '
-tail -n 1 "$folder/kernels"
-
-# Exit code 5 is pytest's for "no tests". Options such as -k may leave one of the two with none, never both.
-if [ $# -gt 0 ]; then
-    if [ "$engine_code" = 5 ] && [ "$kernels_code" = 0 ]; then engine_code=0; fi
-    if [ "$kernels_code" = 5 ] && [ "$engine_code" = 0 ]; then kernels_code=0; fi
-fi
-[ "$engine_code" = 0 ] || exit "$engine_code"
-exit "$kernels_code"
+# Exit code 5 is pytest's for "no tests". Options such as -k may leave some of the parts with none, never all of them.
+failed=0
+ran=no
+for part in engine kernels benchmarks; do
+    printf '%-12s' "$part:"
+    tail -n 1 "$folder/$part"
+    code=$(cat "$folder/$part.code")
+    case $code in
+    0) ran=yes ;;
+    5) if [ $# = 0 ]; then failed=5; fi ;;
+    *) failed=$code ;;
+    esac
+done
+if [ $failed = 0 ] && [ $ran = no ]; then failed=5; fi
+exit "$failed"

@@ -70,6 +70,7 @@ def test_table_and_record(run, tmp_path):
     assert "adaln._backward_kernel" in result.stdout
 
 
+@pytest.mark.slow  # minutes; `test_table_and_record` looks at one kernel on all three
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_every_kernel_at_every_shipped_shape(run, arch):
     """No spill and no load narrower than its tensor allows, on any architecture; `inspect` exits with 1 for either."""
