@@ -217,9 +217,9 @@ def test_dtensors_take_the_reference(op, device, launches, distribute):
     for name, value in want.items():
         torch.testing.assert_close(got[name].full_tensor(), value)
     for name in list(arguments)[1:]:
-        with pytest.raises(ValueError, match=f"{op}: {name} must be a DTensor as the first argument is, got a plain"):
+        with pytest.raises(ValueError, match=f"{op}: {name} must be a DTensor, as the first argument is, got a plain"):
             function(**{**spread, name: arguments[name]})
-        with pytest.raises(ValueError, match=f"{op}: {name} must be a plain tensor as the first .* got a DTensor"):
+        with pytest.raises(ValueError, match=f"{op}: {name} must be a plain tensor, got DTensor"):
             function(**{**arguments, name: spread[name]})
 
 
