@@ -137,8 +137,12 @@ def check_tensor(op: str, name: str, value: Any, shape: Shape, like: Tensor | No
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
     if _distributed(value) != _distributed(like):
-        wanted, given = ("a DTensor", "a plain tensor") if _distributed(like) else ("a plain tensor", "a DTensor")
-        raise ValueError(f"{op}: {name} must be {wanted} as the first argument is, got {given}")
+        wrong = (
+            "a DTensor, as the first argument is, got a plain one"
+            if _distributed(like)
+            else "a plain tensor, got DTensor"
+        )
+        raise ValueError(f"{op}: {name} must be {wrong}")
 
 
 def _distributed(tensor: Tensor) -> bool:

@@ -352,9 +352,9 @@ _tail.register_autograd(_tail_grad, setup_context=_save)
 
 def _check(op, t, s, y, t_weights, s_weights, table, max_period):
     check_tensor(op, "t", t, ("B",))
+    check_plain(op, "t", t)
     check_tensor(op, "s", s, tuple(t.shape), t)
-    for name, value in (("t", t), ("s", s)):
-        check_plain(op, name, value)
+    check_plain(op, "s", s)
     if y is not None:
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
             raise ValueError(f"{op}: y must be an int64 tensor, got {getattr(y, 'dtype', type(y).__name__)}")

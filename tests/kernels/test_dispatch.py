@@ -10,7 +10,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 import soflow_kernels
-from soflow_kernels import _dispatch, testing
+from soflow_kernels import _dispatch, adaln, gelu, testing
 
 x, m = torch.randn(2, 3, 8), torch.randn(2, 8)
 GOOD = {
@@ -85,8 +85,12 @@ def test_float64_stays_float64(op, device, launches):
     assert launches.count == 0
 
 
-@pytest.mark.parametrize("op", GOOD)
-@pytest.mark.parametrize("how", ["dual tensor", "torch.func.jvp", "compiled torch.func.jvp"])
+@pytest.mark.parametrize(
+    ("op", "how"),
+    [(op, how) for op in GOOD for how in ("dual tensor", "torch.func.jvp")]
+    # How the question is asked in a compiled function is the same for every operation.
+    + [(op, "compiled torch.func.jvp") for op in ("gate_residual_layernorm_modulate", "linear_gelu")],
+)
 def test_forward_mode_never_gives_a_silent_zero(op, how, device):
     arguments = on(device, op)
     tangents = {name: torch.randn_like(tensor) for name, tensor in arguments.items()}
@@ -181,6 +185,87 @@ def test_wrong_arguments_are_named(op, name):
         for bad in values:
             with pytest.raises(ValueError, match=rf"^{op}: {name} {expected}"):
                 call(op, **{name: bad})
+
+
+@pytest.fixture(scope="module")
+def distribute():
+    """Makes a DTensor of a tensor, over a group of this process alone."""
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    if testing.device() is None:
+        pytest.skip("triton is not installed")
+    kind = testing.device()
+    torch.distributed.init_process_group(
+        "gloo" if kind == "cpu" else "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    mesh = init_device_mesh(kind, (1,))
+    yield lambda tensor: distribute_tensor(tensor, mesh)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_dtensors_take_the_reference(op, device, launches, distribute):
+    """Forward and gradients; beside plain tensors they are refused by name."""
+    arguments = on(device, op)
+    function, reference = getattr(soflow_kernels, op), getattr(soflow_kernels, f"{op}_reference")
+    outputs = reference(**arguments)
+    weights = [torch.ones_like(out) for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    want = testing.grads(reference, arguments, weights)
+    spread = {name: distribute(tensor) for name, tensor in arguments.items()}
+    got = testing.grads(function, spread, [distribute(weight) for weight in weights])
+    assert launches.count == 0
+    for name, value in want.items():
+        torch.testing.assert_close(got[name].full_tensor(), value)
+    for name in list(arguments)[1:]:
+        with pytest.raises(ValueError, match=f"{op}: {name} must be a DTensor, as the first argument is, got a plain"):
+            function(**{**spread, name: arguments[name]})
+        with pytest.raises(ValueError, match=f"{op}: {name} must be a plain tensor, got DTensor"):
+            function(**{**arguments, name: spread[name]})
+
+
+def test_dtensors_in_the_halves(device, launches, distribute):
+    x, m = (GOOD["layernorm_modulate"][name].to(device) for name in ("x", "scale"))
+
+    def halves(x, m):
+        made = adaln.adaln_fwd(x, x, m, m, m)
+        d = adaln.adaln_bwd(made.out, x, made.sum, x, m, m, None, made.mean, made.rstd)
+        return made.sum, made.out, *d[:5], *gelu.bias_gelu_backward(x, x, m[0])
+
+    with testing.mode("reference"):
+        wanted = halves(x, m)
+    found = halves(distribute(x), distribute(m))
+    assert launches.count == 0
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got.full_tensor(), want)
+
+
+class Plain(torch.Tensor):
+    """A subclass with memory of its own and nothing else."""
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_parameters_and_plain_subclasses_go_to_the_kernel(op, device, launches):
+    arguments = on(device, op)
+    want = getattr(soflow_kernels, op)(**arguments)
+    before, launches.count = launches.count, 0
+    kinds = {name: tensor.as_subclass(Plain) if name == "x" else tensor for name, tensor in arguments.items()}
+    kinds["bias" if "bias" in kinds else "scale"] = torch.nn.Parameter(kinds["bias" if "bias" in kinds else "scale"])
+    got = getattr(soflow_kernels, op)(**kinds)
+    assert launches.count == before or device == "cuda"  # there a gradient rules out the product's epilogue
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS)
+def test_nested_and_sparse_tensors_are_named(op, name):
+    value = GOOD[op][name]
+    for bad, what in (
+        (torch.nested.nested_tensor([value, value], layout=torch.jagged), "a nested one"),
+        (torch.nested.nested_tensor([value, value]), "a nested one"),
+        (value.to_sparse(), "layout torch.sparse_coo"),
+    ):
+        with pytest.raises(ValueError, match=f"^{op}: {name} must be a dense tensor, got {what}"):
+            call(op, **{name: bad})
 
 
 def test_one_row_of_modulation_is_not_broadcast_in_silence():

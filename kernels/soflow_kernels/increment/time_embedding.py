@@ -91,9 +91,9 @@ def time_embedding_increment(
     """
     op = "time_embedding_increment"
     check_quiet(op, "t", t, ("B",))
+    check_plain(op, "t", t)
     for name, value in (("dt", dt), ("s", s)):
         check_quiet(op, name, value, tuple(t.shape), t)
-    for name, value in (("t", t), ("dt", dt), ("s", s)):
         check_plain(op, name, value)
     check_dtype(op, "dtype", dtype)
     if isinstance(max_period, bool) or not isinstance(max_period, (int, float)) or not 1 <= max_period <= MAX_PERIOD:
