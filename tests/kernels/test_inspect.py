@@ -93,17 +93,20 @@ def test_every_kernel_at_every_shipped_shape(run, arch):
         assert f" {module}._" in result.stdout
 
 
+@pytest.mark.slow
 def test_spills_and_narrow_loads_are_problems(run):
     result = run("-c", PROBLEMS)
     assert result.stdout == "|narrow loads|spills\n", result.stderr
 
 
+@pytest.mark.slow
 def test_sizes_of_one_compile(run):
     """A launch turns an argument that is 1 into a constant, on which some of the language is not defined."""
     result = run("-c", ONES)
     assert result.stdout == "11\n", result.stderr
 
 
+@pytest.mark.slow
 def test_failure_is_one_line_and_exit_code_1(run):
     result = run("-m", "soflow_kernels.inspect", "--only", "no such case")
     assert result.returncode == 1

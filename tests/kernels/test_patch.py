@@ -191,6 +191,7 @@ def test_copies_and_pickles_stay_patched(device):
     Model().load_state_dict(torch.load(buffer, weights_only=True))
 
 
+@pytest.mark.slow  # `test_export_with_a_dynamic_batch` traces a patched model, the diffusers case checkpoints one
 def test_checkpointing_and_compile(device):
     model = patch_dit(off_zero(Model()).to(device))
     wanted = run(model, torch.float32, device)
@@ -386,7 +387,9 @@ def run_transformer(model, device):
     return {"output": out.detach(), "x": x.grad, **{n: p.grad.clone() for n, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "checkpointing"]
+)
 def test_diffusers_transformer_is_the_same_function(diffusers, checkpointing, device, counted):
     model = transformer(diffusers).to(device)
     wanted, keys = run_transformer(model, device), list(model.state_dict())

@@ -13,7 +13,7 @@ from soflow_kernels import testing
 README = Path(soflow_kernels.__file__).parent.parent / "README.md"
 
 
-@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("mode", [pytest.param("auto", marks=pytest.mark.slow), "reference"])
 def test_every_block_of_code_runs(mode, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 10
