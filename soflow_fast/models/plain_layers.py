@@ -49,6 +49,8 @@ def changed_part(module: nn.Module, kind: type[nn.Module], kinds: Kinds, *, floa
         return ""
     if tuple(module._parameters) != plain.parameters or module._modules.keys() != plain.children.keys():
         return ""
+    if isinstance(module, nn.Conv2d) and not _cuts_patches(module):
+        return ""
     if not all(_is_plain_tensor(value) for value in module._parameters.values()):
         return ""
     for name, part in plain.children.items():
@@ -56,6 +58,13 @@ def changed_part(module: nn.Module, kind: type[nn.Module], kinds: Kinds, *, floa
         if found is not None:
             return f"{name}.{found}" if found else name
     return None
+
+
+def _cuts_patches(layer: nn.Conv2d) -> bool:
+    """Whether a convolution is a linear layer on square patches side by side."""
+    height, width = layer.kernel_size
+    dense = layer.padding == (0, 0) and layer.dilation == (1, 1) and layer.groups == 1
+    return dense and height == width and layer.stride == layer.kernel_size
 
 
 def _watched(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from ..config.schema import Config
 from ..errors import ConfigError
 from ..flow import SolutionFlow
 from ..models.dit import DiT, TapedOutputs
-from ..models.paired_forward import paired_forward
+from ..models.paired_forward import missed_part, paired_forward
 from ..objective import ConsistencyPoints, Objective
 from .precision import OPERAND, has_float16, matmul_precision
 
@@ -79,7 +79,7 @@ def value_and_increment(
     student = flow.network
     network = student if target.teacher == "student" or teacher is None else teacher.network
     kind, precision = target.kind, target.precision
-    if kind == "increments" and isinstance(network, DiT) and network.changed_part(float8=True) is not None:
+    if kind == "increments" and isinstance(network, DiT) and missed_part(network) is not None:
         kind, precision, output = "pair", "fp32", None if network is student else output
     with matmul_precision(precision, at.x.device):
         if kind == "increments":
