@@ -119,7 +119,7 @@ class TrainState:
             if parameter.requires_grad and id(parameter) not in updated:
                 raise ValueError(
                     f"{name} is not a parameter of the optimiser: it was replaced (as by "
-                    "load_state_dict(assign=True)) or added; write into parameters in place, or set state.optimizer to one that updates it"
+                    "load_state_dict(assign=True)) or added; write in place, or set state.optimizer to one with it"
                 )
 
     def sum_gradients_in(self, dtype: torch.dtype | None) -> None:
