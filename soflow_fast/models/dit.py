@@ -59,6 +59,8 @@ class TapedOutputs:
 
     def keep(self, layer: nn.Module, output: Tensor, missing_bias: Tensor | None = None) -> None:
         """Note the output of `layer` for these samples."""
+        if layer in self.outputs:
+            raise ValueError(f"tape: a {type(layer).__name__} is used twice, and one output of it can be noted")
         bias = None if missing_bias is None else missing_bias.detach()
         self.outputs[layer] = output.detach()[self.rows], bias
 

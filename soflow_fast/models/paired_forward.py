@@ -29,6 +29,9 @@ from soflow_kernels import (
 )
 
 from .dit import FREQUENCIES, MAX_PERIOD, Attention, DiT, TapedOutputs
+from .plain_layers import watched_everywhere
+
+_FORWARD = DiT.forward
 
 
 @torch.no_grad()
@@ -63,10 +66,10 @@ def paired_forward(
     """
     if not isinstance(net, DiT):
         raise ValueError(f"net must be a DiT, got {type(net).__name__}: it has no value-and-increment forward")
-    changed = net.changed_part(float8=True) if tape is None else None  # a tape is of plain layers
+    changed = missed_part(net) if tape is None else None  # a tape is of plain layers
     if changed is not None:
         raise ValueError(
-            f"net.{changed} was replaced, wrapped or hooked, which the value-and-increment forward would miss; "
+            f"{changed} was replaced, wrapped or hooked, which the value-and-increment forward would miss; "
             "take a pair of forwards (--quotient pair)"
         )
     if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
@@ -81,6 +84,20 @@ def paired_forward(
         both = _PairedPass(work, dtype, {} if tape is None else tape.outputs)
         value, increment = both.network(net, x, dx, t, dt, s, y).unbind()
         return value, increment
+
+
+def missed_part(net: DiT, *, float8: bool = True) -> str | None:
+    """The first module whose change a value-and-increment forward would miss, as it calls none; None: all are plain.
+    float8: linear layers of torchao's float8 recipe pass too."""
+    if watched_everywhere():
+        return "every module"
+    if net._forward_hooks or net._forward_pre_hooks or "forward" in net.__dict__ or type(net).forward is not _FORWARD:
+        return "net"
+    for k, block in enumerate(net.blocks):
+        if "attend" in getattr(block, "attn", block).__dict__:
+            return f"net.blocks.{k}.attn"
+    changed = net.changed_part(float8=float8)
+    return None if changed is None else f"net.{changed}"
 
 
 class _PairedPass:

@@ -55,6 +55,8 @@ def changed_part(module: nn.Module, kind: type[nn.Module], kinds: Kinds, *, floa
         return ""
     if "forward" in m.__dict__ or m._compiled_call_impl is not None:
         return ""
+    if kind is nn.Conv2d and not _cuts_patches(m):
+        return ""
     if len(parameters) != len(plain.parameters) or len(children) != len(plain.children):
         return ""
     for name in plain.parameters:
@@ -66,6 +68,13 @@ def changed_part(module: nn.Module, kind: type[nn.Module], kinds: Kinds, *, floa
         if found is not None:
             return f"{name}.{found}" if found else name
     return None
+
+
+def _cuts_patches(layer: nn.Conv2d) -> bool:
+    """Whether a convolution is a linear layer on square patches side by side."""
+    height, width = layer.kernel_size
+    dense = layer.padding == (0, 0) and layer.dilation == (1, 1) and layer.groups == 1
+    return dense and height == width and layer.stride == layer.kernel_size
 
 
 def _is_plain_tensor(value: Any) -> bool:

@@ -23,7 +23,7 @@ from ..config.schema import Config
 from ..errors import ConfigError
 from ..flow import SolutionFlow
 from ..models.dit import DiT, TapedOutputs
-from ..models.paired_forward import paired_forward
+from ..models.paired_forward import missed_part, paired_forward
 from ..objective import ConsistencyPoints, Objective
 from .precision import OPERAND, has_float16, matmul_precision
 
@@ -80,7 +80,7 @@ def value_and_increment(
     network = student if target.teacher == "student" or teacher is None else teacher.network
     kind, precision = target.kind, target.precision
     taken_apart = kind == "increments" and tape is None and isinstance(network, DiT)
-    if taken_apart and network.changed_part(float8=True) is not None:
+    if taken_apart and missed_part(network) is not None:
         kind, precision, output = "pair", "fp32", None if network is student else output
     with matmul_precision(precision, at.x.device):
         if kind == "increments":

@@ -35,7 +35,14 @@ class _Masters:
         """Take over gradients, and parameters that were written since."""
         for p, m in self._pairs:
             m.grad = None if p.grad is None else p.grad.to(m.dtype)
+        self.take_written()
+
+    @torch.no_grad()
+    def take_written(self) -> list[Tensor]:
+        """All masters, after parameters that were written since became theirs."""
+        for p, m in self._pairs:
             m.copy_(torch.where(m.to(p.dtype) == p, m, p.to(m.dtype)))
+        return self.all
 
     @torch.no_grad()
     def write(self) -> None:
@@ -82,8 +89,8 @@ class TorchAdamW(torch.optim.AdamW):
 
     @property
     def masters(self) -> list[Tensor]:
-        """The float32 weight behind every parameter."""
-        return self._masters.all
+        """The float32 weight behind every parameter, as it is or was written since."""
+        return self._masters.take_written()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._masters.zero_grad(set_to_none)
@@ -116,8 +123,8 @@ class ApexAdamW:
 
     @property
     def masters(self) -> list[Tensor]:
-        """The float32 weight behind every parameter."""
-        return self._masters.all
+        """The float32 weight behind every parameter, as it is or was written since."""
+        return self._masters.take_written()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -133,7 +140,7 @@ class ApexAdamW:
     @torch.no_grad()
     def step(self, *, grad_scale: Tensor | None = None, finite: Tensor | None = None) -> None:
         self._masters.read()
-        one = torch.ones(1, device=self.masters[0].device)
+        one = torch.ones(1, device=self._masters.all[0].device)
         self._scale = one if grad_scale is None else grad_scale.reciprocal().view(1)
         self._found_inf = 0 * one if finite is None else (~finite).float().view(1)
         for group in self.inner.param_groups:
@@ -145,7 +152,7 @@ class ApexAdamW:
 
     # The two questions that FusedAdam has for a gradient scaler.
     def _check_inf_per_device(self, optimizer: Any) -> dict[torch.device, Tensor | None]:
-        return {self.masters[0].device: self._found_inf}
+        return {self._masters.all[0].device: self._found_inf}
 
     def _get_scale_async(self) -> Tensor | None:
         return self._scale
@@ -168,13 +175,20 @@ class ApexAdamW:
             steps = {int(entries[index].pop("step")) for index in group["params"] if index in entries}
             if len(steps) > 1:
                 raise ValueError(f"parameters have taken {sorted(steps)} steps; FusedAdam counts one for all")
-            device = self.masters[0].device
+            device = self._masters.all[0].device
             counted = {"step": torch.tensor([steps.pop()], dtype=torch.int, device=device)} if steps else {}
             groups.append({**group, **counted})
         self.inner.load_state_dict({"state": entries, "param_groups": groups})
 
 
 Optimizer = AdamWEMA | TorchAdamW | ApexAdamW
+
+
+def updated_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of the network that an optimiser updates."""
+    if isinstance(optimizer, AdamWEMA):
+        return [p for group in optimizer.param_groups for p in group["params"]]
+    return optimizer._masters.params
 
 
 def build_optimizer(

@@ -12,13 +12,13 @@ from ..errors import ConfigError
 from ..flow import SolutionFlow
 from ..models import float8
 from ..models.dit import DiT
-from ..models.plain_layers import watched_everywhere
+from ..models.paired_forward import missed_part
 from ..objective import Objective
 from ..rng import generator
 from .consistency_target import ConsistencyTarget, resolve_target
 from .cuda_graph import GraphedFunction
 from .nonfinite import NonfiniteGuard
-from .optimizer import Optimizer, build_optimizer
+from .optimizer import Optimizer, build_optimizer, updated_parameters
 from .precision import resolve_device, resolve_precision, round_parameters
 
 
@@ -107,9 +107,19 @@ class TrainState:
         return (
             self.target.rides_along(self.precision)
             and network.recompute == "none"
-            and network.changed_part() is None
-            and not watched_everywhere()
+            and missed_part(network, float8=False) is None
+            and len(set(network.low_precision_layers())) == len(network.low_precision_layers())  # none is used twice
         )
+
+    def check_parameters(self) -> None:
+        """Raise ValueError naming a parameter with gradient that the optimiser does not update."""
+        updated = {id(p) for p in updated_parameters(self.optimizer)}
+        for name, parameter in self.flow.named_parameters():
+            if parameter.requires_grad and id(parameter) not in updated:
+                raise ValueError(
+                    f"{name} is not a parameter of the optimiser: it was replaced (as by "
+                    "load_state_dict(assign=True)) or added; write in place, or set state.optimizer to one with it"
+                )
 
     def sum_gradients_in(self, dtype: torch.dtype | None) -> None:
         """Set the dtype of the gradients of parameters in low precision: None, their own, or a wider one in which those

@@ -116,10 +116,11 @@ def train_step(
     observe: called for each micro-batch as `observe("student", samples=, output=)`,
     `observe("target", points=, value=, increment=)`, `observe("losses", fm=, sc=)` and, just before its backward,
     `observe("backward", loss=)`; a step that is observed runs as it is, not as a CUDA graph.
-    Raises ValueError if x0 and y do not fit the model.
+    Raises ValueError if x0 and y do not fit the model, or if the optimiser does not hold a parameter of it.
     """
     config = state.config
     _check_batch(state, x0, y)
+    state.check_parameters()
     x0 = x0.to(state.device, state.flow.network.pos_embed.dtype, non_blocking=True)
     y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
     draws = draw(state, x0.shape) if draws is None else draws

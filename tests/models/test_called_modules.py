@@ -255,3 +255,22 @@ def test_sharded_blocks_take_effect(one_process):
     x, t, s, y, dx = inputs()
     with pytest.raises(ValueError, match=r"^net\.blocks\.0 was replaced, wrapped or hooked"):
         paired_forward(net, x, dx, t, 0 * t, s, y)
+
+
+def test_another_convolution_is_called():
+    net = network()
+    layer = net.x_embedder.proj = nn.Conv2d(2, 40, 2, stride=2, padding=1, dilation=2)
+    x = inputs()[0]
+    assert net.changed_part() == "x_embedder.proj"
+    assert torch.equal(net.x_embedder(x), layer(x).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_with_a_dynamic_batch():
+    net = network()
+    given = inputs()[:4]
+    batch = torch.export.Dim("batch", min=2)
+    with torch.no_grad():
+        exported = torch.export.export(net, given, dynamic_shapes=({0: batch},) * 4).module()
+        fewer = tuple(value[:3] for value in given)
+        assert torch.allclose(exported(*fewer), net(*fewer), atol=1e-5)

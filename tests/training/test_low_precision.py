@@ -208,3 +208,62 @@ def test_masters_are_what_the_parameters_were():
     assert [p.dtype for p in net.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
     assert all(torch.equal(m, b) for m, b in zip(masters[:2], before, strict=False)) and masters[2:] == [None, None]
     assert all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["soflow", "torch"])
+def test_weights_are_what_was_written_since(optimizer):
+    """Without a step in between: so a checkpoint holds them."""
+    run = state(optimizer=optimizer, **{"optim.lr": 1e-3})
+    train_step(run, *batch())
+    with torch.no_grad():
+        for p in run.flow.parameters():
+            p.data.mul_(1.25)
+    kept = run.weights()
+    assert all(torch.equal(kept[name].to(p.dtype), p) for name, p in run.flow.named_parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("writer", ["assigned", "replaced"])
+def test_a_step_names_a_parameter_that_the_optimiser_lacks(writer, precision):
+    run = state(precision)
+    WRITERS[writer](run.flow.network)
+    first = "x_embedder.proj.weight" if writer == "assigned" else "blocks.0.mlp.fc1.weight"
+    with pytest.raises(ValueError, match=rf"^network\.{first} is not a parameter of the optimiser"):
+        train_step(run, *batch())
+
+
+def increment(run):
+    seen = []
+    train_step(run, *batch(), observe=lambda name, **values: seen.append(values.get("increment")))
+    return next(value for value in seen if value is not None)
+
+
+def hooked(network):
+    network.register_forward_hook(lambda module, given, out: out * 1.5)
+
+
+def tied(network):
+    network.blocks[1] = network.blocks[0]
+
+
+@pytest.mark.parametrize("change", [hooked, tied])
+def test_the_target_sees_a_hook_on_the_network_and_a_block_used_twice(change):
+    low, exact = state("bf16"), state("fp32")
+    change(low.flow.network)
+    change(exact.flow.network)
+    got, wanted = increment(low), increment(exact)
+    assert (got - wanted).norm() <= 0.1 * wanted.norm()
+
+
+def test_the_target_sees_hooks_of_all_modules():
+    low, exact = state("bf16"), state("fp32")
+
+    def hook(module, given, out):
+        return out * 1.5 if isinstance(module, nn.Linear) else None
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        got, wanted = increment(low), increment(exact)
+    finally:
+        handle.remove()
+    assert (got - wanted).norm() <= 0.1 * wanted.norm()
