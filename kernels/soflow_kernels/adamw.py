@@ -397,12 +397,12 @@ def _is_plain(tensor):
 
 
 def _local(tensor):
-    """What this process holds of a tensor."""
+    """The part of a tensor that this process holds."""
     return tensor.to_local() if _is_dtensor(tensor) else tensor
 
 
 def _placement(tensor):
-    """Where the parts of a DTensor are, None of another tensor."""
+    """The mesh and placements of a DTensor, None for another tensor."""
     return (tensor.device_mesh, tuple(tensor.placements)) if _is_dtensor(tensor) else None
 
 

@@ -27,7 +27,7 @@ from soflow_kernels.gelu import linear_gelu
 Model = TypeVar("Model", bound=nn.Module)
 
 TOKENS = 16
-"""Of the input on which a block is compared before and after, where the model does not say how many it takes."""
+"""Tokens of the input on which a block is compared before and after, where the model does not say how many it takes."""
 
 
 def _tolerance(dtype):

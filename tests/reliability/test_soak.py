@@ -1,5 +1,6 @@
 """Thousands of steps: memory and open files stay as they are, and compiled blocks are compiled once."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from soflow_fast import TrainState, preset, train_step
 from soflow_fast.data import open_source
+from soflow_fast.runs import trainer
 
 SMALL = {"model.hidden_size": 16, "model.depth": 2, "model.num_heads": 2, "batch_size": 8, "device": "cpu"}
 
@@ -44,6 +46,25 @@ def test_memory_and_open_files(
     assert slope < count(20, 1)
     half = len(files) // 2  # a file that is being written is open at some of the readings; one that is leaked, at all
     assert files[half:].min() <= files[:half].min(), "open files grow"
+
+
+def test_neither_tensors_nor_files_pile_up(call: Any, tiny: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    """The short form: how many are there after each step, with a save every fourth."""
+    plain, files, tensors = trainer.train_step, [], []
+
+    def step(*given: Any) -> Any:
+        metrics = plain(*given)
+        files.append(len(os.listdir("/proc/self/fd")))
+        tensors.append(sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()))
+        return metrics
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(trainer, "evaluate", lambda *given: None)  # it takes most of the time
+    flags = ["--steps", 32, "--checkpoint-every", 4, "--set=run.log_every=2", "--set=run.sample_every=6"]
+    assert call("train", *tiny, *flags, "--run-dir", tmp_path / "run").code == 0
+    assert len(files) == 32
+    for seen in (files, tensors):  # a save under way has some: hence the least
+        assert min(seen[20:]) <= min(seen[8:20])
 
 
 # torch's own
