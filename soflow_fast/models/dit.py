@@ -291,7 +291,8 @@ class DiT(nn.Module):
         return [*(layer for block in self.blocks for layer in block.linears()), *self.modulation_layers()]
 
     def set_attention(self, backend: Backend) -> None:
-        """Let all blocks take an attention backend, one of `attention.BACKENDS`, or a function of q, k and v."""
+        """Let all blocks take an attention backend: one of `attention.BACKENDS`, or a function of q, k and v that is an
+        implementation of softmax(q k' / sqrt(head_dim)) v, as increments are those of this formula."""
         for block in self.blocks:
             block.attn.backend = backend
 

@@ -55,7 +55,7 @@ def changed_part(module: nn.Module, kind: type[nn.Module], kinds: Kinds, *, floa
         return ""
     if "forward" in m.__dict__ or m._compiled_call_impl is not None:
         return ""
-    if kind is nn.Conv2d and not _cuts_patches(m):
+    if (kind is nn.Conv2d and not _cuts_patches(m)) or (issubclass(kind, nn.Embedding) and not _looks_up(m)):
         return ""
     if len(parameters) != len(plain.parameters) or len(children) != len(plain.children):
         return ""
@@ -70,11 +70,16 @@ def changed_part(module: nn.Module, kind: type[nn.Module], kinds: Kinds, *, floa
     return None
 
 
-def _cuts_patches(layer: nn.Conv2d) -> bool:
+def _cuts_patches(layer: Any) -> bool:
     """Whether a convolution is a linear layer on square patches side by side."""
     height, width = layer.kernel_size
     dense = layer.padding == (0, 0) and layer.dilation == (1, 1) and layer.groups == 1
     return dense and height == width and layer.stride == layer.kernel_size
+
+
+def _looks_up(table: Any) -> bool:
+    """Whether an embedding returns rows of its table, and does nothing else."""
+    return table.max_norm is None and table.padding_idx is None and not table.scale_grad_by_freq and not table.sparse
 
 
 def _is_plain_tensor(value: Any) -> bool:

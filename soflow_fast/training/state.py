@@ -131,15 +131,19 @@ class TrainState:
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """The network's state dict in float32: masters in place of parameters in low precision."""
-        named = zip(self.flow.named_parameters(), self.optimizer.masters, strict=True)
-        return self.flow.state_dict() | {name: master.detach() for (name, _), master in named}
+        return self.flow.state_dict() | {name: master.detach() for name, master in self._named_masters()}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Set masters, parameters and buffers to the float32 `weights`, by the names of `SolutionFlow.state_dict`."""
         self.flow.load_state_dict(weights)
-        for (name, _), master in zip(self.flow.named_parameters(), self.optimizer.masters, strict=True):
+        for name, master in self._named_masters():
             master.copy_(weights[name])
+
+    def _named_masters(self) -> list[tuple[str, Tensor]]:
+        """The float32 weight behind each parameter by its name; by the parameter itself, as names may be reordered."""
+        behind = dict(zip(map(id, updated_parameters(self.optimizer)), self.optimizer.masters, strict=True))
+        return [(name, behind[id(parameter)]) for name, parameter in self.flow.named_parameters()]
 
     def parameter_count(self) -> int:
         """Trained numbers in the network."""

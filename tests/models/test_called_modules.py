@@ -274,3 +274,10 @@ def test_export_with_a_dynamic_batch():
         exported = torch.export.export(net, given, dynamic_shapes=({0: batch},) * 4).module()
         fewer = tuple(value[:3] for value in given)
         assert torch.allclose(exported(*fewer), net(*fewer), atol=1e-5)
+
+
+def test_an_embedding_that_does_more_than_look_up_is_called():
+    net, plain = network(), network()
+    net.y_embedder.embedding_table.max_norm = 0.1
+    assert net.changed_part() == "y_embedder.embedding_table"
+    assert not torch.allclose(forward(net), forward(plain))

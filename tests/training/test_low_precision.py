@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
+from torch.nn.utils import prune
 
 from soflow_fast import DiTConfig, ObjectiveConfig, TrainState, preset, train_step
 from soflow_fast.training.precision import round_parameters
@@ -267,3 +268,14 @@ def test_the_target_sees_hooks_of_all_modules():
     finally:
         handle.remove()
     assert (got - wanted).norm() <= 0.1 * wanted.norm()
+
+
+def test_masters_are_found_where_names_are_reordered():
+    """Pruning registers a weight anew, behind its bias: each master still belongs to its parameter."""
+    run = state()
+    before = run.weights()
+    prune.identity(run.flow.network.blocks[0].mlp.fc1, "weight")
+    after = run.weights()
+    prefix = "network.blocks.0.mlp.fc1."
+    assert torch.equal(after[prefix + "weight_orig"], before[prefix + "weight"])
+    assert torch.equal(after[prefix + "bias"], before[prefix + "bias"])
