@@ -99,6 +99,8 @@ def test_wrong_arguments_are_named(device):
         "adaln_fwd: bias": lambda: adaln.adaln_fwd(x, y, gate, shift, scale, bias=bias[1:]),
         "adaln_bwd: dout": lambda: adaln.adaln_bwd(dout[1:], None, x, y, gate, scale, None, *made[2:]),
         "adaln_bwd: dsum": lambda: adaln.adaln_bwd(dout, 1, x, y, gate, scale, None, *made[2:]),
+        "adaln_bwd: mean": lambda: adaln.adaln_bwd(dout, None, x, y, gate, scale, None, made.mean[:, :2], made.rstd),
+        "adaln_bwd: rstd": lambda: adaln.adaln_bwd(dout, None, x, y, gate, scale, None, made.mean, None),
     }.items():
         with pytest.raises(ValueError, match=name):
             call()
