@@ -25,8 +25,9 @@ Legend of the kernels, forward and backward:
                     program = b chunks + chunk
     NAME_b, NAME_t  strides of a tensor over samples and tokens; the last dimension is contiguous
     NAME_at         where the row of this token begins in a tensor; what the kernel writes is contiguous
-    MAIN, TAIL      a row of D columns as two segments, 1152 = 1024 + 128; each step is done for (0, MAIN) and, unless
-                    TAIL is 0, for (MAIN, TAIL): see `_rows`. Of the two only the means over D know about each other
+    FIRST, WIDTH    a segment: columns FIRST to FIRST + WIDTH of a row, in the registers of the program (see `_rows`)
+    MAIN, TAIL      the one or two segments of a row of D columns, 1152 = 1024 + 128: every step is done for (0, MAIN)
+                    and, unless TAIL is 0, once more for (MAIN, TAIL). Only the means over D join them
     sums            (dshift, dscale, dgate, dbias) over the tokens of the program, in registers until it ends
     partial_ptr     [planes, B, chunks, D]: the sums of every program, one plane for each gradient; `_reduce.finish`
                     adds up the chunks
@@ -558,7 +559,10 @@ def adaln_bwd(
     rows = {"scale": scale} if y is None else {"gate": gate, "scale": scale}
     _check("adaln_bwd", x, {"dout": dout, **tokens}, rows, bias)
     # Statistics of three dimensions are the reference's.
-    if mean.dim() != 2 or not use_kernel(x, dout, dsum, y, gate, scale, bias):
+    by_reference = isinstance(mean, Tensor) and mean.dim() == 3
+    for name, value in (("mean", mean), ("rstd", rstd)):
+        check_tensor("adaln_bwd", name, value, (*x.shape[:2], 1) if by_reference else tuple(x.shape[:2]), x)
+    if by_reference or not use_kernel(x, dout, dsum, y, gate, scale, bias):
         return adaln_bwd_reference(dout, dsum, x, y, gate, scale, bias, mean, rstd, eps)
     if y is None:
         dx, dshift, dscale = _layernorm_modulate_backward(dout, x, scale, mean, rstd)

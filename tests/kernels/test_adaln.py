@@ -340,7 +340,7 @@ def test_wrong_arguments_of_fwd_and_bwd_are_named(device):
     x, y, gate, shift, scale = tensors.values()
     stats = adaln.adaln_fwd(x, y, gate, shift, scale)[2:]
 
-    def bwd(dout=dout, dsum=None, y=y, gate=gate, scale=scale, bias=bias):
+    def bwd(dout=dout, dsum=None, y=y, gate=gate, scale=scale, bias=bias, stats=tuple(stats)):
         return adaln.adaln_bwd(dout, dsum, x, y, gate, scale, bias, *stats)
 
     for name, call in {
@@ -353,6 +353,8 @@ def test_wrong_arguments_of_fwd_and_bwd_are_named(device):
         "adaln_bwd: gate": lambda: bwd(gate=None),
         "adaln_bwd: scale": lambda: bwd(scale=scale[1:]),
         "adaln_bwd: bias": lambda: bwd(bias=bias[1:]),
+        "adaln_bwd: mean": lambda: bwd(stats=(stats[0][:, :2], stats[1])),
+        "adaln_bwd: rstd": lambda: bwd(stats=(stats[0], None)),
     }.items():
         with pytest.raises(ValueError, match=name):
             call()
