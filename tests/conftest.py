@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import pytest
 
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; processes that tests start would ignore it too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY_FIELDS = {
     "model.hidden_size": 16,
