@@ -4,8 +4,8 @@
 #   fast  everything but what is marked `slow`: minutes on two cores
 #   all   everything
 #
-# Two processes run at the same time, with one thread each: the engine's tests, and beside them the kernels' and then the
-# benchmarks'. Triton decides once in a process, when it is imported, whether it compiles or interprets; the kernels are
+# Two processes run at the same time, with one thread each: the engine's tests, and beside them the kernels' and then those
+# of the benchmarks, data and configurations, which makes the two equally long. Triton decides once in a process, when it is imported, whether it compiles or interprets; the kernels are
 # interpreted where there is no GPU, the engine needs them as they are. The engine's tests write to the terminal; the
 # others write to a file each, which are printed when they are done. All closing lines come last.
 #
@@ -44,8 +44,13 @@ trap 'exit 143' TERM
 # are about SIGINT. A process in the background that is told to end takes its pytest along.
 (
     trap 'test -z "$running" || kill "$running" 2>/dev/null; exit 143' TERM
-    for part in kernels benchmarks; do
-        "$PYTHON" -m pytest "--color=$color" -m "$selection" "$@" "tests/$part" >"$folder/$part" 2>&1 &
+    for part in kernels rest; do
+        case $part in
+        kernels) folders=tests/kernels ;;
+        rest) folders='tests/benchmarks tests/data tests/config' ;;
+        esac
+        # shellcheck disable=SC2086 # several folders
+        "$PYTHON" -m pytest "--color=$color" -m "$selection" "$@" $folders >"$folder/$part" 2>&1 &
         running=$!
         wait "$running"
         echo $? >"$folder/$part.code"
@@ -55,19 +60,19 @@ beside=$!
 # -u: the dots appear as the tests end. The exit code goes through a file, since a pipe's is that of `tee`.
 {
     "$PYTHON" -u -m pytest "--color=$color" -m "$selection" "$@" \
-        tests --ignore=tests/kernels --ignore=tests/benchmarks
+        tests --ignore=tests/kernels --ignore=tests/benchmarks --ignore=tests/data --ignore=tests/config
     echo $? >"$folder/engine.code"
 } 2>&1 | tee "$folder/engine"
 
-echo "The tests of the kernels and of the benchmarks, in processes of their own:"
+echo "The tests of the kernels, then those of the benchmarks, data and configurations:"
 wait "$beside"
 beside=
-cat "$folder/kernels" "$folder/benchmarks"
+cat "$folder/kernels" "$folder/rest"
 
 # Exit code 5 is pytest's for "no tests". Options such as -k may leave some of the parts with none, never all of them.
 failed=0
 ran=no
-for part in engine kernels benchmarks; do
+for part in engine kernels rest; do
     printf '%-12s' "$part:"
     tail -n 1 "$folder/$part"
     code=$(cat "$folder/$part.code")
