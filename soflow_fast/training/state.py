@@ -109,7 +109,6 @@ class TrainState:
             self.target.rides_along(self.precision)
             and network.recompute == "none"
             and missed_part(network, float8=False) is None
-            and len(set(network.low_precision_layers())) == len(network.low_precision_layers())  # none is used twice
         )
 
     def check_parameters(self) -> None:

@@ -1,5 +1,5 @@
-"""Pairs for the tests, each one tensor [2, ...], and how an increment is held against the float64 difference of the plain
-operation at both ends."""
+"""Pairs for the tests, each one tensor [2, ...], and how an increment is held against the float64 difference of the
+plain operation at both ends."""
 
 from collections.abc import Callable, Sequence
 
