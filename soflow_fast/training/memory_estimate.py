@@ -137,7 +137,7 @@ def estimate_memory(config: Config, *, device: str = "cuda", batch: int | None =
     """The memory that one step of `config` on `batch` images (by default all of its batch) needs on a GPU or the CPU.
 
     It is the peak over a run: the moments are there, and the quotient is checked. Needs no GPU and computes no number.
-    fp8 is counted as bf16, compiled blocks and a recorded step as the plain one.
+    fp8 is counted as bf16 (of guidance as well), compiled blocks and a recorded step as the plain one.
     Raises ConfigError naming a wrong field.
     """
     B = config.batch_size if batch is None else batch
@@ -145,7 +145,7 @@ def estimate_memory(config: Config, *, device: str = "cuda", batch: int | None =
     # What needs a GPU or a compiler is counted by what is like it: torch's optimiser has the state of apex's.
     optimizer = "torch" if config.run.optimizer == "apex" else config.run.optimizer
     run = replace(config.run, device="cpu", optimizer=optimizer, compile=False, cuda_graph=False)
-    counted = replace(config, batch_size=B, precision=precision, run=run)
+    counted = replace(config, batch_size=B, precision=precision, guidance_precision="auto", run=run)
     if torch.device(device).type == "cuda":
         gpu = torch.device("cuda")
         if precision == "auto":  # this machine's where it has a GPU

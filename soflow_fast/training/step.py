@@ -20,6 +20,7 @@ from torch import Tensor
 from soflow_kernels import AdamWEMA, clip_scale
 
 from ..models.dit import TapedOutputs
+from ..models.float8 import is_twin
 from ..objective import ConsistencyPoints, LossTerm, with_null
 from ..rng import generator
 from .consistency_target import quotient_cosine, value_and_increment
@@ -261,9 +262,14 @@ def _losses(
 
 def _guidance(state: TrainState, samples: Samples, flags: FiniteFlags) -> tuple[Tensor | None, Tensor | None]:
     """The velocities of all samples without a label, and of the consistency samples with theirs; None: not needed."""
-    flow, network, y = state.flow, state.flow.network, samples.y
+    flow, y = state.guide or state.flow, samples.y
+    network = flow.network
     if not state.objective.guided or y is None:
         return None, None
+    if state.guide is not None and not is_twin(network, state.flow.network):
+        raise ValueError(
+            "state.guide: its parameters are no longer the network's; set it to None, or build a new state"
+        )
     B, sc = len(samples.x_t), samples.sc
     null = torch.full_like(y, network.num_classes)
     mixed = state.objective.mixed and samples.n_fm < B
