@@ -112,7 +112,7 @@ def test_guidance_alone_in_float8(emulated):
             train_step(state, x0, y)
     assert run.rides_along()
     run.flow.network.blocks[0].attn.qkv.weight = torch.nn.Parameter(torch.zeros(96, 32).bfloat16())
-    with pytest.raises(ValueError, match="^state.guide: its parameters are no longer the network's"):
+    with pytest.raises(ValueError, match=r"^state\.guide: its parameters are no longer the network's"):
         _guidance(run, samples, {})
 
 
