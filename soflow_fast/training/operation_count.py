@@ -1,5 +1,5 @@
-"""What a GPU would run for a piece of code: every operation with its kernel launches, bytes and FLOPs, counted on tensors
-without data.
+"""What a GPU would run for a piece of code: every operation with its kernel launches, bytes and FLOPs, counted on
+tensors without data.
 
 Counted by the rules of torch's CUDA kernels and by our own operations' code. A tensor is read once and written once
 however often a kernel comes back to it: what stays in a cache is not told from what does not. Views, allocations and
