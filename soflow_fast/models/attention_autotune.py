@@ -131,7 +131,7 @@ def compare(
 
 def attend(qkv: Tensor, backend: Backend) -> Tensor:
     """Attention as in a DiT block: [B, T, 3, heads, d] -> [B, T, heads d]."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     return attention(q, k, v, backend).transpose(1, 2).flatten(2)
 
 
