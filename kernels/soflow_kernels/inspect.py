@@ -73,8 +73,8 @@ COLUMNS = (
 REGISTERS = 65536
 """Of 32 bits, on a multiprocessor of any architecture below; a quarter of them belongs to each of its four parts."""
 ALONE = {
-    "increment.attention._kernel": "two accumulators and the operands of six products fill the registers of 8 warps, of "
-    "16 in float32, which hide each other's waits",
+    "increment.attention._kernel": "two accumulators and the operands of six products fill the registers of 8 warps, "
+    "of 16 in float32, which hide each other's waits",
 }
 """{kernel: why one program on a multiprocessor is enough for it}."""
 
