@@ -35,7 +35,8 @@ ROWS = 16
 def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
     """`gate_residual` in plain PyTorch: any device and dtype, any order of differentiation."""
     y = y if bias is None else y + bias
-    return torch.addcmul(x, gate.unsqueeze(1), y).to(x.dtype)
+    total = torch.addcmul(x, gate.unsqueeze(1), y)
+    return total if total.dtype == x.dtype else total.to(x.dtype)
 
 
 @jit
