@@ -272,6 +272,7 @@ def measured(run: dict, note: str) -> str:
     threads = f"{run['threads']} CPU thread{'s' * (run['threads'] != 1)}"
     commit = f", commit {run['commit']}" if run["commit"] else ""
     early = " Not everything passed or was reached." if run.get("unfinished") else ""
+    early += f" Missing: {'; '.join(run['missing'])}." if run.get("missing") else ""
     return (
         f"{run['date'][:10]}, {run['device']}, {threads}, {versions}{commit}.{early} {note} "
         f"Every sample: `benchmarks/records/{run['file']}`."
