@@ -75,7 +75,9 @@ def of_pair(
     *,
     precision: str,
 ) -> LossTerm:
-    """Both values of the quotient by forwards in a precision of their own; in the step's, the student's is one."""
+    """Both values of the quotient by forwards in a precision of their own, that of the step if that is float32: then
+    the student's value is one of them."""
+    precision = "fp32" if state.precision == "fp32" else precision
     flow, objective = state.flow, state.objective
     x_t, v_t = flow.point(x0, x1, t)
     label = with_null(flow, y, label_dropped)
