@@ -161,6 +161,7 @@ def train_step_fused(
     consistency: Consistency = published,
 ) -> dict[str, Tensor]:
     """`train_step` with any attention of torch, and the update by fused operations."""
+    state.optimizer.zero_grad()  # no float32 gradient of a bf16 parameter is there while code is compiled
     with plain_operations(), matmul_precision(state.precision, state.device):
         metrics = _losses_and_gradients(state, x0, y, observe, consistency)
     metrics["grad_norm"] = fused.update(state)

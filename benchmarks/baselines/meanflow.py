@@ -280,7 +280,6 @@ def _backward(state: TrainState, u: Tensor, u_target: Tensor, n: int, settings: 
     error = (u - u_target).square().flatten(1)
     square = error.sum(1)
     loss = (square / (square.detach() + settings.eps) ** settings.p).mean()
-    state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     mse = error.detach().mean(1)
     return {"loss": loss.detach(), "fm_mse": mse[:n].mean(), "sc_mse": mse[n:].mean()}
@@ -296,6 +295,7 @@ def train_step(
     observe: Observe | None = None,
 ) -> dict[str, Tensor]:
     """One whole update on a labelled batch x0 [B, C, H, W], y [B]. observe: is told the du/dt behind the target."""
+    state.optimizer.zero_grad()  # no float32 gradient of a bf16 parameter is there while code is compiled
     with plain_operations(), matmul_precision(state.precision, state.device):
         metrics = losses(state, x0, y, settings, observe)
     metrics["grad_norm"] = fused.update(state)
