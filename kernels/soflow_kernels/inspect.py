@@ -73,8 +73,8 @@ COLUMNS = (
 REGISTERS = 65536
 """Of 32 bits, on a multiprocessor of any architecture below; a quarter of them belongs to each of its four parts."""
 ALONE = {
-    "increment.attention._kernel": "two accumulators and the operands of six products fill the registers of 8 warps, "
-    "of 16 in float32, which hide each other's waits",
+    "increment.attention._kernel": "in float32 two accumulators and the operands of six products, which no tensor core "
+    "takes, fill the registers of 8 or 16 warps, which hide each other's waits",
 }
 """{kernel: why one program on a multiprocessor is enough for it}."""
 
@@ -106,7 +106,7 @@ class Failed(Exception):
 def specialise(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> tuple[dict, dict, dict, dict]:
     """(signature, constants, attributes, settings) of a recorded launch, as a launch makes them: the compiler knows
     integers that are 1, tensors that are not given, and which integers and addresses are multiples of 16."""
-    settings = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    settings = {name: options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     constants = {name: value for name, value in options.items() if name not in settings}
     signature, attributes = {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, [*args, *constants.values()], strict=True)):

@@ -1,73 +1,123 @@
-"""Attention on a pair: O = P v and dO = dP v + (P + dP) dv in one kernel, with no T x T matrix in memory.
+"""The increment of attention, dO = dP v + (P + dP) dv, in one kernel, with no T x T matrix in memory.
 
-    S = scale q k',   dS = scale (dq (k + dk)' + q dk'),   P = softmax(S),   dP = softmax(S + dS) - softmax(S)
+    S = scale q k',   dS = scale (dq k' + (q + dq) dk'),   P = softmax(S),   P + dP = softmax(S + dS)
 
-A pair is [2, ...], value and increment (see the package). With the maxima m of a row of S and m + c of S + dS,
+q, k, v are pairs, value and increment (see the package). With the maxima m of a row of S and m + c of S + dS,
 
     w = e^(S-m),   dw = w (e^(dS-c) - 1),   A = sum w v,   Z = sum w,   Y = sum dw,   D = sum dw v + (w + dw) dv
 
-O = A / Z and dO = (D - (Y / Z) A) / (Z + Y): one pass over the keys. e^x - 1 is a polynomial where x is small and a
-difference where it is not. Softmax does not see c; it takes out of dS what all keys of a row have in common, so that
-what cancels between D and (Y / Z) A is no larger than the rest. As m and c move to m' and c', with r = e^(m-m'),
+dO = (D - (Y / Z) A) / (Z + Y): one pass over the keys. e^x - 1 is a polynomial where x is small and a difference where
+it is not. Softmax does not see c; it takes out of dS what all keys of a row have in common, so that what cancels
+between D and (Y / Z) A is no larger than the rest. As m and c move to m' and c', with r = e^(m-m'),
 
     A' = r A,   D' = r (e^(c-c') D + (e^(c-c') - 1) A),   Z and Y likewise.
 
-q, k, v: [2, B, H, T, d] bfloat16 or float32; products take operands of that dtype and accumulate in float32, the rest
-is float32. Six products of T x T x d where the forward alone has two. Bytes: q and the output once, k and v once for
-every block of queries, from the cache. SoFlow: arXiv 2512.15657.
+In the kernel exponents are of 2, and S is (S + dS) - dS: both ends share (q + dq) dk'.
+
+q, dq, k, dk, v, dv: [B, H, T, d] bfloat16 or float32, all of one dtype; products take operands of that dtype and
+accumulate in float32, the rest is float32. Six products of T x T x d, 12 B H T T d operations, where the forward alone
+has two. Bytes, with S = one pass over [B, H, T, d]: q and dq once, k, dk, v and dv once for every block of queries, of
+which the cache gives all but the first, and dO: 7 S. SoFlow: arXiv 2512.15657.
 """
 
 import itertools
+import math
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import INTERPRETED, check_pair, inner_unit, jit, launch, tl, use_kernel
-from soflow_kernels._math import expm1
+from soflow_kernels._dispatch import INTERPRETED, inner_unit, jit, launch, tl, use_kernel
 from soflow_kernels._rows import power_of_two
-from soflow_kernels.increment._sigmoid import LARGE
+from soflow_kernels.increment._pair import Pair, check_pair, wide
 
 MAX_HEAD_DIM = 128
+PIECE = 2**19
+"""Scores at a time of the reference on a CPU: what it makes of them stays in the cache."""
 
 
-def softmax_increment(scores: Tensor, dscores: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(S) and softmax(S + dS) - softmax(S) over the last dimension: P (e^dS - Z) / Z with Z = sum P e^dS."""
-    p = torch.softmax(scores, -1)
-    # Softmax does not see a shift; the rest is as small as it gets.
-    dscores = dscores - (p * dscores).sum(-1, keepdim=True)
-    growth = torch.expm1(dscores.clamp(-LARGE, LARGE))
-    mean = (p * growth).sum(-1, keepdim=True)
-    small = p * (growth - mean) / (1 + mean)
-    near = dscores.abs().amax(-1, keepdim=True) <= LARGE
-    return p, torch.where(near, small, torch.softmax(scores + dscores, -1) - p)
+def attention_increment_reference(q: Pair, k: Pair, v: Pair, scale: float | None = None) -> Tensor:
+    """`attention_increment` in plain PyTorch: any device and dtype.
 
-
-def attention_increment_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """`attention_increment` in plain PyTorch: any device and dtype."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    (q0, dq), (k0, dk), (v0, dv) = ((part.to(wide)).unbind() for part in (q, k, v))
+    An increment of a score counts as the largest exponent of the dtype (80 in float32) where it is above that. In
+    bfloat16, on a CPU that has such products, the increments of scores and the sums over values take them.
+    """
+    (q, dq), (k, dk), (v, dv) = q, k, v
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scale * (q0 @ k0.transpose(-1, -2))
-    dscores = scale * (dq @ (k0 + dk).transpose(-1, -2) + q0 @ dk.transpose(-1, -2))
-    p, dp = softmax_increment(scores, dscores)
-    out = torch.stack([p @ v0, dp @ v0 + (p + dp) @ dv]).to(v.dtype)
-    return out.transpose(2, 3).contiguous().transpose(2, 3)  # [2, B, T, H, d] in memory
+    # A CPU of which the tensors are plain, and no graph that the loop would unroll in.
+    if q.device.type == "cpu" and type(q) is Tensor and not torch.compiler.is_compiling():
+        samples = max(1, PIECE // max(1, q.shape[1] * q.shape[2] ** 2))
+        pieces = zip(*(part.split(samples) for part in (q, dq, k, dk, v, dv)), strict=True)
+        out = torch.cat([_increment(*piece, scale) for piece in pieces])
+    else:
+        out = _increment(q, dq, k, dk, v, dv, scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)  # [B, T, H, d] in memory
+
+
+def _increment(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, v: Tensor, dv: Tensor, scale: float) -> Tensor:
+    """With P, G = e^dS - 1 and g = sum P G over the keys: dO = (sum P (G - g) v + P (1 + G) dv) / (1 + g)."""
+    dtype, work = dv.dtype, wide(q).dtype
+    low = q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    operand = torch.bfloat16 if low else work
+    p = torch.softmax((q.to(work) * scale) @ k.to(work).transpose(-1, -2), -1)
+    moves, keys = torch.cat((dq, q + dq), -1).to(operand), torch.cat((k, dk), -1).to(operand)
+    dscores = (moves @ keys.transpose(-1, -2)).to(work)
+    largest = math.log(torch.finfo(work).max) - 8
+    growth = dscores.mul_(scale).clamp_(max=largest).expm1_().mul_(p)
+    mean = growth.sum(-1, keepdim=True)
+    ends = (growth + p).to(operand)
+    weights = growth.addcmul_(p, mean, value=-1).to(operand)
+    out = (weights @ v.to(operand)).to(work) + ends @ dv.to(operand)
+    return (out / (1 + mean)).to(dtype)
 
 
 @jit
-def _rows(ptr, pair_stride, rows, row_stride, cols, T, D: tl.constexpr):
-    """Value and increment of some rows, [rows, cols]; 0 outside."""
-    mask = (rows < T)[:, None] & (cols < D)[None, :]
-    at = ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
-    return tl.load(at, mask=mask, other=0.0), tl.load(at + pair_stride, mask=mask, other=0.0)
+def _head(ptr, b, h, b_stride, h_stride, UNIT: tl.constexpr):
+    """Where head h of sample b begins. From here on addresses are of int64: a stride may be of 2^31 elements."""
+    return ptr + (b.to(tl.int64) * b_stride + h.to(tl.int64) * h_stride) * UNIT
 
 
 @jit
-def _difference(start, end, x):
-    """end - start, where end is e^x times start."""
-    near = tl.where(tl.abs(x) <= 0.5, x, 0.0)
-    return tl.where(tl.abs(x) <= 0.5, start * expm1(near), end - start)
+def _tile(
+    ptr, rows, row_stride: tl.constexpr, T, FIRST: tl.constexpr, WIDTH: tl.constexpr, HD: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST to FIRST + WIDTH of some rows, [rows, WIDTH]; 0 past HD columns and, unless EVEN, past T rows."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    at = ptr + (rows.to(tl.int64)[:, None] * row_stride + cols[None, :])
+    if EVEN and FIRST + WIDTH <= HD:
+        tile = tl.load(at)
+    elif EVEN:
+        tile = tl.load(at, mask=(cols < HD)[None, :], other=0.0)
+    else:
+        tile = tl.load(at, mask=(cols < HD)[None, :] & (rows < T)[:, None], other=0.0)
+    return tile
+
+
+@jit
+def _tails(
+    ptr, d_ptr, rows, row_stride: tl.constexpr, d_row_stride: tl.constexpr, T, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    HD: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The columns from MAIN on of a value and of its increment side by side, [rows, 2 TAIL]; 0 outside."""
+    cols = tl.arange(0, 2 * TAIL)
+    wide = rows.to(tl.int64)[:, None]
+    at = ptr + (wide * row_stride + (MAIN + cols % TAIL)[None, :])
+    d_at = d_ptr + (wide * d_row_stride + (MAIN + cols % TAIL)[None, :])
+    mask = (MAIN + cols % TAIL < HD)[None, :]
+    if not EVEN:
+        mask = mask & (rows < T)[:, None]
+    return tl.load(tl.where((cols < TAIL)[None, :], at, d_at), mask=mask, other=0.0)
+
+
+@jit
+def _difference(start, end, x, FINE: tl.constexpr):
+    """end - start, where end is 2^x times start."""
+    series = 0.2402265069591007 + x * 0.05550410866482158
+    if FINE:
+        series = 0.2402265069591007 + x * (0.05550410866482158 + x * (0.009618129107628477 + x * 0.0013333558146428443))
+    series = 0.6931471805599453 + x * series
+    return tl.where(tl.abs(x) <= 0.25, start * x * series, end - start)
 
 
 @jit
@@ -79,14 +129,6 @@ def _dot(a, b, total, WIDEN: tl.constexpr):
 
 
 @jit
-def _scores(q, dq, k, dk, scores, dscores, WIDEN: tl.constexpr):
-    k_end = (k.to(tl.float32) + dk.to(tl.float32)).to(k.dtype)
-    scores = _dot(q, tl.trans(k), scores, WIDEN)
-    dscores = _dot(dq, tl.trans(k_end), dscores, WIDEN)
-    return scores, _dot(q, tl.trans(dk), dscores, WIDEN)
-
-
-@jit
 def _add_values(A, D, w, dw, w_end, v, dv, WIDEN: tl.constexpr):
     A = _dot(w, v, A, WIDEN)
     D = _dot(dw, v, D, WIDEN)
@@ -94,158 +136,186 @@ def _add_values(A, D, w, dw, w_end, v, dv, WIDEN: tl.constexpr):
 
 
 @jit
-def _write(out_ptr, plane, rows, row_stride, cols, T, A, D, Z, Y, HD: tl.constexpr):
+def _write(out_ptr, rows, row_stride, T, A, D, Z, Y, FIRST: tl.constexpr, WIDTH: tl.constexpr, HD: tl.constexpr):
+    cols = FIRST + tl.arange(0, WIDTH)
     mask = (rows < T)[:, None] & (cols < HD)[None, :]
     at = out_ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
-    tl.store(at, A / Z[:, None], mask=mask)
-    tl.store(at + plane, (D - (Y / Z)[:, None] * A) / (Z + Y)[:, None], mask=mask)
+    tl.store(at, (D - (Y / Z)[:, None] * A) / (Z + Y)[:, None], mask=mask)
 
 
 @jit
 def _kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, q_p, q_b, q_h, q_t, k_p, k_b, k_h, k_t, v_p, v_b, v_h, v_t,
-    out_plane, H, T, blocks, scale,
+    q_ptr, dq_ptr, k_ptr, dk_ptr, v_ptr, dv_ptr, out_ptr, q_b, q_h, dq_b, dq_h, k_b, k_h,
+    dk_b, dk_h, v_b, v_h, dv_b, dv_h, H, T, blocks, rate,
+    Q_T: tl.constexpr, DQ_T: tl.constexpr, K_T: tl.constexpr, DK_T: tl.constexpr, V_T: tl.constexpr, DV_T: tl.constexpr,
     HD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    UNIT: tl.constexpr, WIDEN: tl.constexpr,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, FINE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One program: M queries `rows` of head h of sample b, of `blocks` such blocks; N keys at a time.
+    """One program: M queries, from `row` on, of head h of sample b, of `blocks` such blocks; N keys at a time.
 
-    HD: the head dimension d, MAIN and TAIL columns (0: none), as 72 = 64 + 8. m, c, Z, Y, A, D: as in the header, A and
-    D also for the tail. Strides q_p (from value to increment), q_b, q_h, q_t are in UNITs of elements, so that the
-    compiler sees what they are multiples of; out_plane is the output's, in elements. WIDEN: see `_dot`.
+    HD: the head dimension d, MAIN and TAIL columns (0: none), as 72 = 64 + 8. m, c, Z, Y, A, D: as in the header, m and
+    c as exponents of 2, A and D also for the tail; rate: scale times log2(e). Strides of samples and heads, q_b, q_h,
+    are in UNITs of elements, so that the compiler sees what they are multiples of; those of rows, Q_T, are constants,
+    which saves a register for every 16 bytes that a thread loads. EVEN: T is a multiple of N. FINE: more terms of the
+    series than bfloat16 shows. WIDEN: see `_dot`.
     """
-    program = tl.program_id(0).to(tl.int64)
-    head = program // blocks
-    b = head // H
-    h = head % H
-    q_ptr += (b * q_b + h * q_h) * UNIT
-    k_ptr += (b * k_b + h * k_h) * UNIT
-    v_ptr += (b * v_b + h * v_h) * UNIT
-    rows = (program % blocks) * M + tl.arange(0, M)
-    main = tl.arange(0, MAIN)
-    q, dq = _rows(q_ptr, q_p * UNIT, rows, q_t * UNIT, main, T, HD)
+    program = tl.program_id(0)
+    b = program // (blocks * H)
+    h = program // blocks % H
+    row = program % blocks * M
+    q_ptr = _head(q_ptr, b, h, q_b, q_h, UNIT)
+    dq_ptr = _head(dq_ptr, b, h, dq_b, dq_h, UNIT)
+    k_ptr = _head(k_ptr, b, h, k_b, k_h, UNIT)
+    dk_ptr = _head(dk_ptr, b, h, dk_b, dk_h, UNIT)
+    v_ptr = _head(v_ptr, b, h, v_b, v_h, UNIT)
+    dv_ptr = _head(dv_ptr, b, h, dv_b, dv_h, UNIT)
+    out_ptr += ((b.to(tl.int64) * T + row) * H + h) * HD
+    q_ptr += tl.cast(row, tl.int64) * Q_T
+    dq_ptr += tl.cast(row, tl.int64) * DQ_T
+    rows = tl.arange(0, M)
+    left = T - row
+    keys = tl.arange(0, N)
+    q = _tile(q_ptr, rows, Q_T, left, 0, MAIN, HD, False)
+    dq = _tile(dq_ptr, rows, DQ_T, left, 0, MAIN, HD, False)
+    q_end = (q.to(tl.float32) + dq.to(tl.float32)).to(q.dtype)
     A = tl.zeros([M, MAIN], tl.float32)
     D = tl.zeros([M, MAIN], tl.float32)
     if TAIL:
-        tail = MAIN + tl.arange(0, TAIL)
-        q_tail, dq_tail = _rows(q_ptr, q_p * UNIT, rows, q_t * UNIT, tail, T, HD)
+        # Beside [k, dk] for the tail of the keys: [q_end, q_end] gives both ends, [dq, q_end] the increment.
+        tail = _tails(q_ptr, q_ptr, rows, Q_T, Q_T, left, MAIN, TAIL, HD, False)
+        dtail = _tails(dq_ptr, dq_ptr, rows, DQ_T, DQ_T, left, MAIN, TAIL, HD, False)
+        q_end_tail = (tail.to(tl.float32) + dtail.to(tl.float32)).to(q.dtype)
+        dq_tail = tl.where((tl.arange(0, 2 * TAIL) < TAIL)[None, :], dtail, q_end_tail)
         A_tail = tl.zeros([M, TAIL], tl.float32)
         D_tail = tl.zeros([M, TAIL], tl.float32)
-    m = tl.full([M], float("-inf"), tl.float32)
+    m = tl.full([M], -1e30, tl.float32)  # nothing was summed up yet: the first r is 0
     c = tl.zeros([M], tl.float32)
     Z = tl.zeros([M], tl.float32)
     Y = tl.zeros([M], tl.float32)
     for first in range(0, T, N):
-        keys = first + tl.arange(0, N)
-        k, dk = _rows(k_ptr, k_p * UNIT, keys, k_t * UNIT, main, T, HD)
-        scores = tl.zeros([M, N], tl.float32)
-        dscores = tl.zeros([M, N], tl.float32)
-        scores, dscores = _scores(q, dq, k, dk, scores, dscores, WIDEN)
+        at = tl.cast(first, tl.int64)
+        k_at = k_ptr + at * K_T
+        dk_at = dk_ptr + at * DK_T
+        v_at = v_ptr + at * V_T
+        dv_at = dv_ptr + at * DV_T
+        dk = _tile(dk_at, keys, DK_T, T - first, 0, MAIN, HD, EVEN)
+        k = _tile(k_at, keys, K_T, T - first, 0, MAIN, HD, EVEN)
+        dscores = _dot(q_end, tl.trans(dk), tl.zeros([M, N], tl.float32), WIDEN)
+        ends = _dot(q_end, tl.trans(k), dscores, WIDEN)
+        dscores = _dot(dq, tl.trans(k), dscores, WIDEN)
         if TAIL:
-            k, dk = _rows(k_ptr, k_p * UNIT, keys, k_t * UNIT, tail, T, HD)
-            scores, dscores = _scores(q_tail, dq_tail, k, dk, scores, dscores, WIDEN)
-        scores = tl.where((keys < T)[None, :], scores * scale, float("-inf"))
-        dscores = dscores * scale
-        new_m = tl.maximum(m, tl.max(scores, axis=1))
-        new_c = tl.maximum(m + c, tl.max(scores + dscores, axis=1)) - new_m
-        c = tl.where(m == float("-inf"), new_c, c)  # nothing was summed up yet
-        r = tl.exp(m - new_m)
-        r_end = tl.exp((m - new_m) + (c - new_c))
-        between = _difference(r, r_end, c - new_c)
+            tails = _tails(k_at, dk_at, keys, K_T, DK_T, T - first, MAIN, TAIL, HD, EVEN)
+            ends = _dot(q_end_tail, tl.trans(tails), ends, WIDEN)
+            dscores = _dot(dq_tail, tl.trans(tails), dscores, WIDEN)
+        if not EVEN:
+            ends = tl.where((keys < T - first)[None, :], ends, float("-inf"))
+        scores = ends - dscores
+        new_m = tl.maximum(m, tl.max(scores, axis=1) * rate)
+        new_c = tl.maximum(m + c, tl.max(ends, axis=1) * rate) - new_m
+        r = tl.exp2(m - new_m)
+        r_end = tl.exp2((m - new_m) + (c - new_c))
+        between = _difference(r, r_end, c - new_c, FINE)
         m = new_m
         c = new_c
-        w = tl.exp(scores - m[:, None])
-        dscores -= c[:, None]
-        w_end = tl.exp(scores - m[:, None] + dscores)
-        dw = _difference(w, w_end, dscores)
+        scores = scores * rate - m[:, None]
+        dscores = dscores * rate - c[:, None]
+        w = tl.exp2(scores)
+        w_end = tl.exp2(scores + dscores)
+        dw = _difference(w, w_end, dscores, FINE)
         Y = r_end * Y + between * Z + tl.sum(dw, axis=1)
         Z = r * Z + tl.sum(w, axis=1)
-        D = r_end[:, None] * D + between[:, None] * A
-        A = r[:, None] * A
         w = w.to(q.dtype)
         w_end = w_end.to(q.dtype)
         dw = dw.to(q.dtype)
-        v, dv = _rows(v_ptr, v_p * UNIT, keys, v_t * UNIT, main, T, HD)
+        D = r_end[:, None] * D + between[:, None] * A
+        A = r[:, None] * A
+        v = _tile(v_at, keys, V_T, T - first, 0, MAIN, HD, EVEN)
+        dv = _tile(dv_at, keys, DV_T, T - first, 0, MAIN, HD, EVEN)
         A, D = _add_values(A, D, w, dw, w_end, v, dv, WIDEN)
         if TAIL:
-            v, dv = _rows(v_ptr, v_p * UNIT, keys, v_t * UNIT, tail, T, HD)
+            v = _tile(v_at, keys, V_T, T - first, MAIN, TAIL, HD, EVEN)
+            dv = _tile(dv_at, keys, DV_T, T - first, MAIN, TAIL, HD, EVEN)
             D_tail = r_end[:, None] * D_tail + between[:, None] * A_tail
             A_tail, D_tail = _add_values(r[:, None] * A_tail, D_tail, w, dw, w_end, v, dv, WIDEN)
-    out_ptr += (b * T * H + h) * HD
-    _write(out_ptr, out_plane, rows, H * HD, main, T, A, D, Z, Y, HD)
+    _write(out_ptr, rows, H * HD, left, A, D, Z, Y, 0, MAIN, HD)
     if TAIL:
-        _write(out_ptr, out_plane, rows, H * HD, tail, T, A_tail, D_tail, Z, Y, HD)
+        _write(out_ptr, rows, H * HD, left, A_tail, D_tail, Z, Y, MAIN, TAIL, HD)
 
 
 def layout(d, element_size):
-    """(MAIN, TAIL, M, N, warps) of a head dimension: a product's side is at least 16 and a power of two."""
+    """(MAIN, TAIL, M, N, warps, stages, registers) of a head dimension: two powers of two of columns, then the block's
+    sizes, and what a thread may take of registers (None: all there are).
+
+    Two accumulators, tiles of scores and the operands of a product must fit the registers. In bfloat16 a warp has 16
+    queries to itself: rows are summed up without shared memory, and weights are operands where they are. The limits let
+    three programs onto a multiprocessor, two where heads are wide; without them the compiler takes all and spills.
+    """
     main = max(16, power_of_two(d + 1) // 2)
-    tail = max(16, power_of_two(d - main)) if d > main else 0
-    if tail >= main or main + tail == 2 * main:
+    tail = max(8, power_of_two(d - main)) if d > main else 0
+    if tail >= main:
         main, tail = 2 * main, 0
-    # Two accumulators, several tiles of scores and six operands must fit the registers.
     if element_size == 4:
-        return main, tail, 32, 16, 8 if main + tail <= 64 else 16
-    return main, tail, 64, 32, 8
+        return main, tail, 32, 16, 8 if main + tail <= 64 else 16, 1, None
+    if main + tail > 96:
+        return main, tail, 32, 16, 4, 2, None
+    return main, tail, 64, 32 if main + tail <= 80 else 16, 4, 3, 168 if main + tail <= 64 else 200
 
 
 @torch.library.custom_op("soflow::attention_increment", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    _, B, H, T, d = q.shape
-    q, k, v = inner_unit(q), inner_unit(k), inner_unit(v)
-    out = torch.empty(2, B, T, H, d, dtype=v.dtype, device=v.device)
-    main, tail, M, N, warps = layout(d, q.element_size())
+def _attention(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, v: Tensor, dv: Tensor, scale: float) -> Tensor:
+    B, H, T, d = q.shape
+    parts = [inner_unit(part) for part in (q, dq, k, dk, v, dv)]
+    out = torch.empty(B, T, H, d, dtype=dv.dtype, device=dv.device)
+    main, tail, M, N, warps, stages, registers = layout(d, q.element_size())
     blocks = -(-T // M)
-    strides = [stride for part in (q, k, v) for stride in part.stride()[:4]]
+    strides = [stride for part in parts for stride in part.stride()[:2]]
+    rows = {f"{name}_T": part.stride(2) for name, part in zip(("Q", "DQ", "K", "DK", "V", "DV"), parts, strict=True)}
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     launch(
         _kernel, (B * H * blocks,),
-        q, k, v, out, *(stride // unit for stride in strides),
-        B * T * H * d, H, T, blocks, float(scale), HD=d, MAIN=main, TAIL=tail, M=M, N=N,
-        UNIT=unit, WIDEN=INTERPRETED, num_warps=warps, num_stages=1,
+        *parts, out, *(stride // unit for stride in strides), H, T, blocks, scale * math.log2(math.e),
+        **rows, HD=d, MAIN=main, TAIL=tail, M=M, N=N, UNIT=unit, EVEN=T % N == 0, FINE=q.dtype == torch.float32,
+        WIDEN=INTERPRETED, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
-    return out.transpose(2, 3)
+    return out.transpose(1, 2)
 
 
 @_attention.register_fake
-def _(q, k, v, scale):
-    _, B, H, T, d = q.shape
-    return v.new_empty(2, B, T, H, d).transpose(2, 3)
+def _(q, dq, k, dk, v, dv, scale):
+    B, H, T, d = q.shape
+    return dv.new_empty(B, T, H, d).transpose(1, 2)
 
 
-def attention_increment(q, k, v, *, scale: float | None = None) -> Tensor:
-    q, k, v = (torch.stack([a.to(b.dtype), b]) for a, b in (q, k, v))
-    return _attention_increment(q, k, v, scale=scale)[1]
+def attention_increment(q: Pair, k: Pair, v: Pair, *, scale: float | None = None) -> Tensor:
+    """The increment of attention, of softmax(scale q k') v: [B, H, T, d] in the dtype of v.
 
-
-def _attention_increment(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """Attention of pairs: the pair of softmax(scale q k') v, [2, B, H, T, d] in the dtype of v.
-
-    q, k, v: pairs [2, B, H, T, d] of one dtype, any strides, views of one [2, B, T, 3, H, d] tensor without a copy;
-    scale: None is d^-0.5. bfloat16 and float32 go to the kernel for d up to 128; float16, whose range increments leave,
-    float64 and larger heads take the reference. The result lies in memory as [2, B, T, H, d], so that
-    `.transpose(2, 3).flatten(3)` copies nothing. No gradient.
+    q, k, v: pairs of [B, H, T, d], all six tensors of one dtype, each with its own strides: views of a [B, T, 3, H, d]
+    are not copied; scale: None is d^-0.5. bfloat16 and float32 go to the kernel for d up to 128 and a scale above 0;
+    float16, whose range increments leave, float64 and larger heads take the reference. The result lies in memory as
+    [B, T, H, d], so that `.transpose(1, 2).flatten(2)` copies nothing. No gradient.
     Raises ValueError naming the argument that is wrong or requires a gradient.
     """
     op = "attention_increment"
-    check_pair(op, "q", q, ("2", "B", "H", "T", "d"))
-    for name, value in (("k", k), ("v", v)):
-        check_pair(op, name, value, tuple(q.shape), q)
-        if value.dtype != q.dtype:
-            raise ValueError(f"{op}: {name} must be {q.dtype} like q, got {value.dtype}")
-    if 0 in q.shape:
-        return v.new_empty(v.shape).transpose(2, 3).contiguous().transpose(2, 3)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    fits = q.dtype != torch.float16 and q.shape[-1] <= MAX_HEAD_DIM
-    if not (fits and use_kernel(q, k, v)):
+    q0, dq = check_pair(op, "q", q, ("B", "H", "T", "d"))
+    k0, dk = check_pair(op, "k", k, tuple(q0.shape), q0)
+    v0, dv = check_pair(op, "v", v, tuple(q0.shape), q0)
+    names = ("the increment of q", "the value of k", "the increment of k", "the value of v", "the increment of v")
+    for name, part in zip(names, (dq, k0, dk, v0, dv), strict=True):
+        if part.dtype != q0.dtype:
+            raise ValueError(f"{op}: {name} must be {q0.dtype} like the value of q, got {part.dtype}")
+    if 0 in q0.shape:
+        return dv.new_empty(dv.shape).transpose(1, 2).contiguous().transpose(1, 2)
+    scale = q0.shape[-1] ** -0.5 if scale is None else float(scale)
+    fits = q0.dtype != torch.float16 and q0.shape[-1] <= MAX_HEAD_DIM and 0 < scale < math.inf
+    if not (fits and use_kernel(q0, dq, k0, dk, v0, dv)):
         return attention_increment_reference(q, k, v, scale)
-    return _attention(q, k, v, scale)
+    return _attention(q0, dq, k0, dk, v0, dv, scale)
 
 
 def inspect_cases():
     """(label, call): at the shipped shapes, for `python -m soflow_kernels.inspect`."""
     sizes = ((64, 64), (256, 64), (256, 72), (1024, 72), (256, 96))
     for dtype, (T, d) in itertools.product((torch.bfloat16, torch.float32), sizes):
-        qkv = torch.zeros(2, 1, T, 3, 2, d, dtype=dtype)
-        q, k, v = (part.transpose(2, 3) for part in qkv.unbind(3))
-        yield f"attention_increment {T} x {d} {str(dtype)[6:]}", partial(_attention, q, k, v, d**-0.5)
+        values, increments = (torch.empty(64, T, 3, 16, d, dtype=dtype).transpose(1, 3) for _ in range(2))
+        parts = [part for pair in zip(values.unbind(2), increments.unbind(2), strict=True) for part in pair]
+        yield f"attention_increment {T} x {d} {str(dtype)[6:]}", partial(_attention, *parts, d**-0.5)
