@@ -1,5 +1,4 @@
-"""What a GPU would run for a piece of code: every operation with its kernel launches, bytes and FLOPs, counted on tensors
-without data.
+"""What a GPU would run for a piece of code: each operation with its launches, bytes and FLOPs, on tensors without data.
 
 Counted by the rules of torch's CUDA kernels and by our own operations' code. A tensor is read once and written once
 however often a kernel comes back to it: what stays in a cache is not told from what does not. Views, allocations and
@@ -40,14 +39,11 @@ class Operation:
     precision: str
     """Of a product's or an attention's operands: "bf16", "fp16", "fp8", "tf32" or "fp32"; else empty."""
     shape: tuple[int, ...]
-    """Of its largest result."""
+    """Of its largest result; of a kernel of ours, of its largest tensor."""
+    result: int
+    """Bytes of that."""
     host: str
     """Who dispatches it: "torch"; "kernel" for the first kernel of an operation of ours, "" for what follows in it."""
-
-    @property
-    def written(self) -> int:
-        """Numbers in its largest result."""
-        return math.prod(self.shape)
 
 
 class Operations(TorchDispatchMode):
@@ -76,17 +72,14 @@ class Operations(TorchDispatchMode):
         read, written = _traffic(func, args, kwargs, out)
         launches = _launches(func, args, kwargs, out, written)
         name = func._overloadpacket.__name__
-        result = max(written, key=lambda t: t.numel(), default=None)
+        result = max(written, key=_extent, default=None)
         kind = precision = ""
         flops = 0
         if launches:
             kind, flops, precision = _products(func, args, kwargs, out)
             name = _copy_name(name, args, result) if name in COPIES else name
         size = sum(map(_extent, _distinct(read))) + sum(map(_extent, _distinct(written))) if launches else 0
-        shape = () if result is None else tuple(result.shape)
-        self.found.append(
-            Operation(name, self.phase, kind or "other", launches, size, flops, precision, shape, self._host)
-        )
+        self._note(name, kind or "other", launches, size, flops, precision, result, self._host)
 
     def _count_ours(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         name = func._overloadpacket.__name__
@@ -100,10 +93,15 @@ class Operations(TorchDispatchMode):
                 kind, flops, precision = "attention", ATTENTION[name](*args), _precision(args[0])
             tensors = _distinct(tensors)
             size = sum(map(_extent, tensors))
-            shape = tuple(max(tensors, key=lambda t: t.numel()).shape)
+            largest = max(tensors, key=_extent)
             host = "kernel" if k == 0 else ""
-            found = Operation(f"{name}/{kernel}", self.phase, kind, 1, size, flops, precision, shape, host)
-            self.found.append(found)
+            self._note(f"{name}/{kernel}", kind, 1, size, flops, precision, largest, host)
+
+    def _note(
+        self, name: str, kind: str, launches: int, size: int, flops: int, precision: str, largest: Any, host: str
+    ) -> None:
+        shape, result = ((), 0) if largest is None else (tuple(largest.shape), _extent(largest))
+        self.found.append(Operation(name, self.phase, kind, launches, size, flops, precision, shape, result, host))
 
 
 def _six_products(q: Tensor, *_: Any) -> int:

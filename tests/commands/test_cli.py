@@ -43,7 +43,7 @@ TRAIN = {
     "learning": "teacher teacher-decay guidance-precision quotient quotient-precision",
     "speed and memory": "precision micro-batch recompute attention optimizer compile no-compile cuda-graph "
     "no-cuda-graph",
-    "diagnosis": "help dry-run env",
+    "diagnosis": "help dry-run gpu env",
 }
 
 
