@@ -294,19 +294,21 @@ def fused_block(
     residual: PendingResidual,
     modulation: BlockModulation,
     weights: BlockWeights,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Callable[..., Tensor],
     save: SavePolicy,
     taped: bool = False,
+    parts: int = 3,
 ) -> tuple[PendingResidual, BlockOutputs]:
     """One DiT block, from the pending residual that enters it to the one that leaves it, and what its layers came to.
 
-    attend: attention proper, from q, k and v [B, T, D] to [B, T, D].
+    attend: attention proper, from q, k and v [B, T, D] to [B, T, D]; parts 1: from one tensor of them, [B, T, 3 D].
     """
     m = modulation
-    x1, q, k, v = normed_linear(residual, m.shift1, m.scale1, weights.qkv, keep_norm=save.norms, parts=3)
+    x1, *qkv = normed_linear(residual, m.shift1, m.scale1, weights.qkv, keep_norm=save.norms, parts=parts)
     later = defers_bias(x1)
-    branch = linear(attend(q, k, v), weights.proj, bias=not later)
+    branch = linear(attend(*qkv), weights.proj, bias=not later)
     residual = PendingResidual(x1, branch, m.gate1, weights.proj.bias if later else None)
     x2, out, inner = normed_mlp(residual, m.shift2, m.scale2, weights.fc1, weights.fc2, save=save, taped=taped)
     leaving = PendingResidual(x2, out, m.gate2, weights.fc2.bias if later else None)
+    q, k, v = qkv if parts == 3 else qkv[0].detach().chunk(3, -1)
     return leaving, BlockOutputs(x1, q, k, v, branch, x2, inner, out)
