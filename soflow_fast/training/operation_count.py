@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,12 +60,15 @@ class Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return number_on_host(args[0])
-        if func.namespace == "soflow" and func is not torch.ops.soflow.adamw_ema.default:
-            out = func(*args, **kwargs)
-            self._count_ours(func, args, kwargs)
-            return out
+        if func.namespace == "prim":  # a question about a tensor
+            return func(*args, **kwargs)
+        if not self._host and func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
+            with self:  # inside an operation of ours, below autograd, which would have taken it apart
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        if func.namespace != "prim":  # questions about a tensor
+        if func.namespace == "soflow" and func is not torch.ops.soflow.adamw_ema.default:
+            self._count_ours(func, args, kwargs)
+        else:
             self._count(func, args, kwargs, out)
         return out
 
@@ -123,12 +127,14 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors without those that are the same part of the same storage."""
-    return list({(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()): t for t in tensors}.values())
+    """The tensors without those that are the same part of the same storage, transposed or not."""
+    return list({(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in tensors}.values())
 
 
 WRITES_ONLY = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_", "random_"}
 """Operations that do not read what they write in place."""
+READS_NONE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "rand_like", "randn_like"}
+"""Operations that take of a tensor its shape alone."""
 GATHERS = {"embedding", "index", "gather", "index_select"}
 """Operations that read of their first argument what they return."""
 
@@ -143,7 +149,7 @@ def _traffic(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[
         tensors = [v for v in tree_leaves(value) if isinstance(v, Tensor)]
         if argument.is_write:
             written += tensors
-        if not (argument.is_write and (argument.is_out or name in WRITES_ONLY)):
+        if name not in READS_NONE and not (argument.is_write and (argument.is_out or name in WRITES_ONLY)):
             read += tensors
     results = [v for v in tree_leaves(out) if isinstance(v, Tensor)]
     inputs = {t.untyped_storage()._cdata for t in (*read, *written)}
@@ -174,6 +180,8 @@ SEVERAL = {
     "_scaled_dot_product_flash_attention_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 2,
     "embedding_dense_backward": 2,  # zeros, then the sums of at most 3072 rows
+    "slice_backward": 2,  # zeros, then a copy
+    "select_backward": 2,
 }
 REDUCTIONS = {"sum", "mean", "amax", "amin", "any", "all", "linalg_vector_norm", "norm", "var", "var_mean"}
 WIDE_REDUCTION = 8192

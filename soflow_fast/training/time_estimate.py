@@ -14,7 +14,7 @@ from soflow_kernels.testing import as_on_gpu
 
 from ..config.gpus import GIGA, GPUS, TERA, Gpu, Host
 from ..config.schema import Config
-from .memory_estimate import as_counted, build_as_on_gpu, images
+from .memory_estimate import as_counted, build_as_on_gpu, images, take_two_micro_batches
 from .operation_count import Operation, Operations
 from .step import train_step
 
@@ -98,14 +98,11 @@ def count_step(config: Config, batch: int | None = None) -> list[Operation]:
     are run, as the others are like the second. Raises ConfigError naming a wrong field.
     """
     counted = as_counted(config, batch)
-    B = counted.batch_size
-    parts = -(-B // min(counted.micro_batch if counted.micro_batch > 0 else B, B))
-    size = -(-B // parts)
-    run = replace(counted.run, check_quotient_every=0)
-    counted = replace(counted, batch_size=min(B, 2 * size), micro_batch=size, run=run)
+    counted = replace(counted, run=replace(counted.run, check_quotient_every=0))
     starts: list[int] = []
     with as_on_gpu():
         state = build_as_on_gpu(counted)
+        parts, n = take_two_micro_batches(state)
         operations = Operations()
 
         def follow(name: str, **values: Any) -> None:
@@ -117,7 +114,7 @@ def count_step(config: Config, batch: int | None = None) -> list[Operation]:
             train_step(state, *images(state, 1))  # makes the moments
             operations.found.clear()
             operations.phase = PHASES[0]
-            train_step(state, *images(state, counted.batch_size), observe=follow)
+            train_step(state, *images(state, n), observe=follow)
     found = operations.found
     if parts <= 2:
         return found
