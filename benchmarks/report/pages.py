@@ -14,7 +14,7 @@ from benchmarks.harness.command import Parser
 from benchmarks.harness.race import figures, speed_ups
 from benchmarks.report import plots, record
 from benchmarks.report.compare import compare, find
-from benchmarks.report.tables import kernel_table, markdown, number, quartiles, sweep_base, sweep_table
+from benchmarks.report.tables import distance_table, kernel_table, markdown, number, quartiles, sweep_base, sweep_table
 from soflow_fast.errors import UserError
 
 HEAD = (
@@ -108,6 +108,18 @@ def precision_errors(run: dict) -> str:
     found = {(row["r"], row["way"]): f"{row['error']:.1e} / {row['cosine']:.5f}" for row in rows}
     lines = [[f"{r:g}", *(found[r, way] for way in ways)] for r in dict.fromkeys(r for r, _ in found)]
     return page(["r", *ways], 1 + len(ways), lines, run, f"`{run['command']}`.")
+
+
+def distance(run: dict) -> str:
+    """A record of benchmarks.distance as Markdown."""
+    trained = {row["network"]: row["steps"] for row in run["rows"]}
+    interval = run["rows"][0]["median_interval"]
+    networks = "; ".join(f"{name}: {steps} steps" for name, steps in trained.items())
+    note = (
+        f"256 samples of each network ({networks}), whose median t - s is {interval:.2f}: at r = 0.002 SoFlow's ends "
+        f"are {0.002 * interval:.4f} apart. `{run['command']}`."
+    )
+    return f"{distance_table(run['rows'])}\n\n{measured(run, note)}"
 
 
 def precision_quality(run: dict) -> str:
@@ -256,6 +268,7 @@ BLOCKS = {
     "digits": Block("docs/performance.md", "digits", digits),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
     "step-batch": Block("docs/performance.md", "step-batch", table),
+    "distance": Block("docs/precision.md", "distance", distance),
     "soak": Block("docs/reliability.md", "soak", soak),
     "increments": Block("docs/precision.md", "increments", increments),
     "precision-quality": Block(
@@ -272,6 +285,7 @@ def measured(run: dict, note: str) -> str:
     threads = f"{run['threads']} CPU thread{'s' * (run['threads'] != 1)}"
     commit = f", commit {run['commit']}" if run["commit"] else ""
     early = " Not everything passed or was reached." if run.get("unfinished") else ""
+    early += f" Missing: {'; '.join(run['missing'])}." if run.get("missing") else ""
     return (
         f"{run['date'][:10]}, {run['device']}, {threads}, {versions}{commit}.{early} {note} "
         f"Every sample: `benchmarks/records/{run['file']}`."

@@ -148,7 +148,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return call_layer(self.proj, self.attend(*call_layer(self.qkv, x).chunk(self.parts(x.dtype, x.device), -1)))
+        qkv = call_layer(self.qkv, x)
+        packed = self.parts(qkv.dtype, qkv.device) == 1
+        return call_layer(self.proj, self.attend(qkv) if packed else self.attend(*qkv.chunk(3, -1)))
 
     def parts(self, dtype: torch.dtype, device: torch.device) -> int:
         """The number of tensors in which `attend` takes q, k and v: as the backend puts together their gradients."""

@@ -258,7 +258,8 @@ def normed_linear(
     side by side."""
     if keep_norm or _composed():
         x, h = _norm(residual, shift, scale, layer.weight.dtype)
-        return x, *linear(h, layer).chunk(parts, -1)
+        out = linear(h, layer)
+        return (x, out) if parts == 1 else (x, *out.chunk(parts, -1))  # one chunk would be copied in the backward
     out: Any = _NormedLinear.apply(*residual, shift, scale, *layer, parts)
     return (residual.x, *out) if residual.branch is None else out
 

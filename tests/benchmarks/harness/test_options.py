@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import conftest
 from benchmarks.harness.race import Row
-from benchmarks.report import record
+from benchmarks.report import pages, record
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"seconds": -1.0}, {"kernel_seconds": float("nan")}], ids=str)
@@ -24,14 +24,21 @@ def test_what_was_measured_is_on_record_however_the_run_ends(tmp_path, monkeypat
     for code, said in ((0, ".json"), (1, "not everything passed or was reached"), (2, "passed or was reached")):
         lines: list[str] = []
         config = SimpleNamespace(
-            stash={conftest.ROWS: [row, row], conftest.KERNEL_ROWS: [], conftest.BEGUN: None},
-            option=SimpleNamespace(batch=None),
+            stash={conftest.BEGUN: None},
             rootpath=tmp_path,
             getoption=lambda name: True,
             invocation_params=SimpleNamespace(args=["benchmarks/"]),
         )
+        steps, kernels = (conftest.Rows(config, name) for name in ("step", "kernels"))
+        config.stash |= {conftest.ROWS: steps, conftest.KERNEL_ROWS: kernels}
+        steps.missing = ["test_step[a]", "test_step[b]"]
+        steps.keep(row, row)
+        run = record.newest(tmp_path)
+        assert run is not None and run["unfinished"] and run["missing"] == steps.missing, "before the run ends"
+        assert "Missing: test_step[a]; test_step[b]." in pages.measured(run, "")
+        steps.missing.clear()
         conftest.pytest_terminal_summary(SimpleNamespace(line=lines.append, section=lines.append), code, config)
         assert lines[-1].startswith("recorded: ") and lines[-1].endswith(said)
         run = record.newest(tmp_path)
-        assert run is not None and run["rows"] == [row, row]
+        assert run is not None and run["rows"] == [row, row] and "missing" not in run
         (tmp_path / run["file"]).unlink()
