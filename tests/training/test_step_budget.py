@@ -38,8 +38,8 @@ class Cost(NamedTuple):
 BUDGET = {
     "guidance": (Cost(65, 2.831, 2.037), Cost(7, 5.347, 1.515)),
     "student": (Cost(22, 2.227, 1.588), Cost(8, 5.496, 2.421)),
-    "target": (Cost(50, 0.434, 0.246), Cost(12, 2.467, 1.512)),
-    "backward": (Cost(75, 3.848, 3.358), Cost(24, 12.442, 6.296)),
+    "target": (Cost(50, 0.43, 0.242), Cost(12, 2.467, 1.512)),
+    "backward": (Cost(79, 3.848, 3.358), Cost(24, 12.442, 6.296)),
     "update": (Cost(74, 0.284, 0.284), Cost(15, 0.957, 0.957)),
 }
 # Preset, batch, depth, and milliseconds of a step on an H100 by the same count: at most, and at least 98 % of it.
