@@ -168,10 +168,15 @@ def as_counted(config: Config, batch: int | None = None, device: str = "cuda") -
 def build_as_on_gpu(counted: Config) -> TrainState:
     """The state of a counted configuration within `as_on_gpu`."""
     state = TrainState.build(counted, resolve_for=torch.device("cuda"))
+    attend_as_on_gpu(state)
+    return state
+
+
+def attend_as_on_gpu(state: TrainState) -> None:
+    """Let the networks of a state take the attention that torch picks on a GPU."""
     for flow in (state.flow, state.ema, state.teacher):
         if flow is not None:
             flow.network.set_attention(_fused_attention)
-    return state
 
 
 def images(state: TrainState, n: int) -> tuple[Tensor, Tensor]:
