@@ -142,12 +142,12 @@ def predict(way: Way, config: Config, found: Sequence[list[Operation]], gpu: str
     )
 
 
-def predictions(name: str, batch: int, ways: Sequence[Way] = WAYS) -> list[dict]:
-    """A row for each recipe."""
+def predictions(name: str, batch: int, ways: Sequence[Way] | None = None) -> list[dict]:
+    """A row for each recipe (None: all) on a preset's network."""
     config = override(preset(name), {"batch_size": batch})
     rows = []
     counts: dict[tuple, list[list[Operation]]] = {}
-    for way in ways:
+    for way in WAYS if ways is None else ways:
         if way.update is not None and batch < LEAST_COMPILED:
             continue
         key = way.build, way.step, way.update

@@ -110,11 +110,12 @@ def count_step(config: Config, batch: int | None = None) -> list[Operation]:
             if name in ("micro-batch", "update"):
                 starts.append(len(operations.found))
 
+        single, batch = images(state, 1), images(state, n)
         with operations:
-            train_step(state, *images(state, 1))  # makes the moments
+            train_step(state, *single)  # makes the moments
             operations.found.clear()
             operations.phase = PHASES[0]
-            train_step(state, *images(state, n), observe=follow)
+            train_step(state, *batch, observe=follow)
     found = operations.found
     if parts <= 2:
         return found
