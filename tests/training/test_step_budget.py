@@ -36,7 +36,7 @@ class Cost(NamedTuple):
 
 # DiT-XL/2 at a batch of 256: what does not depend on the depth, and a block.
 BUDGET = {
-    "guidance": (Cost(65, 2.831, 2.037), Cost(7, 5.347, 1.515)),
+    "guidance": (Cost(63, 2.827, 2.033), Cost(7, 5.347, 1.515)),
     "student": (Cost(22, 2.227, 1.588), Cost(8, 5.496, 2.421)),
     "target": (Cost(50, 0.43, 0.242), Cost(12, 2.467, 1.512)),
     "backward": (Cost(79, 3.848, 3.358), Cost(24, 12.442, 6.296)),
