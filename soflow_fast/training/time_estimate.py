@@ -110,12 +110,12 @@ def count_step(config: Config, batch: int | None = None) -> list[Operation]:
             if name in ("micro-batch", "update"):
                 starts.append(len(operations.found))
 
-        single, batch = images(state, 1), images(state, n)
+        first, second = images(state, 1), images(state, n)
         with operations:
-            train_step(state, *single)  # makes the moments
+            train_step(state, *first)  # makes the moments
             operations.found.clear()
             operations.phase = PHASES[0]
-            train_step(state, *batch, observe=follow)
+            train_step(state, *second, observe=follow)
     found = operations.found
     if parts <= 2:
         return found
