@@ -162,7 +162,7 @@ def as_counted(config: Config, batch: int | None = None, device: str = "cuda") -
     optimizer = "torch" if config.run.optimizer == "apex" else config.run.optimizer
     run = replace(config.run, device="cpu", optimizer=optimizer, compile=False, cuda_graph=False)
     batch = config.batch_size if batch is None else batch
-    return replace(config, batch_size=batch, precision=precision, guidance_precision="auto", run=run)
+    return replace(config, batch_size=batch, precision=precision, guidance_precision="step", run=run)
 
 
 def build_as_on_gpu(counted: Config) -> TrainState:
