@@ -114,7 +114,7 @@ def train_step(
     number that is not finite. They change nothing but the count of steps. Nothing is copied to the host.
 
     draws: noise, times and dropped labels; None: those of `draw`.
-    observe: called for each micro-batch as `observe("guidance", null=, labelled=)`,
+    observe: called for each micro-batch as `observe("micro-batch", number=)`, `observe("guidance", null=, labelled=)`,
     `observe("student", samples=, output=)`, `observe("target", points=, value=, increment=)`,
     `observe("losses", fm=, sc=)` and, just before its backward, `observe("backward", loss=)`; then, before the update,
     as `observe("update")`. A step that is observed runs as it is, not as a CUDA graph.
@@ -172,6 +172,7 @@ def update(
     flags: FiniteFlags = {}
     note_finite(flags, "input", x0)
     for k in range(parts):
+        observe("micro-batch", number=k)
         index, n_fm = _micro_batch(B, draws.n_fm, k, parts, x0.device)
         samples = _samples(state, x0, y, draws, index, n_fm)
         fm, sc = _losses(state, samples, flags, observe)

@@ -347,7 +347,7 @@ def test_a_partial_file_is_completed_from_the_preset_that_it_names(tmp_path: Pat
 
     path = tmp_path / "partial.json"
     path.write_text('{"preset": "cifar10", "objective": {"eps": 0.5}}')
-    config, _, _ = configuration(["--config", str(path)])
+    config, _ = configuration(["--config", str(path)])
     assert config == override(preset("cifar10"), {"objective.eps": 0.5})
 
 
