@@ -4,7 +4,7 @@ S of a docstring in soflow_kernels is `stream` here, in elements; its multiples 
 the docstring has no formula, because products or launches are what counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -66,7 +66,7 @@ class Operation:
     stream: Callable[[Sizes], int]
     forward: float | None
     backward: float | None = None
-    others: dict[str, "Callable[..., Any] | str"] = field(default_factory=dict)
+    others: Mapping[str, "Callable[..., Any] | str"] = field(default_factory=dict)
     """Other people's ways, or why they are not here."""
 
     def traffic(self, sizes: Sizes, dtype: torch.dtype, backward: bool) -> int | None:
@@ -91,7 +91,7 @@ def operations(device: torch.device) -> list[Operation]:
             stream=_tokens,
             forward=2,
             backward=3,
-            others=_ways(found, modulated) | adaptive,
+            others={**_ways(found, modulated), **adaptive},
         ),
         Operation(
             name="gate_residual_layernorm_modulate",
