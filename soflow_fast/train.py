@@ -28,7 +28,7 @@ from .files import TEXT, read_file
 FLAGS = {
     "the run": "run_dir steps seed device checkpoint_every keep on_nonfinite",
     "the data": "data batch_size",
-    "learning": "teacher teacher_decay quotient quotient_precision",
+    "learning": "teacher teacher_decay guidance_precision quotient quotient_precision",
     "speed and memory": "precision micro_batch recompute attention optimizer compile cuda_graph",
 }
 """The flags that set a field, by the heading under which --help shows them."""

@@ -80,7 +80,7 @@ class Operation:
 def operations(device: torch.device) -> list[Operation]:
     """All operations. `device` decides which of the others can take part."""
     found, adaptive, optimisers = norms(device), adaptive_norms(device), optimizers(device)
-    pairs = partial(_pair_tokens, 1)
+    increments = partial(_increment_tokens, 1)
     return [
         Operation(
             name="layernorm_modulate",
@@ -191,36 +191,32 @@ def operations(device: torch.device) -> list[Operation]:
             ours=k.layernorm_modulate_increment,
             reference=k.layernorm_modulate_increment_reference,
             inputs=lambda *at: {key: _increment_inputs(*at)[key] for key in ("x", "shift", "scale")},
-            pair=True,
-            stream=pairs,
-            forward=2,
+            stream=increments,
+            forward=3,
         ),
         Operation(
             name="gate_residual_layernorm_modulate_increment",
             ours=k.gate_residual_layernorm_modulate_increment,
             reference=k.gate_residual_layernorm_modulate_increment_reference,
-            inputs=_increment_inputs,
-            pair=True,
-            stream=pairs,
-            forward=4,
+            inputs=_gate_increment_inputs,
+            stream=increments,
+            forward=6,
         ),
         Operation(
             name="bias_gelu_increment",
             ours=k.bias_gelu_increment,
             reference=k.bias_gelu_increment_reference,
             inputs=_gelu_increment_inputs,
-            pair=True,
-            stream=partial(_pair_tokens, 4),
-            forward=2,
+            stream=partial(_increment_tokens, 4),
+            forward=3,
         ),
         Operation(
             name="silu_increment",
             ours=k.silu_increment,
             reference=k.silu_increment_reference,
             inputs=lambda *at: {"x": _increment_inputs(*at)["x"]},
-            pair=True,
-            stream=pairs,
-            forward=2,
+            stream=increments,
+            forward=3,
         ),
         Operation(
             name="time_embedding_increment",
@@ -237,10 +233,9 @@ def operations(device: torch.device) -> list[Operation]:
             ours=k.attention_increment,
             reference=k.attention_increment_reference,
             inputs=_attention_inputs,
-            pair=True,
             roundings=2,  # P and dP
-            stream=pairs,
-            forward=4,
+            stream=increments,
+            forward=7,
         ),
         *(_adamw(low, optimisers) for low in (False, True)),
     ]
@@ -260,8 +255,8 @@ def _pair_samples(sizes: Sizes) -> int:
     return max(1, sizes.samples // 4)
 
 
-def _pair_tokens(times: int, sizes: Sizes) -> int:
-    return 2 * times * _pair_samples(sizes) * sizes.tokens * sizes.width
+def _increment_tokens(times: int, sizes: Sizes) -> int:
+    return times * _pair_samples(sizes) * sizes.tokens * sizes.width
 
 
 def _pixels(sizes: Sizes) -> int:
@@ -357,6 +352,12 @@ def _increment_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     gate, shift, scale = pair(B, 3 * D).chunk(3, dim=2)
     inputs = {"x": pair(B, T, D), "y": pair(B, T, D), "gate": gate, "shift": shift, "scale": scale}
     return {**inputs, "bias": _noise(D, device=device, dtype=dtype)}
+
+
+def _gate_increment_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:
+    inputs = _increment_inputs(sizes, device, dtype)
+    total, dx = inputs.pop("x")
+    return {"total": total, "dx": dx, **inputs}
 
 
 def _gelu_increment_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:

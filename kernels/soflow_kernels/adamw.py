@@ -760,11 +760,12 @@ def inspect_cases():
     """(label, call): with and without averages, low precision and scale, for `python -m soflow_kernels.inspect`."""
     for grad in (torch.float32, torch.bfloat16):
         for averages, low in ((0, False), (1, False), (1, True), (3, True)):
-            p, g = torch.zeros(4096), torch.zeros(4096, dtype=grad)
-            one, decays = torch.zeros(()), torch.zeros(averages, dtype=torch.float64) if averages else None
+            p, g = torch.empty(4608, 1152), torch.empty(4608, 1152, dtype=grad)
+            weight = torch.empty(p.shape, dtype=torch.bfloat16)
+            one, decays = torch.empty(()), torch.empty(averages, dtype=torch.float64) if averages else None
             call = partial(
-                _adamw_ema, [p], [g], [p], [p], [p] * averages, [p.bfloat16()] * low, [one], one, one,
-                torch.ones((), dtype=torch.uint8), decays, 0.9, 0.99, 1e-8, 0.0, 0,
+                _adamw_ema, [p], [g], [p], [p], [p] * averages, [weight] * low, [one], one, one,
+                torch.empty((), dtype=torch.uint8), decays, 0.9, 0.99, 1e-8, 0.0, 0,
             )  # fmt: skip
             size = f"{averages} averages{', bfloat16 weights' * low}, {str(grad)[6:]} gradients"
             yield f"adamw_ema {size}", call

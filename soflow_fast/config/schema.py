@@ -28,6 +28,7 @@ AttentionBackend = Literal[
     "auto", "flash4", "flash3", "flash2", "xformers", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math", "sdpa"
 ]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
+GuidancePrecision = Literal["auto", "fp8"]
 QuotientKind = Literal["auto", "increments", "pair"]
 QuotientPrecision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 
@@ -205,6 +206,8 @@ class Config:
     of the training is the same up to rounding."""
     precision: Precision = "auto"
     """Precision of products; auto: bf16 on a GPU that has it, else fp32; fp8: the blocks' products, by torchao."""
+    guidance_precision: GuidancePrecision = "auto"
+    """Precision of the forward behind guidance; auto: the step's, fp8: its blocks' products, by torchao."""
     quotient: QuotientKind = "auto"
     """Form of the consistency quotient; increments: value and increment side by side, pair: two forwards.
 
@@ -223,6 +226,7 @@ SHORT_NAMES = {
     "batch_size": "batch_size",
     "micro_batch": "micro_batch",
     "precision": "precision",
+    "guidance_precision": "guidance_precision",
     "quotient": "quotient",
     "quotient_precision": "quotient_precision",
     "teacher": "objective.teacher",

@@ -25,13 +25,12 @@ from soflow_kernels import (
 
 from ..config.schema import DiTConfig
 from ..config.validation import validate_model
-from .attention import Backend, attention
+from .attention import Backend, attention, packed_attention, takes_packed
 from .fused_layers import (
     EPS,
     BlockModulation,
     BlockOutputs,
     BlockWeights,
-    LinearWeights,
     PendingResidual,
     SavePolicy,
     defers_bias,
@@ -47,22 +46,32 @@ MAX_PERIOD = 10_000.0
 
 
 class TapedOutputs:
-    """The outputs that the linear layers of a forward had for some of its samples, without gradient.
+    """What the layers of a forward came to for some of its samples, without gradient.
 
     A value-and-increment pass over the same samples (`paired_forward`) takes its values from here.
     """
 
     def __init__(self, rows: slice) -> None:
         self.rows = rows
-        self.outputs: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
-        """The output of a layer, and the bias that it still lacks."""
+        self.modulations: list[Tensor] = []
+        """As of `DiT.modulations`."""
+        self.blocks: list[BlockOutputs] = []
+        self.deferred = False
+        """Whether the outputs of proj, fc1 and fc2 lack their biases."""
+        self.residual: Tensor | None = None
+        """At the last norm, [B, T, D]."""
+        self.patches: Tensor | None = None
+        """The output of the last layer, [B, T, patch^2 C]."""
 
-    def keep(self, layer: nn.Module, output: Tensor, missing_bias: Tensor | None = None) -> None:
-        """Note the output of `layer` for these samples."""
-        if layer in self.outputs:
-            raise ValueError(f"tape: a {type(layer).__name__} is used twice, and one output of it can be noted")
-        bias = None if missing_bias is None else missing_bias.detach()
-        self.outputs[layer] = output.detach()[self.rows], bias
+    def taken(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor [B, ...] that belongs to the samples."""
+        return tensor.detach()[self.rows]
+
+    def keep_block(self, outputs: BlockOutputs, deferred: bool) -> None:
+        """Note what the next block came to."""
+        assert outputs.fc1 is not None
+        self.blocks.append(BlockOutputs(*[None if value is None else self.taken(value) for value in outputs]))  # pyright: ignore[reportArgumentType]
+        self.deferred = deferred
 
 
 class PatchEmbed(nn.Module):
@@ -139,18 +148,31 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return call_layer(self.proj, self.attend(call_layer(self.qkv, x)))
+        qkv = call_layer(self.qkv, x)
+        packed = self.parts(qkv.dtype, qkv.device) == 1
+        return call_layer(self.proj, self.attend(qkv) if packed else self.attend(*qkv.chunk(3, -1)))
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """The attention between the two linear layers: packed q, k, v [B, T, 3 D] -> [B, T, D]."""
-        return packed_attention(qkv, self.num_heads, self.backend)
+    def parts(self, dtype: torch.dtype, device: torch.device) -> int:
+        """The number of tensors in which `attend` takes q, k and v: as the backend puts together their gradients."""
+        return 1 if takes_packed(self.backend, dtype, device.type) else 3
+
+    def attend(self, *qkv: Tensor) -> Tensor:
+        """The attention between the two linear layers: q, k and v [B, T, D], or one [B, T, 3 D] -> [B, T, D]."""
+        if len(qkv) == 1:
+            assert isinstance(self.backend, str)
+            return packed_attention(qkv[0].unflatten(-1, (3, self.num_heads, -1)), self.backend).flatten(2)
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv)
+        return merge_heads(attention(q, k, v, self.backend))
 
 
-def packed_attention(qkv: Tensor, num_heads: int, backend: Backend) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v of packed q, k, v [B, T, 3 D] -> [B, T, D]."""
-    B, T, D = qkv.shape
-    q, k, v = qkv.reshape(B, T, 3, num_heads, D // (3 * num_heads)).permute(2, 0, 3, 1, 4)
-    return attention(q, k, v, backend).transpose(1, 2).reshape(B, T, D // 3)
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, T, D] -> [B, heads, T, head_dim], a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, heads, T, head_dim] -> [B, T, D]: a view of what attention kernels write."""
+    return x.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -332,10 +354,10 @@ class DiT(nn.Module):
         layers = self.modulation_layers()
         weights = [weights_of(layer, dtype) for layer in layers]
         out = stacked_linear(c.to(dtype), weights)
+        D = self.config.hidden_size
         if tape is not None:
-            for layer, value in zip(layers, out.split([len(w.weight) for w in weights], dim=1), strict=True):
-                tape.keep(layer, value)
-        return list(out.split(self.config.hidden_size, dim=1))
+            tape.modulations = list(tape.taken(out).split(D, dim=1))
+        return list(out.split(D, dim=1))
 
     def forward(
         self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, tape: TapedOutputs | None = None
@@ -387,9 +409,9 @@ class DiT(nn.Module):
         for k, block in enumerate(self.blocks):
             residual = self._fused_block(block, residual, BlockModulation(*m[6 * k : 6 * k + 6]), save, tape)
         final = weights_of(self.final_layer.linear, self.pos_embed.dtype)
-        _, out = normed_linear(residual, m[-2], m[-1], final, keep_norm=keep_norms)
+        x, out = normed_linear(residual, m[-2], m[-1], final, keep_norm=keep_norms)
         if tape is not None:
-            tape.keep(self.final_layer.linear, out)
+            tape.residual, tape.patches = tape.taken(x), tape.taken(out)
         return out
 
     def _fused_block(
@@ -400,14 +422,14 @@ class DiT(nn.Module):
         save: SavePolicy,
         tape: TapedOutputs | None,
     ) -> PendingResidual:
-        layers = block.linears()
-        weights = BlockWeights(*(weights_of(layer, residual.x.dtype) for layer in layers))
+        weights = BlockWeights(*(weights_of(layer, residual.x.dtype) for layer in block.linears()))
         run: Any = fused_block if self.compile_backend is None else _compiled_block(self.compile_backend)
         if self.recompute == "block" and torch.is_grad_enabled():
             run = functools.partial(_checkpoint, run)
-        leaving, outputs = run(residual, modulation, weights, block.attn.attend, save, tape is not None)
+        parts = block.attn.parts(residual.x.dtype, residual.x.device)
+        leaving, outputs = run(residual, modulation, weights, block.attn.attend, save, tape is not None, parts)
         if tape is not None:
-            _tape_block(tape, layers, outputs, weights, defers_bias(residual.x))
+            tape.keep_block(outputs, defers_bias(residual.x))
         return leaving
 
     def unpatchify(self, x: Tensor) -> Tensor:
@@ -434,16 +456,6 @@ def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
 @functools.cache
 def _compiled_block(backend: str | Callable[..., Any]) -> Callable[..., tuple[PendingResidual, BlockOutputs]]:
     return torch.compile(fused_block, backend=backend, fullgraph=True, dynamic=False)
-
-
-def _tape_block(
-    tape: TapedOutputs, layers: list[nn.Linear], outputs: BlockOutputs, weights: BlockWeights, later: bool
-) -> None:
-    """Note what the layers of a block came to; later: all but the first have deferred their biases."""
-    each: list[tuple[nn.Linear, Tensor | None, LinearWeights]] = list(zip(layers, outputs, weights, strict=True))
-    for k, (layer, output, (_, bias)) in enumerate(each):
-        assert output is not None
-        tape.keep(layer, output, bias if later and k else None)
 
 
 def sinusoids(t: Tensor) -> Tensor:

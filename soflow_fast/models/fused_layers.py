@@ -11,7 +11,7 @@ addition is fused with the next block's norm. Without gradient, and under forwar
 composition of the same operations runs instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,11 +86,20 @@ class PendingResidual(NamedTuple):
 
 
 class BlockOutputs(NamedTuple):
-    """The outputs of a block's linear layers, without gradient, for a `TapedOutputs`."""
+    """What a block came to, for a `TapedOutputs`: its residuals, and the outputs of its linear layers. Where
+    `defers_bias`, those of proj, fc1 and fc2 lack their biases."""
 
-    qkv: Tensor
+    x1: Tensor
+    """The residual at the norm before attention, [B, T, D]."""
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    """[B, T, D] each, views of one tensor [B, T, 3 D]."""
     proj: Tensor
+    x2: Tensor
+    """The residual at the norm before the MLP."""
     fc1: Tensor | None
+    """[B, T, 4 D], without gradient; None: not asked for."""
     fc2: Tensor
 
 
@@ -104,6 +113,20 @@ def _linear_backward(dout: Tensor, x: Tensor, weight: Tensor, has_bias: bool) ->
     return dout @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0) if has_bias else None
 
 
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors one below the other: a view of where they lie, where they lie so, else a copy."""
+    if torch.compiler.is_compiling() or transformed():
+        return torch.cat(list(tensors))
+    first, end = tensors[0], tensors[0].storage_offset()
+    address = first.untyped_storage()._cdata
+    for tensor in tensors:
+        here = tensor.untyped_storage()._cdata == address and tensor.dtype == first.dtype
+        if not here or tensor.storage_offset() != end or not tensor.is_contiguous():
+            return torch.cat(list(tensors))
+        end += tensor.numel()
+    return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
 class _StackedLinear(torch.autograd.Function):
     """x W' + b for weights and biases stacked from several; keeps these, not the stack."""
 
@@ -111,39 +134,45 @@ class _StackedLinear(torch.autograd.Function):
     def forward(ctx: Any, x, *parameters):
         weights, biases = parameters[0::2], parameters[1::2]
         ctx.save_for_backward(x, *weights)
-        return F.linear(x, torch.cat(weights), torch.cat(biases))
+        return F.linear(x, stacked(weights), stacked(biases))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *weights = ctx.saved_tensors
         rows = [len(weight) for weight in weights]
-        dx, dweight, dbias = _linear_backward(dout, x, torch.cat(weights), True)
+        dx, dweight, dbias = _linear_backward(dout, x, stacked(weights), True)
         assert dbias is not None
         each = zip(dweight.split(rows), dbias.split(rows), strict=True)
         return dx, *[gradient for pair in each for gradient in pair]
 
 
 class _NormedLinear(torch.autograd.Function):
-    """x', LN(x') modulated and multiplied; keeps x', the branch and the statistics, not the norm."""
+    """x', LN(x') modulated and multiplied; keeps x', the branch and the statistics, not the norm.
+
+    The product is returned in `parts` of equal width, so that the gradients of q, k and v come back one by one, and are
+    put together once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, weight, bias):
+    def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, weight, bias, parts):
         x, h, mean, rstd = adaln_fwd(x, branch, gate, shift, scale, EPS, branch_bias, weight.dtype)
         ctx.save_for_backward(x, branch, gate, branch_bias, shift, scale, mean, rstd, weight)
-        out = F.linear(h, weight, bias)
-        return out if branch is None else (x, out)
+        out = F.linear(h, weight, bias).chunk(parts, -1)
+        return out if branch is None else (x, *out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, branch, gate, branch_bias, shift, scale, mean, rstd, weight = ctx.saved_tensors
-        dsum = douts[0] if len(douts) == 2 else None
+        dsum, douts = (None, douts) if branch is None else (douts[0], douts[1:])
+        dout = douts[0] if len(douts) == 1 else torch.cat(douts, -1)
         h = layernorm_modulate(x, shift, scale, EPS, weight.dtype)
-        dh, dweight, dbias = _linear_backward(douts[-1], h, weight, True)
+        dh, dweight, dbias = _linear_backward(dout, h, weight, True)
+        del dout, douts
         del h
         d = adaln_bwd(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
-        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dweight, dbias
+        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dweight, dbias, None
 
 
 class _NormedMLP(torch.autograd.Function):
@@ -164,12 +193,15 @@ class _NormedMLP(torch.autograd.Function):
         )
         ctx.defer_bias = defer_bias
         ctx.mark_non_differentiable(u)
+        ctx.set_materialize_grads(False)  # autograd would fill a gradient of zeros for u at every call
         return x, out, u
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dsum, dout, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, branch, gate, branch_bias, shift, scale, mean, rstd, w1, b1, w2, u = ctx.saved_tensors
+        if dout is None:
+            dout = x.new_zeros(*x.shape[:-1], len(w2), dtype=w2.dtype)
         h = layernorm_modulate(x, shift, scale, EPS, w1.dtype)
         if u is None:
             u = F.linear(h, w1, None if ctx.defer_bias else b1)
@@ -208,7 +240,7 @@ def stacked_linear(x: Tensor, layers: list[LinearWeights]) -> Tensor:
     """The products of one x [B, K] with several layers side by side, [B, sum of N], as one product."""
     if _composed():
         weights, biases = zip(*layers, strict=True)
-        return F.linear(x, torch.cat(weights), torch.cat(biases))
+        return F.linear(x, stacked(weights), stacked(biases))
     return _StackedLinear.apply(x, *[value for layer in layers for value in layer])  # pyright: ignore[reportReturnType]
 
 
@@ -220,14 +252,16 @@ def _norm(residual: PendingResidual, shift: Tensor, scale: Tensor, dtype: torch.
 
 
 def normed_linear(
-    residual: PendingResidual, shift: Tensor, scale: Tensor, layer: LinearWeights, *, keep_norm: bool
-) -> tuple[Tensor, Tensor]:
-    """The residual x' [B, T, D] with its branch added, and the product of its modulated norm, [B, T, N]."""
+    residual: PendingResidual, shift: Tensor, scale: Tensor, layer: LinearWeights, *, keep_norm: bool, parts: int = 1
+) -> tuple[Tensor, ...]:
+    """The residual x' [B, T, D] with its branch added, and the product of its modulated norm, [B, T, N], in `parts`
+    side by side."""
     if keep_norm or _composed():
         x, h = _norm(residual, shift, scale, layer.weight.dtype)
-        return x, linear(h, layer)
-    out = _NormedLinear.apply(*residual, shift, scale, *layer)
-    return out if isinstance(out, tuple) else (residual.x, out)  # pyright: ignore[reportReturnType]
+        out = linear(h, layer)
+        return (x, out) if parts == 1 else (x, *out.chunk(parts, -1))  # one chunk would be copied in the backward
+    out: Any = _NormedLinear.apply(*residual, shift, scale, *layer, parts)
+    return (residual.x, *out) if residual.branch is None else out
 
 
 def normed_mlp(
@@ -261,19 +295,21 @@ def fused_block(
     residual: PendingResidual,
     modulation: BlockModulation,
     weights: BlockWeights,
-    attend: Callable[[Tensor], Tensor],
+    attend: Callable[..., Tensor],
     save: SavePolicy,
     taped: bool = False,
+    parts: int = 3,
 ) -> tuple[PendingResidual, BlockOutputs]:
     """One DiT block, from the pending residual that enters it to the one that leaves it, and what its layers came to.
 
-    attend: attention proper, from the packed q, k and v [B, T, 3 D] to [B, T, D].
+    attend: attention proper, from q, k and v [B, T, D] to [B, T, D]; parts 1: from one tensor of them, [B, T, 3 D].
     """
     m = modulation
-    x, qkv = normed_linear(residual, m.shift1, m.scale1, weights.qkv, keep_norm=save.norms)
-    later = defers_bias(x)
-    branch = linear(attend(qkv), weights.proj, bias=not later)
-    residual = PendingResidual(x, branch, m.gate1, weights.proj.bias if later else None)
-    x, out, inner = normed_mlp(residual, m.shift2, m.scale2, weights.fc1, weights.fc2, save=save, taped=taped)
-    leaving = PendingResidual(x, out, m.gate2, weights.fc2.bias if later else None)
-    return leaving, BlockOutputs(qkv, branch, inner, out)
+    x1, *qkv = normed_linear(residual, m.shift1, m.scale1, weights.qkv, keep_norm=save.norms, parts=parts)
+    later = defers_bias(x1)
+    branch = linear(attend(*qkv), weights.proj, bias=not later)
+    residual = PendingResidual(x1, branch, m.gate1, weights.proj.bias if later else None)
+    x2, out, inner = normed_mlp(residual, m.shift2, m.scale2, weights.fc1, weights.fc2, save=save, taped=taped)
+    leaving = PendingResidual(x2, out, m.gate2, weights.fc2.bias if later else None)
+    q, k, v = qkv if parts == 3 else qkv[0].detach().chunk(3, -1)
+    return leaving, BlockOutputs(x1, q, k, v, branch, x2, inner, out)

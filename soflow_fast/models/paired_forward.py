@@ -12,10 +12,10 @@ Only the products of the blocks run in the low precision. Nothing here has a gra
 two forwards, or one if the values ride along on a forward that is made anyway (`tape`).
 """
 
-from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soflow_kernels import (
@@ -27,8 +27,21 @@ from soflow_kernels import (
     silu_increment,
     time_embedding_increment,
 )
+from soflow_kernels.increment import Pair
 
-from .dit import FREQUENCIES, MAX_PERIOD, Attention, DiT, TapedOutputs
+from .dit import FREQUENCIES, MAX_PERIOD, Block, DiT, TapedOutputs, merge_heads, split_heads
+from .fused_layers import (
+    EPS,
+    BlockModulation,
+    BlockOutputs,
+    BlockWeights,
+    PendingResidual,
+    SavePolicy,
+    defers_bias,
+    fused_block,
+    normed_linear,
+    weights_of,
+)
 from .plain_layers import watched_everywhere
 
 _FORWARD = DiT.forward
@@ -81,9 +94,7 @@ def paired_forward(
     work = torch.float64 if dtype == torch.float64 or work == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
         x, dx, t, dt, s = (v.to(work) for v in (x, dx, t, dt, s))
-        both = _PairedPass(work, dtype, {} if tape is None else tape.outputs)
-        value, increment = both.network(net, x, dx, t, dt, s, y).unbind()
-        return value, increment
+        return _IncrementPass(net, work, dtype).network(x, dx, t, dt, s, y, tape)
 
 
 def missed_part(net: DiT, *, float8: bool = True) -> str | None:
@@ -100,82 +111,119 @@ def missed_part(net: DiT, *, float8: bool = True) -> str | None:
     return None if changed is None else f"net.{changed}"
 
 
-class _PairedPass:
-    """One pass over pairs [2, ...]: `work` is the dtype of all but the operands of products, which are `operand`.
+class PendingIncrement(NamedTuple):
+    """The increment of a `PendingResidual`: of x, and the branch that is still to be gated and added, as a pair."""
 
-    known: layers whose value another forward has computed already, with the bias that this value lacks or None.
-    """
+    dx: Tensor
+    branch: Pair | None = None
+    gate: Pair | None = None
+    bias: Tensor | None = None
+    """What the value of the branch lacks."""
 
-    def __init__(self, work: torch.dtype, operand: torch.dtype, known: Mapping[nn.Module, tuple]) -> None:
-        self.work, self.operand, self.known = work, operand, known
 
-    def network(self, net: DiT, x: Tensor, dx: Tensor, t: Tensor, dt: Tensor, s: Tensor, y: Tensor | None) -> Tensor:
-        c = self.conditioning(net, t, dt, s, y)
+class _IncrementPass:
+    """One pass of increments. `work` is the dtype of the two ends and of the residual's increment, `operand` that of
+    the operands of all other products."""
+
+    def __init__(self, net: DiT, work: torch.dtype, operand: torch.dtype) -> None:
+        self.net, self.work, self.operand = net, work, operand
+        # Increments lie below the range of float16: between products they have that of float32.
+        self.between = work if operand == torch.float16 else operand
+
+    def network(
+        self, x: Tensor, dx: Tensor, t: Tensor, dt: Tensor, s: Tensor, y: Tensor | None, tape: TapedOutputs | None
+    ) -> tuple[Tensor, Tensor]:
+        """The value and the increment, [B, C, H, W]. Without a tape every block is made first, and then its
+        increments."""
+        net = self.net
+        c, dc = self.conditioning(t, dt, s, y)
+        m = net.modulations(F.silu(c), self.operand) if tape is None else tape.modulations
+        dc = silu_increment((c, dc)).to(self.between)
+        dm = [d for layer in net.modulation_layers() for d in self.product(dc, layer).split(net.config.hidden_size, 1)]
+        pairs = list(zip(m, dm, strict=True))
         # The patch embedding is linear: the increment takes no bias and no positions.
-        patches = torch.stack([net.x_embedder.patches(x), net.x_embedder.patches(dx)])
-        h = _plus(self.affine(patches, net.x_embedder.proj, self.work), net.pos_embed)
-        final = self.affine(c, net.final_layer.adaLN_modulation[1]).chunk(2, -1)
-        chunks = [self.affine(c, block.adaLN_modulation[1]).chunk(6, -1) for block in net.blocks]
-        entries = [m[:2] for m in chunks[1:]] + [final]
-        n = layernorm_modulate_increment(h, chunks[0][0], chunks[0][1])
-        for block, m, entry in zip(net.blocks, chunks, entries, strict=True):
-            a = self.attention(n, block.attn)
-            h, n = gate_residual_layernorm_modulate_increment(h, a, m[2], m[3], m[4])
-            inner = bias_gelu_increment(self.affine(n, block.mlp.fc1))
-            h, n = gate_residual_layernorm_modulate_increment(h, self.affine(inner, block.mlp.fc2), m[5], *entry)
-        out = self.affine(n, net.final_layer.linear, self.work)
-        return torch.stack([net.unpatchify(part) for part in out])
+        embedding = net.x_embedder.proj.weight.flatten(1).to(self.work)
+        pending = PendingIncrement(F.linear(net.x_embedder.patches(dx), embedding))
+        residual = PendingResidual((net.x_embedder(x) + net.pos_embed).to(self.work)) if tape is None else None
+        for k, block in enumerate(net.blocks):
+            if residual is not None:
+                weights = BlockWeights(*(weights_of(layer, self.operand) for layer in block.linears()))
+                modulation = BlockModulation(*m[6 * k : 6 * k + 6])
+                attn, save = block.attn, SavePolicy(norms=True, inner=True)
+                later, parts = defers_bias(residual.x), attn.parts(self.operand, x.device)
+                residual, at = fused_block(residual, modulation, weights, attn.attend, save, True, parts)
+            else:
+                assert tape is not None
+                at, later = tape.blocks[k], tape.deferred
+            pending = self.block(block, at, later, pending, pairs[6 * k : 6 * k + 6])
+        final = weights_of(net.final_layer.linear, self.work)
+        if residual is not None:
+            last, patches = normed_linear(residual, m[-2], m[-1], final, keep_norm=True)
+        else:
+            assert tape is not None and tape.residual is not None and tape.patches is not None
+            last, patches = tape.residual, tape.patches.to(self.work)
+        _, dn = self.norm(last, pending, pairs[-2], pairs[-1], self.work)
+        return net.unpatchify(patches), net.unpatchify(F.linear(dn, final.weight))
 
-    def conditioning(self, net: DiT, t: Tensor, dt: Tensor, s: Tensor, y: Tensor | None) -> Tensor:
-        """SiLU(c) as a pair; t - s changes by dt as t does."""
-        labels = torch.full(t.shape, net.num_classes, device=t.device) if y is None else y
-        c: Any = 0
+    def conditioning(self, t: Tensor, dt: Tensor, s: Tensor, y: Tensor | None) -> Pair:
+        """c [B, D], before its SiLU; t - s changes by dt as t does."""
+        net = self.net
+        value = net.y_embedder(torch.full(t.shape, net.num_classes, device=t.device) if y is None else y)
+        increment: Tensor | None = None
         times = time_embedding_increment(t, dt, s, frequencies=FREQUENCIES, max_period=MAX_PERIOD)
-        for phi, embedder in zip(times.unbind(1), (net.t_embedder, net.s_embedder), strict=True):
-            hidden = silu_increment(self.affine(phi, embedder.mlp[0], self.work))
-            c = c + self.affine(hidden, embedder.mlp[2], self.work)
-        return silu_increment(_plus(c, net.y_embedder(labels)))
+        for k, embedder in enumerate((net.t_embedder, net.s_embedder)):
+            first, second = (weights_of(embedder.mlp[i], self.work) for i in (0, 2))
+            h, dh = F.linear(times[0, k], *first), F.linear(times[1, k], first.weight)
+            value = value + F.linear(F.silu(h), *second)
+            d = F.linear(silu_increment((h, dh)), second.weight)
+            increment = d if increment is None else increment + d
+        assert increment is not None
+        return value, increment
 
-    def affine(self, h: Tensor, layer: nn.Linear | nn.Conv2d, operand: torch.dtype | None = None) -> Tensor:
-        """W h + b and W dh, with operands of a dtype (None: the low precision)."""
-        operand = operand or self.operand
-        weight, bias = layer.weight.flatten(1), layer.bias
-        assert bias is not None
-        if layer in self.known:
-            value, missing = self.known[layer]
-            value = value.to(self.work)
-            value = value if missing is None else value + missing.to(self.work)
-            return torch.stack([value, self.product(h[1], weight.t(), operand)])
-        return _plus(self.product(h, weight.t(), operand), bias)
+    def block(
+        self, block: Block, at: BlockOutputs, later: bool, pending: PendingIncrement, modulation: list[Pair]
+    ) -> PendingIncrement:
+        """The increment of a block, from the residual that enters it to the one that leaves it.
 
-    def product(self, a: Tensor, b: Tensor, operand: torch.dtype | None = None) -> Tensor:
-        """a @ b with both rounded to the operand dtype, accumulated and returned in the working dtype."""
-        operand = operand or self.operand
-        if operand == self.work:
-            return a.to(self.work) @ b.to(self.work)
-        if operand == torch.float16:  # increments lie below its range: matrices are scaled by powers of two
-            (a, by_a), (b, by_b) = _scaled(a), _scaled(b)
-            return self._rounded_product(a, b, operand) * (by_a * by_b)
-        return self._rounded_product(a, b, operand)
+        at: what the block came to; later: whether the values of all but q, k and v lack their biases.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        attn, mlp = block.attn, block.mlp
+        b_proj, b_fc1, b_fc2 = (layer.bias if later else None for layer in (attn.proj, mlp.fc1, mlp.fc2))
+        assert at.fc1 is not None
+        dx, dn = self.norm(at.x1, pending, shift1, scale1, self.between)
+        increments = self.product(dn, attn.qkv).chunk(3, -1)
+        q, k, v = (
+            (split_heads(value.to(self.between), attn.num_heads), split_heads(increment, attn.num_heads))
+            for value, increment in zip((at.q, at.k, at.v), increments, strict=True)
+        )
+        branch = at.proj, self.product(merge_heads(attention_increment(q, k, v)), attn.proj)
+        dx, dn = self.norm(at.x2, PendingIncrement(dx, branch, gate1, b_proj), shift2, scale2, self.between)
+        inner = bias_gelu_increment((at.fc1, self.product(dn, mlp.fc1)), b_fc1)
+        return PendingIncrement(dx, (at.fc2, self.product(inner, mlp.fc2)), gate2, b_fc2)
 
-    def _rounded_product(self, a: Tensor, b: Tensor, operand: torch.dtype) -> Tensor:
-        a, b = a.to(operand), b.to(operand)
-        if on_gpu(a) and b.dim() == 2:
-            return torch.mm(a.flatten(0, -2), b, out_dtype=self.work).unflatten(0, a.shape[:-1])
-        return a.to(self.work) @ b.to(self.work)  # the products of rounded operands are exact in float32
+    def norm(
+        self, x: Tensor, pending: PendingIncrement, shift: Pair, scale: Pair, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The increments of the residual, whose value is x, and in a dtype of its modulated norm."""
+        dx, branch, gate, bias = pending
+        if branch is None or gate is None:
+            return dx, layernorm_modulate_increment((x, dx), shift, scale, eps=EPS, dtype=dtype)
+        return gate_residual_layernorm_modulate_increment(
+            x, dx, branch, gate, shift, scale, bias, eps=EPS, dtype=dtype
+        )  # fmt: skip
 
-    def attention(self, n: Tensor, layer: Attention) -> Tensor:
-        """softmax(q k' / sqrt(d)) v and its increment, then the output projection."""
-        qkv = self.affine(n, layer.qkv).unflatten(-1, (3, layer.num_heads, -1))  # [2, B, T, 3, heads, d]
-        if self.operand == torch.bfloat16:  # increments lie below the range of float16
-            qkv = qkv.to(self.operand)
-        q, k, v = (part.transpose(2, 3) for part in qkv.unbind(3))
-        return self.affine(attention_increment(q, k, v).transpose(2, 3).flatten(3), layer.proj)
-
-
-def _plus(pair: Tensor, constant: Tensor) -> Tensor:
-    """A pair whose value grows by something that does not change."""
-    return torch.stack([pair[0] + constant.to(pair.dtype), pair[1]])
+    def product(self, dh: Tensor, layer: nn.Linear) -> Tensor:
+        """W dh, both operands rounded to the operand dtype and their products accumulated in float32."""
+        weight = layer.weight
+        if self.operand != torch.float16:
+            return F.linear(dh.to(self.operand), weight.to(self.operand))
+        # Matrices are scaled by powers of two to the range of float16.
+        (a, by_a), (b, by_b) = _scaled(dh), _scaled(weight.to(self.work))
+        a, b = a.to(self.operand).flatten(0, -2), b.to(self.operand)
+        # On a CPU: the products of rounded operands are exact in float32.
+        out = torch.mm(a, b.t(), out_dtype=self.work) if on_gpu(a) else a.to(self.work) @ b.t().to(self.work)
+        return out.unflatten(0, dh.shape[:-1]) * (by_a * by_b)
 
 
 def _scaled(a: Tensor) -> tuple[Tensor, Tensor]:

@@ -223,7 +223,7 @@ def resolve_attention(state: TrainState) -> str:
 
 def set_attention(state: TrainState, backend: str) -> None:
     """Let the network and its averages take the attention of a backend."""
-    for flow in (state.flow, state.ema, state.teacher):
+    for flow in (state.flow, state.ema, state.teacher, state.guide):
         if flow is not None:
             flow.network.set_attention(backend)
 

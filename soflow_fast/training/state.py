@@ -19,7 +19,7 @@ from .consistency_target import ConsistencyTarget, resolve_target
 from .cuda_graph import GraphedFunction
 from .nonfinite import NonfiniteGuard
 from .optimizer import Optimizer, build_optimizer, updated_parameters
-from .precision import resolve_device, resolve_precision, round_parameters
+from .precision import lay_side_by_side, resolve_device, resolve_precision, round_parameters
 
 
 @dataclass
@@ -44,6 +44,8 @@ class TrainState:
     """Lets an update happen or not."""
     teacher: SolutionFlow | None = None
     """The average of the weights behind the consistency target, if it is not the student's own."""
+    guide: SolutionFlow | None = None
+    """The student with the same parameters and float8 products, for the forward behind guidance."""
     graph: GraphedFunction | None = None
     """The part of a step that runs on the device, as a CUDA graph."""
     step: int = 0
@@ -79,6 +81,10 @@ class TrainState:
         target = resolve_target(config, precision, resolve_for or device)
         if precision == "fp8":
             float8.require(config.model, device)
+        elif config.guidance_precision == "fp8":
+            if precision != "bf16":
+                raise ConfigError(f"--guidance-precision fp8: the step must be in bf16, it is in {precision}")
+            float8.require(config.model, device, "--guidance-precision")
         weights = {k: v.to(device) for k, v in (initial_weights(config) if weights is None else weights).items()}
         flow = filled_flow(config, weights)
         ema = filled_flow(config, weights).requires_grad_(False).eval()
@@ -86,8 +92,12 @@ class TrainState:
         masters: list[Tensor | None] = [None] * sum(1 for _ in flow.parameters())
         if precision in ("bf16", "fp8"):
             masters = round_parameters(flow.network, flow.network.low_precision_layers(), torch.bfloat16)
+            lay_side_by_side(flow.network.modulation_layers())
         if precision == "fp8":
             float8.use_float8(flow.network)
+        guide = None
+        if precision == "bf16" and config.guidance_precision == "fp8":
+            guide = SolutionFlow(float8.float8_twin(flow.network), config.flow.path, config.flow.coefficients)
         flow.network.recompute = config.run.recompute
         if config.run.compile:
             for network in (flow.network, *([teacher.network] if teacher else [])):
@@ -97,7 +107,19 @@ class TrainState:
         objective = Objective(config.objective)
         guard = NonfiniteGuard(device)  # in a loop of one's own, a refused step is left out, and that is all
         return cls(
-            config, flow, ema, optimizer, objective, device, precision, target, guard, teacher, rank=rank, world=world
+            config,
+            flow,
+            ema,
+            optimizer,
+            objective,
+            device,
+            precision,
+            target,
+            guard,
+            teacher,
+            guide,
+            rank=rank,
+            world=world,
         )
 
     def rides_along(self) -> bool:
@@ -108,7 +130,6 @@ class TrainState:
             self.target.rides_along(self.precision)
             and network.recompute == "none"
             and missed_part(network, float8=False) is None
-            and len(set(network.low_precision_layers())) == len(network.low_precision_layers())  # none is used twice
         )
 
     def check_parameters(self) -> None:

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from soflow_kernels import AdamWEMA, clip_scale
+from soflow_kernels import AdamWEMA, clip_scale, on_gpu
 
 from ..models.dit import TapedOutputs
+from ..models.float8 import is_twin
 from ..objective import ConsistencyPoints, LossTerm, with_null
 from ..rng import generator
 from .consistency_target import quotient_cosine, value_and_increment
@@ -113,9 +114,10 @@ def train_step(
     number that is not finite. They change nothing but the count of steps. Nothing is copied to the host.
 
     draws: noise, times and dropped labels; None: those of `draw`.
-    observe: called for each micro-batch as `observe("student", samples=, output=)`,
-    `observe("target", points=, value=, increment=)`, `observe("losses", fm=, sc=)` and, just before its backward,
-    `observe("backward", loss=)`; a step that is observed runs as it is, not as a CUDA graph.
+    observe: called for each micro-batch as `observe("guidance", null=, labelled=)`,
+    `observe("student", samples=, output=)`, `observe("target", points=, value=, increment=)`,
+    `observe("losses", fm=, sc=)` and, just before its backward, `observe("backward", loss=)`; then, before the update,
+    as `observe("update")`. A step that is observed runs as it is, not as a CUDA graph.
     Raises ValueError if x0 and y do not fit the model, or if the optimiser does not hold a parameter of it.
     """
     config = state.config
@@ -182,6 +184,7 @@ def update(
         for name, term, n, whole in (("fm", fm, n_fm, draws.n_fm), ("sc", sc, n_sc, B - draws.n_fm)):
             for part, value in zip(term._fields, term, strict=True) if n else ():
                 totals[f"{name}_{part}"] = totals.get(f"{name}_{part}", 0) + value.detach() * (n / whole)
+    observe("update")
     note_finite(flags, "loss", torch.stack([value for name, value in totals.items() if name != "q_cosine"]))
     totals["grad_norm"] = _update(state, flags)
     return totals
@@ -201,7 +204,7 @@ def _check_batch(state: TrainState, x0: Tensor, y: Tensor | None) -> None:
     if y.dtype != torch.int64 or y.shape != x0.shape[:1]:
         raise ValueError(f"y must be int64 [{len(x0)}], got {y.dtype} {list(y.shape)}")
     # Labels on a GPU are not looked at: that would wait for it.
-    if not y.is_cuda and model.num_classes and (int(y.min()) < 0 or int(y.max()) > model.num_classes):
+    if not on_gpu(y) and model.num_classes and (int(y.min()) < 0 or int(y.max()) > model.num_classes):
         raise ValueError(f"y must be labels in 0..{model.num_classes}, got {int(y.min())} to {int(y.max())}")
 
 
@@ -241,6 +244,7 @@ def _losses(
     measured: where the cosine of the quotient goes, None: it is not measured.
     """
     v_null, v_label = _guidance(state, samples, flags)
+    observe("guidance", null=v_null, labelled=v_label)
     output, tape = _student(state, samples, flags)
     observe("student", samples=samples, output=output)
     fm_term = sc_term = LossTerm(*[samples.x_t.new_full((), math.nan)] * 3)
@@ -261,9 +265,14 @@ def _losses(
 
 def _guidance(state: TrainState, samples: Samples, flags: FiniteFlags) -> tuple[Tensor | None, Tensor | None]:
     """The velocities of all samples without a label, and of the consistency samples with theirs; None: not needed."""
-    flow, network, y = state.flow, state.flow.network, samples.y
+    flow, y = state.guide or state.flow, samples.y
+    network = flow.network
     if not state.objective.guided or y is None:
         return None, None
+    if state.guide is not None and not is_twin(network, state.flow.network):
+        raise ValueError(
+            "state.guide: its parameters are no longer the network's; set it to None, or build a new state"
+        )
     B, sc = len(samples.x_t), samples.sc
     null = torch.full_like(y, network.num_classes)
     mixed = state.objective.mixed and samples.n_fm < B

@@ -40,7 +40,7 @@ def png_size(content: bytes) -> tuple[int, int]:
 TRAIN = {
     "the run": "config set run-dir steps seed device checkpoint-every keep on-nonfinite",
     "the data": "data batch-size",
-    "learning": "teacher teacher-decay quotient quotient-precision",
+    "learning": "teacher teacher-decay guidance-precision quotient quotient-precision",
     "speed and memory": "precision micro-batch recompute attention optimizer compile no-compile cuda-graph "
     "no-cuda-graph",
     "diagnosis": "help dry-run env",

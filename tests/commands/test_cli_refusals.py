@@ -24,6 +24,7 @@ OUT_OF_RANGE = {
     "--micro-batch": ["-2", "most", "1.5", ""],
     "--precision": ["fp17", "tf32", ""],
     "--quotient": ["pairs", ""],
+    "--guidance-precision": ["bf16", "FP8", ""],
     "--quotient-precision": ["fp8", "tf32", ""],
     "--teacher": ["teacher", ""],
     "--teacher-decay": ["1", "-0.1", "x"],

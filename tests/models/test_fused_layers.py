@@ -122,16 +122,33 @@ def test_without_gradient_nothing_is_kept_and_no_statistics_are_made():
     assert quiet.grad_fn is None and torch.allclose(quiet, net(*given), atol=1e-6)
 
 
-def test_tape_holds_what_the_products_came_to():
+def test_tape_holds_residuals_and_what_the_products_came_to():
+    """Against the modules, called one by one and heard."""
     net = network(torch.float64)
     x, t, s, y, _ = inputs(dtype=torch.float64)
     tape = TapedOutputs(slice(1, 3))
-    out = net(x, t, s, y, tape=tape)
-    layers = [layer for block in net.blocks for layer in block.linears()] + net.modulation_layers()
-    assert set(tape.outputs) == {*layers, net.final_layer.linear}
-    final, missing = tape.outputs[net.final_layer.linear]
-    assert missing is None and not final.requires_grad
-    assert torch.equal(net.unpatchify(final), out[1:3].detach())
+    net(x, t, s, y, tape=tape)
+    heard: dict[str, torch.Tensor] = {}
+    for name, module in net.named_modules():
+        module.register_forward_hook(
+            lambda _m, given, got, name=name: heard.update({name: got, f"{name} in": given[0]})
+        )
+    net(x, t, s, y)
+    pairs = {"last residual": (tape.residual, heard["final_layer in"]), "patches": (tape.patches, heard["final_layer"])}
+    modulations = [*(f"blocks.{k}" for k in range(len(net.blocks))), "final_layer"]
+    wanted = torch.cat([heard[f"{name}.adaLN_modulation"] for name in modulations], 1)
+    pairs["modulations"] = (torch.cat(tape.modulations, 1), wanted)
+    assert len(tape.blocks) == len(net.blocks)
+    for k, block in enumerate(tape.blocks):
+        assert not any(value.requires_grad for value in block)
+        pairs[f"{k} residual"] = (block.x1, heard[f"blocks.{k} in"])
+        pairs[f"{k} qkv"] = (torch.cat([block.q, block.k, block.v], -1), heard[f"blocks.{k}.attn.qkv"])
+        gate = heard[f"blocks.{k}.adaLN_modulation"].chunk(6, 1)[2].unsqueeze(1)
+        pairs[f"{k} second residual"] = (block.x2, heard[f"blocks.{k} in"] + gate * heard[f"blocks.{k}.attn.proj"])
+        for name, value in (("attn.proj", block.proj), ("mlp.fc1", block.fc1), ("mlp.fc2", block.fc2)):
+            pairs[f"{k} {name}"] = (value, heard[f"blocks.{k}.{name}"])
+    for name, (got, right) in pairs.items():
+        torch.testing.assert_close(got, right[1:3].detach(), rtol=1e-10, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(("recompute", "kept"), [("none", True), ("mlp", False)])

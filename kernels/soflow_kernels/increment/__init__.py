@@ -1,18 +1,21 @@
-"""Value and increment side by side: how the pieces of a DiT change when their input changes by a little.
+"""How the pieces of a DiT change when their input changes by a little: the increments alone, beside a forward.
 
-A pair is one tensor [2, ...]: the value h, and dh = h(end) - h(start) as a number of its own. Each operation gives the
-pair of its result by an identity in which nothing cancels, in float32, so that the error of dh is relative to dh. Each
-file here is named after its twin, the operation on plain tensors:
+An argument that changes is a pair, the value h and dh = h(end) - h(start) as a number of its own: two tensors, each
+with its own dtype and strides. The values are those of a forward that is made in any case, so that only increments are
+computed and written. Each operation gives the increment of its result by an identity in which nothing cancels, in
+float32, so that its error is relative to itself. Each file here is named after its twin, the operation on plain
+tensors:
 
     adaln            LayerNorm, modulation, gated residual
     gelu, silu       h sigma(z(h))
-    time_embedding   sinusoids
+    time_embedding   sinusoids, values as well
     attention        softmax and its products
 
 SoFlow (arXiv 2512.15657) divides the increment of its network by a time step of 0.002 and less; the difference of two
 forwards in bfloat16 would be rounding error. Nothing here has a gradient.
 """
 
+from soflow_kernels.increment._pair import Pair
 from soflow_kernels.increment.adaln import (
     gate_residual_layernorm_modulate_increment,
     gate_residual_layernorm_modulate_increment_reference,
@@ -25,6 +28,7 @@ from soflow_kernels.increment.silu import silu_increment, silu_increment_referen
 from soflow_kernels.increment.time_embedding import time_embedding_increment, time_embedding_increment_reference
 
 __all__ = [
+    "Pair",
     "attention_increment",
     "attention_increment_reference",
     "bias_gelu_increment",

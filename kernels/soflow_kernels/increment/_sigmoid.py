@@ -1,4 +1,4 @@
-"""The increment of h sigma(z), which GELU and SiLU share, and what every file here needs.
+"""The increment of h sigma(z), which GELU and SiLU share.
 
 sigma(z + dz) - sigma(z) = sigma(z + dz) sigma(-z) (1 - e^-dz)
 d(h sigma(z)) = dh sigma(z + dz) + h (sigma(z + dz) - sigma(z))
@@ -13,13 +13,6 @@ from soflow_kernels._math import expm1
 LARGE = 0.5
 """The largest increment of an exponent for the identities, which would overflow. Above it nothing cancels, and the
 difference itself is taken."""
-COLUMNS = 1024
-"""Elements a program, of a pair in one piece."""
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float64 where it has that, in float32 elsewhere."""
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
 
 def sigmoid_increment(z: Tensor, dz: Tensor) -> Tensor:
@@ -35,12 +28,12 @@ def _sigmoid(z):
 
 
 @jit
-def times_sigmoid(h, dh, z, dz):
-    """h sigma(z) and its increment."""
+def times_sigmoid_increment(h, dh, z, dz):
+    """The increment of h sigma(z)."""
     start = _sigmoid(z)
     end = _sigmoid(z + dz)
     near = tl.where(tl.abs(dz) <= 0.5, dz, 0.0)
     small = -expm1(-near) * end * _sigmoid(-z)
     # Comparisons that are false for NaN let it through by the difference.
     dsigma = tl.where(tl.abs(dz) <= 0.5, small, end - start)
-    return h * start, dh * end + h * dsigma
+    return dh * end + h * dsigma

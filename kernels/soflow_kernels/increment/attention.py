@@ -213,7 +213,12 @@ def _(q, k, v, scale):
     return v.new_empty(2, B, T, H, d).transpose(2, 3)
 
 
-def attention_increment(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+def attention_increment(q, k, v, *, scale: float | None = None) -> Tensor:
+    q, k, v = (torch.stack([a.to(b.dtype), b]) for a, b in (q, k, v))
+    return _attention_increment(q, k, v, scale=scale)[1]
+
+
+def _attention_increment(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     """Attention of pairs: the pair of softmax(scale q k') v, [2, B, H, T, d] in the dtype of v.
 
     q, k, v: pairs [2, B, H, T, d] of one dtype, any strides, views of one [2, B, T, 3, H, d] tensor without a copy;

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from soflow_kernels._dispatch import check_dtype, check_plain, check_quiet, jit, launch, tl, use_kernel
 from soflow_kernels._math import sincos
-from soflow_kernels.increment._sigmoid import wide
+from soflow_kernels.increment._pair import wide
 from soflow_kernels.time_embedding import MAX_PERIOD, frequency, split_step
 
 COLUMNS = 128
