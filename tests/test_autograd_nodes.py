@@ -110,7 +110,10 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
             (x, x, m, m, m, bias, eps, dtype, stats) for bias in (None, b) for stats in (False, True)
         ],
         "gate_residual_layernorm_modulate_backward": [
-            (x, dsum, x, x, m, m, bias, stats, stats) for dsum in (None, x) for bias in (None, b)
+            (x, dsum, x, x, m, m, bias, stats, stats, shift)
+            for shift in (None, m)
+            for dsum in (None, x)
+            for bias in (None, b)
         ],
         "gate_residual_layernorm_modulate_increment": [
             (x, x, x, x, m, m, bias, m, m, m, eps, dtype) for bias in (None, b)
