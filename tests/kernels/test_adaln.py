@@ -346,8 +346,8 @@ def test_wrong_arguments_of_fwd_and_bwd_are_named(device):
     x, y, gate, shift, scale = tensors.values()
     stats = adaln.adaln_fwd(x, y, gate, shift, scale)[2:]
 
-    def bwd(dout=dout, dsum=None, y=y, gate=gate, scale=scale, bias=bias, stats=tuple(stats)):
-        return adaln.adaln_bwd(dout, dsum, x, y, gate, scale, bias, *stats)
+    def bwd(dout=dout, dsum=None, y=y, gate=gate, scale=scale, bias=bias, stats=tuple(stats), shift=None):
+        return adaln.adaln_bwd(dout, dsum, x, y, gate, scale, bias, *stats, shift=shift)
 
     for name, call in {
         "adaln_fwd: y": lambda: adaln.adaln_fwd(x, y[:, :2], gate, shift, scale),
