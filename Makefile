@@ -2,6 +2,8 @@
 # Needs make and Python 3.10 or newer. ARGS go through to the command:  make train ARGS="--steps 500"
 PYTHON ?= python3
 ARGS ?=
+# Releases of torch, each but the pinned one in an environment of its own: up to 3 GB to download, 7 GB on disk.
+RELEASES ?= 2.10 2.11 2.13
 VENV := .venv
 BIN := $(VENV)/bin
 # --no-compile: most modules are never imported, and compiling them all doubles the time of the installation.
@@ -9,11 +11,11 @@ PIP := $(BIN)/python -m pip install -q --no-input --no-compile --disable-pip-ver
 PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all soak bench lint format clean
+.PHONY: help train test test-all test-versions soak bench lint format clean
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
 train: $(VENV)/.train ## train on handwritten digits and draw them in one step; ARGS: see --help
 	@$(BIN)/python -m soflow_fast.train $(ARGS)
@@ -21,8 +23,12 @@ train: $(VENV)/.train ## train on handwritten digits and draw them in one step; 
 test: $(VENV)/.test ## the tests that are not slow, in minutes; ARGS go to pytest and may name files
 	@PYTHON=$(BIN)/python sh tests/run.sh fast $(ARGS)
 
-test-all: $(VENV)/.test ## all tests
+test-all: $(VENV)/.test ## all tests, then test-versions unless there are ARGS; RELEASES= leaves those out
 	@PYTHON=$(BIN)/python sh tests/run.sh all $(ARGS)
+	@$(if $(ARGS),:,$(BIN)/python tests/versions.py $(RELEASES))
+
+test-versions: $(VENV)/.test ## what a release of torch can break, on several: RELEASES="2.11"
+	@$(BIN)/python tests/versions.py $(RELEASES) $(ARGS)
 
 soak: $(VENV)/.test ## the tests of reliability, whole: minutes of kills, signals and steps
 	@SOFLOW_SOAK=1 $(BIN)/python -m pytest tests/reliability $(ARGS)
@@ -40,7 +46,7 @@ format: $(VENV)/.test ## let ruff rewrite the sources
 	@$(BIN)/ruff format .
 
 clean: ## remove what make and the tools made; runs/ stays
-	rm -rf $(VENV) build dist site *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-torch* build dist site *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find soflow_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp is written only after its step succeeded, so an interrupted one is done again.

@@ -3,6 +3,7 @@
 import itertools
 import shlex
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +12,32 @@ from benchmarks.report import record
 from benchmarks.report.tables import kernel_table
 from soflow_fast.errors import UserError
 
-ROWS = pytest.StashKey[list[dict]]()
-KERNEL_ROWS = pytest.StashKey[list[dict]]()
+
+class Rows:
+    """What a benchmark has measured so far, on disk after each addition where a record is asked for."""
+
+    def __init__(self, config: pytest.Config, benchmark: str) -> None:
+        self.config, self.benchmark = config, benchmark
+        self.found: list[dict] = []
+        self.missing: list[str] = []
+        """The names of the tests that have not ended."""
+
+    def keep(self, *rows: dict) -> None:
+        """Add some rows."""
+        self.found += rows
+        self.write(finished=False)
+
+    def write(self, finished: bool) -> Path | None:
+        """Write the record, None: none is asked for, or there is nothing beside a copy."""
+        if not self.config.getoption("--record") or len(self.found) < 2:
+            return None
+        words = [str(word).replace(f"{self.config.rootpath}/", "") for word in self.config.invocation_params.args]
+        facts = {"begun": self.config.stash[BEGUN], "finished": finished, "missing": self.missing}
+        return record.write(self.found, shlex.join(["pytest", *words]), None, self.benchmark, **facts)
+
+
+ROWS = pytest.StashKey[Rows]()
+KERNEL_ROWS = pytest.StashKey[Rows]()
 BEGUN = pytest.StashKey[dict | None]()
 
 
@@ -42,38 +67,47 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
     # Whoever ends the run by a signal, such as one whose time is up, has what was measured on record.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    config.stash[ROWS] = []
-    config.stash[KERNEL_ROWS] = []
+    config.stash[ROWS] = Rows(config, "step" if option.batch is None else "step-batch")
+    config.stash[KERNEL_ROWS] = Rows(config, "kernels")
+
+
+def rows_of(item: pytest.Item) -> Rows:
+    """Where a benchmark leaves its rows."""
+    return item.config.stash[KERNEL_ROWS if item.path.name == "test_kernels.py" else ROWS]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    for item in session.items:
+        rows_of(item).missing.append(item.name)
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    if call.when == "teardown":  # it has ended, and was neither left out nor interrupted
+        rows_of(item).missing.remove(item.name)
 
 
 @pytest.fixture
-def rows(request: pytest.FixtureRequest) -> list[dict]:
+def rows(request: pytest.FixtureRequest) -> Rows:
     """Where a benchmark leaves its rows for the summary and the record."""
     return request.config.stash[ROWS]
 
 
 @pytest.fixture(scope="session")
-def kernel_rows(request: pytest.FixtureRequest) -> list[dict]:
+def kernel_rows(request: pytest.FixtureRequest) -> Rows:
     """The same for the operations of soflow_kernels."""
     return request.config.stash[KERNEL_ROWS]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     steps, kernels = config.stash[ROWS], config.stash[KERNEL_ROWS]
-    if steps:
-        _summarize_steps(terminalreporter, steps)
-    if len(kernels) > 1:  # more than the copy
+    if steps.found:
+        _summarize_steps(terminalreporter, steps.found)
+    if len(kernels.found) > 1:  # more than the copy
         terminalreporter.section("operations, ways in turn")
-        terminalreporter.line(kernel_table(kernels))
-    if not config.getoption("--record"):
-        return
-    of_steps = "step" if config.option.batch is None else "step-batch"
-    words = [str(word).replace(f"{config.rootpath}/", "") for word in config.invocation_params.args]
-    for benchmark, rows in ((of_steps, steps), ("kernels", kernels)):
-        if len(rows) > 1:
-            begun, passed = config.stash[BEGUN], exitstatus == 0
-            path = record.write(rows, shlex.join(["pytest", *words]), None, benchmark, begun=begun, finished=passed)
-            but = "" if passed else "; not everything passed or was reached"
+        terminalreporter.line(kernel_table(kernels.found))
+    for rows in (steps, kernels):
+        if path := rows.write(finished=exitstatus == 0):
+            but = "" if exitstatus == 0 and not rows.missing else "; not everything passed or was reached"
             terminalreporter.line(f"recorded: {record.shown(path)}{but}")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.conftest import Rows
 from benchmarks.harness import ceilings
 from benchmarks.harness.kernel_race import KernelRace
 from benchmarks.harness.operations import OURS, SHIPPED, SMALL, Operation, operations
@@ -18,22 +19,29 @@ from benchmarks.report import record
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Of pytest-benchmark, on a test that was skipped.
 pytestmark = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
-CASES = [(op, backward) for op in operations(DEVICE) for backward in (False, True) if op.trains or not backward]
+FIRST = ("gate_residual_layernorm_modulate", "bias_gelu", "adamw_ema", "attention_increment")
+"""The operations that a step spends most in beside its products."""
+CASES = [
+    (op, backward)
+    for op in sorted(operations(DEVICE), key=lambda op: FIRST.index(op.name) if op.name in FIRST else len(FIRST))
+    for backward in (False, True)
+    if op.trains or not backward
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def copies(kernel_rows: list[dict]) -> Iterator[None]:
+def copies(kernel_rows: Rows) -> Iterator[None]:
     """Time a copy, before and after everything else."""
-    kernel_rows.append(ceilings.copy(DEVICE))
+    kernel_rows.keep(ceilings.copy(DEVICE))
     yield
-    kernel_rows[0]["seconds"] += ceilings.copy(DEVICE)["seconds"]
+    kernel_rows.found[0]["seconds"] += ceilings.copy(DEVICE)["seconds"]
 
 
 @pytest.mark.parametrize(
     ("operation", "backward"), CASES, ids=[f"{op.name}{' backward' * backward}" for op, backward in CASES]
 )
 def test_kernel(
-    benchmark, operation: Operation, backward: bool, kernel_rows: list[dict], pytestconfig: pytest.Config
+    benchmark, operation: Operation, backward: bool, kernel_rows: Rows, pytestconfig: pytest.Config
 ) -> None:
     try:
         race = KernelRace(operation, backward, SHIPPED if DEVICE.type == "cuda" else SMALL, DEVICE)
@@ -44,5 +52,5 @@ def test_kernel(
     rounds = race.rounds(pytestconfig.option.kernel_seconds)
     benchmark.pedantic(race.timer.once, (OURS,), setup=lambda: race.run(but=OURS), rounds=rounds)
     assert len({len(row["seconds"]) for row in race.rows if row["why_not"] is None}) == 1, "every way, every round"
-    kernel_rows += race.rows
+    kernel_rows.keep(*race.rows)
     benchmark.extra_info.update(record.environment(), errors=race.errors, ways={row["way"]: row for row in race.rows})

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from soflow_fast.models.dit import FREQUENCIES, MAX_PERIOD, DiT, TapedOutputs, TimeEmbedder
-from soflow_fast.models.fused_layers import EPS, weights_of
+from soflow_fast.models.fused_layers import EPS, stacked, weights_of
 
 FLASH_HEADS = (16, 32, 64, 128, 256)
 """The head dimensions of jvp_flash_attention; others are filled up with zeros."""
@@ -66,20 +66,18 @@ def derivative(
     device = z.value.device.type
     wide = network.pos_embed.dtype
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else wide
-    known: Any = {}
-    for layer, (value, missing) in tape.outputs.items():
-        assert missing is None, "plain operations add every bias at once"
-        known[layer] = value
+    assert not tape.deferred, "plain operations add every bias at once"
     with torch.autocast(device, enabled=False):
         c = conditioning(network, t, r, y)
-        m = modulations(network, c.to(dtype), known)
+        m = modulations(network, c.to(dtype), tape.modulations)
         embed = network.x_embedder
         tangent = F.linear(embed.patches(z.tangent), embed.proj.weight.flatten(1))
         x, branch, gate = Dual((embed(z.value) + network.pos_embed).to(dtype), tangent.to(dtype)), None, None
         for k, block in enumerate(network.blocks):
             layers = block.linears()
             weights = [weights_of(layer, dtype).weight for layer in layers]
-            values = [known[layer] for layer in layers]
+            at = tape.blocks[k]
+            values = [at.q, at.k, at.v, at.proj, at.fc1, at.fc2]
             shift, scale, *inner, following = m[6 * k : 6 * k + 6]
             entry, heads = (x, branch, gate, shift, scale), block.attn.num_heads
             if attention is None:
@@ -87,9 +85,9 @@ def derivative(
             else:
                 x, tangent = way.before(entry, weights[0])
                 heads_of = functools.partial(apart, heads=heads)
-                q, k_, v = (Dual(*pair) for pair in zip(heads_of(values[0]), heads_of(tangent), strict=True))
+                q, k_, v = (Dual(*map(heads_of, pair)) for pair in zip(values[:3], tangent.chunk(3, -1), strict=True))
                 x, tangent = way.after(x, together(attention(q, k_, v)), inner, weights, values)
-            branch, gate = Dual(values[3], tangent), following
+            branch, gate = Dual(at.fc2, tangent), following
         _, tangent = normed((x, branch, gate, *m[-2:]), wide)
         return network.unpatchify(F.linear(tangent, network.final_layer.linear.weight))
 
@@ -115,14 +113,11 @@ def _embedded(time: Tensor, embedder: TimeEmbedder) -> Dual:
     return Dual(out[: len(time)] + second.bias, out[len(time) :])
 
 
-def modulations(network: DiT, dc: Tensor, known: dict[Any, Tensor]) -> list[Dual]:
+def modulations(network: DiT, dc: Tensor, values: list[Tensor]) -> list[Dual]:
     """`DiT.modulations` and their tangents, of the tangent of SiLU(c)."""
-    layers = network.modulation_layers()
-    weights = [layer.weight.to(dc.dtype) for layer in layers]
-    tangents = F.linear(dc, torch.cat(weights)).split([len(weight) for weight in weights], 1)
-    D = network.config.hidden_size
-    pairs = zip(layers, tangents, strict=True)
-    return [Dual(*m) for layer, d in pairs for m in zip(known[layer].split(D, 1), d.split(D, 1), strict=True)]
+    weights = [layer.weight.to(dc.dtype) for layer in network.modulation_layers()]
+    tangents = F.linear(dc, stacked(weights)).split(network.config.hidden_size, 1)
+    return [Dual(*pair) for pair in zip(values, tangents, strict=True)]
 
 
 def normed(entry: tuple[Any, ...], dtype: torch.dtype) -> tuple[Dual, Tensor]:
@@ -154,13 +149,13 @@ def after(
     """The residual that leaves a block and the tangent of the branch that is still to be added to it.
 
     tangent: of attention, [B, T, D]; inner: the gate of attention, shift and scale of the second norm; weights and
-    values: of the block's products, and what they came to.
+    values: of the block's products, and what they came to, q, k and v apart.
     """
     gate, shift, scale = inner
     _, proj, fc1, fc2 = weights
-    branch = Dual(values[1], F.linear(tangent, proj))
+    branch = Dual(values[3], F.linear(tangent, proj))
     x, tangent = normed((x, branch, gate, shift, scale), fc1.dtype)
-    tangent = torch.ops.aten.gelu_backward(F.linear(tangent, fc1), values[2], approximate="tanh")
+    tangent = torch.ops.aten.gelu_backward(F.linear(tangent, fc1), values[4], approximate="tanh")
     return x, F.linear(tangent, fc2)
 
 
@@ -169,14 +164,14 @@ def whole(
 ) -> tuple[Dual, Tensor]:
     """A block, its attention `composed`."""
     x, tangent = before(entry, weights[0])
-    q, k, v = (Dual(*pair) for pair in zip(apart(values[0], heads), apart(tangent, heads), strict=True))
+    pairs = zip(values[:3], tangent.chunk(3, -1), strict=True)
+    q, k, v = (Dual(*(apart(part, heads) for part in pair)) for pair in pairs)
     return after(x, together(composed(q, k, v)), inner, weights, values)
 
 
-def apart(qkv: Tensor, heads: int) -> list[Tensor]:
-    """[B, T, 3 D] -> q, k and v, [B, heads, T, d] each."""
-    B, T, _ = qkv.shape
-    return list(qkv.reshape(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind())
+def apart(x: Tensor, heads: int) -> Tensor:
+    """[B, T, D] -> [B, heads, T, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def together(out: Tensor) -> Tensor:

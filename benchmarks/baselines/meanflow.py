@@ -23,7 +23,8 @@ of the weight's tangent, which is zero, counts among its forwards per image as i
 The others are what the method comes to when nothing is wasted: du/dt only where r != t, without gradient; the student's
 forward apart, with fused attention, on the whole batch; one call for guidance, which takes u(z, t, t | c) only where
 r != t and finds it in the student's forward elsewhere. Their ways to du/dt: the tangents beside the values of the
-student's forward (`dual`), with attention composed or by jvp_flash_attention, and a finite difference.
+student's forward (`dual`), with attention composed or by jvp_flash_attention, and a finite difference: in float32, or
+in the step's own precision with both ends further apart, as TiM takes it.
 """
 
 import importlib.util
@@ -48,6 +49,9 @@ from soflow_fast.training.step import split
 
 STEP = 1e-3
 """h of the finite difference, in float32: where truncation, h/2 |d2u/dt2|, meets the forwards' rounding over h."""
+
+HALF_WIDTH = 5e-3
+"""TiM's half-width of a central difference."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,17 @@ def by_difference(state: TrainState, at: At, student: Student) -> Tensor:
         return (upper - lower) / (2 * STEP)
 
 
+def by_central_difference(state: TrainState, at: At, student: Student, *, half_width: float = HALF_WIDTH) -> Tensor:
+    """TiM's derivative (arXiv 2509.04394): a central difference in the precision of the step, both ends in one call.
+
+    Five times the half-width of `by_difference`, so that bf16 leaves some of it: docs/precision.md has how much.
+    """
+    network, dz = state.flow.network, half_width * at.v
+    ends = (torch.cat([at.z + dz, at.z - dz]), torch.cat([at.t + half_width, at.t - half_width]), at.r.repeat(2))
+    upper, lower = network(*ends, at.y.repeat(2)).float().chunk(2)
+    return (upper - lower) / (2 * half_width)
+
+
 def one_sided(state: TrainState) -> bool:
     """Whether the student's value is one end of the finite difference."""
     return state.precision == "fp32"
@@ -265,7 +280,6 @@ def _backward(state: TrainState, u: Tensor, u_target: Tensor, n: int, settings: 
     error = (u - u_target).square().flatten(1)
     square = error.sum(1)
     loss = (square / (square.detach() + settings.eps) ** settings.p).mean()
-    state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     mse = error.detach().mean(1)
     return {"loss": loss.detach(), "fm_mse": mse[:n].mean(), "sc_mse": mse[n:].mean()}
@@ -281,6 +295,7 @@ def train_step(
     observe: Observe | None = None,
 ) -> dict[str, Tensor]:
     """One whole update on a labelled batch x0 [B, C, H, W], y [B]. observe: is told the du/dt behind the target."""
+    state.optimizer.zero_grad()  # no float32 gradient of a bf16 parameter is there while code is compiled
     with plain_operations(), matmul_precision(state.precision, state.device):
         metrics = losses(state, x0, y, settings, observe)
     metrics["grad_norm"] = fused.update(state)

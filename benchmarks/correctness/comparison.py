@@ -1,7 +1,8 @@
 """Comparisons of one training step with another: the update they are made on, relative errors, network calls."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,17 @@ class CountingDiT(DiT):
     def check_input(self, *inputs: Any) -> None:
         self.calls += 1
         super().check_input(*inputs)
+
+
+@contextmanager
+def formulas_alone(recipe: Recipe, precision: str) -> Iterator[Recipe]:
+    """The recipe as it is to be checked in float32. Where another precision is timed, whose code is checked as such, it
+    is not compiled within the context: compiling takes most of a check, and here the formulas are what is seen."""
+    if not recipe.compiled or precision == "fp32":
+        yield recipe
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield recipe._replace(compiled=False)
 
 
 def relative(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:

@@ -20,6 +20,7 @@ from benchmarks.correctness.comparison import (
     PlainNetwork,
     count_calls,
     error_of_square,
+    formulas_alone,
     gradient,
     gradient_errors,
     gradients_of,
@@ -50,22 +51,24 @@ def check(config: Config, baseline: Recipe, ours: Recipe = OURS) -> dict[str, fl
     float8 cannot be held to float32: it is compared with our step in bf16, within what rounding to 3 bits leaves; any
     other passes `check_timed` as well. Raises IncorrectResult naming all that differs.
     """
-    timed = {} if baseline.coarse else check_timed(config, baseline)
-    batch = config.batch_size if baseline.compiled else min(BATCH, config.batch_size)
-    config = override(config, CHANGES | {"batch_size": batch})
-    coarse = baseline.coarse
+    coarse, given = baseline.coarse, config
+    timed = {} if coarse else check_timed(config, baseline)
+    precision = "fp32" if coarse else resolve_precision(config.precision, resolve_device(config.run.device))
     states, metrics, faults = [], [], []
-    for recipe in (ours, baseline):
-        state = build(recipe, replace(config, precision="bf16") if coarse else config)
-        x0, y = random_batch(config, state.device)
-        calls, result = count_calls(recipe, state, x0, y)
-        wanted = recipe.network_calls(state.objective)
-        if calls != wanted and not coarse:
-            faults.append(f"{recipe.name} calls the network {calls} times, not {wanted}")
-        for _ in range(baseline.checked_steps - 1):
-            result = recipe.step(state, x0, y)
-        states.append(state)
-        metrics.append(result)
+    with formulas_alone(baseline, precision) as formulas:
+        batch = given.batch_size if formulas.compiled else min(BATCH, given.batch_size)
+        config = override(given, CHANGES | {"batch_size": batch})
+        for recipe in (ours, formulas):
+            state = build(recipe, replace(config, precision="bf16") if coarse else config)
+            x0, y = random_batch(config, state.device)
+            calls, result = count_calls(recipe, state, x0, y)
+            wanted = recipe.network_calls(state.objective)
+            if calls != wanted and not coarse:
+                faults.append(f"{recipe.name} calls the network {calls} times, not {wanted}")
+            for _ in range(baseline.checked_steps - 1):
+                result = recipe.step(state, x0, y)
+            states.append(state)
+            metrics.append(result)
 
     mine, theirs = states
     errors = {}

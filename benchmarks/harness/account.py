@@ -112,15 +112,16 @@ def kept_for_backward(state: TrainState, work: Callable[[], object]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def peak_memory(step: Callable[[], object], device: torch.device) -> tuple[int | None, int | None]:
-    """Peak bytes allocated and reserved over two warm steps; None on a CPU, whose peak is the whole process's."""
+def peak_memory(step: Callable[[], object], device: torch.device, steps: int = 2) -> tuple[int | None, int | None]:
+    """Peak bytes allocated and reserved over some steps after a first; None on a CPU, whose peak is the whole
+    process's."""
     if device.type != "cuda":
         return None, None
     step()
     synchronize(device)
     release()
     torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(2):
+    for _ in range(steps):
         step()
     synchronize(device)
     return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)

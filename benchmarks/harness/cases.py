@@ -62,12 +62,19 @@ def cpu_cases() -> list[Case]:
     return [Case("digits", preset("digits", device="cpu")), Case("small DiT", small)]
 
 
+def public(size: str, batch: int) -> Case:
+    """A public size with the public recipe, on a GPU."""
+    return Case(f"DiT-{size}", preset(f"imagenet256-{size.lower().replace('/', '')}", device="cuda", batch_size=batch))
+
+
 def gpu_cases() -> list[Case]:
-    """Public sizes with the public recipe."""
-    return [
-        Case(f"DiT-{size}", preset(f"imagenet256-{size.lower().replace('/', '')}", device="cuda", batch_size=32))
-        for size in ("B/2", "XL/2")
-    ]
+    """Public sizes at the public batch, most worth first."""
+    return [public("XL/2", 256), public("B/2", 256)]
+
+
+def small_batches() -> list[Case]:
+    """Public sizes at a batch where launches weigh as much as work: they compare hosts as much as GPUs."""
+    return [public("B/4", 32), public("B/2", 32)]
 
 
 def cases() -> list[Case]:

@@ -3,12 +3,12 @@
 from functools import partial
 
 from benchmarks.baselines import dual, meanflow
-from benchmarks.baselines.authors import AUTHORS, COMPILED
-from benchmarks.baselines.meanflow import Derivative, Settings, jvp
-from benchmarks.correctness.meanflow import DERIVATIVE_TOLERANCE, TF32_TOLERANCE, check
+from benchmarks.baselines.authors import AUTHORS, COMPILED, PAIRED
+from benchmarks.baselines.meanflow import HALF_WIDTH, Derivative, Settings, jvp
+from benchmarks.correctness.meanflow import DERIVATIVE_TOLERANCE, TF32_TOLERANCE, check, check_central_difference
 from benchmarks.harness.recipes import OURS, VARIANTS, Recipe, why_no_compiler
 from soflow_fast.config.schema import Config
-from soflow_fast.training.precision import resolve_device
+from soflow_fast.training.precision import resolve_device, resolve_precision
 
 PUBLISHED = Settings()
 
@@ -40,11 +40,34 @@ def why_no_flash_jvp(config: Config) -> str | None:
     return meanflow.why_no_flash_jvp(config) or why_no_compiler(config)
 
 
+def why_not_again(config: Config) -> str | None:
+    """Why ours need not be timed again."""
+    on_cpu = resolve_device(config.run.device).type == "cpu"
+    return "on a CPU all are timed in turn" if on_cpu else None
+
+
 def why_no_compiled_difference(config: Config) -> str | None:
     """Why the finite difference is not compiled."""
     if resolve_device(config.run.device).type == "cpu":
         return "left out on a CPU, where compiling takes most of the benchmarks' time"
     return why_no_compiler(config)
+
+
+def central_difference(name: str, half_width: float = HALF_WIDTH, *, compiled: bool = False) -> Recipe:
+    """MeanFlow with TiM's derivative where r != t: a central difference in the precision of the step."""
+    derivative = partial(meanflow.by_central_difference, half_width=half_width)
+    recipe = on_a_quarter(name, derivative, None, taped=False, compiled=compiled)
+    at_half_width = partial(central_difference, name, compiled=compiled)
+    way = {"at_half_width": at_half_width, "half_width": half_width, "settings": PUBLISHED}
+    why_not = partial(why_no_low_difference, compiled=compiled)
+    return recipe._replace(check=partial(check_central_difference, **way), why_not=why_not)
+
+
+def why_no_low_difference(config: Config, compiled: bool) -> str | None:
+    """Why there is no central difference in the precision of the step."""
+    if resolve_precision(config.precision, resolve_device(config.run.device)) == "fp32":
+        return "it is one in bf16, and the step is in float32 here"
+    return why_no_compiler(config) if compiled else None
 
 
 MEANFLOW = Recipe(
@@ -74,18 +97,29 @@ DIFFERENCE_COMPILED = on_a_quarter(
     "MeanFlow, finite difference, compiled", meanflow.by_difference, None, taped=False, compiled=True
 )._replace(why_not=why_no_compiled_difference)
 
+TIM = central_difference("MeanFlow, central difference in bf16 as TiM's")
+TIM_COMPILED = central_difference("MeanFlow, central difference in bf16 as TiM's, compiled", compiled=True)
+
+AGAIN = OURS._replace(name="soflow-fast, once more", why_not=why_not_again)
+"""Ours where recipes are timed one after the other: how much the machine has changed since the first."""
 GRAPH = next(recipe for recipe in VARIANTS if recipe.name == "soflow-fast, CUDA graph")
 CONTESTANTS = [
     OURS,
     *VARIANTS,
     AUTHORS,
     *COMPILED,
+    *PAIRED,
     MEANFLOW,
     QUARTER,
     QUARTER_COMPILED,
     FLASH,
     DIFFERENCE,
     DIFFERENCE_COMPILED,
+    TIM,
+    TIM_COMPILED,
+    AGAIN,
 ]
-HEADLINE = [OURS, GRAPH, AUTHORS, COMPILED[0], MEANFLOW, QUARTER]
-"""The recipes that say most where time is short: compiling the others takes most of a race."""
+FIRST = [OURS, GRAPH, COMPILED[0]]
+"""The recipes that answer whether ours is the fastest, most worth first."""
+HEADLINE = [*FIRST, *PAIRED, AUTHORS, MEANFLOW, QUARTER, TIM, AGAIN]
+"""The recipes that say most where time is short, most worth first: compiling the others takes most of a race."""

@@ -4,7 +4,7 @@ S of a docstring in soflow_kernels is `stream` here, in elements; its multiples 
 the docstring has no formula, because products or launches are what counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 import soflow_kernels as k
-from benchmarks.baselines.norms import gated_residual_norm, modulated, norms
+from benchmarks.baselines.adaptive_norms import adaptive_norms
+from benchmarks.baselines.adaptive_norms import gated_residual_norm as adaptive_gated_residual_norm
+from benchmarks.baselines.norms import Found, gated_residual_norm, modulated, norms
+from benchmarks.baselines.optimizers import Update, optimizers
 
 Inputs = dict[str, Any]
 OURS, EAGER, COMPILED = "soflow_kernels", "eager PyTorch", "torch.compile"
@@ -63,7 +66,7 @@ class Operation:
     stream: Callable[[Sizes], int]
     forward: float | None
     backward: float | None = None
-    others: dict[str, "Callable[..., Any] | str"] = field(default_factory=dict)
+    others: Mapping[str, "Callable[..., Any] | str"] = field(default_factory=dict)
     """Other people's ways, or why they are not here."""
 
     def traffic(self, sizes: Sizes, dtype: torch.dtype, backward: bool) -> int | None:
@@ -76,8 +79,8 @@ class Operation:
 
 def operations(device: torch.device) -> list[Operation]:
     """All operations. `device` decides which of the others can take part."""
-    found = norms(device)
-    pairs = partial(_pair_tokens, 1)
+    found, adaptive, optimisers = norms(device), adaptive_norms(device), optimizers(device)
+    increments = partial(_increment_tokens, 1)
     return [
         Operation(
             name="layernorm_modulate",
@@ -88,7 +91,7 @@ def operations(device: torch.device) -> list[Operation]:
             stream=_tokens,
             forward=2,
             backward=3,
-            others={name: norm if isinstance(norm, str) else partial(modulated, norm) for name, norm in found.items()},
+            others={**_ways(found, modulated), **adaptive},
         ),
         Operation(
             name="gate_residual_layernorm_modulate",
@@ -99,10 +102,7 @@ def operations(device: torch.device) -> list[Operation]:
             stream=_tokens,
             forward=4,
             backward=6,
-            others={
-                name: norm if isinstance(norm, str) else partial(gated_residual_norm, norm)
-                for name, norm in found.items()
-            },
+            others=_ways(found, gated_residual_norm) | _ways(adaptive, adaptive_gated_residual_norm),
         ),
         Operation(
             name="gate_residual",
@@ -191,36 +191,32 @@ def operations(device: torch.device) -> list[Operation]:
             ours=k.layernorm_modulate_increment,
             reference=k.layernorm_modulate_increment_reference,
             inputs=lambda *at: {key: _increment_inputs(*at)[key] for key in ("x", "shift", "scale")},
-            pair=True,
-            stream=pairs,
-            forward=2,
+            stream=increments,
+            forward=3,
         ),
         Operation(
             name="gate_residual_layernorm_modulate_increment",
             ours=k.gate_residual_layernorm_modulate_increment,
             reference=k.gate_residual_layernorm_modulate_increment_reference,
-            inputs=_increment_inputs,
-            pair=True,
-            stream=pairs,
-            forward=4,
+            inputs=_gate_increment_inputs,
+            stream=increments,
+            forward=6,
         ),
         Operation(
             name="bias_gelu_increment",
             ours=k.bias_gelu_increment,
             reference=k.bias_gelu_increment_reference,
             inputs=_gelu_increment_inputs,
-            pair=True,
-            stream=partial(_pair_tokens, 4),
-            forward=2,
+            stream=partial(_increment_tokens, 4),
+            forward=3,
         ),
         Operation(
             name="silu_increment",
             ours=k.silu_increment,
             reference=k.silu_increment_reference,
             inputs=lambda *at: {"x": _increment_inputs(*at)["x"]},
-            pair=True,
-            stream=pairs,
-            forward=2,
+            stream=increments,
+            forward=3,
         ),
         Operation(
             name="time_embedding_increment",
@@ -237,13 +233,17 @@ def operations(device: torch.device) -> list[Operation]:
             ours=k.attention_increment,
             reference=k.attention_increment_reference,
             inputs=_attention_inputs,
-            pair=True,
             roundings=2,  # P and dP
-            stream=pairs,
-            forward=4,
+            stream=increments,
+            forward=7,
         ),
-        *(_adamw(low) for low in (False, True)),
+        *(_adamw(low, optimisers) for low in (False, True)),
     ]
+
+
+def _ways(found: Found, operation: Callable[..., Any]) -> dict[str, Callable[..., Any] | str]:
+    """An operation by what other people offer for a part of it."""
+    return {name: way if isinstance(way, str) else partial(operation, way) for name, way in found.items()}
 
 
 def _tokens(sizes: Sizes) -> int:
@@ -255,8 +255,8 @@ def _pair_samples(sizes: Sizes) -> int:
     return max(1, sizes.samples // 4)
 
 
-def _pair_tokens(times: int, sizes: Sizes) -> int:
-    return 2 * times * _pair_samples(sizes) * sizes.tokens * sizes.width
+def _increment_tokens(times: int, sizes: Sizes) -> int:
+    return times * _pair_samples(sizes) * sizes.tokens * sizes.width
 
 
 def _pixels(sizes: Sizes) -> int:
@@ -354,6 +354,12 @@ def _increment_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     return {**inputs, "bias": _noise(D, device=device, dtype=dtype)}
 
 
+def _gate_increment_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:
+    inputs = _increment_inputs(sizes, device, dtype)
+    total, dx = inputs.pop("x")
+    return {"total": total, "dx": dx, **inputs}
+
+
 def _gelu_increment_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:
     D = 4 * sizes.width
     x = _pair(_pair_samples(sizes), sizes.tokens, D, device=device, dtype=dtype)
@@ -371,7 +377,7 @@ def _attention_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     return {"q": q, "k": key, "v": v}
 
 
-def _adamw(low: bool) -> Operation:
+def _adamw(low: bool, optimisers: Found[Update]) -> Operation:
     """The optimiser with float32 gradients and an average, 36 bytes a parameter, or (low) with
     bfloat16 gradients and weights, 38. Its reference: torch's fused AdamW, then the average by `foreach` operations."""
     settings: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
@@ -385,6 +391,7 @@ def _adamw(low: bool) -> Operation:
         single=True,
         stream=lambda sizes: sizes.blocks * 18 * sizes.width**2,
         forward=9.5 if low else 9,
+        others=_ways(optimisers, lambda way, **inputs: way(**inputs, **settings)),
     )
 
 

@@ -1,24 +1,33 @@
-"""One race: every recipe on one network and batch, checked first, then timed in turn within one run."""
+"""One race: the recipes on one network and batch, each checked, built once, measured and then timed.
+
+On a CPU all are in memory together and timed in turn, so that whatever else the machine does hits all alike. On a GPU
+each is alone in memory, one after the other: at the batches that matter two do not fit. There ours is first, and last
+once more, which shows how much the machine has changed in between.
+"""
 
 import functools
 import statistics
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.correctness import step as step_correctness
-from benchmarks.correctness.comparison import IncorrectResult, count_calls
+from benchmarks.correctness.comparison import BATCH, IncorrectResult, count_calls
 from benchmarks.harness import account, ceilings
 from benchmarks.harness.cases import Case
 from benchmarks.harness.recipes import OURS, Recipe, build
 from benchmarks.harness.timing import InTurn, Stopwatch, release
-from soflow_fast.config.schema import Config
+from soflow_fast.config.schema import Config, override
 from soflow_fast.training.precision import resolve_device
+from soflow_fast.training.state import TrainState
 
 WARM_UP = 2
-STATE_BYTES = 24
-"""Bytes of a training state for a parameter: weight, its average, two of AdamW, gradient, copy in bf16, slack."""
+GATE_DEPTH = 2
+"""Blocks of the network on which a recipe is checked: at its true width, where a check costs little."""
 LARGEST = 2048
 """The batch that `largest` begins with."""
 
@@ -62,135 +71,130 @@ class Row:
 
 
 class Race:
-    """The recipes of one case, ours first. Building it checks each for correctness and measures all but its time, one
-    alone in memory; then heats of them are warmed up and timed in turn, by `timer`.
+    """The recipes of one case, ours first. Nothing is built until a recipe enters.
 
-    A baseline that cannot run here, does not fit into the memory, computes something else or fails otherwise keeps a
-    row that says so. An error of ours is raised.
+    A recipe that cannot run here, does not fit into the memory, computes something else or fails otherwise keeps a row
+    that says so.
     """
 
-    def __init__(self, case: Case, baselines: Sequence[Recipe]) -> None:
-        self.case = case
-        self.recipes = {recipe.name: recipe for recipe in [OURS, *baselines]}
-        self.rows = {name: Row(case=case.describe(), recipe=name) for name in self.recipes}
-        self.timer = InTurn(resolve_device(case.config.run.device))
-        for name, recipe in self.recipes.items():
-            self.rows[name].skipped = recipe.why_not(case.config)
-            self._attempt(name, self._measure)
+    def __init__(self, case: Case, recipes: Sequence[Recipe]) -> None:
+        self.case, self.device = case, resolve_device(case.config.run.device)
+        self.recipes = {recipe.name: recipe for recipe in recipes}
+        self.rows: dict[str, Row] = {}
+        """Of those that have had their turn."""
+        self.timer = InTurn(self.device)
 
-    def heats(self) -> list[list[str]]:
-        """The baselines that can run, as many at a time as leave half of a GPU's memory to a step; all on a CPU."""
-        names = [name for name, row in self.rows.items() if not row.skipped and name != OURS.name]
-        device, size = resolve_device(self.case.config.run.device), max(1, len(names))
-        if device.type == "cuda":
-            half = torch.cuda.get_device_properties(device).total_memory / 2
-            size = max(1, int(half / (STATE_BYTES * self.case.parameters())) - 1)
-        return [names[k : k + size] for k in range(0, len(names), size)] or [[]]
+    def groups(self) -> list[list[str]]:
+        """The names of those that are in memory together: all on a CPU, each alone on a GPU."""
+        names = list(self.recipes)
+        return [[name] for name in names] if self.device.type == "cuda" else [names]
 
-    def warm_up(self, names: Sequence[str]) -> None:
-        """Warm states of ours and of some baselines; those of the heat before are given up."""
-        self.timer.clear()
-        release()
-        for name in (OURS.name, *names):
-            self.rows[name].seconds = []
-            self._attempt(name, self._enter)
-
-    def results(self, names: Sequence[str], heat: str = "") -> list[dict]:
-        """The rows of ours and of some baselines, as recorded."""
-        found = [self.rows[name].as_dict() for name in (OURS.name, *names)]
-        return [row | {"case": row["case"] + heat} for row in found]
-
-    def absent(self) -> list[dict]:
-        """The rows of those that were not timed."""
-        return [row.as_dict() for row in self.rows.values() if row.skipped]
-
-    def _measure(self, recipe: Recipe) -> None:
+    def enter(self, name: str) -> bool:
+        """Check a recipe, build it, measure all but its time, and let it take part in `timer`. Whether it does."""
+        recipe, config = self.recipes[name], self.case.config
+        row = self.rows[name] = Row(case=self.case.describe(), recipe=name, skipped=recipe.why_not(config))
+        if row.skipped:
+            return False
+        where = " in its check"
         try:
-            errors = checked(self.case.config, recipe)
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError("out of memory in its check") from error
-        self.rows[recipe.name] = entry(self.case, recipe)
-        self.rows[recipe.name].errors = errors
-
-    def _enter(self, recipe: Recipe) -> None:
-        self.timer.add(recipe.name, warm_step(self.case, recipe), self.rows[recipe.name].seconds)
-
-    def _attempt(self, name: str, act: Callable[[Recipe], None]) -> None:
-        """Do something with a recipe that is still in the race; it drops out where that fails."""
-        if self.rows[name].skipped:
-            return
-        try:
-            act(self.recipes[name])
+            errors = checked(config, recipe)
+            where = ""
+            release()
+            row, step = prepared(self.case, recipe)
         except Exception as error:
-            if name == OURS.name:
-                raise
-            self.rows[name].skipped, self.rows[name].failed = why_it_dropped_out(error)
+            self.failed(name, error, where)
+            return False
         finally:
             release()
+        row.errors, self.rows[name] = errors, row
+        self.timer.add(name, step, row.seconds)
+        return True
+
+    def failed(self, name: str, error: Exception, where: str = "") -> None:
+        """Let the row of a recipe say that an error ended its turn."""
+        row = self.rows[name] = Row(case=self.case.describe(), recipe=name)
+        row.skipped, row.failed = why_it_dropped_out(error, where)
+        if row.failed and not isinstance(error, IncorrectResult):  # which says all by itself
+            traceback.print_exception(error)
+
+    def leave(self) -> None:
+        """Give up the states of those that are in memory."""
+        self.timer.clear()
+        release()
+
+    def results(self) -> list[dict]:
+        """The rows of those that have had their turn, as recorded."""
+        return [self.rows[name].as_dict() for name in self.recipes if name in self.rows]
+
+    def missing(self) -> list[str]:
+        """Those that have not had their turn, as a record names them."""
+        return [f"{self.case.describe()}: {name}" for name in self.recipes if name not in self.rows]
 
 
-def why_it_dropped_out(error: Exception) -> tuple[str, bool]:
+def why_it_dropped_out(error: Exception, where: str = "") -> tuple[str, bool]:
     """The reason that a row gives for a recipe that raised an error, and whether that is a fault and not just a lack of
     memory."""
     said = " ".join(str(error).split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return said if said.startswith("out of memory in") else "out of memory", False
+        return f"out of memory{where}", False
     return f"incorrect: {said}" if isinstance(error, IncorrectResult) else f"{type(error).__name__}: {said}", True
 
 
-@functools.cache
 def checked(config: Config, recipe: Recipe) -> dict[str, float]:
-    """Relative errors by name: of a baseline against ours or float64, of ours against float32. Raises
-    IncorrectResult."""
+    """Relative errors by name, on the first blocks of the network: of a baseline against ours or float64, of ours
+    against float32. Raises IncorrectResult."""
+    return _checked(override(config, {"model.depth": min(GATE_DEPTH, config.model.depth)}), recipe)
+
+
+@functools.cache
+def _checked(config: Config, recipe: Recipe) -> dict[str, float]:
     if recipe is OURS:
         return step_correctness.check_precision(config)
     return (recipe.check or step_correctness.check)(config, recipe)
 
 
-def warm_step(case: Case, recipe: Recipe) -> Callable[[], object]:
-    """One step of a recipe, ready to be timed."""
-    state = build(recipe, case.config)
-    x0, y = case.batch(state.device)
-    step = functools.partial(recipe.step, state, x0, y)
-    for _ in range(max(WARM_UP, recipe.checked_steps)):
-        step()
-    return step
+def prepared(case: Case, recipe: Recipe, counted: Row | None = None) -> tuple[Row, Callable[[], object]]:
+    """A row with all but the times, and one warm step to be timed, of one state, built once.
 
-
-def entry(case: Case, recipe: Recipe, counted: Row | None = None) -> Row:
-    """A row with all but the times, from one recipe alone in memory. counted: a row of the same network at another
-    batch, whose counts per image hold here too; a count takes other operations than the step, and more memory."""
-    row = Row(case=case.describe(), recipe=recipe.name)
-    if counted is None:
-        _count(case, recipe, row)
-    else:
-        row.network_calls, row.bytes_per_image = counted.network_calls, counted.bytes_per_image
-        row.flops_per_image, row.forwards_per_image = counted.flops_per_image, counted.forwards_per_image
+    counted: a row of the same network at another batch, whose counts per image hold here too.
+    """
     state = build(recipe, case.config)
     device = state.device
     x0, y = case.batch(device)
-    row.precision, row.batch, row.parameters = state.precision, len(x0), state.parameter_count()
-    if counted is None and not recipe.compiled:
-        row.bytes_per_image = account.bytes_moved(lambda: recipe.step(state, x0, y)) / len(x0)
+    step = functools.partial(recipe.step, state, x0, y)
+    row = Row(case=case.describe(), recipe=recipe.name, precision=state.precision, batch=len(x0))
+    row.parameters = state.parameter_count()
+    if counted is None:
+        _count(recipe, state, x0[:BATCH], y[:BATCH], row)
+        if not recipe.compiled:
+            row.bytes_per_image = account.bytes_moved(step) / len(x0)
+    else:
+        row.network_calls, row.bytes_per_image = counted.network_calls, counted.bytes_per_image
+        row.flops_per_image, row.forwards_per_image = counted.flops_per_image, counted.forwards_per_image
+    warm_up = max(WARM_UP, recipe.checked_steps)
     if device.type == "cpu":
-        row.kept_for_backward = account.kept_for_backward(state, lambda: recipe.step(state, x0, y))
-    row.peak_allocated, row.peak_reserved = account.peak_memory(lambda: recipe.step(state, x0, y), device)
+        row.kept_for_backward = account.kept_for_backward(state, step)
+        for _ in range(warm_up):
+            step()
+    # A recording is made on the way, and its memory counts.
+    row.peak_allocated, row.peak_reserved = account.peak_memory(step, device, warm_up)
     row.product_ceiling = ceilings.product_ceiling(device, state.precision)
     row.copy_ceiling = ceilings.copy_ceiling(device)
-    return row
+    return row, step
 
 
-def _count(case: Case, recipe: Recipe, row: Row) -> None:
-    """FLOPs and calls of a first step."""
-    recipe = recipe.counted_as or recipe
-    state = build(recipe, case.config)
-    x0, y = case.batch(state.device)
+def _count(recipe: Recipe, state: TrainState, x0: Tensor, y: Tensor, row: Row) -> None:
+    """FLOPs and calls of a step on a few images, by operations one by one, which take more memory than the step's own.
+    A recipe that hides its products is counted by another, on a state of that one's."""
+    other: Any = recipe.counted_as
+    if other is not None:
+        recipe, state = other, build(other, state.config)
     one = account.forward_flops(state, x0[:1])
 
-    def first_step() -> None:
+    def step() -> None:
         row.network_calls, _ = count_calls(recipe, state, x0, y)
 
-    row.flops_per_image = account.flops(first_step) / len(x0)
+    row.flops_per_image = account.flops(step) / len(x0)
     row.forwards_per_image = row.flops_per_image / one
 
 
@@ -202,7 +206,7 @@ def largest(case: Case, recipe: Recipe, rounds: int = 10) -> Row:
         return found
     try:
         errors = checked(case.config, recipe)
-        counted = entry(case, recipe)
+        counted = prepared(case, recipe)[0]  # its state is given up
     except Exception as error:
         if recipe is OURS:
             raise
@@ -215,10 +219,9 @@ def largest(case: Case, recipe: Recipe, rounds: int = 10) -> Row:
 
     def fits(batch: int) -> bool:
         at = case.at(batch)
+        release()  # the state before
         try:
-            row = entry(at, recipe, counted)
-            release()
-            step = warm_step(at, recipe)
+            row, step = prepared(at, recipe, counted)
             stopwatch = Stopwatch(resolve_device(at.config.run.device))
             row.seconds = [stopwatch.seconds(step) for _ in range(rounds)]
         except (torch.OutOfMemoryError, MemoryError):

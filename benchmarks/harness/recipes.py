@@ -13,9 +13,9 @@ from soflow_fast.config.schema import Config, DiTConfig, override
 from soflow_fast.errors import ConfigError
 from soflow_fast.flow import SolutionFlow
 from soflow_fast.models import float8
-from soflow_fast.models.dit import DiT
 from soflow_fast.objective import Objective
 from soflow_fast.rng import generator
+from soflow_fast.training import state as engine
 from soflow_fast.training.precision import resolve_device, resolve_precision
 from soflow_fast.training.state import TrainState, build_flow
 from soflow_fast.training.step import train_step
@@ -76,19 +76,20 @@ def initial_flow(config: Config, device: torch.device, dtype: torch.dtype = torc
     return flow
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 @torch.no_grad()
 def initial_weights(model: DiTConfig, seed: int) -> dict[str, Tensor]:
     """The public initialisation with N(0, 0.02) added to all weights, on the CPU.
 
     As it is, the output layers are zero, and so are nearly all gradients: nothing to compare. Made once for all the
-    states of a race, as numbers for hundreds of millions of weights take long.
+    states of a race, as numbers for hundreds of millions of weights take long; four are kept: two networks, and each at
+    the depth of its checks.
     """
-    network = DiT(model)
-    network.initialize(generator(seed, 0, 0, "initialisation"))
+    config = Config(model=model, seed=seed)
+    weights = engine.initial_weights(config)
     source = generator(seed, 0, 0, "benchmark weights")
-    weights = SolutionFlow(network).state_dict()
-    for name in sorted(weights.keys() - {f"network.{buffer}" for buffer, _ in network.named_buffers()}):
+    buffers = {name for name, _ in build_flow(config).named_buffers()}
+    for name in sorted(weights.keys() - buffers):
         weights[name].add_(torch.randn(weights[name].shape, generator=source), alpha=0.02)
     return weights
 

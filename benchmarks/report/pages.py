@@ -14,7 +14,7 @@ from benchmarks.harness.command import Parser
 from benchmarks.harness.race import figures, speed_ups
 from benchmarks.report import plots, record
 from benchmarks.report.compare import compare, find
-from benchmarks.report.tables import kernel_table, markdown, number, quartiles, sweep_base, sweep_table
+from benchmarks.report.tables import distance_table, kernel_table, markdown, number, quartiles, sweep_base, sweep_table
 from soflow_fast.errors import UserError
 
 HEAD = (
@@ -110,6 +110,18 @@ def precision_errors(run: dict) -> str:
     return page(["r", *ways], 1 + len(ways), lines, run, f"`{run['command']}`.")
 
 
+def distance(run: dict) -> str:
+    """A record of benchmarks.distance as Markdown."""
+    trained = {row["network"]: row["steps"] for row in run["rows"]}
+    interval = run["rows"][0]["median_interval"]
+    networks = "; ".join(f"{name}: {steps} steps" for name, steps in trained.items())
+    note = (
+        f"256 samples of each network ({networks}), whose median t - s is {interval:.2f}: at r = 0.002 SoFlow's ends "
+        f"are {0.002 * interval:.4f} apart. `{run['command']}`."
+    )
+    return f"{distance_table(run['rows'])}\n\n{measured(run, note)}"
+
+
 def precision_quality(run: dict) -> str:
     """A record of benchmarks.precision as Markdown: what each recipe learned, mean and range over the seeds."""
     rows = [row for row in run["rows"] if row["kind"] == "quality"]
@@ -170,6 +182,24 @@ def sampling(run: dict) -> str:
             lines.append([case if k == 0 else "", row["way"], str(batch) if k == 0 else "", ms, images])
     head = ["network", "one network call", "batch", "ms (quartiles)", "images/s"]
     return page(head, 3, lines, run, f"In turn, one run. `{run['command']}`.")
+
+
+def prediction(run: dict) -> str:
+    """A record of benchmarks.prediction as Markdown: a line per network, batch and recipe."""
+    lines = []
+    gpus = list(run["rows"][0]["predicted_ms"])
+    for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
+        for k, row in enumerate(group):
+            launches = "" if row["launches"] is None else str(row["launches"])
+            sizes = [number(row["bytes"] / 1e9), number(row["other_bytes"] / 1e9), number(row["flops"] / 1e12)]
+            times = [number(row["predicted_ms"][gpu]) for gpu in gpus]
+            lines.append([case if k == 0 else "", row["recipe"], launches, *sizes, *times])
+    head = ["network and batch", "recipe", "launches", "GB", "GB of others", "TFLOP", *(f"{g} ms" for g in gpus)]
+    note = (
+        "Arithmetic, not a measurement: nothing here ran on a GPU. Of others: all but products and attention. Whether "
+        f"it fits the memory is another question. `{run['command']}`."
+    )
+    return page(head, 4 + len(gpus), lines, run, note)
 
 
 def kernels(run: dict) -> str:
@@ -252,10 +282,12 @@ BLOCKS = {
     "quality-for-time": Block(
         "docs/performance.md", "quality-for-time", quality_for_time, (plots.quality_for_time, "docs/quality.svg")
     ),
+    "prediction": Block("docs/performance.md", "prediction", prediction),
     "sampling": Block("docs/performance.md", "sampling", sampling),
     "digits": Block("docs/performance.md", "digits", digits),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
     "step-batch": Block("docs/performance.md", "step-batch", table),
+    "distance": Block("docs/precision.md", "distance", distance),
     "soak": Block("docs/reliability.md", "soak", soak),
     "increments": Block("docs/precision.md", "increments", increments),
     "precision-quality": Block(
@@ -272,6 +304,7 @@ def measured(run: dict, note: str) -> str:
     threads = f"{run['threads']} CPU thread{'s' * (run['threads'] != 1)}"
     commit = f", commit {run['commit']}" if run["commit"] else ""
     early = " Not everything passed or was reached." if run.get("unfinished") else ""
+    early += f" Missing: {'; '.join(run['missing'])}." if run.get("missing") else ""
     return (
         f"{run['date'][:10]}, {run['device']}, {threads}, {versions}{commit}.{early} {note} "
         f"Every sample: `benchmarks/records/{run['file']}`."

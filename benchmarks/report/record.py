@@ -133,18 +133,22 @@ def write(
     *,
     begun: dict | None = None,
     finished: bool = True,
+    missing: Sequence[str] = (),
 ) -> Path:
     """Write the rows of this run to <date>-<device>.json; other benchmarks than "step" put their name in between.
 
     A later run on the same day and device replaces it. begun: from `begin`; None: the machine as it is now. What is not
-    finished goes to a file of its own, which the finished record takes away, and says so.
+    finished goes to a file of its own, which the finished record takes away, and says so. missing: what it lacks, by
+    name; with any, it is not finished.
     """
+    finished = finished and not missing
     folder = folder or RECORDS
     facts = begun or {"date": _now().isoformat(timespec="seconds")} | environment()
     if begun and "gpu" in begun:
         facts = begun | {"clocks": clocks()}
     record: dict = {"benchmark": benchmark, "date": facts["date"], "command": command} | facts
-    record |= ({} if finished else {"unfinished": True}) | {"rows": rows}
+    record |= {} if finished else {"unfinished": True}
+    record |= ({"missing": [*missing]} if missing else {}) | {"rows": rows}
     name = record["device"] if benchmark == "step" else f"{benchmark} {record['device']}"
     stem = f"{record['date'][:10]}-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,13 +171,17 @@ class Growing:
         self._benchmark, self._begun = benchmark, begin()
         self._command = command(f"benchmarks.{benchmark.replace('-', '_')}", arguments)
 
-    def keep(self, rows: list[dict]) -> None:
-        """Write what there is so far, as unfinished."""
-        write(rows, self._command, benchmark=self._benchmark, begun=self._begun, finished=False)
+    def keep(self, rows: list[dict], missing: Sequence[str] = ()) -> None:
+        """Write what there is so far, as unfinished, with the names of what is still missing."""
+        self._write(rows, missing, finished=False)
 
-    def finish(self, rows: list[dict]) -> None:
-        """Write the whole record and say where it is."""
-        print(f"recorded: {shown(write(rows, self._command, benchmark=self._benchmark, begun=self._begun))}")
+    def finish(self, rows: list[dict], missing: Sequence[str] = ()) -> None:
+        """Write the record and say where it is; with something missing, as unfinished."""
+        print(f"recorded: {shown(self._write(rows, missing, finished=True))}", flush=True)
+
+    def _write(self, rows: list[dict], missing: Sequence[str], finished: bool) -> Path:
+        facts = {"benchmark": self._benchmark, "begun": self._begun}
+        return write(rows, self._command, finished=finished, missing=missing, **facts)
 
 
 def replace(path: Path, content: bytes) -> Path:

@@ -53,6 +53,8 @@ def kernel_table(rows: list[dict]) -> str:
             ratio = "" if row is ours else f"{middle / statistics.median(ours['seconds']):.2f}x"
             at = f"{name}, {part}: {row['shape']}, {row['dtype']}" if first else ""
             way = row["way"] if row["runs"] in (None, "kernel") else f"{row['way']} ({row['runs']})"
+            if "host included" in (row.get("timed") or ""):
+                way += ", host included"
             lines.append([at, way, quartiles(row["seconds"], 1e-6), ratio, moved, share])
             first = False
     head = ["operation", "way", "microseconds (quartiles)", "time over ours", "MB", "share of copy bandwidth"]
@@ -63,6 +65,26 @@ def kernel_table(rows: list[dict]) -> str:
     copied = f"A copy moves {number(bandwidth / 1e9)} GB/s here, bytes read and bytes written."
     untimed = f" Not timed: {'; '.join(notes)}." if notes else ""
     return f"{markdown(head, 4, lines)}\n\n{copied}{untimed}"
+
+
+def distance_table(rows: list[dict]) -> str:
+    """A line per method and distance: the difference over the value, then error of the slope and cosine of the residual
+    for each network and way."""
+    names, ways = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "way"))
+    columns = [(network, way) for network in names for way in ways]
+    lines = []
+    for (method, distance), group in itertools.groupby(
+        sorted(rows, key=lambda row: (row["method"] != "look-ahead", -row["distance"])),
+        key=lambda row: (row["method"], row["distance"]),
+    ):
+        found = {(row["network"], row["way"]): row for row in group}
+        signals = [f"{found[name, ways[0]]['signal']:.2g}" for name in names]
+        at = [found[column] for column in columns]
+        cells = [f"{row['slope_error']:.1e} / {row['residual_cosine']:.4f}" for row in at]
+        first = method if not lines or lines[-1][-1] != method else ""
+        lines.append([first, f"{distance:g}", ", ".join(signals), *cells, method])
+    head = ["ends", "distance", "size of the difference", *(f"{way}, {name.split(',')[0]}" for name, way in columns)]
+    return markdown(head, len(head) - 1, [line[:-1] for line in lines])
 
 
 def sweep_table(rows: list[dict]) -> str:

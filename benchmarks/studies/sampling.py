@@ -80,14 +80,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept, began = record.Growing("sampling", argv), time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict] = []
-    for case in cases():
-        for batch in (1, LARGE[device]):
-            if rows and arguments.within is not None and time.monotonic() - began > arguments.within:
-                print(f"time is up: {case.name}, batch {batch} is left out", flush=True)
-                continue
-            for row in measure(case, batch, arguments.seconds):
-                rows.append(row)
-                figure = row["why_not"] or f"{figures(row)['median_ms']:.2f} ms"
-                print(f"{row['case']}, batch {batch}: {row['way']}: {figure}", flush=True)
-            kept.keep(rows)
-    kept.finish(rows)
+    todo = [(case, batch) for case in cases() for batch in (1, LARGE[device])]
+    missing = [f"{case.name}, batch {batch}" for case, batch in todo]
+    for case, batch in todo:
+        if rows and arguments.within is not None and time.monotonic() - began > arguments.within:
+            print(f"time is up: left out: {'; '.join(missing)}", flush=True)
+            break
+        for row in measure(case, batch, arguments.seconds):
+            rows.append(row)
+            figure = row["why_not"] or f"{figures(row)['median_ms']:.2f} ms"
+            print(f"{row['case']}, batch {batch}: {row['way']}: {figure}", flush=True)
+        missing.pop(0)
+        kept.keep(rows, missing)
+    kept.finish(rows, missing)

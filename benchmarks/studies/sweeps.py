@@ -176,9 +176,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict] = []
     found: list[dict]
     order = {(point.axis, point.value): index for index, point in enumerate(points)}
-    for point in in_order_of_worth(points):
+    todo = in_order_of_worth(points)
+    missing = [f"{point.axis} {point.value}" for point in todo]
+    for point in todo:
         if rows and arguments.within is not None and time.monotonic() - began > arguments.within:
-            print(f"time is up: {point.axis} {point.value} and what follows is left out", flush=True)
+            print(f"time is up: left out: {'; '.join(missing)}", flush=True)
             break
         try:
             if point.config.model not in checked:
@@ -192,5 +194,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             peak = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:.0f} MiB"
             figure = row["why_not"] or f"{quartiles(row['seconds'], 1e-3)} ms{peak}"
             print(f"{point.axis} {point.value}: {row['recipe']}: {figure}", flush=True)
-        kept.keep(rows)
-    kept.finish(rows)
+        missing.pop(0)
+        kept.keep(rows, missing)
+    kept.finish(rows, missing)

@@ -575,11 +575,13 @@ def adaln_bwd(
 
 
 def inspect_cases() -> Iterator[tuple[str, Callable]]:
-    """(label, call): forward and backward at the shipped shapes, for `python -m soflow_kernels.inspect`."""
-    for dtype, D in itertools.product((torch.bfloat16, torch.float32), (768, 1024, 1152)):
-        x, m, bias = torch.zeros(2, 16, D, dtype=dtype), torch.zeros(2, D, dtype=dtype), torch.zeros(D, dtype=dtype)
-        stats = torch.zeros(2, 16)
-        size = f"{D} {str(dtype)[6:]}"
+    """(label, call): forward and backward at the shipped shapes, for `python -m soflow_kernels.inspect`. A program has
+    one token where there are few, 8 or more where there are many."""
+    sizes = ((256, 256), (32, 64))
+    for (B, T), dtype, D in itertools.product(sizes, (torch.bfloat16, torch.float32), (768, 1024, 1152)):
+        x, m, bias = (torch.empty(shape, dtype=dtype) for shape in ((B, T, D), (B, D), (D,)))
+        stats = torch.empty(B, T)
+        size = f"{B * T} x {D} {str(dtype)[6:]}"
         op = "layernorm_modulate"
         yield f"{op} {size}", partial(_forward, x, None, None, m, m, None, 1e-6, dtype, True)
         yield f"{op} backward {size}", partial(_backward, x, None, x, None, None, m, None, stats, stats)

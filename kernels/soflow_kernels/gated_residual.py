@@ -35,7 +35,8 @@ ROWS = 16
 def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
     """`gate_residual` in plain PyTorch: any device and dtype, any order of differentiation."""
     y = y if bias is None else y + bias
-    return torch.addcmul(x, gate.unsqueeze(1), y).to(x.dtype)
+    total = torch.addcmul(x, gate.unsqueeze(1), y)
+    return total if total.dtype == x.dtype else total.to(x.dtype)
 
 
 @jit
@@ -188,7 +189,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None = None
 def inspect_cases() -> Iterator[tuple[str, Callable]]:
     """(label, call): forward and backward at the shipped shapes, for `python -m soflow_kernels.inspect`."""
     for dtype, D in itertools.product((torch.bfloat16, torch.float32), (768, 1024, 1152)):
-        x, gate, bias = torch.zeros(2, 16, D, dtype=dtype), torch.zeros(2, D, dtype=dtype), torch.zeros(D, dtype=dtype)
+        x, gate, bias = (torch.empty(shape, dtype=dtype) for shape in ((256, 256, D), (256, D), (D,)))
         for b, name in ((None, ""), (bias, "+bias ")):
             size = f"{name}{D} {str(dtype)[6:]}"
             yield f"gate_residual {size}", partial(_gate_residual, x, x, gate, b)

@@ -212,7 +212,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def inspect_cases() -> Iterator[tuple[str, Callable]]:
     """(label, call): forward and backward at the shipped shapes, for `python -m soflow_kernels.inspect`."""
     for dtype, D in itertools.product((torch.bfloat16, torch.float32), (3072, 4096, 4608)):
-        x, bias = torch.zeros(32, D, dtype=dtype), torch.zeros(D, dtype=dtype)
+        x, bias = torch.empty(256, 256, D, dtype=dtype), torch.empty(D, dtype=dtype)
         size = f"{D} {str(dtype)[6:]}"
         yield f"bias_gelu {size}", partial(_bias_gelu, x, bias)
         for recompute in (False, True):

@@ -2,9 +2,13 @@
 
     python -m soflow_kernels.inspect --arch 80 90 100 [--only SUBSTRING] [--json FILE]
 
-Each module below names its calls in `inspect_cases`; their launches are recorded and compiled instead of run. A table
-shows registers, spilled bytes, shared memory and the widths of the global loads. Exit code 1 if a kernel spills, or has
-more loads narrower than 16 bytes than its tensors force: one with fewer than 16 bytes a thread cannot fill a load.
+Each module below names its calls in `inspect_cases`; their launches are recorded and compiled instead of run, and the
+tensors, as large as real ones, are never touched. A table shows registers, spilled bytes, shared memory, the programs
+that fit on a multiprocessor at once, and the widths of the global loads. Exit code 1 if a kernel
+
+    spills;
+    has more loads narrower than 16 bytes than its tensors force: one with fewer than 16 bytes a thread cannot fill one;
+    leaves room for one program on a multiprocessor, which then idles while that one waits, unless `ALONE` says why.
 """
 
 import argparse
@@ -17,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +33,7 @@ from soflow_kernels import (
     gelu,
     lookahead,
     losses,
+    packed_gradient,
     time_embedding,
 )
 from soflow_kernels.increment import adaln as increment_adaln
@@ -50,6 +55,7 @@ MODULES = (
     increment_time_embedding,
     lookahead,
     losses,
+    packed_gradient,
     time_embedding,
 )
 POINTERS = {
@@ -63,7 +69,36 @@ POINTERS = {
 }
 Launch = tuple[Any, Sequence[Any], dict[str, Any]]
 """A kernel, its arguments and its options."""
-COLUMNS = ("case", "kernel", "arch", "warps", "registers", "spill", "shared", "widest", "narrowest", "problem")
+COLUMNS = (
+    "case", "kernel", "arch", "warps", "registers", "spill", "shared", "programs/SM", "widest", "narrowest", "problem",
+)  # fmt: skip
+REGISTERS = 65536
+"""Of 32 bits, on a multiprocessor of any architecture below; a quarter of them belongs to each of its four parts."""
+ALONE = {
+    "increment.attention._kernel": "two accumulators and the operands of six products fill the registers of 8 warps, "
+    "of 16 in float32, which hide each other's waits",
+}
+"""{kernel: why one program on a multiprocessor is enough for it}."""
+
+
+class Multiprocessor(NamedTuple):
+    """What the programs on a multiprocessor share (CUDA C++ Programming Guide, "Compute Capabilities")."""
+
+    warps: int
+    programs: int
+    shared: int
+    """Bytes; each program takes 1024 for the system besides its own."""
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(64, 32, 164 * 1024),
+    86: Multiprocessor(48, 16, 100 * 1024),
+    89: Multiprocessor(48, 24, 100 * 1024),
+    90: Multiprocessor(64, 32, 228 * 1024),
+    100: Multiprocessor(64, 32, 228 * 1024),
+    120: Multiprocessor(48, 24, 100 * 1024),
+}
+"""By compute capability."""
 
 
 class Failed(Exception):
@@ -119,6 +154,19 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def programs_at_once(arch: int, warps: int, registers: int, shared: int) -> int:
+    """How many programs of a kernel a multiprocessor holds: the least of what registers, shared memory, warps and the
+    number of programs allow. A warp takes registers from one of four parts, in steps of 8 a thread; shared memory is
+    given out in steps of 128 bytes."""
+    limit = MULTIPROCESSORS[arch]
+    by_registers = 4 * (REGISTERS // 4 // (32 * _up(max(registers, 1), 8))) // warps
+    return min(by_registers, limit.shared // (_up(shared, 128) + 1024), limit.warps // warps, limit.programs)
+
+
+def _up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
 def load_widths(ptx: str) -> collections.Counter[int]:
     """{bytes: number of load instructions}, asynchronous copies included."""
     widths = collections.Counter()
@@ -158,7 +206,10 @@ def inspect_launch(case: str, launch: Launch, arch: int) -> dict[str, Any]:
         problems.append("narrow loads")
     name = f"{kernel.fn.__module__.removeprefix('soflow_kernels.')}.{kernel.fn.__name__}"
     shared = compiled.metadata.shared
-    row = (case, name, arch, warps, registers, spill, shared, max(widths), min(widths), ", ".join(problems))
+    programs = programs_at_once(arch, warps, registers, shared)
+    if programs < 2 and name not in ALONE:
+        problems.append("one program per multiprocessor")
+    row = (case, name, arch, warps, registers, spill, shared, programs, max(widths), min(widths), ", ".join(problems))
     return dict(zip(COLUMNS, row, strict=True))
 
 
@@ -182,10 +233,28 @@ def inspect_all(arches: Iterable[int], only: str = "") -> Iterator[dict[str, Any
                     yield from (inspect_launch(case, launch, arch) for arch in arches)
 
 
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table with a line for each kernel: over all its cases the most registers a thread and the fewest
+    programs on a multiprocessor, on each architecture."""
+    arches = sorted({row["arch"] for row in rows})
+    lines = [f"| kernel | {' | '.join(f'sm_{arch}' for arch in arches)} |", f"| --- |{' ---: |' * len(arches)}"]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        cells = []
+        for arch in arches:
+            mine = [row for row in rows if (row["kernel"], row["arch"]) == (kernel, arch)]
+            most, fewest = max(row["registers"] for row in mine), min(row["programs/SM"] for row in mine)
+            cells.append(f"{most}, {fewest}")
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     what = "Compile every kernel ahead of time and read what came out. Needs no GPU."
     parser = argparse.ArgumentParser(prog="python -m soflow_kernels.inspect", description=what)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities (80 90 100)")
+    default = [80, 90, 100]
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=default, choices=MULTIPROCESSORS, help="compute capabilities (80 90 100)"
+    )
     parser.add_argument(
         "--only", default="", metavar="SUBSTRING", help="only cases whose module or label contains this"
     )
@@ -193,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     # The reason alone, without the path through this file: an uncaught exception is exit code 1.
     sys.tracebacklimit = 0
-    line = "{:<64} {:<24} {:>4} {:>5} {:>9} {:>5} {:>6} {:>6} {:>9}  {}"
+    line = "{:<64} {:<24} {:>4} {:>5} {:>9} {:>5} {:>6} {:>11} {:>6} {:>9}  {}"
     print(line.format(*COLUMNS))
     rows = []
     for row in inspect_all(options.arch, options.only):
@@ -203,12 +272,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         versions = {"soflow_kernels": __version__, "triton": _dispatch.triton.__version__, "torch": torch.__version__}
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"versions": versions, "kernels": rows}, file, indent=1)
+    if not rows:
+        raise Failed(f"no case contains {options.only!r}")
+    print(f"\nMost registers a thread, fewest programs on a multiprocessor:\n\n{summary(rows)}\n")
+    for kernel in sorted(ALONE.keys() & {row["kernel"] for row in rows if row["programs/SM"] < 2}):
+        print(f"{kernel} is alone on a multiprocessor: {ALONE[kernel]}")
     bad = [row for row in rows if row["problem"]]
-    if bad or not rows:
-        raise Failed(
-            f"{len(bad)} of {len(rows)} kernels have a problem" if rows else f"no case contains {options.only!r}"
-        )
-    print(f"{len(rows)} kernels, no spill, no load narrower than its tensor allows")
+    if bad:
+        raise Failed(f"{len(bad)} of {len(rows)} kernels have a problem")
+    print(f"{len(rows)} kernels, no spill, no load narrower than its tensor allows, programs enough to hide a wait")
 
 
 if __name__ == "__main__":

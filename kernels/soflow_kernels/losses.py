@@ -499,9 +499,9 @@ def flow_matching_loss(
 
 def inspect_cases():
     """(label, call): at the shipped shapes, for `python -m soflow_kernels.inspect`."""
-    for shape in ((2, 4, 32, 32), (2, 3, 64, 64)):
+    for shape in ((256, 4, 32, 32), (256, 3, 64, 64)):
         for dtype in (torch.float32, torch.bfloat16):
-            v, t, drop = torch.zeros(shape, dtype=dtype), torch.zeros(2), torch.zeros(2, dtype=torch.bool)
+            v, t, drop = torch.empty(shape, dtype=dtype), torch.empty(256), torch.empty(256, dtype=torch.bool)
             size, kind = "x".join(map(str, shape[1:])), str(dtype)[6:]
             for trig in (False, True):
                 for name, value in (("", None), (" value", v)):

@@ -3,8 +3,9 @@
 import contextlib
 
 import torch
+from torch._library.custom_ops import OPDEFS
 
-from soflow_kernels._dispatch import INTERPRETED, as_on_gpu, mode, triton
+from soflow_kernels._dispatch import INTERPRETED, as_on_gpu, mode, recording, triton
 
 __all__ = [
     "INTERPRETED",
@@ -14,6 +15,7 @@ __all__ = [
     "assert_matches",
     "device",
     "grads",
+    "launches_of",
     "lay_out",
     "mode",
     "poisoned",
@@ -114,3 +116,15 @@ def assert_matches(actual, eager, exact):
             f"the worst by {error.flatten()[worst]:.3g}, allowed {bound.flatten()[worst]:.3g} "
             f"(eager PyTorch: at most {eager_error.max():.3g})"
         )
+
+
+def launches_of(operation, *args, **kwargs):
+    """What a library operation launches on tensors without data: [(name of the kernel, the tensors that it is given)].
+
+    operation: as "soflow::bias_gelu". Its own code runs, with every launch noted instead of made. An operation that
+    reads addresses (`soflow::adamw_ema`) cannot be asked.
+    """
+    run = OPDEFS[operation]._init_fn
+    with recording() as found:
+        run(*args, **kwargs)
+    return [(kernel.__name__, [a for a in given if isinstance(a, torch.Tensor)]) for kernel, given, _ in found]

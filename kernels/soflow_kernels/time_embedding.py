@@ -418,12 +418,12 @@ def inspect_cases():
     half, single = torch.bfloat16, torch.float32
     kinds = (("bfloat16", half, half), ("float32", single, single), ("autocast", half, single))
     for (kind, dtype, stored), D, B in itertools.product(kinds, (768, 1024, 1152), (32, 256)):
-        t, x, wide = torch.zeros(B), torch.zeros(B, D, dtype=dtype), torch.zeros(B, 2 * D, dtype=dtype)
-        b, table, out = (torch.zeros(shape, dtype=stored) for shape in ((D,), (1001, D), (B, D)))
+        t, x, wide = torch.empty(B), torch.empty(B, D, dtype=dtype), torch.empty(B, 2 * D, dtype=dtype)
+        b, table, out = (torch.empty(shape, dtype=stored) for shape in ((D,), (1001, D), (B, D)))
         size = f"{B} x {D} {kind}"
         yield f"time_embedding sinusoids {size}", partial(_sinusoids, t, t, 256, 1e4, dtype)
         yield f"time_embedding hidden {size}", partial(_hidden, x, x, b, b)
         yield f"time_embedding hidden backward {size}", partial(_hidden_backward, wide, x, x, b, b)
-        for y, name in ((torch.zeros(B, dtype=torch.int64), ""), (None, "null ")):
+        for y, name in ((torch.empty(B, dtype=torch.int64), ""), (None, "null ")):
             yield f"time_embedding tail {name}{size}", partial(_tail, x, b, b, table, y)
             yield f"time_embedding tail backward {name}{size}", partial(_tail_backward, out, x, b, b, table, y)

@@ -49,6 +49,18 @@ def _flash3() -> Callable[..., Any]:
     return flash_attn_func
 
 
+def _flash3_packed() -> Callable[..., Any]:
+    from flash_attn_interface import flash_attn_qkvpacked_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_qkvpacked_func
+
+
+def _flash2_packed() -> Callable[..., Any]:
+    from flash_attn import flash_attn_qkvpacked_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_qkvpacked_func
+
+
 def _flash2() -> Callable[..., Any]:
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
@@ -78,14 +90,19 @@ class Implementation(NamedTuple):
     """The least compute capability that a package supports."""
     largest: int = 256
     """The largest head dimension that a package supports. Rows are also multiples of 16 bytes."""
+    packed: Callable[[], Callable[..., Any]] | None = None
+    """Imports a package's function of q, k and v in one tensor, whose gradient comes in one tensor as well. (xformers
+    puts gradients in one tensor of its own accord where the operands are views of one.)"""
 
 
 _WHEELS = "--index-url https://download.pytorch.org/whl/cu130"
 
 IMPLEMENTATIONS = {
     "flash4": Implementation(HALF, None, "flash-attn-4", _flash4, "", (9, 0)),  # Hopper and Blackwell
-    "flash3": Implementation(HALF, None, "flash_attn_3", _flash3, _WHEELS, (9, 0)),  # Hopper alone
-    "flash2": Implementation(HALF, None, "flash-attn", _flash2, "", (8, 0)),  # Ampere and later
+    "flash3": Implementation(
+        HALF, None, "flash_attn_3", _flash3, _WHEELS, (9, 0), packed=_flash3_packed
+    ),  # Hopper alone
+    "flash2": Implementation(HALF, None, "flash-attn", _flash2, "", (8, 0), packed=_flash2_packed),  # Ampere and later
     "xformers": Implementation(SINGLE, None, "xformers", _xformers, "", (7, 0), 2**16),
     "sdpa-cudnn": Implementation(HALF, SDPBackend.CUDNN_ATTENTION),
     "sdpa-flash": Implementation(HALF, SDPBackend.FLASH_ATTENTION),
@@ -153,6 +170,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "sdpa") -> Ten
         return function(q, k, v).transpose(1, 2)
     out = function(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # some versions return the log-sum-exp as well
+
+
+def takes_packed(backend: Backend, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether a backend takes operands of a dtype in one tensor (`packed_attention`)."""
+    return (
+        isinstance(backend, str) and IMPLEMENTATIONS[backend].packed is not None and takes(backend, dtype, device_type)
+    )
+
+
+def packed_attention(qkv: Tensor, backend: str) -> Tensor:
+    """Attention of q, k and v in one tensor [B, T, 3, heads, head_dim] -> [B, T, heads, head_dim]."""
+    load = IMPLEMENTATIONS[backend].packed
+    assert load is not None
+    out = load()(qkv, deterministic=torch.are_deterministic_algorithms_enabled())
+    return out[0] if isinstance(out, tuple) else out
 
 
 def takes(backend: str, dtype: torch.dtype, device_type: str) -> bool:

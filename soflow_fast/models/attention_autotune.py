@@ -19,7 +19,18 @@ from ..errors import ConfigError
 from ..files import write_file
 from ..rng import generator
 from ..version import __version__
-from .attention import BACKENDS, PACKAGES, Backend, attention, in_short, require, version, why_not
+from .attention import (
+    BACKENDS,
+    PACKAGES,
+    Backend,
+    attention,
+    in_short,
+    packed_attention,
+    require,
+    takes_packed,
+    version,
+    why_not,
+)
 
 WARM_UP = 3
 SAMPLES = 9
@@ -131,6 +142,9 @@ def compare(
 
 def attend(qkv: Tensor, backend: Backend) -> Tensor:
     """Attention as in a DiT block: [B, T, 3, heads, d] -> [B, T, heads d]."""
+    if takes_packed(backend, qkv.dtype, qkv.device.type):
+        assert isinstance(backend, str)
+        return packed_attention(qkv, backend).flatten(2)
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     return attention(q, k, v, backend).transpose(1, 2).flatten(2)
 

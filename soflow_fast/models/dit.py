@@ -25,7 +25,7 @@ from soflow_kernels import (
 
 from ..config.schema import DiTConfig
 from ..config.validation import validate_model
-from .attention import Backend, attention
+from .attention import Backend, attention, packed_attention, takes_packed
 from .fused_layers import (
     EPS,
     BlockModulation,
@@ -148,11 +148,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return call_layer(self.proj, self.attend(*call_layer(self.qkv, x).chunk(3, -1)))
+        qkv = call_layer(self.qkv, x)
+        packed = self.parts(qkv.dtype, qkv.device) == 1
+        return call_layer(self.proj, self.attend(qkv) if packed else self.attend(*qkv.chunk(3, -1)))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention between the two linear layers: q, k and v [B, T, D] -> [B, T, D]."""
-        q, k, v = (split_heads(part, self.num_heads) for part in (q, k, v))
+    def parts(self, dtype: torch.dtype, device: torch.device) -> int:
+        """The number of tensors in which `attend` takes q, k and v: as the backend puts together their gradients."""
+        return 1 if takes_packed(self.backend, dtype, device.type) else 3
+
+    def attend(self, *qkv: Tensor) -> Tensor:
+        """The attention between the two linear layers: q, k and v [B, T, D], or one [B, T, 3 D] -> [B, T, D]."""
+        if len(qkv) == 1:
+            assert isinstance(self.backend, str)
+            return packed_attention(qkv[0].unflatten(-1, (3, self.num_heads, -1)), self.backend).flatten(2)
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv)
         return merge_heads(attention(q, k, v, self.backend))
 
 
@@ -417,7 +426,8 @@ class DiT(nn.Module):
         run: Any = fused_block if self.compile_backend is None else _compiled_block(self.compile_backend)
         if self.recompute == "block" and torch.is_grad_enabled():
             run = functools.partial(_checkpoint, run)
-        leaving, outputs = run(residual, modulation, weights, block.attn.attend, save, tape is not None)
+        parts = block.attn.parts(residual.x.dtype, residual.x.device)
+        leaving, outputs = run(residual, modulation, weights, block.attn.attend, save, tape is not None, parts)
         if tape is not None:
             tape.keep_block(outputs, defers_bias(residual.x))
         return leaving

@@ -30,6 +30,7 @@ from soflow_kernels import (
 )
 from soflow_kernels.adaln import adaln_bwd, adaln_fwd
 from soflow_kernels.gelu import bias_gelu_backward
+from soflow_kernels.packed_gradient import qkv_gradient
 
 EPS = 1e-6
 """Epsilon of every LayerNorm."""
@@ -166,9 +167,13 @@ class _NormedLinear(torch.autograd.Function):
     def backward(ctx: Any, *douts):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, branch, gate, branch_bias, shift, scale, mean, rstd, weight = ctx.saved_tensors
         dsum, douts = (None, douts) if branch is None else (douts[0], douts[1:])
-        dout = douts[0] if len(douts) == 1 else torch.cat(douts, -1)
+        if len(douts) == 3:
+            dout, dbias = qkv_gradient(*douts)
+        else:
+            dout = douts[0] if len(douts) == 1 else torch.cat(douts, -1)
+            dbias = dout.sum(tuple(range(dout.dim() - 1)))
         h = layernorm_modulate(x, shift, scale, EPS, weight.dtype)
-        dh, dweight, dbias = _linear_backward(dout, h, weight, True)
+        dh, dweight, _ = _linear_backward(dout, h, weight, False)
         del dout, douts
         del h
         d = adaln_bwd(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
@@ -258,7 +263,8 @@ def normed_linear(
     side by side."""
     if keep_norm or _composed():
         x, h = _norm(residual, shift, scale, layer.weight.dtype)
-        return x, *linear(h, layer).chunk(parts, -1)
+        out = linear(h, layer)
+        return (x, out) if parts == 1 else (x, *out.chunk(parts, -1))  # one chunk would be copied in the backward
     out: Any = _NormedLinear.apply(*residual, shift, scale, *layer, parts)
     return (residual.x, *out) if residual.branch is None else out
 
@@ -294,19 +300,21 @@ def fused_block(
     residual: PendingResidual,
     modulation: BlockModulation,
     weights: BlockWeights,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Callable[..., Tensor],
     save: SavePolicy,
     taped: bool = False,
+    parts: int = 3,
 ) -> tuple[PendingResidual, BlockOutputs]:
     """One DiT block, from the pending residual that enters it to the one that leaves it, and what its layers came to.
 
-    attend: attention proper, from q, k and v [B, T, D] to [B, T, D].
+    attend: attention proper, from q, k and v [B, T, D] to [B, T, D]; parts 1: from one tensor of them, [B, T, 3 D].
     """
     m = modulation
-    x1, q, k, v = normed_linear(residual, m.shift1, m.scale1, weights.qkv, keep_norm=save.norms, parts=3)
+    x1, *qkv = normed_linear(residual, m.shift1, m.scale1, weights.qkv, keep_norm=save.norms, parts=parts)
     later = defers_bias(x1)
-    branch = linear(attend(q, k, v), weights.proj, bias=not later)
+    branch = linear(attend(*qkv), weights.proj, bias=not later)
     residual = PendingResidual(x1, branch, m.gate1, weights.proj.bias if later else None)
     x2, out, inner = normed_mlp(residual, m.shift2, m.scale2, weights.fc1, weights.fc2, save=save, taped=taped)
     leaving = PendingResidual(x2, out, m.gate2, weights.fc2.bias if later else None)
+    q, k, v = qkv if parts == 3 else qkv[0].detach().chunk(3, -1)
     return leaving, BlockOutputs(x1, q, k, v, branch, x2, inner, out)

@@ -149,9 +149,9 @@ class _IncrementPass:
             if residual is not None:
                 weights = BlockWeights(*(weights_of(layer, self.operand) for layer in block.linears()))
                 modulation = BlockModulation(*m[6 * k : 6 * k + 6])
-                run, save = block.attn.attend, SavePolicy(norms=True, inner=True)
-                later = defers_bias(residual.x)
-                residual, at = fused_block(residual, modulation, weights, run, save, taped=True)
+                attn, save = block.attn, SavePolicy(norms=True, inner=True)
+                later, parts = defers_bias(residual.x), attn.parts(self.operand, x.device)
+                residual, at = fused_block(residual, modulation, weights, attn.attend, save, True, parts)
             else:
                 assert tape is not None
                 at, later = tape.blocks[k], tape.deferred

@@ -81,7 +81,7 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return _number_on_host(args[0])
+            return number_on_host(args[0])
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
@@ -120,7 +120,7 @@ class Storages(TorchDispatchMode):
         return found
 
 
-def _number_on_host(tensor: Tensor) -> bool | int | float:
+def number_on_host(tensor: Tensor) -> bool | int | float:
     """The value that the host reads off a tensor without data: finite, a label that exists, a factor of one."""
     return {torch.bool: True}.get(tensor.dtype, 1.0 if tensor.is_floating_point() else 1)
 
@@ -137,50 +137,79 @@ def estimate_memory(config: Config, *, device: str = "cuda", batch: int | None =
     """The memory that one step of `config` on `batch` images (by default all of its batch) needs on a GPU or the CPU.
 
     It is the peak over a run: the moments are there, and the quotient is checked. Needs no GPU and computes no number.
-    fp8 is counted as bf16, compiled blocks and a recorded step as the plain one.
+    fp8 is counted as bf16 (of guidance as well), compiled blocks and a recorded step as the plain one.
     Raises ConfigError naming a wrong field.
     """
-    B = config.batch_size if batch is None else batch
-    precision = "bf16" if config.precision == "fp8" else config.precision
-    # What needs a GPU or a compiler is counted by what is like it: torch's optimiser has the state of apex's.
-    optimizer = "torch" if config.run.optimizer == "apex" else config.run.optimizer
-    run = replace(config.run, device="cpu", optimizer=optimizer, compile=False, cuda_graph=False)
-    counted = replace(config, batch_size=B, precision=precision, run=run)
+    counted = as_counted(config, batch, device)
     if torch.device(device).type == "cuda":
-        gpu = torch.device("cuda")
-        if precision == "auto":  # this machine's where it has a GPU
-            auto = resolve_precision("auto", gpu) if torch.cuda.is_available() else "bf16"
-            counted = replace(counted, precision=auto)
         with as_on_gpu(), Storages() as storages:
-            state = TrainState.build(counted, resolve_for=gpu)
-            for flow in (state.flow, state.ema, state.teacher):
-                if flow is not None:
-                    flow.network.set_attention(_fused_attention)
-            found = measure_step(state, storages)
+            found = measure_step(build_as_on_gpu(counted), storages)
     else:
         with FakeTensorMode(), Storages() as storages:
             found = measure_step(TrainState.build(counted), storages)
     return replace(found, precision="fp8") if config.precision == "fp8" else found
 
 
-def measure_step(state: TrainState, storages: Storages) -> MemoryEstimate:
-    """The memory that a step of a new state needs at its peak. The state was built while `storages` recorded."""
-    config, model = state.config, state.config.model
+def as_counted(config: Config, batch: int | None = None, device: str = "cuda") -> Config:
+    """The configuration of a step on tensors without data that is like one of `config` on the device.
+
+    What needs a GPU or a compiler is replaced by what is like it: fp8 by bf16, apex's optimiser by torch's, compiled
+    blocks and a recorded step by the plain one.
+    """
+    precision = "bf16" if config.precision == "fp8" else config.precision
+    if precision == "auto" and torch.device(device).type == "cuda":  # this machine's where it has a GPU
+        precision = resolve_precision("auto", torch.device("cuda")) if torch.cuda.is_available() else "bf16"
+    optimizer = "torch" if config.run.optimizer == "apex" else config.run.optimizer
+    run = replace(config.run, device="cpu", optimizer=optimizer, compile=False, cuda_graph=False)
+    batch = config.batch_size if batch is None else batch
+    return replace(config, batch_size=batch, precision=precision, guidance_precision="step", run=run)
+
+
+def build_as_on_gpu(counted: Config) -> TrainState:
+    """The state of a counted configuration within `as_on_gpu`."""
+    state = TrainState.build(counted, resolve_for=torch.device("cuda"))
+    attend_as_on_gpu(state)
+    return state
+
+
+def attend_as_on_gpu(state: TrainState) -> None:
+    """Let the networks of a state take the attention that torch picks on a GPU."""
+    for flow in (state.flow, state.ema, state.teacher):
+        if flow is not None:
+            flow.network.set_attention(_fused_attention)
+
+
+def images(state: TrainState, n: int) -> tuple[Tensor, Tensor]:
+    """A batch of n images and their labels, all zeros."""
+    model = state.config.model
+    shape = (n, model.in_channels, model.input_size, model.input_size)
+    return torch.zeros(shape, device=state.device), torch.zeros(n, dtype=torch.int64, device=state.device)
+
+
+def take_two_micro_batches(state: TrainState) -> tuple[int, int]:
+    """Shorten the batch of a state to its first two micro-batches, or one if there is one; the second finds gradients,
+    and the others are like it. Returns the micro-batches of the whole batch, and the samples of a rank that are left.
+    """
+    config = state.config
     B = config.batch_size // state.world
     parts = -(-B // min(config.micro_batch if config.micro_batch > 0 else B, B))
     size = -(-B // parts)
-    # The second micro-batch finds gradients, and the others are like it: two will do, beside the rest of the batch.
     n = min(B, 2 * size)
     state.config = replace(config, batch_size=n * state.world, micro_batch=size)
+    return parts, n
 
-    def images(n: int) -> tuple[Tensor, Tensor]:
-        shape = (n, model.in_channels, model.input_size, model.input_size)
-        return torch.zeros(shape, device=state.device), torch.zeros(n, dtype=torch.int64, device=state.device)
 
-    train_step(state, *images(1))  # makes the moments
+def measure_step(state: TrainState, storages: Storages) -> MemoryEstimate:
+    """The memory that a step of a new state needs at its peak. The state was built while `storages` recorded."""
+    config = state.config
+    B = config.batch_size // state.world
+    n = take_two_micro_batches(state)[1]
+    size = state.config.micro_batch
+
+    train_step(state, *images(state, 1))  # makes the moments
     state.step = max(config.run.check_quotient_every, 1) - 1
-    rest = (images(B - n), draw(state, images(B - n)[0].shape)) if n < B else None
-    batch = images(n)
+    rest = (images(state, B - n), draw(state, images(state, B - n)[0].shape)) if n < B else None
+    batch = images(state, n)
     first = len(storages.events)
     lasting = _lasting(state, storages)
     at_backward: set[int] = set()

@@ -16,7 +16,7 @@ from ..models.paired_forward import missed_part
 from ..objective import Objective
 from ..rng import generator
 from .consistency_target import ConsistencyTarget, resolve_target
-from .cuda_graph import GraphedFunction
+from .cuda_graph import GraphedFunction, why_not_graphed
 from .nonfinite import NonfiniteGuard
 from .optimizer import Optimizer, build_optimizer, updated_parameters
 from .precision import lay_side_by_side, resolve_device, resolve_precision, round_parameters
@@ -44,6 +44,10 @@ class TrainState:
     """Lets an update happen or not."""
     teacher: SolutionFlow | None = None
     """The average of the weights behind the consistency target, if it is not the student's own."""
+    guide: SolutionFlow | None = None
+    """The student with the same parameters and float8 products, for the forward behind guidance."""
+    graphed: bool = False
+    """Whether steps are made a CUDA graph, after the first of them."""
     graph: GraphedFunction | None = None
     """The part of a step that runs on the device, as a CUDA graph."""
     step: int = 0
@@ -76,9 +80,16 @@ class TrainState:
         if config.run.cuda_graph and device.type != "cuda":
             raise ConfigError(f"--cuda-graph: needs a GPU, the device is {device.type}")
         precision = resolve_precision(config.precision, resolve_for or device)
+        graphed = config.run.cuda_graph
+        if graphed is None:
+            graphed = why_not_graphed(config, precision, device) is None
         target = resolve_target(config, precision, resolve_for or device)
         if precision == "fp8":
             float8.require(config.model, device)
+        elif config.guidance_precision == "fp8":
+            if precision != "bf16":
+                raise ConfigError(f"--guidance-precision fp8: the step must be in bf16, it is in {precision}")
+            float8.require(config.model, device, "--guidance-precision")
         weights = {k: v.to(device) for k, v in (initial_weights(config) if weights is None else weights).items()}
         flow = filled_flow(config, weights)
         ema = filled_flow(config, weights).requires_grad_(False).eval()
@@ -89,6 +100,9 @@ class TrainState:
             lay_side_by_side(flow.network.modulation_layers())
         if precision == "fp8":
             float8.use_float8(flow.network)
+        guide = None
+        if precision == "bf16" and config.guidance_precision == "fp8":
+            guide = SolutionFlow(float8.float8_twin(flow.network), config.flow.path, config.flow.coefficients)
         flow.network.recompute = config.run.recompute
         if config.run.compile:
             for network in (flow.network, *([teacher.network] if teacher else [])):
@@ -98,7 +112,20 @@ class TrainState:
         objective = Objective(config.objective)
         guard = NonfiniteGuard(device)  # in a loop of one's own, a refused step is left out, and that is all
         return cls(
-            config, flow, ema, optimizer, objective, device, precision, target, guard, teacher, rank=rank, world=world
+            config,
+            flow,
+            ema,
+            optimizer,
+            objective,
+            device,
+            precision,
+            target,
+            guard,
+            teacher,
+            guide,
+            graphed,
+            rank=rank,
+            world=world,
         )
 
     def rides_along(self) -> bool:
@@ -109,8 +136,12 @@ class TrainState:
             self.target.rides_along(self.precision)
             and network.recompute == "none"
             and missed_part(network, float8=False) is None
-            and len(set(network.low_precision_layers())) == len(network.low_precision_layers())  # none is used twice
         )
+
+    def watched(self) -> bool:
+        """Whether a module of the network was hooked, replaced or wrapped, so that Python must run in every step."""
+        networks = [flow.network for flow in (self.flow, self.teacher) if flow is not None]
+        return any(missed_part(network) is not None for network in networks)
 
     def check_parameters(self) -> None:
         """Raise ValueError naming a parameter with gradient that the optimiser does not update."""

@@ -6,6 +6,7 @@ of all tests, where the engine has imported triton before, skips them.
 
 import os
 
+import numpy
 import pytest
 import torch
 
@@ -20,6 +21,15 @@ with pytest.MonkeyPatch.context() as patch:
     if INTERPRET:
         patch.setenv("TRITON_INTERPRET", "1")
     from soflow_kernels import _dispatch, testing
+
+
+def release(module):
+    """(3, 6) of version 3.6.0."""
+    return tuple(int(number) for number in module.__version__.split(".")[:2])
+
+
+if _dispatch.INTERPRETED and release(_dispatch.triton) < (3, 7) and release(numpy) >= (2, 4):
+    raise pytest.UsageError(f"triton 3.6 interprets loops with numpy below 2.4 only, numpy {numpy.__version__} is here")
 
 ELSEWHERE = INTERPRET and _dispatch.triton is not None and not _dispatch.INTERPRETED
 

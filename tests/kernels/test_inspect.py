@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from soflow_kernels import testing
+from soflow_kernels import inspect, testing
 
 pytestmark = pytest.mark.skipif(testing.triton is None, reason="triton is not installed")
 ROOT = os.path.dirname(os.path.dirname(testing.__file__))
@@ -25,7 +25,28 @@ def problem(x, **changed):
 
 x = torch.zeros(2, 16, 1152, dtype=torch.bfloat16)
 print(problem(x), problem(torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)), sep="|", end="|")
-print(problem(x, num_warps=1, STAGES=1))
+print(problem(x, num_warps=1, STAGES=1), problem(x, STAGES=20), sep="|")
+"""
+
+REAL = """
+import resource
+from soflow_kernels import _dispatch, inspect
+
+def resident():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+before, launches = resident(), 0
+for module in inspect.MODULES:
+    largest = 0
+    for case, call in module.inspect_cases():
+        with _dispatch.recording() as found:
+            call()
+        launches += len(found)
+        tensors = [a for _, args, _ in found for a in args if hasattr(a, "untyped_storage")]
+        largest = max([largest, *(t.untyped_storage().nbytes() for t in tensors)])
+    print(module.__name__.removeprefix("soflow_kernels."), largest)
+print("launches", launches)
+print("touched", resident() - before)
 """
 
 ONES = """
@@ -58,7 +79,10 @@ def run(tmp_path):
 
 
 def test_table_and_record(run, tmp_path):
-    only = ("--only", "adaln gate_residual_layernorm_modulate backward 1152 bfloat16")  # the module and the label
+    only = (
+        "--only",
+        "adaln gate_residual_layernorm_modulate backward 65536 x 1152 bfloat16",
+    )  # the module and the label
     result = run("-m", "soflow_kernels.inspect", "--arch", "80", "90", "100", *only, "--json", "record.json")
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "record.json").read_text())
@@ -66,14 +90,55 @@ def test_table_and_record(run, tmp_path):
     assert [row["arch"] for row in rows] == [80, 90, 100]
     for row in rows:
         assert row["spill"] == 0 and row["widest"] >= 16 and 32 <= row["registers"] <= 128, row
+        assert row["programs/SM"] >= 4, row
     assert set(record["versions"]) == {"soflow_kernels", "triton", "torch"}
     assert "adaln._backward_kernel" in result.stdout
+    assert inspect.summary(record["kernels"]) in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared", "programs"),
+    [
+        (90, 1, 168, 0, 12),  # 5376 registers a warp, three of which fit each quarter of 16384
+        (90, 8, 228, 32768, 1),  # two warps in each quarter, eight in all
+        (90, 8, 128, 0, 2),
+        (90, 8, 129, 0, 1),  # given out as 136, of which three warps would fit a quarter, but not four
+        (90, 4, 16, 0, 16),  # 64 warps
+        (90, 1, 16, 0, 32),  # programs
+        (80, 4, 32, 163 * 1024, 1),
+        (80, 4, 32, 81 * 1024, 2),
+        (90, 4, 32, 81 * 1024, 2),
+        (90, 4, 32, 75 * 1024, 3),  # 76 KB each, of 228
+        (90, 4, 32, 75 * 1024 + 1, 2),
+        (86, 1, 16, 0, 16),
+    ],
+)
+def test_programs_at_once(arch, warps, registers, shared, programs):
+    assert inspect.programs_at_once(arch, warps, registers, shared) == programs
+
+
+def test_cases_are_as_large_as_real_ones_and_nothing_is_touched(run):
+    """A batch of 256 with 256 tokens of 1152, in float32, of which no byte is read or written."""
+    result = run("-c", REAL)
+    found = dict(line.split() for line in result.stdout.splitlines())
+    assert result.returncode == 0 and int(found["launches"]) > 250, result.stderr
+    for module, width in (("adaln", 1152), ("gated_residual", 1152), ("gelu", 4608)):
+        assert int(found[module]) == 4 * 256 * 256 * width, module
+    assert int(found["touched"]) < 100  # MB
+
+
+def test_summary_is_the_worst_of_all_cases():
+    row = {"kernel": "a._kernel", "arch": 90, "registers": 40, "programs/SM": 12}
+    rows = [row, row | {"registers": 168, "programs/SM": 10}, row | {"arch": 80, "registers": 50, "programs/SM": 9}]
+    table = "| kernel | sm_80 | sm_90 |\n| --- | ---: | ---: |\n| a._kernel | 50, 9 | 168, 10 |"
+    assert inspect.summary(rows) == table
 
 
 @pytest.mark.slow  # minutes; `test_table_and_record` looks at one kernel on all three
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_every_kernel_at_every_shipped_shape(run, arch):
-    """No spill and no load narrower than its tensor allows, on any architecture; `inspect` exits with 1 for either."""
+    """No spill, no load narrower than its tensor allows, no kernel alone on a multiprocessor without a reason: else
+    `inspect` exits with 1. And no reason that is not needed any more."""
     result = run("-m", "soflow_kernels.inspect", "--arch", arch)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     for module in (
@@ -91,12 +156,14 @@ def test_every_kernel_at_every_shipped_shape(run, arch):
         "time_embedding",
     ):
         assert f" {module}._" in result.stdout
+    for kernel, reason in inspect.ALONE.items():
+        assert f"{kernel} is alone on a multiprocessor: {reason}" in result.stdout
 
 
 @pytest.mark.slow
-def test_spills_and_narrow_loads_are_problems(run):
+def test_spills_narrow_loads_and_being_alone_are_problems(run):
     result = run("-c", PROBLEMS)
-    assert result.stdout == "|narrow loads|spills\n", result.stderr
+    assert result.stdout == "|narrow loads|spills|one program per multiprocessor\n", result.stderr
 
 
 @pytest.mark.slow

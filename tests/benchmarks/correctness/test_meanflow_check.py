@@ -11,7 +11,7 @@ from benchmarks.correctness import comparison
 from benchmarks.correctness import meanflow as meanflow_check
 from benchmarks.correctness.comparison import IncorrectResult, relative
 from benchmarks.harness.cases import random_batch
-from benchmarks.harness.contestants import DIFFERENCE, MEANFLOW, QUARTER, on_a_quarter
+from benchmarks.harness.contestants import DIFFERENCE, MEANFLOW, PUBLISHED, QUARTER, TIM, on_a_quarter
 from benchmarks.harness.recipes import Recipe, build
 from soflow_fast.config.schema import Config, override
 from soflow_fast.training.state import TrainState
@@ -58,6 +58,39 @@ def test_what_is_right_passes(recipe, guidance):
     assert max(error for name, error in errors.items() if "du/dt" not in name) < 5e-5
     assert errors["du/dt"] < (5e-3 if recipe is DIFFERENCE else 1e-5)
     assert errors["du/dt in the step"] < (5e-3 if recipe is DIFFERENCE else 1e-5)
+
+
+def test_a_central_difference_of_low_precision_passes():
+    """In float32 at its half-width; in bf16 with ends far enough apart that rounding leaves something to see."""
+    errors = check(LOW, TIM)
+    assert errors["du/dt"] < 1e-4 and 1e-3 < errors["du/dt in bf16"] < 0.1
+    assert TIM.why_not(LOW) is None and "float32" in str(TIM.why_not(CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("fault", "precision"),
+    [
+        (lambda half_width: partial(meanflow.by_central_difference, half_width=3 * half_width), "fp32"),
+        (lambda half_width: by_jvp, "fp32"),
+        (lambda half_width: no_tangent, "bf16"),
+        (lambda half_width: lambda *given: -meanflow.by_central_difference(*given, half_width=half_width), "bf16"),
+    ],
+    ids=["wider", "the derivative itself", "none in bf16", "reversed in bf16"],
+)
+def test_another_derivative_than_the_central_difference_is_found(fault, precision):
+    def at(half_width: float) -> Recipe:
+        by = partial(meanflow.by_central_difference, half_width=half_width)
+        wrong = fault(half_width)
+
+        def either(state, *given):
+            return (wrong if state.precision == precision else by)(state, *given)
+
+        return on_a_quarter("tampered", either, None, taped=False)
+
+    config = override(LOW, {"model.depth": 2})
+    way = {"at_half_width": at, "half_width": 0.1, "settings": PUBLISHED}
+    with pytest.raises(IncorrectResult, match=f"tampered in {precision} .*: du/dt"):
+        meanflow_check.check_central_difference(config, at(0.1), **way)
 
 
 def one_step(recipe: Recipe, config: Config = CONFIG) -> tuple[TrainState, dict[str, torch.Tensor]]:

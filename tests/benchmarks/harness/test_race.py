@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from benchmarks.baselines import authors
-from benchmarks.baselines.authors import AUTHORS
+from benchmarks.baselines.authors import AUTHORS, COMPILED
 from benchmarks.correctness.comparison import CHANGES, IncorrectResult
 from benchmarks.correctness.step import check
 from benchmarks.harness import account
 from benchmarks.harness import race as race_module
 from benchmarks.harness.cases import Case, random_batch
-from benchmarks.harness.contestants import CONTESTANTS, DIFFERENCE, HEADLINE, MEANFLOW, QUARTER
-from benchmarks.harness.race import Race, Row, entry, largest, largest_that, speed_ups
+from benchmarks.harness.contestants import CONTESTANTS, DIFFERENCE, FIRST, GRAPH, HEADLINE, MEANFLOW, QUARTER
+from benchmarks.harness.race import Race, Row, largest, largest_that, prepared, speed_ups
 from benchmarks.harness.recipes import OURS, build, ours
+from benchmarks.harness.timing import Stopwatch
 from benchmarks.report import pages
 from soflow_fast.config.schema import override
 from tests.benchmarks.tiny import CASE, CONFIG
@@ -87,8 +88,8 @@ def falling(error, name="falling", where="check"):
     return AUTHORS._replace(name=name, check=lambda config, recipe: {}, build=fall)
 
 
-def test_only_ours_may_not_drop_out(monkeypatch):
-    """The others keep a row that says why, and whether that is a fault; the race goes on."""
+def test_whoever_drops_out_keeps_a_row_that_says_why(capsys):
+    """And whether that is a fault; the race goes on."""
     errors = {
         "memory": (falling(torch.OutOfMemoryError("CUDA"), "memory", "build"), "out of memory", False),
         "check's memory": (
@@ -100,17 +101,14 @@ def test_only_ours_may_not_drop_out(monkeypatch):
         "incorrect": (falling(IncorrectResult("du/dt:\n1"), "incorrect"), "incorrect: du/dt: 1", True),
         "broken": (falling(RuntimeError("no kernel"), "broken", "build"), "RuntimeError: no kernel", True),
     }
-    race = Race(CASE, [recipe for recipe, _, _ in errors.values()] + [QUARTER])
-    assert race.heats() == [[QUARTER.name]]
-    race.warm_up([QUARTER.name])
-    assert list(race.timer.calls) == [OURS.name, QUARTER.name]
-    assert {row["recipe"]: (row["skipped"], row["failed"]) for row in race.absent()} == {
-        name: wanted for name, (_, *wanted) in errors.items() for wanted in [tuple(wanted)]
-    }
-    for error in (torch.OutOfMemoryError("no more"), IncorrectResult("no"), RuntimeError("no")):
-        monkeypatch.setattr(race_module, "entry", lambda case, recipe, error=error: (_ for _ in ()).throw(error))
-        with pytest.raises(type(error)):
-            Race(CASE, [])
+    race = Race(CASE, [OURS, *(recipe for recipe, _, _ in errors.values()), QUARTER])
+    (names,) = race.groups()
+    assert [name for name in names if race.enter(name)] == [OURS.name, QUARTER.name] == list(race.timer.calls)
+    said = {row["recipe"]: (row["skipped"], row["failed"]) for row in race.results() if row["skipped"]}
+    assert said == {name: wanted for name, (_, *wanted) in errors.items() for wanted in [tuple(wanted)]}
+    assert capsys.readouterr().err.count("Traceback") == 1, "of the broken one: the others' rows say all"
+    race.leave()
+    assert not race.timer.calls
 
 
 def test_nothing_is_timed_that_computes_something_else():
@@ -118,36 +116,38 @@ def test_nothing_is_timed_that_computes_something_else():
         return AUTHORS.build(override(config, {"objective.eps": 0.1}), weights)
 
     tampered = AUTHORS._replace(build=other)
-    race = Race(CASE, [tampered])
-    race.warm_up([tampered.name])
-    assert list(race.timer.calls) == [OURS.name] and race.rows[tampered.name].failed
+    race = Race(CASE, [OURS, tampered])
+    assert not race.enter(tampered.name) and not race.timer.calls and race.rows[tampered.name].failed
     assert str(race.rows[tampered.name].skipped).startswith("incorrect: ")
 
 
-def test_each_is_measured_alone_in_memory(monkeypatch):
-    """No state of a timed step is there while the peak of another recipe is taken."""
-    came = []
-    for name in ("entry", "warm_step"):
-        plain = getattr(race_module, name)
-        monkeypatch.setattr(race_module, name, lambda *a, name=name, plain=plain: came.append(name) or plain(*a))
-    race = Race(CASE, [AUTHORS, QUARTER])
-    race.warm_up([AUTHORS.name, QUARTER.name])
-    assert came == ["entry"] * 3 + ["warm_step"] * 3
+def test_a_race_builds_nothing_by_itself_and_each_recipe_once():
+    """Beside the builds of the checks, which are on the first blocks of the network."""
+    deep, built = CASE._replace(config=override(CONFIG, {"model.depth": 3})), []
+
+    def counting(recipe):
+        def build(config, weights=None):
+            built.append((recipe.name, config.model.depth))
+            return recipe.build(config, weights)
+
+        return recipe._replace(build=build)
+
+    theirs = [counting(AUTHORS), counting(QUARTER)]
+    race = Race(deep, [OURS, *theirs])
+    assert built == [] and race.missing() == [f"{deep.describe()}: {name}" for name in race.recipes]
+    for recipe in theirs:
+        assert race.enter(recipe.name)
+        assert built.count((recipe.name, 3)) == 1 and {depth for _, depth in built} <= {2, 3}
+        assert [name for name, _ in built].count(recipe.name) <= 3
+    assert race.missing() == [f"{deep.describe()}: {OURS.name}"]
+    assert [row["recipe"] for row in race.results()] == [recipe.name for recipe in theirs]
 
 
-def test_memory_that_runs_out_beside_the_others(monkeypatch):
-    plain = race_module.warm_step
-
-    def full(case, recipe):
-        if recipe is AUTHORS:
-            raise torch.OutOfMemoryError("no more")
-        return plain(case, recipe)
-
-    monkeypatch.setattr(race_module, "warm_step", full)
-    race = Race(CASE, [AUTHORS, QUARTER])
-    race.warm_up([AUTHORS.name, QUARTER.name])
-    assert race.rows[AUTHORS.name].skipped == "out of memory"
-    assert list(race.timer.calls) == [OURS.name, QUARTER.name]
+def test_on_a_gpu_each_is_alone_in_memory():
+    race = Race(CASE, [OURS, AUTHORS])
+    assert race.groups() == [[OURS.name, AUTHORS.name]]
+    race.device = torch.device("cuda")
+    assert race.groups() == [[OURS.name], [AUTHORS.name]]
 
 
 def test_states_of_a_race_begin_with_the_same_weights():
@@ -186,10 +186,10 @@ def test_largest_batch(monkeypatch):
     row = largest(CASE, AUTHORS, rounds=2)
     assert row.batch == 12 and len(row.seconds) == 2 and row.case.endswith("largest batch that fits")
     assert len(counted) == 2  # a forward and a step, once
-    assert row.flops_per_image == entry(CASE, AUTHORS).flops_per_image
+    assert row.flops_per_image == prepared(CASE, AUTHORS)[0].flops_per_image
     assert largest(CASE, falling(IncorrectResult("no"))).failed
     assert largest(CASE, AUTHORS._replace(why_not=lambda config: "elsewhere")).skipped == "elsewhere"
-    monkeypatch.setattr(race_module, "warm_step", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no more")))
+    monkeypatch.setattr(Stopwatch, "seconds", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no more")))
     assert largest(CASE, AUTHORS).skipped == "out of memory"
 
 
@@ -206,7 +206,7 @@ def test_every_recipe_runs_or_says_why_not():
         assert reasons[name] is None
     if not torch.cuda.is_available():
         assert "GPU" in str(reasons["soflow-fast, CUDA graph"])
-    assert set(HEADLINE) < set(CONTESTANTS) and HEADLINE[0] is OURS
+    assert set(HEADLINE) < set(CONTESTANTS) and HEADLINE[: len(FIRST)] == FIRST == [OURS, GRAPH, COMPILED[0]]
 
 
 def test_what_a_row_says_without_figures():
@@ -246,4 +246,5 @@ def test_a_recording_is_judged_after_several_steps():
 
 def test_entry_counts_another_recipe_in_place_of_one_that_hides_its_products():
     hidden = QUARTER._replace(counted_as=DIFFERENCE)
-    assert entry(CASE, hidden).flops_per_image == entry(CASE, DIFFERENCE).flops_per_image
+    wanted, found = (prepared(CASE, recipe)[0] for recipe in (DIFFERENCE, hidden))
+    assert found.flops_per_image == wanted.flops_per_image

@@ -18,12 +18,22 @@ import torch
 from benchmarks.harness import ceilings, command
 from benchmarks.harness.cases import Case
 from benchmarks.report import compare, pages, record
-from benchmarks.studies import digits, increments, precision, quality_for_time, sampling, sweeps
+from benchmarks.studies import (
+    digits,
+    distance,
+    increments,
+    precision,
+    prediction,
+    quality_for_time,
+    sampling,
+    step,
+    sweeps,
+)
 from soflow_fast.config.schema import Config
 from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
-MODULES = [digits, increments, precision, quality_for_time, sampling, sweeps]
+MODULES = [digits, distance, increments, precision, prediction, quality_for_time, sampling, step, sweeps]
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +60,14 @@ MISTAKES = [
     (precision, "--r-end nan", "--r-end"),
     (precision, "--r-end 1.5", "--r-end"),
     (precision, "--recipes other", "--recipes"),
-    *((module, f"--seconds {value}", "--seconds") for module in (increments, sampling, sweeps) for value in
+    (distance, "--steps 0", "--steps"),
+    (distance, "--wide-steps x", "--wide-steps"),
+    *((module, f"--seconds {value}", "--seconds") for module in (increments, sampling, step, sweeps) for value in
       ("inf", "nan", "-1", "soon", "1e300")),
-    *((module, f"--within {value}", "--within") for module in (sampling, sweeps) for value in ("inf", "nan", "-1")),
+    *((module, f"--within {value}", "--within") for module in (sampling, step, sweeps) for value in
+      ("inf", "nan", "-1")),
     (sampling, "--secnds 3", "--secnds"),
+    (prediction, "--gpu h100", "--gpu"),
     (ceilings, "--fast", "--fast"),
     (ceilings, "now", "now"),
 ]  # fmt: skip
@@ -93,7 +107,10 @@ def test_exit_code_of_a_command(code, monkeypatch):
         assert ended.value.code == code
 
 
-NAMES = ("ceilings", "digits", "gpu", "increments", "precision", "quality_for_time", "sampling", "soak", "sweeps")
+NAMES = (
+    "ceilings", "digits", "distance", "gpu", "increments", "precision", "prediction", "quality_for_time", "sampling",
+    "soak", "step", "sweeps",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,7 +131,7 @@ def test_commands_of_the_records_are_still_there():
 def test_where_nothing_can_be_written_nothing_is_measured(module, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(record, "RECORDS", tmp_path / "file")
-    for name in ("run", "cases", "sweep", "quality"):
+    for name in ("run", "cases", "sweep", "quality", "predictions"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, None)  # whoever calls it fails
     with pytest.raises(StorageError, match=r"SOFLOW_RECORDS: .*/file"):
@@ -151,6 +168,7 @@ def trained(*_: object) -> dict:
         (sweeps, "--seconds 0 --within 600"),
         (increments, "--seconds 0"),
         (digits, "--seeds 3 1"),
+        (distance, "--steps 2"),
         (precision, "--seeds 1 --recipes float32 'bf16, increments' --r-end 0.1 --steps 2 --workers 1"),
         (quality_for_time, "--seeds 1 --steps 2 --every 1"),
     ],
@@ -160,6 +178,7 @@ def test_the_command_is_recorded_as_it_was_typed(module, typed, tiny, monkeypatc
         if hasattr(module, name):
             monkeypatch.setattr(module, name, trained)
     monkeypatch.setattr(precision, "errors", lambda *_: [{"kind": "error"}])
+    monkeypatch.setattr(distance, "measure", lambda *_: [{"network": "n", "steps": 2, "residual_cosine": 1.0}])
     monkeypatch.setattr(command, "workers", threads)
     module.main(record.shlex.split(typed))
     (path,) = record.RECORDS.iterdir()

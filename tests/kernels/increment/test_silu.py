@@ -34,12 +34,12 @@ def test_far_tails(device):
         start, end = (F.silu(v[0]) for v in ends(x))
         got = silu_increment(x)
         assert got.isfinite().all()
-        torch.testing.assert_close(got[1].double(), end - start, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got.double(), end - start, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_moves_where_nothing_moves(device):
     out = silu_increment(pair((2, 72), 0.0, 1, device))
-    assert (out[1] == 0).all() and (out[0] != 0).any()
+    assert (out == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -62,25 +62,24 @@ def test_kernel_and_reference_agree(device):
     with testing.mode("reference"):
         reference = silu_increment(x)
     assert not torch.equal(kernel, reference)  # the kernel did run
-    for part, wanted in zip(kernel, reference, strict=True):
-        assert (part - wanted).norm() <= 2e-5 * wanted.norm()
+    assert (kernel - reference).norm() <= 2e-5 * reference.norm()
 
 
 @pytest.mark.parametrize("mode", ["auto", "reference"])
 def test_empty_batch(mode, device):
     x = torch.zeros(2, 0, 8, device=device)
     with testing.mode(mode):
-        assert silu_increment(x).shape == x.shape
+        assert silu_increment(x).shape == x.shape[1:]
 
 
 def test_nan_stays_in_its_element(device):
     x = pair((3, 8), 0.01, 1, device)
     x[0, 1, 2] = torch.nan
-    assert silu_increment(x).isnan().nonzero().tolist() == [[0, 1, 2], [1, 1, 2]]
+    assert silu_increment(x).isnan().nonzero().tolist() == [[1, 2]]
 
 
 def test_opcheck(device):
-    torch.library.opcheck(silu._silu, (pair((3, 8), 0.1, 1, device), torch.bfloat16))
+    torch.library.opcheck(silu._silu, (*pair((3, 8), 0.1, 1, device), torch.bfloat16))
 
 
 def test_compile_equals_eager(device):
@@ -92,8 +91,13 @@ def test_compile_equals_eager(device):
 
 def test_wrong_arguments_are_named(device):
     x = torch.randn(2, 4).to(device)
-    for wrong, message in ((torch.zeros(3, 4), r"a pair \[2, \.\.\.\]"), (x.clone().requires_grad_(), "not require")):
-        with pytest.raises(ValueError, match=f"^silu_increment: x must (be )?{message}"):
+    cases = (
+        (torch.zeros(3, 4), "x must be a pair"),
+        (x.clone().requires_grad_(), "the value of x must not require"),
+        ((x[0], x[1].long()), "the increment of x must be bfloat16"),
+    )
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=f"^silu_increment: {message}"):
             silu_increment(wrong)
     with pytest.raises(ValueError, match="dtype must be bfloat16"):
         silu_increment(x, dtype=torch.int32)
