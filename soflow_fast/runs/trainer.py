@@ -30,6 +30,7 @@ from .images import png
 from .metrics import MetricsLog, TensorBoard
 from .progress import Progress
 from .samples import draw_grid, evaluate
+from .upload import Batches
 
 
 def train(config: Config) -> TrainState:
@@ -99,6 +100,7 @@ def _loop(state: TrainState, source: Source, run_dir: Path, progress: Progress, 
     with storage(f"--run-dir {run_dir}"):
         log = MetricsLog(run_dir / "metrics.jsonl", first, progress.warn)
     grids = OptionalWrites(progress.warn)
+    batches = Batches(source, state.device, state.rank, state.world)
     with (
         closing(progress),
         closing(TensorBoard(run_dir / "tensorboard", first, progress.warn)) as board,
@@ -107,7 +109,9 @@ def _loop(state: TrainState, source: Source, run_dir: Path, progress: Progress, 
         while state.step < config.steps:
             if every.checkpoint_every and (state.step + 1) % every.checkpoint_every == 0:
                 saver.wait()  # so that a crash never costs two intervals
-            metrics = step_in_memory(state, *source.batch(state.step, state.rank, state.world), progress.say)
+            metrics = step_in_memory(state, *batches.of(state.step), progress.say)
+            if state.step < config.steps:
+                batches.begin(state.step)  # while the GPU is busy
             if state.graph is not None and state.graph.fault is not None:
                 progress.say(f"no CUDA graph: {state.graph.fault}")
                 state.graph, state.graphed = None, False

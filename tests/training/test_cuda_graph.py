@@ -294,8 +294,8 @@ def here(cuda):
 
 
 def test_everything_happens_on_the_device_and_on_one_stream(monkeypatch):
-    """Of cuda:1 while cuda:0 is current: a recording made elsewhere would be empty, and warm-ups on streams of their own
-    would each keep a pool of memory."""
+    """Of cuda:1 while cuda:0 is current: a recording made elsewhere would be empty, and warm-ups on streams of their
+    own would each keep a pool of memory."""
     cuda = FakeCuda()
 
     class Stream:
