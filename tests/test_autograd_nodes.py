@@ -121,6 +121,7 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "layernorm_modulate_backward": [(x, x, m, stats, stats)],
         "layernorm_modulate_increment": [(x, x, m, m, m, eps, dtype)],
         "path_point": [(image, image, t, False), (image, image, t, True)],
+        "qkv_gradient": [(x, x, x)],
         "scaled_direction": [(image, image, one)],
         "silu_increment": [(x, x, dtype)],
         "time_embedding_increment": [(t, t, t, 8, 1e4, torch.float32)],

@@ -33,6 +33,7 @@ from soflow_kernels import (
     gelu,
     lookahead,
     losses,
+    packed_gradient,
     time_embedding,
 )
 from soflow_kernels.increment import adaln as increment_adaln
@@ -54,6 +55,7 @@ MODULES = (
     increment_time_embedding,
     lookahead,
     losses,
+    packed_gradient,
     time_embedding,
 )
 POINTERS = {

@@ -30,6 +30,7 @@ from soflow_kernels import (
 )
 from soflow_kernels.adaln import adaln_bwd, adaln_fwd
 from soflow_kernels.gelu import bias_gelu_backward
+from soflow_kernels.packed_gradient import qkv_gradient
 
 EPS = 1e-6
 """Epsilon of every LayerNorm."""
@@ -166,9 +167,13 @@ class _NormedLinear(torch.autograd.Function):
     def backward(ctx: Any, *douts):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, branch, gate, branch_bias, shift, scale, mean, rstd, weight = ctx.saved_tensors
         dsum, douts = (None, douts) if branch is None else (douts[0], douts[1:])
-        dout = douts[0] if len(douts) == 1 else torch.cat(douts, -1)
+        if len(douts) == 3:
+            dout, dbias = qkv_gradient(*douts)
+        else:
+            dout = douts[0] if len(douts) == 1 else torch.cat(douts, -1)
+            dbias = dout.sum(tuple(range(dout.dim() - 1)))
         h = layernorm_modulate(x, shift, scale, EPS, weight.dtype)
-        dh, dweight, dbias = _linear_backward(dout, h, weight, True)
+        dh, dweight, _ = _linear_backward(dout, h, weight, False)
         del dout, douts
         del h
         d = adaln_bwd(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
