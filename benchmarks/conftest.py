@@ -3,7 +3,6 @@
 import itertools
 import shlex
 import signal
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -82,11 +81,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         rows_of(item).missing.append(item.name)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    ended = yield  # not if the run is stopped in the middle
-    rows_of(item).missing.remove(item.name)
-    return ended
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    if call.when == "teardown":  # it has ended, and was neither left out nor interrupted
+        rows_of(item).missing.remove(item.name)
 
 
 @pytest.fixture
@@ -110,7 +107,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
         terminalreporter.line(kernel_table(kernels.found))
     for rows in (steps, kernels):
         if path := rows.write(finished=exitstatus == 0):
-            but = "" if exitstatus == 0 else "; not everything passed or was reached"
+            but = "" if exitstatus == 0 and not rows.missing else "; not everything passed or was reached"
             terminalreporter.line(f"recorded: {record.shown(path)}{but}")
 
 

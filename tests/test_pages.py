@@ -14,7 +14,18 @@ from soflow_fast.config.schema import SHORT_NAMES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_FLAGS = {"config", "set", "dry-run", "env", "help", "out", "n", "nfe", "labels"}  # of train, sample and evaluate
+OTHER_FLAGS = {
+    "config",
+    "set",
+    "dry-run",
+    "gpu",
+    "env",
+    "help",
+    "out",
+    "n",
+    "nfe",
+    "labels",
+}  # of train, sample and evaluate
 
 
 @cache

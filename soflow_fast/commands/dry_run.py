@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from ..config.gpus import GIGA, GPUS
 from ..config.schema import Config
 from ..data import open_source
 from ..models.attention import flop_counter
@@ -18,9 +19,10 @@ from ..runs.trainer import (
     set_attention,
     set_mlp,
 )
-from ..training.memory_estimate import estimate_memory, summary
+from ..training.memory_estimate import USABLE, MemoryEstimate, estimate_memory, summary
 from ..training.state import TrainState
 from ..training.step import split, train_step
+from ..training.time_estimate import estimate_time, table
 
 CPU_FLOPS_PER_STEP = 0.25e12
 """On a CPU the step is made on fewer images where the whole batch would need more than this."""
@@ -54,18 +56,20 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
     return guidance + 3 + consistency * (1 if own_value or state.rides_along() else 2)
 
 
-def dry_run(config: Config) -> str:
-    """The text that `--dry-run` prints. Raises UserError as a run would."""
+def dry_run(config: Config, gpu: str | None = None) -> str:
+    """The text that `--dry-run` prints; gpu: one of `GPUS`, for which memory and time of a step are predicted. Raises
+    UserError as a run would."""
     with enough_memory(config):
-        return _report(config)
+        return _report(config, gpu)
 
 
-def _report(given: Config) -> str:
+def _report(given: Config, gpu: str | None) -> str:
     config = resolved(given)
     synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
     source = None if synthetic else open_source(config)  # first, as it is quick and finds most mistakes
     # On the CPU "auto" has been resolved for it, and the prediction is for a GPU.
-    predicted = estimate_memory(given if config.run.device == "cpu" else config)
+    on_gpu = given if config.run.device == "cpu" else config
+    predicted = estimate_memory(on_gpu)
     state = TrainState.build(config)
     backend, mlp = resolve_attention(state), resolve_mlp(state)
     model = config.model
@@ -102,7 +106,7 @@ def _report(given: Config) -> str:
         ("parameters", f"{state.parameter_count() / 1e6:.2f} M"),
         ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one_forward:.2f} forwards"),
         ("memory", f"{memory_mb(state.device):.0f} MB at its peak{'' if whole else f', batch {batch}'}"),
-        ("on a GPU", f"predicted: {summary(predicted)}"),
+        ("on a GPU", f"predicted: {summary(predicted)}{_fits(predicted, gpu)}"),
         (
             "speed",
             f"{1 / seconds:.3g} steps/s, {config.batch_size / seconds:.4g} images/s at batch {config.batch_size}"
@@ -111,4 +115,14 @@ def _report(given: Config) -> str:
         ("time needed", f"{duration(seconds * config.steps)} for {config.steps} steps"),
         ("first losses", ", ".join(f"{k} {float(v):.4f}" for k, v in metrics.items() if k.endswith(("loss", "mse")))),
     ]
-    return "\n".join(f"{name:<13} {value}" for name, value in rows)
+    text = "\n".join(f"{name:<13} {value}" for name, value in rows)
+    return text if gpu is None else f"{text}\n\n{table(estimate_time(on_gpu, gpu))}"
+
+
+def _fits(predicted: MemoryEstimate, gpu: str | None) -> str:
+    """Whether the peak stays within the usable part of a GPU's memory."""
+    if gpu is None:
+        return ""
+    memory = GPUS[gpu].memory
+    verdict = "fits" if predicted.peak <= USABLE * memory else "does not fit"
+    return f"; {verdict} {GPUS[gpu].title}, of which {USABLE * memory / GIGA:.1f} GB are usable"

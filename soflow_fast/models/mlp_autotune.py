@@ -4,9 +4,10 @@ What a GPU gains by quack's epilogues depends on it and on the sizes, so both ar
 quack can be used at all and is right. The choice is kept in a file, so that a run that is resumed goes on as it was.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from .measured_choice import (
     write_choices,
 )
 from .mlp_products import PACKAGE, MLPProducts, mlp_products, why_not
+
+Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+"""Records a function as a CUDA graph, running none of it: (what runs it, what the function returned)."""
 
 NAMES = ("kernels", "quack")
 CHECKED = 64
@@ -71,11 +75,12 @@ def choose(
     cache: Path | None = None,
     *,
     unfit: str | None = None,
+    record: Record | None = None,
 ) -> Choice:
     """Who is to compute the MLPs of a step: the one that is asked for, or for "auto" the fastest right one.
 
-    dtype: of the step's products; unfit: why quack cannot be part of such a step; clock: gives seconds; cache: the file
-    that holds earlier choices, None: the user's.
+    dtype: of the step's products; clock: gives seconds; cache: the file that holds earlier choices, None: the user's;
+    unfit: why quack cannot be part of such a step; record: the step is a CUDA graph, so each is tried as one as well.
     "auto" is "kernels" without a word where quack cannot be used. Raises ConfigError if quack is asked for and cannot
     be used, raises at this shape or is wrong.
     """
@@ -83,8 +88,8 @@ def choose(
         return Choice("kernels")
     reason = unfit or why_not(device, dtype, shape.width, shape.inner)
     if asked == "auto":
-        return Choice("kernels") if reason else remembered(device, dtype, shape, clock, cache or cache_path())
-    reason = reason or Case(device, dtype, shape).fault("quack")
+        return Choice("kernels") if reason else remembered(device, dtype, shape, clock, cache or cache_path(), record)
+    reason = reason or Case(device, dtype, shape).fault("quack", record)
     if reason:
         raise ConfigError(f"run.mlp {asked}: {reason}")
     forget_memory(device)
@@ -92,21 +97,29 @@ def choose(
 
 
 def remembered(
-    device: torch.device, dtype: torch.dtype, shape: Shape, clock: Callable[[], float], cache: Path
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    clock: Callable[[], float],
+    cache: Path,
+    record: Record | None,
 ) -> Choice:
     """The choice that the file `cache` holds for this case; else it is made, and kept if both could be timed."""
     sizes = " ".join(f"{name}={size}" for name, size in shape._asdict().items())
-    key = f"{setting(device, dtype, [PACKAGE, 'nvidia-cutlass-dsl', 'triton'])}; {sizes}"
+    how = "; CUDA graph" if record else ""
+    key = f"{setting(device, dtype, [PACKAGE, 'nvidia-cutlass-dsl', 'triton'])}; {sizes}{how}"
     known = read_choices(cache).get(key)
     if isinstance(known, dict) and known.keys() == set(NAMES) and all(isinstance(t, float) for t in known.values()):
         return Comparison(known, {}).choice()
-    found = compare(device, dtype, shape, clock)
+    found = compare(device, dtype, shape, clock, record)
     if not found.passed_over:
         write_choices(cache, read_choices(cache) | {key: found.seconds})
     return found.choice()
 
 
-def compare(device: torch.device, dtype: torch.dtype, shape: Shape, clock: Callable[[], float]) -> Comparison:
+def compare(
+    device: torch.device, dtype: torch.dtype, shape: Shape, clock: Callable[[], float], record: Record | None = None
+) -> Comparison:
     """Try and time both. One that raises or is wrong is passed over."""
     seconds, passed_over = {}, {}
     try:
@@ -114,7 +127,7 @@ def compare(device: torch.device, dtype: torch.dtype, shape: Shape, clock: Calla
     except torch.OutOfMemoryError as error:
         return Comparison({}, dict.fromkeys(NAMES, in_short(error)))
     for name in NAMES:
-        reason = case.fault(name)
+        reason = case.fault(name, record)
         if reason is None:
             try:
                 seconds[name] = case.seconds(name, clock)
@@ -149,34 +162,52 @@ class Case:
         u = F.linear(h, w1, b1)
         du = torch.ops.aten.gelu_backward(dout @ w2, u, approximate="tanh")
         out = F.gelu(u, approximate="tanh")
-        self.right_forward = {"first product": u, "result": out}
-        self.right_backward = {"gradient": du, "bias gradient": du.sum(0), "result in the backward": out}
+        self.right = {
+            "first product": u,
+            "result": out,
+            "gradient": du,
+            "bias gradient": du.sum(0),
+            "result in the backward": out,
+        }
+
+    def results(self, products: MLPProducts) -> tuple[Tensor, ...]:
+        """u, inner, du, db1 and inner again, for a gradient that is zero in all rows but the checked ones: db1 is the
+        sum over all rows."""
+        u, inner = products.forward(self.h, self.w1, self.b1)
+        dout = torch.zeros_like(self.dout).index_copy_(0, self.checked, self.dout[self.checked])
+        return u, inner, *products.backward(dout, self.w2, u, self.b1)
+
+    def fault(self, name: str, record: Record | None = None) -> str | None:
+        """Why one must not be used, after trying it. Errors are relative to the norm of the right result."""
+        try:
+            products = mlp_products(name, self.h, self.dtype)
+            wrong = self._wrong(products, self.results(products))
+            if wrong or record is None:
+                return wrong
+            replay, results = record(lambda: self.results(products))
+            for _ in range(2):  # the first run must leave everything as it was
+                for value in results:
+                    value.fill_(math.nan)
+                replay()
+                wrong = wrong or self._wrong(products, results)
+            return wrong and f"{wrong}, in a CUDA graph"
+        except Exception as error:  # whatever a package raises
+            return in_short(error)
+
+    def _wrong(self, products: MLPProducts, results: tuple[Tensor, ...]) -> str | None:
+        for value, (what, right) in zip(results, self.right.items(), strict=True):
+            found = value if value.dim() == 1 else value[self.checked].double()
+            if what == "first product" and products.defers_bias:
+                found = found + self.b1
+            error = float((found - right).norm() / right.norm())
+            if not error <= self.tolerance:
+                return f"its {what} is wrong: relative error {error:.1e}"
+        return None
 
     def forward_backward(self, products: MLPProducts) -> None:
         """What a step asks of them."""
         u, _ = products.forward(self.h, self.w1, self.b1)
         products.backward(self.dout, self.w2, u, self.b1)
-
-    def fault(self, name: str) -> str | None:
-        """Why one must not be used, after trying it. Errors are relative to the norm of the right result."""
-        try:
-            products = mlp_products(name, self.h, self.dtype)
-            u, inner = products.forward(self.h, self.w1, self.b1)
-            values = u[self.checked].double() + (self.b1 if products.defers_bias else 0)
-            wrong = self._wrong((values, inner[self.checked]), self.right_forward)
-            # A gradient that is zero in all other rows, as the sum over all is compared.
-            dout = torch.zeros_like(self.dout).index_copy_(0, self.checked, self.dout[self.checked])
-            du, db1, inner = products.backward(dout, self.w2, u, self.b1)
-            return wrong or self._wrong((du[self.checked], db1, inner[self.checked]), self.right_backward)
-        except Exception as error:  # whatever a package raises
-            return in_short(error)
-
-    def _wrong(self, found: tuple[Tensor, ...], right: dict[str, Tensor]) -> str | None:
-        for value, (what, wanted) in zip(found, right.items(), strict=True):
-            error = float((value - wanted).norm() / wanted.norm())
-            if not error <= self.tolerance:
-                return f"its {what} is wrong: relative error {error:.1e}"
-        return None
 
     def seconds(self, name: str, clock: Callable[[], float]) -> float:
         """The median time of a forward with backward."""

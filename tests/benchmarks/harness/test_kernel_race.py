@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import soflow_kernels
-from benchmarks.harness import ceilings, operations
+from benchmarks.harness import ceilings, kernel_race, operations
 from benchmarks.harness.kernel_race import KernelRace
 from benchmarks.harness.operations import COMPILED, EAGER, OURS
 from benchmarks.report import pages, record, tables
@@ -47,6 +47,29 @@ def test_another_way_that_is_wrong_or_raises_is_not_timed():
     assert why["wrong"].startswith("wrong against float64: output 0: relative error 1.0e+00 above ")
     assert (why["raises"], why["absent"]) == ("RuntimeError: no such device", "it is not installed")
     assert set(race.timer.calls) == {OURS, EAGER}
+
+
+def test_on_a_gpu_ways_are_timed_as_graphs_or_say_why_not(monkeypatch):
+    """Stand-ins for recordings: one works, one is refused; what works in place is timed as it is called."""
+    race = KernelRace(OPERATIONS["layernorm_modulate"], False, TINY, CPU)
+    assert {row["timed"] for row in race.rows if row["why_not"] is None} == {"as called"}
+    race.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(kernel_race, "recorded", lambda call, device: len)
+    assert race._recorded(print) == (len, "as a CUDA graph")
+
+    def refuse(call, device):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(kernel_race, "recorded", refuse)
+    call, how = race._recorded(print)
+    assert call is print and how.endswith("no CUDA graph (operation not permitted when stream is capturing)")
+    race.operation = OPERATIONS["adamw_ema"]
+    assert race._recorded(print) == (print, "as called")
+    rows = [{"operation": "copy", "bytes": 1, "seconds": [1.0]}, *race.rows]
+    rows[1].update(timed=how, seconds=[1.0])
+    rows[2]["seconds"] = [1.0]
+    assert "eager PyTorch, host included" in tables.kernel_table(rows)
 
 
 def test_bytes_are_those_of_the_docstrings():

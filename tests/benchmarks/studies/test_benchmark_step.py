@@ -22,7 +22,8 @@ from soflow_fast.config.schema import override
 from soflow_fast.training import state
 from tests.benchmarks.tiny import CASE, CONFIG
 
-LARGE = [Case(name, override(CONFIG, {"model.depth": 3, "seed": seed})) for seed, name in enumerate(("one", "two"))]
+SEEDS = {"one": 91, "two": 92}  # nobody else's, as checks that have passed are remembered
+LARGE = [Case(name, override(CONFIG, {"model.depth": 3, "seed": seed})) for name, seed in SEEDS.items()]
 
 
 def test_what_answers_the_question_comes_first():
@@ -70,8 +71,8 @@ def test_every_recipe_is_built_once_and_weights_are_made_once(counted, monkeypat
     timed = [(row["case"].split(":")[0], row["recipe"]) for row in run["rows"] if row["seconds"]]
     assert timed == [(n, r) for n in ("one", "two") for r in (OURS.name, QUARTER.name, HEADLINE[5].name)]
     assert all(row["seconds"] == [0.25] * 5 for row in run["rows"] if row["seconds"])
-    assert built[0, 3] == built[1, 3] == 3, "once each, at full depth"
-    assert built[0, 2] <= 8 and built[1, 2] <= 8, "of the checks, on two blocks"
+    assert built[91, 3] == built[92, 3] == 3, "once each, at full depth"
+    assert 0 < built[91, 2] <= 8 and 0 < built[92, 2] <= 8, "of the checks, on two blocks"
     assert sorted(made) == [2, 2, 3, 3], "once for a network, once for its checks"
     assert "CUDA graphs need a GPU" in pages.table(run)
     said = capsys.readouterr().out.splitlines()
