@@ -66,9 +66,9 @@ class TapedOutputs:
 
     def keep_block(self, outputs: BlockOutputs) -> None:
         """Note what the next block came to."""
-        *values, fc1, fc2, deferred = outputs
-        assert fc1 is not None
-        self.blocks.append(BlockOutputs(*[self.taken(value) for value in (*values, fc1, fc2)], deferred))
+        assert outputs.fc1 is not None
+        parts = {name: value for name, value in outputs._asdict().items() if isinstance(value, Tensor)}
+        self.blocks.append(outputs._replace(**{name: self.taken(value) for name, value in parts.items()}))
 
 
 class PatchEmbed(nn.Module):
