@@ -62,7 +62,7 @@ def normed_mlp() -> Iterator[Arguments]:
             continue
         weights = (ones(H, D, dtype=dtype), ones(H, dtype=dtype), ones(D, H, dtype=dtype), ones(D, dtype=dtype))
         for defer_bias, keep_inner in ((False, False), (True, True)):
-            yield (*residual, *weights, defer_bias, keep_inner)
+            yield (*residual, *weights, "kernels", defer_bias, keep_inner)
 
 
 def stacked_linear() -> Iterator[Arguments]:

@@ -9,7 +9,16 @@ from ..config.schema import Config
 from ..data import open_source
 from ..models.attention import flop_counter
 from ..runs.progress import duration
-from ..runs.trainer import enough_memory, memory_mb, resolve_attention, resolved, seconds_per_step, set_attention
+from ..runs.trainer import (
+    enough_memory,
+    memory_mb,
+    resolve_attention,
+    resolve_mlp,
+    resolved,
+    seconds_per_step,
+    set_attention,
+    set_mlp,
+)
 from ..training.memory_estimate import USABLE, MemoryEstimate, estimate_memory, summary
 from ..training.state import TrainState
 from ..training.step import split, train_step
@@ -62,7 +71,7 @@ def _report(given: Config, gpu: str | None) -> str:
     on_gpu = given if config.run.device == "cpu" else config
     predicted = estimate_memory(on_gpu)
     state = TrainState.build(config)
-    backend = resolve_attention(state)
+    backend, mlp = resolve_attention(state), resolve_mlp(state)
     model = config.model
     one_forward = forward_flops(state)
     batch = config.batch_size
@@ -79,7 +88,8 @@ def _report(given: Config, gpu: str | None) -> str:
     counter = flop_counter()
     with counter:
         metrics = train_step(state, x, y)
-    set_attention(state, backend)  # not before, as FLOPs are only counted in torch's own attention
+    set_attention(state, backend)  # not before, as FLOPs are only counted in torch's own attention and products
+    set_mlp(state, mlp.name)
     whole = batch == config.batch_size
     flops = counter.get_total_flops() / batch if whole else forwards_per_image(state, config) * one_forward
     seconds = seconds_per_step(state, x, y) * config.batch_size / batch
@@ -91,6 +101,7 @@ def _report(given: Config, gpu: str | None) -> str:
             f"{(model.input_size // model.patch_size) ** 2} tokens; {state.precision} on {state.device}",
         ),
         ("attention", f"{backend}{' (the fastest here)' if config.run.attention == 'auto' else ''}"),
+        ("MLP", mlp.said.removeprefix("MLP by ") or mlp.name),
         ("data", data),
         ("parameters", f"{state.parameter_count() / 1e6:.2f} M"),
         ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one_forward:.2f} forwards"),

@@ -27,6 +27,7 @@ Recompute = Literal["none", "mlp", "block"]
 AttentionBackend = Literal[
     "auto", "flash4", "flash3", "flash2", "xformers", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math", "sdpa"
 ]
+MLPProducts = Literal["auto", "kernels", "quack"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
 GuidancePrecision = Literal["step", "fp8"]
 QuotientKind = Literal["auto", "increments", "pair"]
@@ -184,6 +185,11 @@ class RunConfig:
     Norms and GELUs are made again in any case."""
     attention: AttentionBackend = "auto"
     """Attention backend; auto: the fastest as measured, sdpa: torch picks; --env says which are usable."""
+    mlp: MLPProducts = "auto"
+    """Products around the GELU of each MLP; kernels: torch's, the GELU after them, quack: quack-kernels', the GELU in
+    them, auto: the faster as measured.
+
+    In bf16 steps that are not compiled, on GPUs of compute capability 9.0 or more; elsewhere auto is kernels."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from ..config.schema import AUTO, Config
 from ..data import Source, open_source
 from ..errors import Diverged, Interrupted, storage
 from ..files import OptionalWrites, write_file
+from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
 from ..training.consistency_target import resolve_target
-from ..training.cuda_graph import why_not_graphed
+from ..training.cuda_graph import record_graph, why_not_graphed
 from ..training.nonfinite import GIVE_UP
 from ..training.precision import matmul_precision, resolve_device, resolve_precision
 from ..training.state import TrainState
@@ -47,10 +49,14 @@ def train(config: Config) -> TrainState:
         source = open_source(config)
         state = TrainState.build(config)
         set_attention(state, resolve_attention(state))
+        mlp = resolve_mlp(state)
+        set_mlp(state, mlp.name)
         state.guard.limit = GIVE_UP if config.run.on_nonfinite == "skip" else 1
         progress = Progress(config.steps)
         with run_directory.taken(run_dir, config, progress.warn):
             _begin(state, source, run_dir, progress)
+            if mlp.said:
+                progress.say(mlp.said)
             if state.step < config.steps:
                 _train(state, source, run_dir, progress)
             _end(state, run_dir, progress)
@@ -205,8 +211,8 @@ def read_metrics(state: TrainState, metrics: dict[str, Tensor]) -> dict[str, flo
 def resolved(config: Config) -> Config:
     """The configuration with every "auto" and empty default replaced by what it comes to on this machine.
 
-    `run.attention` alone stays "auto": the backends are timed at the network's shape, once it is there
-    (`resolve_attention`). A configuration that is resolved stays as it is.
+    `run.attention` and `run.mlp` alone stay "auto": what they choose from is timed at the network's shape, once it is
+    there (`resolve_attention`, `resolve_mlp`). A configuration that is resolved stays as it is.
     """
     device = resolve_device(config.run.device)
     run = replace(config.run, run_dir=config.run.run_dir or f"runs/{config.preset}", device=str(device))
@@ -234,9 +240,7 @@ def resolve_attention(state: TrainState) -> str:
     name = config.run.attention
     dtype = torch.bfloat16 if state.precision in ("bf16", "fp8") else torch.float32
     compiled = config.run.compile
-    B = config.batch_size // state.world
-    B = min(config.micro_batch, B) or B
-    T, head_dim = (model.input_size // model.patch_size) ** 2, model.hidden_size // model.num_heads
+    (B, T), head_dim = _tokens(state), model.hidden_size // model.num_heads
     with matmul_precision(
         "tf32" if state.precision == "tf32" else "fp32", device
     ):  # as in the DiT, which has no autocast inside
@@ -251,6 +255,47 @@ def set_attention(state: TrainState, backend: str) -> None:
     for flow in (state.flow, state.ema, state.teacher, state.guide):
         if flow is not None:
             flow.network.set_attention(backend)
+
+
+def resolve_mlp(state: TrainState) -> mlp_autotune.Choice:
+    """Who makes the products of the MLPs in the steps of a run, on this machine and at their shape.
+
+    Raises ConfigError if the one that is asked for cannot be used.
+    """
+    run, model, unfit = state.config.run, state.config.model, None
+    if state.precision != "bf16":
+        unfit = f"needs a step in bf16, it is in {state.precision}"
+    elif run.compile:
+        unfit = "the blocks are compiled"
+    B, T = _tokens(state)
+    shape = mlp_autotune.Shape(B * T, model.hidden_size, int(model.hidden_size * model.mlp_ratio))
+    return mlp_autotune.choose(
+        run.mlp, state.device, torch.bfloat16, shape, time.perf_counter, unfit=unfit, record=_recorder(state)
+    )
+
+
+def _recorder(state: TrainState) -> Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]] | None:
+    """What makes a function a CUDA graph on the device of a run; None: its steps are none."""
+    if not state.graphed:
+        return None
+
+    def record(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        with torch.cuda.device(state.device):
+            return record_graph(function, torch.cuda.Stream(state.device))
+
+    return record
+
+
+def set_mlp(state: TrainState, name: str) -> None:
+    """Let the network that is trained take a way through its MLPs. The others have no backward to keep values for."""
+    state.flow.network.mlp = name
+
+
+def _tokens(state: TrainState) -> tuple[int, int]:
+    """The samples in one forward of the student, and the tokens of each."""
+    config, model = state.config, state.config.model
+    B = config.batch_size // state.world
+    return min(config.micro_batch, B) or B, (model.input_size // model.patch_size) ** 2
 
 
 def enough_memory(config: Config) -> AbstractContextManager[None]:

@@ -278,7 +278,8 @@ process.run(main)
 # --dry-run and --env
 
 ROWS = [
-    "preset", "attention", "data", "parameters", "FLOPs", "memory", "on a GPU", "speed", "time needed", "first losses",
+    "preset", "attention", "MLP", "data", "parameters", "FLOPs", "memory", "on a GPU", "speed", "time needed",
+    "first losses",
 ]  # fmt: skip
 
 
@@ -351,11 +352,13 @@ def test_env_says_what_is_here_and_what_is_in_use(call: Call, tmp_path: Path, mo
     rows = {line[:14].strip(): line[15:] for line in lines[: lines.index("")]}
     assert rows["torch"].startswith(torch.__version__.split("+")[0]) and rows["device"].startswith("cpu")
     assert {"soflow-fast", "python", "triton", "flash-attn", "xformers", "apex"} <= rows.keys()
-    attention, kernels = lines.index("attention"), lines.index("kernels")
-    backends = [line for line in lines[attention + 1 : kernels] if line]
+    attention, mlp, kernels = (lines.index(heading) for heading in ("attention", "MLP", "kernels"))
+    backends = [line for line in lines[attention + 1 : mlp] if line]
     assert [line.split()[0] for line in backends] == list(get_args(AttentionBackend)[1:])
     assert all(re.search(r" (usable|off) +\S", line) for line in backends)
     assert re.search(r"^  sdpa +usable  torch picks", backends[-1])
+    assert [line.split()[:2] for line in lines[mlp + 1 : kernels - 1]] == [["kernels", "usable"], ["quack", "off"]]
+    assert lines[kernels - 2].endswith("needs an NVIDIA GPU")
     for name, (on, why) in soflow_kernels.status().items():
         row = next(line for line in lines[kernels:] if line.split()[0] == name)
         assert ("kernel" if on else "reference") in row and row.endswith(why)

@@ -186,6 +186,7 @@ OUT_OF_RANGE = {
     "run.optimizer": "adam",
     "run.recompute": "all",
     "run.attention": "flash5",
+    "run.mlp": "quak",
     "steps": 0,
     "batch_size": 0,
     "micro_batch": -2,
@@ -237,7 +238,7 @@ def test_every_field_has_its_range_tested() -> None:
 
 def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
     choices = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
-    assert len(choices) == 14
+    assert len(choices) == 15
     for name, allowed in choices.items():
         for value in allowed:
             validate(override(Config(), {name: value}))
@@ -255,9 +256,9 @@ def test_switches_of_older_files_are_read(word: str, value: bool | None) -> None
     assert from_json(to_json(old)) == old
 
 
-def test_resolving_leaves_the_attention_open_and_nothing_else() -> None:
+def test_resolving_leaves_attention_and_mlp_open_and_nothing_else() -> None:
     config = resolved(preset("digits", device="cpu", micro_batch="auto"))
-    assert [name for name, value in flatten(config).items() if value in ("auto", AUTO)] == ["run.attention"]
+    assert [name for name, value in flatten(config).items() if value in ("auto", AUTO)] == ["run.attention", "run.mlp"]
     assert resolved(config) == config and validate(config)
 
 
