@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import soflow_fast
 import soflow_kernels
-from soflow_fast.models import fused_layers
+from soflow_fast.models import attention, fused_layers
 from soflow_kernels import _dispatch, testing
 
 PACKAGES = (soflow_fast, soflow_kernels)
@@ -72,7 +72,14 @@ def stacked_linear() -> Iterator[Arguments]:
             yield (ones(B, D, dtype=dtype), *(v for pair in zip(weights, biases, strict=True) for v in pair))
 
 
+def attention_products() -> Iterator[Arguments]:
+    packed = ones(B, T, 3, 2, D, dtype=LOW)
+    yield packed.permute(2, 0, 3, 1, 4).unbind()
+    yield tuple(ones(B, 2, T, D, dtype=LOW) for _ in range(3))
+
+
 FUNCTIONS: dict[type[Function], Callable[[], Iterator[Arguments]]] = {
+    attention._Products: attention_products,
     fused_layers._NormedLinear: normed_linear,
     fused_layers._NormedMLP: normed_mlp,
     fused_layers._StackedLinear: stacked_linear,
