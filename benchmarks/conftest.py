@@ -65,6 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[BEGUN] = record.begin() if option.record else None
     except UserError as error:
         raise pytest.UsageError(str(error)) from None
+    # Of pytest-benchmark, on a test that was skipped or interrupted: as an error it would take the summary along.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     # Whoever ends the run by a signal, such as one whose time is up, has what was measured on record.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.stash[ROWS] = Rows(config, "step" if option.batch is None else "step-batch")

@@ -47,7 +47,10 @@ def test_a_share_of_time_for_tests(wait, within, ran, environment, tmp_path):
 def test_options_of_the_benchmarks(wrong, monkeypatch):
     monkeypatch.setattr(conftest.signal, "signal", lambda *_: None)
     options = {"batch": 32, "seconds": 1.0, "kernel_seconds": 1.0, "record": False}
-    conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(**options), stash={}))
+    lines: list[tuple[str, str]] = []
+    known = {"stash": {}, "addinivalue_line": lambda *line: lines.append(line)}
+    conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(**options), **known))
+    assert lines == [("filterwarnings", "ignore:Benchmark fixture was not used")]
     with pytest.raises(pytest.UsageError, match="--" + next(iter(wrong)).replace("_", "-")):
         conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(**options | wrong), stash={}))
 
