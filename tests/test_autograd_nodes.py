@@ -110,7 +110,10 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
             (x, x, m, m, m, bias, eps, dtype, stats) for bias in (None, b) for stats in (False, True)
         ],
         "gate_residual_layernorm_modulate_backward": [
-            (x, dsum, x, x, m, m, bias, stats, stats) for dsum in (None, x) for bias in (None, b)
+            (x, dsum, x, x, m, m, bias, stats, stats, shift)
+            for shift in (None, m)
+            for dsum in (None, x)
+            for bias in (None, b)
         ],
         "gate_residual_layernorm_modulate_increment": [
             (x, x, x, x, m, m, bias, m, m, m, eps, dtype) for bias in (None, b)
@@ -121,6 +124,7 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "layernorm_modulate_backward": [(x, x, m, stats, stats)],
         "layernorm_modulate_increment": [(x, x, m, m, m, eps, dtype)],
         "path_point": [(image, image, t, False), (image, image, t, True)],
+        "qkv_gradient": [(x, x, x)],
         "scaled_direction": [(image, image, one)],
         "silu_increment": [(x, x, dtype)],
         "time_embedding_increment": [(t, t, t, 8, 1e4, torch.float32)],

@@ -164,6 +164,7 @@ def prepared(case: Case, recipe: Recipe, counted: Row | None = None) -> tuple[Ro
     step = functools.partial(recipe.step, state, x0, y)
     row = Row(case=case.describe(), recipe=recipe.name, precision=state.precision, batch=len(x0))
     row.parameters = state.parameter_count()
+    step()  # whatever is made or measured on a first call, such as the choice of an attention, is not to be counted
     if counted is None:
         _count(recipe, state, x0[:BATCH], y[:BATCH], row)
         if not recipe.compiled:
@@ -189,11 +190,14 @@ def _count(recipe: Recipe, state: TrainState, x0: Tensor, y: Tensor, row: Row) -
     other: Any = recipe.counted_as
     if other is not None:
         recipe, state = other, build(other, state.config)
-    one = account.forward_flops(state, x0[:1])
 
     def step() -> None:
         row.network_calls, _ = count_calls(recipe, state, x0, y)
 
+    with account.countable():  # once uncounted, for the same reason
+        step()
+    account.forward_flops(state, x0[:1])
+    one = account.forward_flops(state, x0[:1])
     row.flops_per_image = account.flops(step) / len(x0)
     row.forwards_per_image = row.flops_per_image / one
 

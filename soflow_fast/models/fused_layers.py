@@ -29,6 +29,7 @@ from soflow_kernels import (
     use_kernel,
 )
 from soflow_kernels.adaln import adaln_bwd, adaln_fwd
+from soflow_kernels.packed_gradient import qkv_gradient
 
 from .mlp_products import mlp_products
 
@@ -175,12 +176,15 @@ class _NormedLinear(torch.autograd.Function):
     def backward(ctx: Any, *douts):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, branch, gate, branch_bias, shift, scale, mean, rstd, weight = ctx.saved_tensors
         dsum, douts = (None, douts) if branch is None else (douts[0], douts[1:])
-        dout = douts[0] if len(douts) == 1 else torch.cat(douts, -1)
-        h = layernorm_modulate(x, shift, scale, EPS, weight.dtype)
-        dh, dweight, dbias = _linear_backward(dout, h, weight, True)
-        del dout, douts
-        del h
-        d = adaln_bwd(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
+        if len(douts) == 3:
+            dout, dbias = qkv_gradient(*douts)
+        else:
+            dout = douts[0] if len(douts) == 1 else torch.cat(douts, -1)
+            dbias = dout.sum(tuple(range(dout.dim() - 1)))
+        del douts
+        d = adaln_bwd(dout @ weight, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS, shift)
+        assert d.out is not None
+        dweight = dout.flatten(0, -2).t() @ d.out.flatten(0, -2)
         return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dweight, dbias, None
 
 
@@ -210,18 +214,17 @@ class _NormedMLP(torch.autograd.Function):
         x, branch, gate, branch_bias, shift, scale, mean, rstd, w1, b1, w2, u = ctx.saved_tensors
         if dout is None:
             dout = x.new_zeros(*x.shape[:-1], len(w2), dtype=w2.dtype)
-        h = layernorm_modulate(x, shift, scale, EPS, w1.dtype)
         products = mlp_products(ctx.mlp, x, w1.dtype)
         if u is None:
-            u = products.product(h, w1, b1)
+            u = products.product(layernorm_modulate(x, shift, scale, EPS, w1.dtype), w1, b1)
         du, db1, inner = products.backward(dout, w2, u, b1)
         del u
         dout = dout.flatten(0, -2)
         dw2, db2 = dout.t() @ inner.flatten(0, -2), None if ctx.defer_bias else dout.sum(0)
         del inner
-        dh, dw1, _ = _linear_backward(du, h, w1, False)
-        del h, du
-        d = adaln_bwd(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
+        d = adaln_bwd(du @ w1, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS, shift)
+        assert d.out is not None
+        dw1 = du.flatten(0, -2).t() @ d.out.flatten(0, -2)
         return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dw1, db1, dw2, db2, None, None, None
 
 

@@ -39,11 +39,11 @@ BUDGET = {
     "guidance": (Cost(63, 2.827, 2.033), Cost(7, 5.347, 1.515)),
     "student": (Cost(22, 2.227, 1.588), Cost(8, 5.496, 2.421)),
     "target": (Cost(50, 0.43, 0.242), Cost(12, 2.467, 1.512)),
-    "backward": (Cost(79, 3.848, 3.358), Cost(24, 12.442, 6.296)),
-    "update": (Cost(74, 0.284, 0.284), Cost(15, 0.957, 0.957)),
+    "backward": (Cost(59, 3.5, 2.533), Cost(24, 12.442, 6.296)),
+    "update": (Cost(57, 0.284, 0.284), Cost(1, 0.957, 0.957)),
 }
 # Preset, batch, depth, and milliseconds of a step on an H100 by the same count: at most, and at least 98 % of it.
-TIMES = [("imagenet256-b4", 32, 12, 6.6), ("imagenet256-b2", 256, 12, 124.3), ("imagenet256-xl2", 256, 28, 556.8)]
+TIMES = [("imagenet256-b4", 32, 12, 6.2), ("imagenet256-b2", 256, 12, 123.8), ("imagenet256-xl2", 256, 28, 556.5)]
 
 B, T, D = 256, 256, 1152
 KNOWN: set[Copy] = {
@@ -54,12 +54,8 @@ KNOWN: set[Copy] = {
     # The gradient of q, k and v, which torch's attention returns as three.
     ("backward", "cat", (B, T, 3 * D)),
     ("backward", "zeros", (B, T, D)),
-    ("backward", "cast float32 to bfloat16", (B * T, D)),
-    ("backward", "cast float32 to bfloat16", (D, B * T)),
 }
 """Copies above `LARGE` that are there."""
-KNOWN_CASTS = 14
-"""Casts from float32 to bfloat16 in the backward: its products outside the blocks are made under autocast."""
 
 
 @functools.cache
@@ -126,8 +122,7 @@ def test_nothing_large_is_copied_filled_or_cast() -> None:
 
 def test_the_backward_rounds_nothing_to_bfloat16_outside_the_blocks() -> None:
     """Inside of them all is bfloat16 already."""
-    casts = [o.shape for o in counted(2) if (o.phase, o.name) == ("backward", "cast float32 to bfloat16")]
-    assert len(casts) == KNOWN_CASTS, casts
+    assert [o.shape for o in counted(2) if (o.phase, o.name) == ("backward", "cast float32 to bfloat16")] == []
 
 
 def test_what_is_large_would_be_found() -> None:

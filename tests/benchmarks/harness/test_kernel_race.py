@@ -79,7 +79,7 @@ def test_bytes_are_those_of_the_docstrings():
     found = OPERATIONS["gate_residual_layernorm_modulate"]
     assert (found.traffic(shipped, half, False), found.traffic(shipped, half, True)) == (4 * stream, 10 * stream)
     assert OPERATIONS["bias_gelu"].traffic(shipped, half, False) == 2 * 4 * stream
-    assert OPERATIONS["layernorm_modulate_increment"].traffic(shipped, half, False) == 2 * stream // 2
+    assert OPERATIONS["layernorm_modulate_increment"].traffic(shipped, half, False) == 3 * stream // 4
     assert OPERATIONS["consistency_loss"].traffic(shipped, single, True) == 6 * 256 * 4 * 32 * 32 * 4
     for name, bytes_of_gradient, copies in (("adamw_ema", 4, 0), ("adamw_ema, bfloat16 gradients and copies", 2, 4)):
         inputs = OPERATIONS[name].inputs(TINY, CPU, single)
