@@ -36,6 +36,7 @@ EXTRAS = {
     # Apex is left out on purpose: it is built from NVIDIA's source, and the package called "apex" on the index is an
     # unrelated project.
     "fp8": ["torchao>=0.14; sys_platform == 'linux'"],
+    "quack": ["quack-kernels>=0.6.5; sys_platform == 'linux'"],  # whose products --set run.mlp=quack takes
     "gpu": ["xformers", "flash-attn>=2.7; sys_platform == 'linux'"],
     "eval": ["torch-fidelity>=0.4"],
     "hub": ["huggingface_hub>=0.34", "diffusers>=0.35"],

@@ -3,7 +3,6 @@
 import itertools
 import shlex
 import signal
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -66,6 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[BEGUN] = record.begin() if option.record else None
     except UserError as error:
         raise pytest.UsageError(str(error)) from None
+    # Of pytest-benchmark, on a test that was skipped or interrupted: as an error it would take the summary along.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     # Whoever ends the run by a signal, such as one whose time is up, has what was measured on record.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.stash[ROWS] = Rows(config, "step" if option.batch is None else "step-batch")
@@ -82,11 +83,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         rows_of(item).missing.append(item.name)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    ended = yield  # not if the run is stopped in the middle
-    rows_of(item).missing.remove(item.name)
-    return ended
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    if call.when == "teardown":  # it has ended, and was neither left out nor interrupted
+        rows_of(item).missing.remove(item.name)
 
 
 @pytest.fixture
@@ -110,7 +109,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
         terminalreporter.line(kernel_table(kernels.found))
     for rows in (steps, kernels):
         if path := rows.write(finished=exitstatus == 0):
-            but = "" if exitstatus == 0 else "; not everything passed or was reached"
+            but = "" if exitstatus == 0 and not rows.missing else "; not everything passed or was reached"
             terminalreporter.line(f"recorded: {record.shown(path)}{but}")
 
 

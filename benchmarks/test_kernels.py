@@ -17,8 +17,6 @@ from benchmarks.harness.operations import OURS, SHIPPED, SMALL, Operation, opera
 from benchmarks.report import record
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Of pytest-benchmark, on a test that was skipped.
-pytestmark = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
 FIRST = ("gate_residual_layernorm_modulate", "bias_gelu", "adamw_ema", "attention_increment")
 """The operations that a step spends most in beside its products."""
 CASES = [

@@ -3,11 +3,13 @@
     python -m soflow_fast.train                                   digits, about two minutes on two CPU cores
     python -m soflow_fast.train cifar10 --data cifar10-train.zip
     python -m soflow_fast.train imagenet256-xl2 --dry-run         what such a run needs
+    python -m soflow_fast.train imagenet256-xl2 --dry-run --gpu h100    and how fast a step is predicted to be
     python -m soflow_fast.train digits --set objective.p=0.5      any field of config.json
 
 The same command again resumes.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from .commands import process
 from .commands.parser import Parser, add_fields, configure
+from .config.gpus import GPUS
 from .config.presets import PRESETS, preset
 from .config.schema import SHORT_NAMES, Config, from_json
 from .errors import ConfigError
@@ -56,13 +59,18 @@ def parser() -> Parser:
     diagnosis.add_argument(
         "--dry-run", action="store_true", help="Build everything, make one step, print what the run needs"
     )
+    diagnosis.add_argument(
+        "--gpu", choices=list(GPUS), metavar="NAME", help=f"With --dry-run: predict a step on a GPU; {', '.join(GPUS)}"
+    )
     diagnosis.add_argument("--env", action="store_true", help="Print versions, devices, kernels and attention in use")
     return p
 
 
-def configuration(arguments: list[str] | None = None) -> tuple[Config, bool, bool]:
-    """The configuration of a command line, and whether --dry-run and --env were given. Raises ConfigError."""
+def configuration(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """The configuration of a command line, and its other flags. Raises ConfigError."""
     values = parser().parse(arguments)
+    if values.gpu and not values.dry_run:
+        raise ConfigError(f"--gpu {values.gpu}: it is what --dry-run predicts for; give both")
     if values.config and values.preset:
         raise ConfigError(f"--config {values.config} and preset {values.preset}: give one of the two")
     config = _read(values.config) if values.config else preset(values.preset or "digits")
@@ -75,7 +83,7 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, bool, boo
     named = {SHORT_NAMES.get(name, name) for name in changes}
     if values.config and named & {"precision", "objective.teacher"}:  # what followed from them follows anew
         changes |= {name: "auto" for name in ("quotient", "quotient_precision") if name not in named}
-    return configure(config, changes), values.dry_run, values.env
+    return configure(config, changes), values
 
 
 def _read(path: str) -> Config:
@@ -91,15 +99,15 @@ def _read(path: str) -> Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError and Interrupted."""
-    config, dry_run, env = configuration(arguments)
-    if env:
+    config, values = configuration(arguments)
+    if values.env:
         from .commands.environment import report
 
         print(report(config.run.device))
-    elif dry_run:
-        from .commands.dry_run import dry_run as try_out
+    elif values.dry_run:
+        from .commands.dry_run import dry_run
 
-        print(try_out(config))
+        print(dry_run(config, values.gpu))
     else:
         from .runs.trainer import train
 

@@ -11,12 +11,13 @@ SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=2, hidden_size=40, dep
 
 def network(dtype=torch.float32, rounded=None, **attributes):
     """A DiT off its initial zeros, where half of the gradients vanish. rounded: the dtype of the blocks' parameters."""
-    net = DiT(SIZES).to(dtype)
+    net = DiT(SIZES)
     net.keep_norms = False
     net.initialize(torch.Generator().manual_seed(0))
     with torch.no_grad():
         for i, p in enumerate(net.parameters()):
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p))
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    net.to(dtype)  # not before, as float64 draws other numbers
     if rounded is not None:
         round_parameters(net, net.low_precision_layers(), rounded)
     for name, value in attributes.items():

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import soflow_fast
 import soflow_kernels
-from soflow_fast.models import fused_layers
+from soflow_fast.models import attention, fused_layers
 from soflow_kernels import _dispatch, testing
 
 PACKAGES = (soflow_fast, soflow_kernels)
@@ -62,7 +62,7 @@ def normed_mlp() -> Iterator[Arguments]:
             continue
         weights = (ones(H, D, dtype=dtype), ones(H, dtype=dtype), ones(D, H, dtype=dtype), ones(D, dtype=dtype))
         for defer_bias, keep_inner in ((False, False), (True, True)):
-            yield (*residual, *weights, defer_bias, keep_inner)
+            yield (*residual, *weights, "kernels", defer_bias, keep_inner)
 
 
 def stacked_linear() -> Iterator[Arguments]:
@@ -72,7 +72,14 @@ def stacked_linear() -> Iterator[Arguments]:
             yield (ones(B, D, dtype=dtype), *(v for pair in zip(weights, biases, strict=True) for v in pair))
 
 
+def attention_products() -> Iterator[Arguments]:
+    packed = ones(B, T, 3, 2, D, dtype=LOW)
+    yield packed.permute(2, 0, 3, 1, 4).unbind()
+    yield tuple(ones(B, 2, T, D, dtype=LOW) for _ in range(3))
+
+
 FUNCTIONS: dict[type[Function], Callable[[], Iterator[Arguments]]] = {
+    attention._Products: attention_products,
     fused_layers._NormedLinear: normed_linear,
     fused_layers._NormedMLP: normed_mlp,
     fused_layers._StackedLinear: stacked_linear,
@@ -110,7 +117,10 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
             (x, x, m, m, m, bias, eps, dtype, stats) for bias in (None, b) for stats in (False, True)
         ],
         "gate_residual_layernorm_modulate_backward": [
-            (x, dsum, x, x, m, m, bias, stats, stats) for dsum in (None, x) for bias in (None, b)
+            (x, dsum, x, x, m, m, bias, stats, stats, shift)
+            for shift in (None, m)
+            for dsum in (None, x)
+            for bias in (None, b)
         ],
         "gate_residual_layernorm_modulate_increment": [
             (x, x, x, x, m, m, bias, m, m, m, eps, dtype) for bias in (None, b)
@@ -121,6 +131,7 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "layernorm_modulate_backward": [(x, x, m, stats, stats)],
         "layernorm_modulate_increment": [(x, x, m, m, m, eps, dtype)],
         "path_point": [(image, image, t, False), (image, image, t, True)],
+        "qkv_gradient": [(x, x, x)],
         "scaled_direction": [(image, image, one)],
         "silu_increment": [(x, x, dtype)],
         "time_embedding_increment": [(t, t, t, 8, 1e4, torch.float32)],

@@ -11,10 +11,22 @@ import pytest
 
 import soflow_fast
 from soflow_fast.config.schema import SHORT_NAMES
+from soflow_kernels.inspect import summary
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_FLAGS = {"config", "set", "dry-run", "env", "help", "out", "n", "nfe", "labels"}  # of train, sample and evaluate
+OTHER_FLAGS = {
+    "config",
+    "set",
+    "dry-run",
+    "gpu",
+    "env",
+    "help",
+    "out",
+    "n",
+    "nfe",
+    "labels",
+}  # of train, sample and evaluate
 
 
 @cache
@@ -140,6 +152,13 @@ def test_the_readmes_figures_are_those_of_the_newest_records(kind: str):
     lines = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if f"records/{run['file']})" in line]
     assert len(lines) == 1, run["file"]
     assert [figure for figure in FIGURES[kind](run) if figure not in lines[0]] == []
+
+
+def test_kernels_ahead_of_time_are_the_newest_records():
+    newest = max((ROOT / "benchmarks/records").glob("*-kernels-ahead-of-time.json"), key=lambda path: path.name)
+    record, text = json.loads(newest.read_text()), (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    assert summary(record["kernels"]) in text
+    assert f"By triton {record['versions']['triton']};" in text and f"`benchmarks/records/{newest.name}`" in text
 
 
 def tree_of_the_house() -> set[str]:

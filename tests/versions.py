@@ -165,8 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for release in options.releases:
         if release != pinned_release() and not file_of(release).exists():
             parser.error(f"no file {file_of(release).relative_to(ROOT)}, and constraints.txt has {pinned_release()}")
+    rows = []
     with tempfile.TemporaryDirectory() as cache:
-        rows = []
         for release in options.releases:
             pinned = release == pinned_release()
             rows.append(test(release, sys.executable if pinned else environment(release, options.environments), cache))

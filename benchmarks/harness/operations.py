@@ -4,7 +4,7 @@ S of a docstring in soflow_kernels is `stream` here, in elements; its multiples 
 the docstring has no formula, because products or launches are what counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 import soflow_kernels as k
-from benchmarks.baselines.norms import gated_residual_norm, modulated, norms
+from benchmarks.baselines.adaptive_norms import adaptive_norms
+from benchmarks.baselines.adaptive_norms import gated_residual_norm as adaptive_gated_residual_norm
+from benchmarks.baselines.norms import Found, gated_residual_norm, modulated, norms
+from benchmarks.baselines.optimizers import Update, optimizers
 
 Inputs = dict[str, Any]
 OURS, EAGER, COMPILED = "soflow_kernels", "eager PyTorch", "torch.compile"
@@ -63,7 +66,7 @@ class Operation:
     stream: Callable[[Sizes], int]
     forward: float | None
     backward: float | None = None
-    others: dict[str, "Callable[..., Any] | str"] = field(default_factory=dict)
+    others: Mapping[str, "Callable[..., Any] | str"] = field(default_factory=dict)
     """Other people's ways, or why they are not here."""
 
     def traffic(self, sizes: Sizes, dtype: torch.dtype, backward: bool) -> int | None:
@@ -76,7 +79,7 @@ class Operation:
 
 def operations(device: torch.device) -> list[Operation]:
     """All operations. `device` decides which of the others can take part."""
-    found = norms(device)
+    found, adaptive, optimisers = norms(device), adaptive_norms(device), optimizers(device)
     increments = partial(_increment_tokens, 1)
     return [
         Operation(
@@ -88,7 +91,7 @@ def operations(device: torch.device) -> list[Operation]:
             stream=_tokens,
             forward=2,
             backward=3,
-            others={name: norm if isinstance(norm, str) else partial(modulated, norm) for name, norm in found.items()},
+            others={**_ways(found, modulated), **adaptive},
         ),
         Operation(
             name="gate_residual_layernorm_modulate",
@@ -99,10 +102,7 @@ def operations(device: torch.device) -> list[Operation]:
             stream=_tokens,
             forward=4,
             backward=6,
-            others={
-                name: norm if isinstance(norm, str) else partial(gated_residual_norm, norm)
-                for name, norm in found.items()
-            },
+            others=_ways(found, gated_residual_norm) | _ways(adaptive, adaptive_gated_residual_norm),
         ),
         Operation(
             name="gate_residual",
@@ -237,8 +237,13 @@ def operations(device: torch.device) -> list[Operation]:
             stream=increments,
             forward=7,
         ),
-        *(_adamw(low) for low in (False, True)),
+        *(_adamw(low, optimisers) for low in (False, True)),
     ]
+
+
+def _ways(found: Found, operation: Callable[..., Any]) -> dict[str, Callable[..., Any] | str]:
+    """An operation by what other people offer for a part of it."""
+    return {name: way if isinstance(way, str) else partial(operation, way) for name, way in found.items()}
 
 
 def _tokens(sizes: Sizes) -> int:
@@ -372,7 +377,7 @@ def _attention_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     return {"q": q, "k": key, "v": v}
 
 
-def _adamw(low: bool) -> Operation:
+def _adamw(low: bool, optimisers: Found[Update]) -> Operation:
     """The optimiser with float32 gradients and an average, 36 bytes a parameter, or (low) with
     bfloat16 gradients and weights, 38. Its reference: torch's fused AdamW, then the average by `foreach` operations."""
     settings: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
@@ -386,6 +391,7 @@ def _adamw(low: bool) -> Operation:
         single=True,
         stream=lambda sizes: sizes.blocks * 18 * sizes.width**2,
         forward=9.5 if low else 9,
+        others=_ways(optimisers, lambda way, **inputs: way(**inputs, **settings)),
     )
 
 

@@ -184,6 +184,24 @@ def sampling(run: dict) -> str:
     return page(head, 3, lines, run, f"In turn, one run. `{run['command']}`.")
 
 
+def prediction(run: dict) -> str:
+    """A record of benchmarks.prediction as Markdown: a line per network, batch and recipe."""
+    lines = []
+    gpus = list(run["rows"][0]["predicted_ms"])
+    for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
+        for k, row in enumerate(group):
+            launches = "" if row["launches"] is None else str(row["launches"])
+            sizes = [number(row["bytes"] / 1e9), number(row["other_bytes"] / 1e9), number(row["flops"] / 1e12)]
+            times = [number(row["predicted_ms"][gpu]) for gpu in gpus]
+            lines.append([case if k == 0 else "", row["recipe"], launches, *sizes, *times])
+    head = ["network and batch", "recipe", "launches", "GB", "GB of others", "TFLOP", *(f"{g} ms" for g in gpus)]
+    note = (
+        "Arithmetic, not a measurement: nothing here ran on a GPU. Of others: all but products and attention. Whether "
+        f"it fits the memory is another question. `{run['command']}`."
+    )
+    return page(head, 4 + len(gpus), lines, run, note)
+
+
 def kernels(run: dict) -> str:
     """A record of benchmarks/test_kernels.py as Markdown: what it is of, a line per operation, pass and way."""
     if "gpu" in run:
@@ -264,6 +282,7 @@ BLOCKS = {
     "quality-for-time": Block(
         "docs/performance.md", "quality-for-time", quality_for_time, (plots.quality_for_time, "docs/quality.svg")
     ),
+    "prediction": Block("docs/performance.md", "prediction", prediction),
     "sampling": Block("docs/performance.md", "sampling", sampling),
     "digits": Block("docs/performance.md", "digits", digits),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),

@@ -53,6 +53,8 @@ def kernel_table(rows: list[dict]) -> str:
             ratio = "" if row is ours else f"{middle / statistics.median(ours['seconds']):.2f}x"
             at = f"{name}, {part}: {row['shape']}, {row['dtype']}" if first else ""
             way = row["way"] if row["runs"] in (None, "kernel") else f"{row['way']} ({row['runs']})"
+            if "host included" in (row.get("timed") or ""):
+                way += ", host included"
             lines.append([at, way, quartiles(row["seconds"], 1e-6), ratio, moved, share])
             first = False
     head = ["operation", "way", "microseconds (quartiles)", "time over ours", "MB", "share of copy bandwidth"]

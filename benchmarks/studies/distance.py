@@ -93,14 +93,14 @@ def ends(way: str, network: DiT, at: Points, before: float, after: float) -> tup
         value = network(start, at.t + before, at.s, at.y)
         return value, network(start + dx, at.t + after, at.s, at.y) - value
     precision = "fp32" if way.startswith("float32") else "bf16"
-    low = [value.float() for value in (start, dx, at.t + before, dt, at.s)]
+    x, dx, t, dt, s = (value.float() for value in (start, dx, at.t + before, dt, at.s))
     if way.endswith("increments"):
-        value, increment = paired_forward(network, *low, at.y, dtype=OPERAND[precision])
+        value, increment = paired_forward(network, x, dx, t, dt, s, at.y, dtype=OPERAND[precision])
         return value.double(), increment.double()
-    x, _, t, _, s = low
+    end = (at.x + after * at.v).float(), (at.t + after).float()
     with matmul_precision(precision, x.device):
         value = network(x, t, s, at.y).double()
-        return value, network((start + dx).float(), (at.t + after).float(), s, at.y).double() - value
+        return value, network(*end, s, at.y).double() - value
 
 
 def compared(found: Tensor, exact: Tensor) -> tuple[float, float]:

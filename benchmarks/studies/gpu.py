@@ -1,8 +1,10 @@
 """`python -m benchmarks.gpu --minutes 10`: everything that the owner of a GPU can contribute within so many minutes.
 
-In the order of worth: environment, the tests that need a GPU, operations, the step at B/2 and XL/2, sampling, sweeps.
-Each is a process with a share of the time that is left; one that fails or runs out of time is named at the end and does
-not stop the others; what it has measured by then is on record. The records are listed last: hand them in as they are.
+In the order of worth: environment, the kernels' tests compiled, the step at XL/2 and B/2, operations, the engine's
+tests that need a GPU, sampling, sweeps. Each is a process with a share of the time that is left; the plan of minutes is
+printed first. One that fails or runs out of time is named at the end and does not stop the others; what it has measured
+by then is on record, row by row, and what it has not is named too. The records are listed last: hand them in as they
+are.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.report import record
+from soflow_fast.errors import UserError
 
 TRIAL = record.ROOT / "runs" / "benchmarks"
 """Where --allow-cpu leaves its records: they are none to hand in."""
@@ -26,7 +29,8 @@ WITHIN = "{within}"
 GRACE = 15.0
 """Seconds between asking a process to end, which then writes its record, and ending it."""
 ALL = 60.0
-"""Minutes from which on every recipe is timed, also at its largest batch; below, those of contestants.HEADLINE."""
+"""Minutes from which on every recipe is timed, and each alone at its largest batch; below, those of
+contestants.HEADLINE."""
 
 
 class Part(NamedTuple):
@@ -34,6 +38,7 @@ class Part(NamedTuple):
 
     name: str
     share: float
+    """Of ten minutes, in seconds."""
     command: list[str]
     """A word may have WITHIN in it: the seconds after which the part should begin nothing more."""
 
@@ -42,26 +47,30 @@ def parts(minutes: float, cpu: bool = False) -> list[Part]:
     """The parts, most worth first; times inside them follow the minutes. cpu: the small things only."""
     scale = minutes / 10
     python, pytest = [sys.executable, "-m"], [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    step = [*pytest, "benchmarks/test_step.py", "--record", f"--seconds={15 * scale:g}"]
-    steps = Part("the step at B/2 and XL/2", 8, step if minutes >= ALL else [*step, "--headline", "-k", "test_step"])
-    if cpu:
-        steps = Part("the step, digits", 8, [*step, "--headline", "-k", "digits"])
-    operations = [*pytest, "benchmarks/test_kernels.py", "--record", f"--kernel-seconds={0.5 * scale:g}"]
+    bounded = [*pytest, "-p", "benchmarks.harness.within", f"--within={WITHIN}"]
+    step = [*python, "benchmarks.step", f"--seconds={12 * scale:g}", f"--within={WITHIN}"]
+    step += ["--only=digits"] if cpu else ["--every"] * (minutes >= ALL)
+    kernels = "tests/kernels/test_math.py" if cpu else "tests/kernels"
+    engine = ["tests/kernels/test_engine.py", "tests/training", "tests/models", "tests/test_one_step.py", "-m", "gpu"]
+    largest = [*pytest, "benchmarks/test_step.py", "--record", "-k", "test_largest_batch"]
+    operations = [*bounded, "benchmarks/test_kernels.py", "--record", f"--kernel-seconds={0.3 * scale:g}"]
     return [
-        Part("environment", 1, [*python, "soflow_fast.train", "--env"]),
-        Part("tests", 1.5, [*pytest, "tests", "-m", "gpu"]),
-        Part("operations", 4, operations),
-        steps,
-        Part("sampling", 2, [*python, "benchmarks.sampling", f"--seconds={3 * scale:g}", f"--within={WITHIN}"]),
-        Part("sweeps", 3, [*python, "benchmarks.sweeps", f"--seconds={2 * scale:g}", f"--within={WITHIN}"]),
+        Part("environment", 15, [*python, "soflow_fast.train", "--env"]),
+        Part("kernels' tests", 75, [*bounded, "--taking=device", kernels]),
+        Part("the step", 350, step),
+        Part("operations", 80, operations),
+        Part("engine's tests", 25, [*bounded, *engine]),
+        Part("sampling", 25, [*python, "benchmarks.sampling", f"--seconds={3 * scale:g}", f"--within={WITHIN}"]),
+        Part("sweeps", 30, [*python, "benchmarks.sweeps", f"--seconds={2 * scale:g}", f"--within={WITHIN}"]),
+        *([Part("the largest batches", 600, largest)] if minutes >= ALL and not cpu else []),
     ]
 
 
 def run(part: Part, seconds: float, environment: dict[str, str]) -> str | None:
     """Run a part with its output shown, for at most so many seconds; None, or in words how it failed."""
     try:
-        # What is begun within two thirds of the time is likely to end within it.
-        command = [word.replace(WITHIN, f"{seconds / 1.5:.0f}") for word in part.command]
+        # What is begun within four fifths of the time is likely to end within it; what is not is on record by then.
+        command = [word.replace(WITHIN, f"{0.8 * seconds:.0f}") for word in part.command]
         process = subprocess.Popen(command, cwd=record.ROOT, env=environment, start_new_session=True)
     except OSError as error:
         return f"could not be started: {error.strerror}"
@@ -95,6 +104,9 @@ def run_all(todo: Sequence[Part], seconds: float, records: Path) -> int:
     path = os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "SOFLOW_RECORDS": str(records)}
     before, ends, failed = _written(records), time.monotonic() + seconds, []
+    print(f"== plan of {seconds / 60:g} minutes, in seconds (time that one leaves is for those after it):")
+    for part in todo:
+        print(f"   {part.name}: {seconds * part.share / sum(other.share for other in todo):.0f}", flush=True)
     try:
         for index, part in enumerate(todo):
             left = ends - time.monotonic()
@@ -110,6 +122,10 @@ def run_all(todo: Sequence[Part], seconds: float, records: Path) -> int:
     for line in failed:
         print(f"   {line}")
     found = [path for path, written in _written(records).items() if before.get(path) != written]
+    missing = [name for path in found for name in _missing(path)]
+    print("== left out:" if missing else "== nothing that a record asks for is left out")
+    for line in missing:
+        print(f"   {line}")
     print("== records:" if found else "== no records")
     for path in found:
         print(f"   {record.shown(path)}")
@@ -126,6 +142,15 @@ def stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _missing(path: Path) -> list[str]:
+    """What a record lacks."""
+    try:
+        run = record.read(path)
+    except UserError:
+        return [f"{record.shown(path)} cannot be read"]
+    return [f"{run['benchmark']}: {name}" for name in run.get("missing", ())]
 
 
 def _written(folder: Path) -> dict[Path, int]:

@@ -33,6 +33,7 @@ from soflow_kernels.losses import (
     flow_matching_loss,
     flow_matching_loss_reference,
 )
+from soflow_kernels.packed_gradient import qkv_gradient
 from soflow_kernels.patch import patch_dit
 from soflow_kernels.time_embedding import dual_time_embedding, dual_time_embedding_reference
 from soflow_kernels.version import __version__
@@ -74,6 +75,7 @@ __all__ = [
     "patch_dit",
     "path_point",
     "path_point_reference",
+    "qkv_gradient",
     "silu_increment",
     "silu_increment_reference",
     "status",

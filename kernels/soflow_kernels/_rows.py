@@ -48,21 +48,29 @@ def stages(D: int) -> int:
     return 2 if D <= 2048 else 1
 
 
-def forward_layout(D: int) -> tuple[int, int, int]:
-    """(MAIN, TAIL, warps): at most 40 columns a thread, and every thread of a segment has 8, a 16-byte load in bf16."""
-    warps = power_of_two(-(-D // 1280))
+def forward_layout(D: int, vectors: int = 2) -> tuple[int, int, int]:
+    """(MAIN, TAIL, warps) of a loop that holds so many rows of modulation in registers.
+
+    Of two, at most 40 columns a thread, in one warp up to 1280, whose sums need no barrier; every thread of a segment
+    has 8, a 16-byte load in bf16. Of four, half as many.
+    """
+    warps = power_of_two(-(-D // 1280)) * (vectors // 2)
     main = power_of_two(D + 1) // 2
-    tail = max(power_of_two(D - main), 256 * warps) if main < D else 0
+    tail = max(power_of_two(D - main), (256 if vectors == 2 else 128) * warps) if main < D else 0
     return (2 * main, 0, warps) if tail >= main else (main, tail, warps)
 
 
 def backward_layout(D: int) -> tuple[int, int, int]:
     """(MAIN, TAIL, warps): 8 columns of MAIN a thread, so that the sums over tokens leave registers to spare.
 
-    The tail has few columns a thread and narrow loads, but costs a few registers where padding to a power of two would
-    double them. From 3/4 of a power of two on, padding is cheaper.
+    The tail has two columns a thread or more, 4 bytes in bf16, the least that a load takes on its way to shared memory.
+    It costs a few registers where padding to a power of two would double them. From 3/4 of a power of two on, padding
+    is cheaper.
     """
     main, tail = power_of_two(D + 1) // 2, 0
+    if main < D and main + main // 2 <= D:
+        main *= 2
+    warps = min(max(main // 256, 1), 16)
     if main < D:
-        main, tail = (2 * main, 0) if main + main // 2 <= D else (main, power_of_two(D - main))
-    return main, tail, min(max(main // 256, 1), 16)
+        tail = min(max(power_of_two(D - main), 64 * warps), main)
+    return main, tail, warps

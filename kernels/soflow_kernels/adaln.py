@@ -14,7 +14,8 @@ Backward, with u = dout (1 + scale), h = LN(x'), c1 = mean(u) and c2 = mean(u h)
     dx = rstd (u - c1 - h c2) + dsum     dy = gate dx             dgate = sum_t dx (y + bias)
     dshift = sum_t dout                  dscale = sum_t dout h    dbias = sum_bt dy
 
-Bytes, with S = one pass over [B, T, D]: forward 2 S and 4 S; backward 3 S, and 6 S (4 reads, 2 writes). Partial sums
+Bytes, with S = one pass over [B, T, D]: forward 2 S and 4 S; backward 3 S, and 6 S (4 reads, 2 writes), 1 S more where
+the norm is made again for the gradient of the product after it. Partial sums
 add `chunks` rows of [D] floats per sample and gradient. At 65 536 x 1152 in bf16 S is 151 MB, 0.035 ms at 4.3 TB/s:
 floors of 0.07, 0.14, 0.11 and 0.21 ms. Kept for the backward: x', y, mean and rstd; h is recomputed.
 
@@ -76,6 +77,8 @@ class AdaLNGradients(NamedTuple):
     """In the dtype of scale."""
     scale: Tensor
     bias: Tensor | None
+    out: Tensor | None = None
+    """No gradient: the `out` of `adaln_fwd` once more, in the dtype of dout."""
 
 
 def layernorm_modulate_reference(
@@ -110,27 +113,31 @@ def adaln_fwd_reference(
 
 def adaln_bwd_reference(
     dout: Tensor, dsum: Tensor | None, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor,
-    bias: Tensor | None, mean: Tensor, rstd: Tensor, eps: float = 1e-6,
+    bias: Tensor | None, mean: Tensor, rstd: Tensor, eps: float = 1e-6, shift: Tensor | None = None,
 ) -> AdaLNGradients:  # fmt: skip
     """`adaln_bwd` in plain PyTorch: any device and dtype."""
     size = x.shape[-1:]
-    dout = dout.to(x.dtype)
+    out_dtype, dout = dout.dtype, dout.to(x.dtype)
     u = dout * (1 + scale.unsqueeze(1)).to(x.dtype)
     dx = torch.ops.aten.native_layer_norm_backward(u, x, size, mean, rstd, None, None, [True, False, False])[0]
     dx = dx if dsum is None else dx + dsum
     normed = torch.native_layer_norm(x, size, None, None, eps)[0]
     dshift, dscale = dout.sum(1).to(scale.dtype), (dout * normed).sum(1).to(scale.dtype)
+    out = None
+    if shift is not None:
+        out = torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(out_dtype)
     if y is None:
-        return AdaLNGradients(dx, None, None, dshift, dscale, None)
+        return AdaLNGradients(dx, None, None, dshift, dscale, None, out)
     assert gate is not None
     dy = (dx * gate.unsqueeze(1)).to(y.dtype)
     dgate = (dx * (y if bias is None else y + bias)).sum(1).to(gate.dtype)
-    return AdaLNGradients(dx, dy, dgate, dshift, dscale, None if bias is None else dy.sum((0, 1)).to(bias.dtype))
+    dbias = None if bias is None else dy.sum((0, 1)).to(bias.dtype)
+    return AdaLNGradients(dx, dy, dgate, dshift, dscale, dbias, out)
 
 
 @jit
 def _residual(
-    x_ptr, y_ptr, gate_ptr, bias_ptr, sum_ptr, x_at, y_at, gate_at, sum_at,
+    x_ptr, y_ptr, bias_ptr, sum_ptr, x_at, y_at, sum_at, gate, bias,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """x' of one token, float32; written, and rounded to what was written, where there is a y."""
@@ -138,11 +145,23 @@ def _residual(
     if y_ptr is not None:
         y = load(y_ptr + y_at, FIRST, WIDTH, D)
         if bias_ptr is not None:
-            y += load(bias_ptr, FIRST, WIDTH, D)
-        x = (x + load(gate_ptr + gate_at, FIRST, WIDTH, D) * y).to(sum_ptr.dtype.element_ty)
+            y += bias
+        x = (x + gate * y).to(sum_ptr.dtype.element_ty)
         store(sum_ptr + sum_at, x, FIRST, WIDTH, D)
         x = x.to(tl.float32)
     return x
+
+
+@jit
+def _gate_and_bias(gate_ptr, bias_ptr, gate_at, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """A segment of the gate of a sample and of the bias, 0 where they are not given."""
+    gate = tl.zeros([WIDTH], tl.float32)
+    bias = gate
+    if gate_ptr is not None:
+        gate = load(gate_ptr + gate_at, FIRST, WIDTH, D)
+    if bias_ptr is not None:
+        bias = load(bias_ptr, FIRST, WIDTH, D)
+    return gate, bias
 
 
 @jit
@@ -160,19 +179,21 @@ def _forward_kernel(
     scale_row = scale_ptr + b * scale_b
     scale = 1 + load(scale_row, 0, MAIN, D)
     shift = load(shift_row, 0, MAIN, D)
+    gate, bias = _gate_and_bias(gate_ptr, bias_ptr, gate_at, 0, MAIN, D)
     if TAIL:
         scale_tail = 1 + load(scale_row, MAIN, TAIL, D)
         shift_tail = load(shift_row, MAIN, TAIL, D)
+        gate_tail, bias_tail = _gate_and_bias(gate_ptr, bias_ptr, gate_at, MAIN, TAIL, D)
     # With two stages the next token is on its way to shared memory while this one is computed.
     for t in tl.range(first, tl.minimum(first + rows, T), num_stages=STAGES):
         row = b * T + t
         x_at = b * x_b + t * x_t
         y_at = b * y_b + t * y_t
         sum_at = row * D
-        x = _residual(x_ptr, y_ptr, gate_ptr, bias_ptr, sum_ptr, x_at, y_at, gate_at, sum_at, 0, MAIN, D)
+        x = _residual(x_ptr, y_ptr, bias_ptr, sum_ptr, x_at, y_at, sum_at, gate, bias, 0, MAIN, D)
         total = tl.sum(x, axis=0)
         if TAIL:
-            x_tail = _residual(x_ptr, y_ptr, gate_ptr, bias_ptr, sum_ptr, x_at, y_at, gate_at, sum_at, MAIN, TAIL, D)
+            x_tail = _residual(x_ptr, y_ptr, bias_ptr, sum_ptr, x_at, y_at, sum_at, gate_tail, bias_tail, MAIN, TAIL, D)
             total += tl.sum(x_tail, axis=0)
         mean = total / D
         # The variance from the centred values: E[x^2] - mean^2 would cancel.
@@ -192,22 +213,32 @@ def _forward_kernel(
 
 
 @jit
-def _begin(gate_ptr, gate_at, scale_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """(1 + scale, gate, sums) of a program before its first token: gate is 0 where there is no y, and sums are 0."""
+def _begin(
+    gate_ptr, gate_at, scale_row, shift_ptr, shift_at, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
+):
+    """((1 + scale, shift, gate), sums) of a program before its first token: what is not given is 0, and so are sums."""
     zero = tl.zeros([WIDTH], tl.float32)
     gate = zero
+    shift = zero
     if gate_ptr is not None:
         gate = load(gate_ptr + gate_at, FIRST, WIDTH, D)
-    return 1 + load(scale_row, FIRST, WIDTH, D), gate, (zero, zero, zero, zero)
+    if shift_ptr is not None:
+        shift = load(shift_ptr + shift_at, FIRST, WIDTH, D)
+    return (1 + load(scale_row, FIRST, WIDTH, D), shift, gate), (zero, zero, zero, zero)
 
 
 @jit
 def _through_modulation(
-    x_row, dout_row, mean, rstd, scale, sums, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
-):
-    """(h, u, sums) of one token, as far as no mean over D is needed: dshift and dscale have grown."""
+    x_row, dout_row, shift_ptr, out_ptr, out_at, mean, rstd, modulation, sums,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """(h, u, sums) of one token, as far as no mean over D is needed: dshift and dscale have grown. Where there is a
+    shift, the modulated norm is written once more."""
+    scale, shift, _ = modulation
     dshift, dscale, dgate, dbias = sums
     h = (load(x_row, FIRST, WIDTH, D) - mean) * rstd
+    if shift_ptr is not None:
+        store(out_ptr + out_at, h * scale + shift, FIRST, WIDTH, D)
     dout = load(dout_row, FIRST, WIDTH, D)
     return h, dout * scale, (dshift + dout, dscale + dout * h, dgate, dbias)
 
@@ -246,8 +277,9 @@ def _store_sums(partial_row, plane, sums, y_ptr, bias_ptr, FIRST: tl.constexpr, 
 
 @jit
 def _backward_kernel(
-    dout_ptr, dsum_ptr, x_ptr, y_ptr, gate_ptr, bias_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dy_ptr, partial_ptr,
-    dout_b, dout_t, dsum_b, dsum_t, x_b, x_t, y_b, y_t, gate_b, scale_b, T, chunks, rows,
+    dout_ptr, dsum_ptr, x_ptr, y_ptr, gate_ptr, bias_ptr, shift_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dy_ptr,
+    out_ptr, partial_ptr,
+    dout_b, dout_t, dsum_b, dsum_t, x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, T, chunks, rows,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: `rows` tokens of one sample, whose sums over the tokens stay in registers until the end.
@@ -260,9 +292,10 @@ def _backward_kernel(
     first = (program % chunks) * rows
     gate_at = b * gate_b
     scale_row = scale_ptr + b * scale_b
-    scale, gate, sums = _begin(gate_ptr, gate_at, scale_row, 0, MAIN, D)
+    shift_at = b * shift_b
+    modulation, sums = _begin(gate_ptr, gate_at, scale_row, shift_ptr, shift_at, 0, MAIN, D)
     if TAIL:
-        scale_tail, gate_tail, sums_tail = _begin(gate_ptr, gate_at, scale_row, MAIN, TAIL, D)
+        modulation_tail, sums_tail = _begin(gate_ptr, gate_at, scale_row, shift_ptr, shift_at, MAIN, TAIL, D)
     for t in tl.range(first, tl.minimum(first + rows, T), num_stages=STAGES):
         row = b * T + t
         x_row = x_ptr + b * x_b + t * x_t
@@ -272,11 +305,13 @@ def _backward_kernel(
         dx_at = row * D
         mean = tl.load(mean_ptr + row)
         rstd = tl.load(rstd_ptr + row)
-        h, u, sums = _through_modulation(x_row, dout_row, mean, rstd, scale, sums, 0, MAIN, D)
+        h, u, sums = _through_modulation(
+            x_row, dout_row, shift_ptr, out_ptr, dx_at, mean, rstd, modulation, sums, 0, MAIN, D
+        )
         sum_u, sum_uh = u, u * h
         if TAIL:
             h_tail, u_tail, sums_tail = _through_modulation(
-                x_row, dout_row, mean, rstd, scale_tail, sums_tail, MAIN, TAIL, D
+                x_row, dout_row, shift_ptr, out_ptr, dx_at, mean, rstd, modulation_tail, sums_tail, MAIN, TAIL, D
             )
             # A thread holds MAIN / TAIL neighbouring columns for each column of the tail: folding them first, in
             # registers, leaves one sum across the warps instead of two.
@@ -287,13 +322,13 @@ def _backward_kernel(
         c1 = c1 / D
         c2 = c2 / D
         sums = _through_residual(
-            rstd * (u - c1 - h * c2), dsum_ptr, y_ptr, bias_ptr, dx_ptr, dy_ptr, dsum_at, y_at, dx_at, gate, sums,
-            0, MAIN, D,
+            rstd * (u - c1 - h * c2), dsum_ptr, y_ptr, bias_ptr, dx_ptr, dy_ptr, dsum_at, y_at, dx_at,
+            modulation[2], sums, 0, MAIN, D,
         )  # fmt: skip
         if TAIL:
             sums_tail = _through_residual(
                 rstd * (u_tail - c1 - h_tail * c2), dsum_ptr, y_ptr, bias_ptr, dx_ptr, dy_ptr, dsum_at, y_at, dx_at,
-                gate_tail, sums_tail, MAIN, TAIL, D,
+                modulation_tail[2], sums_tail, MAIN, TAIL, D,
             )  # fmt: skip
     partial_row = partial_ptr + program * D
     plane = tl.num_programs(0).to(tl.int64) * D
@@ -322,7 +357,7 @@ def _forward(
     # 8 tokens a program spread the loads of the modulation; fewer where that would leave the GPU idle.
     rows = min(8, max(1, B * T // 4096))
     chunks = -(-T // rows)
-    main, tail, warps = forward_layout(D)
+    main, tail, warps = forward_layout(D, 2 if y is None else 4)
     launch(
         _forward_kernel, (B * chunks,),
         x, y, gate, None if bias is None else bias.contiguous(), shift, scale, sums, out,
@@ -335,9 +370,10 @@ def _forward(
 
 def _backward(
     dout: Tensor, dsum: Tensor | None, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor,
-    bias: Tensor | None, mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """(dx, dy, [dshift, dscale, dgate, dbias]): without y dy is dx, and the list ends with what there is."""
+    bias: Tensor | None, mean: Tensor, rstd: Tensor, shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """(dx, dy, out, [dshift, dscale, dgate, dbias]): without y dy is dx, without shift out is empty, and the list ends
+    with what there is."""
     B, T, D = x.shape
     dout, x, scale = inner_unit(dout), inner_unit(x), inner_unit(scale)
     dsum = None if dsum is None else inner_unit(dsum)
@@ -350,20 +386,23 @@ def _backward(
         dtypes.append(gate.dtype)
     if bias is not None:
         dtypes.append(torch.float32)  # over the samples too, below
+    shift = None if shift is None else inner_unit(shift)
+    out = torch.empty((0,) if shift is None else (B, T, D), dtype=dout.dtype, device=x.device)
     chunks, rows = split_rows(B, T, 8)
     partials = torch.empty(len(dtypes), B, chunks, D, dtype=torch.float32, device=x.device)
     main, tail, warps = backward_layout(D)
     launch(
         _backward_kernel, (B * chunks,),
-        dout, dsum, x, y, gate, None if bias is None else bias.contiguous(), scale, mean, rstd,
-        dx, None if y is None else dy, partials,
+        dout, dsum, x, y, gate, None if bias is None else bias.contiguous(), shift, scale, mean, rstd,
+        dx, None if y is None else dy, None if shift is None else out, partials,
         *_strides(dout), *_strides(dsum), *_strides(x), *_strides(y), 0 if gate is None else gate.stride(0),
-        scale.stride(0), T, chunks, rows, D=D, MAIN=main, TAIL=tail, STAGES=stages(D), num_warps=warps,
+        0 if shift is None else shift.stride(0), scale.stride(0), T, chunks, rows,
+        D=D, MAIN=main, TAIL=tail, STAGES=stages(D), num_warps=warps,
     )  # fmt: skip
     sums = finish(partials, dtypes)
     if bias is not None:
         sums[3] = finish(sums[3].view(1, 1, B, D), [bias.dtype])[0].view(D)
-    return dx, dy, sums
+    return dx, dy, out, sums
 
 
 @torch.library.custom_op("soflow::layernorm_modulate", mutates_args=())
@@ -383,7 +422,7 @@ def _(x, shift, scale, eps, out_dtype, stats):
 def _layernorm_modulate_backward(
     dout: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, _, (dshift, dscale) = _backward(dout, None, x, None, None, scale, None, mean, rstd)
+    dx, _, _, (dshift, dscale) = _backward(dout, None, x, None, None, scale, None, mean, rstd)
     return dx, dshift, dscale
 
 
@@ -416,18 +455,19 @@ def _(x, y, gate, shift, scale, bias, eps, out_dtype, stats):
 @torch.library.custom_op("soflow::gate_residual_layernorm_modulate_backward", mutates_args=())
 def _gate_residual_layernorm_modulate_backward(
     dout: Tensor, dsum: Tensor | None, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, dy, sums = _backward(dout, dsum, x, y, gate, scale, bias, mean, rstd)
+    mean: Tensor, rstd: Tensor, shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dx, dy, out, sums = _backward(dout, dsum, x, y, gate, scale, bias, mean, rstd, shift)
     dshift, dscale, dgate = sums[:3]
-    return dx, dy, dgate, dshift, dscale, sums[3] if bias is not None else x.new_empty(0)
+    return dx, dy, dgate, dshift, dscale, sums[3] if bias is not None else x.new_empty(0), out
 
 
 @_gate_residual_layernorm_modulate_backward.register_fake
-def _(dout, dsum, x, y, gate, scale, bias, mean, rstd):
+def _(dout, dsum, x, y, gate, scale, bias, mean, rstd, shift):
     dgate, dshift, dscale = (m.new_empty(m.shape) for m in (gate, scale, scale))
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), y.new_empty(y.shape), dgate, dshift, dscale, dbias
+    out = dout.new_empty(0 if shift is None else dout.shape)
+    return x.new_empty(x.shape), y.new_empty(y.shape), dgate, dshift, dscale, dbias, out
 
 
 def _save_layernorm_modulate(ctx, inputs, output):
@@ -462,8 +502,8 @@ def _gate_residual_layernorm_modulate_grad(ctx, dsum, dout, _mean, _rstd):
     x, y, gate, scale, bias, mean, rstd = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(x, dtype=ctx.out_dtype)
-    dx, dy, dgate, dshift, dscale, dbias = _gate_residual_layernorm_modulate_backward(
-        dout, dsum, x, y, gate, scale, bias, mean, rstd
+    dx, dy, dgate, dshift, dscale, dbias, _ = _gate_residual_layernorm_modulate_backward(
+        dout, dsum, x, y, gate, scale, bias, mean, rstd, None
     )
     return dx, dy, dgate, dshift.to(ctx.shift_dtype), dscale, None if bias is None else dbias, None, None, None
 
@@ -548,30 +588,35 @@ def adaln_fwd(
 
 def adaln_bwd(
     dout: Tensor, dsum: Tensor | None, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor,
-    bias: Tensor | None, mean: Tensor, rstd: Tensor, eps: float = 1e-6,
+    bias: Tensor | None, mean: Tensor, rstd: Tensor, eps: float = 1e-6, shift: Tensor | None = None,
 ) -> AdaLNGradients:  # fmt: skip
     """The gradients of `adaln_fwd` from those of its `out` and `sum`, both [B, T, D]; dsum None: no gradient came.
 
-    x is the `sum` that `adaln_fwd` returned; mean and rstd came with it; the others are its arguments. Not
-    differentiable. Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
+    x is the `sum` that `adaln_fwd` returned; mean and rstd came with it; the others are its arguments. With its shift,
+    its `out` is made once more on the way. Not differentiable.
+    Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
     tokens = {name: value for name, value in (("dout", dout), ("dsum", dsum), ("y", y)) if value is not None}
-    rows = {"scale": scale} if y is None else {"gate": gate, "scale": scale}
+    rows = {name: value for name, value in (("gate", gate), ("shift", shift)) if value is not None}
+    rows = {**rows, "scale": scale} if y is None else {"gate": gate, **rows, "scale": scale}
     _check("adaln_bwd", x, {"dout": dout, **tokens}, rows, bias)
     # Statistics of three dimensions are the reference's.
     by_reference = isinstance(mean, Tensor) and mean.dim() == 3
     for name, value in (("mean", mean), ("rstd", rstd)):
         check_tensor("adaln_bwd", name, value, (*x.shape[:2], 1) if by_reference else tuple(x.shape[:2]), x)
-    if by_reference or not use_kernel(x, dout, dsum, y, gate, scale, bias):
-        return adaln_bwd_reference(dout, dsum, x, y, gate, scale, bias, mean, rstd, eps)
+    if by_reference or not use_kernel(x, dout, dsum, y, gate, scale, bias, shift):
+        return adaln_bwd_reference(dout, dsum, x, y, gate, scale, bias, mean, rstd, eps, shift)
     if y is None:
         dx, dshift, dscale = _layernorm_modulate_backward(dout, x, scale, mean, rstd)
         dx = dx if dsum is None else dx + dsum
-        return AdaLNGradients(dx, None, None, dshift, dscale, None)
-    dx, dy, dgate, dshift, dscale, dbias = _gate_residual_layernorm_modulate_backward(
-        dout, dsum, x, y, gate, scale, bias, mean, rstd
+        out = None if shift is None else layernorm_modulate(x, shift, scale, eps, dout.dtype)
+        return AdaLNGradients(dx, None, None, dshift, dscale, None, out)
+    dx, dy, dgate, dshift, dscale, dbias, out = _gate_residual_layernorm_modulate_backward(
+        dout, dsum, x, y, gate, scale, bias, mean, rstd, shift
     )
-    return AdaLNGradients(dx, dy, dgate, dshift, dscale, None if bias is None else dbias)
+    return AdaLNGradients(
+        dx, dy, dgate, dshift, dscale, None if bias is None else dbias, None if shift is None else out
+    )
 
 
 def inspect_cases() -> Iterator[tuple[str, Callable]]:
@@ -588,4 +633,6 @@ def inspect_cases() -> Iterator[tuple[str, Callable]]:
         for b, name in ((None, ""), (bias, "+bias ")):
             op = "gate_residual_layernorm_modulate"
             yield f"{op} {name}{size}", partial(_forward, x, x, m, m, m, b, 1e-6, dtype, True)
-            yield f"{op} backward {name}{size}", partial(_backward, x, x, x, x, m, m, b, stats, stats)
+            backward = partial(_backward, x, x, x, x, m, m, b, stats, stats)
+            yield f"{op} backward {name}{size}", backward
+            yield f"{op} backward and output {name}{size}", partial(backward, m)

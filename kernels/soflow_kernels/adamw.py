@@ -209,13 +209,26 @@ def _kernel(
         tl.store(ema_ptr + cols, ema + rest * (p - ema), mask=cols < n)
 
 
-def _to_device(values, device, pinned):
-    """A copy on the device, from pinned memory, which nothing waits for."""
-    if device.type == "cuda":
-        values = values.pin_memory()
-        pinned.append(values)
-        values = values.to(device, non_blocking=True)
-    return values
+class _Pinned:
+    """Pinned memory for the next tables. It is allocated outside of captures, where torch 2.10 must not do so, and what
+    a capture has taken stays as it is: the copy from it is made again at every replay."""
+
+    def __init__(self):
+        self.spare = None
+        self.used = 0
+
+    def reserve(self, numbers):
+        """Have room for so many int64 numbers, outside of a capture."""
+        if self.spare is None or len(self.spare) - self.used < numbers:
+            self.spare, self.used = torch.empty(numbers, dtype=torch.int64).pin_memory(), 0
+
+    def take(self, values):
+        """A copy of an int64 tensor there, or in new memory if there is no room."""
+        if self.spare is None or len(self.spare) - self.used < values.numel():
+            return values.pin_memory()
+        place = self.spare[self.used : self.used + values.numel()].view(values.shape)
+        self.used += values.numel()
+        return place.copy_(values)
 
 
 class _Tables:
@@ -224,6 +237,7 @@ class _Tables:
     def __init__(self):
         self.found = {}  # (device, sizes, addresses): tables
         self.captured = []  # what CUDA graphs read again at every replay
+        self.pinned = _Pinned()
 
     def of(self, lists, device):
         """[(table [tensors, slots], chunks [programs, 2], aligned)]: the tensors that wide loads fit, and the others.
@@ -235,24 +249,42 @@ class _Tables:
         sizes = tuple(p.numel() for p in lists[1])
         columns = tuple(tuple(tensor.data_ptr() for tensor in tensors) or (0,) * len(sizes) for tensors in lists)
         key = (device, sizes, columns)
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        made, pinned = self.found.get(key), []
+        capturing = _is_capturing(device)
+        made, sources = self.found.get(key), []
         if made is None:
             rows = [row for row in zip(sizes, *columns, strict=True) if row[0]]
-            made = []
             for aligned in (True, False):
                 chosen = [r for r in rows if aligned == (r[0] % 8 == 0 and all(address % 16 == 0 for address in r[2:]))]
                 if chosen:
-                    chunks = _to_device(_chunks([row[0] for row in chosen]), device, pinned)
-                    made.append((_to_device(torch.tensor(chosen), device, pinned), chunks, aligned))
+                    sources.append((torch.tensor(chosen), _chunks([row[0] for row in chosen]), aligned))
+            if device.type == "cuda":
+                if not capturing:
+                    self.pinned.reserve(sum(table.numel() + chunks.numel() for table, chunks, _ in sources))
+                sources = [(*map(self.pinned.take, source[:2]), source[2]) for source in sources]
+            made = [(_upload(table, device), _upload(chunks, device), aligned) for table, chunks, aligned in sources]
         if capturing:
-            self.captured.append((made, pinned))
+            self.captured.append((made, sources))
         else:
+            if device.type == "cuda":  # a capture may come next
+                self.pinned.reserve(sum(table.numel() + chunks.numel() for table, chunks, _ in made))
             self.found.pop(key, None)
             while len(self.found) >= KEPT_TABLES:  # the one that was not used for longest goes
                 del self.found[next(iter(self.found))]
             self.found[key] = made
         return made
+
+
+def _upload(values, device):
+    """A copy on the device, which nothing waits for where `values` are pinned."""
+    return values.to(device, non_blocking=True)
+
+
+def _is_capturing(device):
+    """Whether a CUDA graph captures the current stream of a device."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _chunks(sizes):

@@ -33,6 +33,7 @@ from soflow_kernels import (
     gelu,
     lookahead,
     losses,
+    packed_gradient,
     time_embedding,
 )
 from soflow_kernels.increment import adaln as increment_adaln
@@ -54,6 +55,7 @@ MODULES = (
     increment_time_embedding,
     lookahead,
     losses,
+    packed_gradient,
     time_embedding,
 )
 POINTERS = {
@@ -277,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{kernel} is alone on a multiprocessor: {ALONE[kernel]}")
     bad = [row for row in rows if row["problem"]]
     if bad:
+        print("Problems:", *(line.format(*row.values()) for row in bad), sep="\n")
         raise Failed(f"{len(bad)} of {len(rows)} kernels have a problem")
     print(f"{len(rows)} kernels, no spill, no load narrower than its tensor allows, programs enough to hide a wait")
 

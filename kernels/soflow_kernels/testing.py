@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch._library.custom_ops import OPDEFS
 
 from soflow_kernels._dispatch import INTERPRETED, as_on_gpu, mode, recording, triton
 
@@ -123,7 +124,7 @@ def launches_of(operation, *args, **kwargs):
     operation: as "soflow::bias_gelu". Its own code runs, with every launch noted instead of made. An operation that
     reads addresses (`soflow::adamw_ema`) cannot be asked.
     """
-    run = torch._library.custom_ops.OPDEFS[operation]._init_fn
+    run = OPDEFS[operation]._init_fn
     with recording() as found:
         run(*args, **kwargs)
     return [(kernel.__name__, [a for a in given if isinstance(a, torch.Tensor)]) for kernel, given, _ in found]

@@ -4,14 +4,25 @@ from dataclasses import replace
 
 import torch
 
+from ..config.gpus import GIGA, GPUS
 from ..config.schema import Config
 from ..data import open_source
 from ..models.attention import flop_counter
 from ..runs.progress import duration
-from ..runs.trainer import enough_memory, memory_mb, resolve_attention, resolved, seconds_per_step, set_attention
-from ..training.memory_estimate import estimate_memory, summary
+from ..runs.trainer import (
+    enough_memory,
+    memory_mb,
+    resolve_attention,
+    resolve_mlp,
+    resolved,
+    seconds_per_step,
+    set_attention,
+    set_mlp,
+)
+from ..training.memory_estimate import USABLE, MemoryEstimate, estimate_memory, summary
 from ..training.state import TrainState
 from ..training.step import split, train_step
+from ..training.time_estimate import estimate_time, table
 
 CPU_FLOPS_PER_STEP = 0.25e12
 """On a CPU the step is made on fewer images where the whole batch would need more than this."""
@@ -45,20 +56,22 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
     return guidance + 3 + consistency * (1 if own_value or state.rides_along() else 2)
 
 
-def dry_run(config: Config) -> str:
-    """The text that `--dry-run` prints. Raises UserError as a run would."""
+def dry_run(config: Config, gpu: str | None = None) -> str:
+    """The text that `--dry-run` prints; gpu: one of `GPUS`, for which memory and time of a step are predicted. Raises
+    UserError as a run would."""
     with enough_memory(config):
-        return _report(config)
+        return _report(config, gpu)
 
 
-def _report(given: Config) -> str:
+def _report(given: Config, gpu: str | None) -> str:
     config = resolved(given)
     synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
     source = None if synthetic else open_source(config)  # first, as it is quick and finds most mistakes
     # On the CPU "auto" has been resolved for it, and the prediction is for a GPU.
-    predicted = estimate_memory(given if config.run.device == "cpu" else config)
+    on_gpu = given if config.run.device == "cpu" else config
+    predicted = estimate_memory(on_gpu)
     state = TrainState.build(config)
-    backend = resolve_attention(state)
+    backend, mlp = resolve_attention(state), resolve_mlp(state)
     model = config.model
     one_forward = forward_flops(state)
     batch = config.batch_size
@@ -75,7 +88,8 @@ def _report(given: Config) -> str:
     counter = flop_counter()
     with counter:
         metrics = train_step(state, x, y)
-    set_attention(state, backend)  # not before, as FLOPs are only counted in torch's own attention
+    set_attention(state, backend)  # not before, as FLOPs are only counted in torch's own attention and products
+    set_mlp(state, mlp.name)
     whole = batch == config.batch_size
     flops = counter.get_total_flops() / batch if whole else forwards_per_image(state, config) * one_forward
     seconds = seconds_per_step(state, x, y) * config.batch_size / batch
@@ -87,11 +101,12 @@ def _report(given: Config) -> str:
             f"{(model.input_size // model.patch_size) ** 2} tokens; {state.precision} on {state.device}",
         ),
         ("attention", f"{backend}{' (the fastest here)' if config.run.attention == 'auto' else ''}"),
+        ("MLP", mlp.said.removeprefix("MLP by ") or mlp.name),
         ("data", data),
         ("parameters", f"{state.parameter_count() / 1e6:.2f} M"),
         ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one_forward:.2f} forwards"),
         ("memory", f"{memory_mb(state.device):.0f} MB at its peak{'' if whole else f', batch {batch}'}"),
-        ("on a GPU", f"predicted: {summary(predicted)}"),
+        ("on a GPU", f"predicted: {summary(predicted)}{_fits(predicted, gpu)}"),
         (
             "speed",
             f"{1 / seconds:.3g} steps/s, {config.batch_size / seconds:.4g} images/s at batch {config.batch_size}"
@@ -100,4 +115,14 @@ def _report(given: Config) -> str:
         ("time needed", f"{duration(seconds * config.steps)} for {config.steps} steps"),
         ("first losses", ", ".join(f"{k} {float(v):.4f}" for k, v in metrics.items() if k.endswith(("loss", "mse")))),
     ]
-    return "\n".join(f"{name:<13} {value}" for name, value in rows)
+    text = "\n".join(f"{name:<13} {value}" for name, value in rows)
+    return text if gpu is None else f"{text}\n\n{table(estimate_time(on_gpu, gpu))}"
+
+
+def _fits(predicted: MemoryEstimate, gpu: str | None) -> str:
+    """Whether the peak stays within the usable part of a GPU's memory."""
+    if gpu is None:
+        return ""
+    memory = GPUS[gpu].memory
+    verdict = "fits" if predicted.peak <= USABLE * memory else "does not fit"
+    return f"; {verdict} {GPUS[gpu].title}, of which {USABLE * memory / GIGA:.1f} GB are usable"

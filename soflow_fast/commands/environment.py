@@ -1,4 +1,4 @@
-"""`--env`: versions, devices, and which kernels and attention backends are in use and why others are not."""
+"""`--env`: versions, devices, and which kernels, attention backends and products are in use and why others are not."""
 
 import platform
 
@@ -6,13 +6,13 @@ import torch
 
 import soflow_kernels
 
-from ..models import attention
+from ..models import attention, mlp_products
 from ..training.precision import resolve_device, resolve_precision
 from ..version import __version__
 
 PACKAGES = (
     *("torch", "triton", "numpy", "scikit-learn", "safetensors"),
-    *("flash-attn", "flash_attn_3", "flash-attn-4", "xformers", "apex", "diffusers"),
+    *("flash-attn", "flash_attn_3", "flash-attn-4", "xformers", "quack-kernels", "apex", "diffusers"),
 )
 HEAD_DIM = 64
 """Head dimension in the table of attention backends. Only DiT-XL has another, 72, whose needs are the same."""
@@ -36,6 +36,13 @@ def report(device_name: str = "auto") -> str:
     lines += ["", "attention"]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     table = attention.status(device, dtype, HEAD_DIM)
+    lines += [f"  {name:<14} {'usable' if usable else 'off':<7} {why}" for name, usable, why in table]
+    lines += ["", "MLP"]
+    reason = mlp_products.why_not(device, dtype)
+    table = [
+        ("kernels", True, "products of torch, the GELU after them"),
+        ("quack", reason is None, reason or "products of quack-kernels, the GELU in them"),
+    ]
     lines += [f"  {name:<14} {'usable' if usable else 'off':<7} {why}" for name, usable, why in table]
     lines += ["", "kernels"]
     operations = soflow_kernels.status().items()

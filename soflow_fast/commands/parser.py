@@ -12,10 +12,10 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from ..config import schema
-from ..config.schema import SHORT_NAMES, TYPES, Config, flatten, nearest, override, shown
+from ..config.schema import SHORT_NAMES, SWITCH, TYPES, Config, flatten, nearest, override, shown
 from ..config.validation import validate
 from ..errors import ConfigError, UserError
 
@@ -79,9 +79,10 @@ def add_fields(group: Any, names: Iterable[str], presets: Iterable[Config]) -> N
     for name in names:
         field = SHORT_NAMES[name]
         kind, defaults = TYPES[field], {config[field] for config in usual}
-        notes = [", ".join(get_args(kind)), f"default {defaults.pop()}" if len(defaults) == 1 and all(defaults) else ""]
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        notes = [", ".join(choices), f"default {defaults.pop()}" if len(defaults) == 1 and all(defaults) else ""]
         settings: dict[str, Any] = {"metavar": {int: "N", float: "X", str: "NAME"}.get(kind, "NAME")}
-        if kind is bool:
+        if kind in (bool, SWITCH):
             settings = {"action": argparse.BooleanOptionalAction}
         note = "; ".join(filter(None, notes))
         text = _help(field) + (f" ({note})" if note else "")

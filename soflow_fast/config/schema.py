@@ -27,11 +27,14 @@ Recompute = Literal["none", "mlp", "block"]
 AttentionBackend = Literal[
     "auto", "flash4", "flash3", "flash2", "xformers", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math", "sdpa"
 ]
+MLPProducts = Literal["auto", "kernels", "quack"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
-GuidancePrecision = Literal["auto", "fp8"]
+GuidancePrecision = Literal["step", "fp8"]
 QuotientKind = Literal["auto", "increments", "pair"]
 QuotientPrecision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 
+SWITCH = bool | None
+"""The type of a field that is true, false or left to the machine."""
 AUTO = -1
 """The micro-batch that is found at start-up."""
 
@@ -174,14 +177,19 @@ class RunConfig:
     """AdamW of this package (one pass with averages and copies), torch (fused) or apex (FusedAdam)."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
-    cuda_graph: bool = False
-    """Record the whole step as one CUDA graph."""
+    cuda_graph: bool | None = None
+    """Record the whole step as one CUDA graph; by default where every operation of it can be recorded."""
     recompute: Recompute = "none"
     """Values that the backward makes again to save memory; mlp: each MLP's first product, block: all of each block.
 
     Norms and GELUs are made again in any case."""
     attention: AttentionBackend = "auto"
     """Attention backend; auto: the fastest as measured, sdpa: torch picks; --env says which are usable."""
+    mlp: MLPProducts = "auto"
+    """Products around the GELU of each MLP; kernels: torch's, the GELU after them, quack: quack-kernels', the GELU in
+    them, auto: the faster as measured.
+
+    In bf16 steps that are not compiled, on GPUs of compute capability 9.0 or more; elsewhere auto is kernels."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +214,8 @@ class Config:
     of the training is the same up to rounding."""
     precision: Precision = "auto"
     """Precision of products; auto: bf16 on a GPU that has it, else fp32; fp8: the blocks' products, by torchao."""
-    guidance_precision: GuidancePrecision = "auto"
-    """Precision of the forward behind guidance; auto: the step's, fp8: its blocks' products, by torchao."""
+    guidance_precision: GuidancePrecision = "step"
+    """Precision of the forward behind guidance; step: the step's, fp8: its blocks' products, by torchao."""
     quotient: QuotientKind = "auto"
     """Form of the consistency quotient; increments: value and increment side by side, pair: two forwards.
 
@@ -287,8 +295,10 @@ def from_dict(values: Any, base: Config | None = None) -> Config:
     for name, value in _items(values, "the configuration"):
         flat |= {f"{name}.{key}": item for key, item in _items(value, name)} if name in _SECTIONS else {name: value}
     for name in ("run.compile", "run.cuda_graph"):  # of files from when these were words
-        if flat.get(name) in ("on", "off", "auto"):
+        if flat.get(name) in ("on", "off"):
             flat[name] = flat[name] == "on"
+    if flat.get("run.compile") == "auto":
+        flat["run.compile"] = False
     return _replace(base or Config(), flat, TYPES)
 
 
@@ -338,15 +348,17 @@ def check_type(name: str, value: Any, given: Any = None) -> None:
     else:
         fits = _is(value, kind)
     if not fits:
-        words = {int: "a whole number", float: "a number", bool: "true or false"}
+        words = {int: "a whole number", float: "a number", bool: "true or false", SWITCH: "true, false"}
         wanted = "two numbers" if parts else words.get(kind, "text")
-        or_auto = " or auto" if name == "micro_batch" else ""
+        or_auto = " or auto" if name == "micro_batch" or kind == SWITCH else ""
         raise ValueError(f"{name} must be {wanted}{or_auto}, got {shown(value if given is None else given)}")
 
 
 def _is(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float) and abs(value) < math.inf
+    if kind == SWITCH:
+        return value is None or type(value) is bool
     return type(value) is (str if get_origin(kind) is Literal else kind)
 
 
@@ -386,7 +398,9 @@ def _read(value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
         return tuple(_read(part, float) for part in parts) if isinstance(parts, (list, tuple)) else value
-    if kind is bool and isinstance(value, str):
+    if kind == SWITCH and value == "auto":
+        return None
+    if kind in (bool, SWITCH) and isinstance(value, str):
         return {"true": True, "false": False, "1": True, "0": False}.get(value.lower(), value)
     if kind in (int, float) and isinstance(value, str):
         for number in (int, float):  # "1e3" is a whole number, and a float would round the largest ones

@@ -4,21 +4,16 @@ Which one that is depends on GPU, head dimension and length, and no rule is know
 and forward with backward, as a step makes both. The choice is kept in a file, by everything that it depends on.
 """
 
-import json
-import os
-import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..files import write_file
 from ..rng import generator
-from ..version import __version__
 from .attention import (
     BACKENDS,
     PACKAGES,
@@ -28,14 +23,17 @@ from .attention import (
     packed_attention,
     require,
     takes_packed,
-    version,
     why_not,
 )
-
-WARM_UP = 3
-SAMPLES = 9
-CALLS = 5
-"""Calls in each sample of the time, so that launching one kernel hides behind the one before, as it does in a step."""
+from .measured_choice import (
+    cache_folder,
+    forget_memory,
+    median_seconds,
+    read_choices,
+    rounding_unit,
+    setting,
+    write_choices,
+)
 
 
 class Shape(NamedTuple):
@@ -88,13 +86,13 @@ def remembered(
 ) -> str:
     """The backend that the file `cache` holds for this case, if it can still be used; else it is measured."""
     key = _key(device, dtype, shape, compiled)
-    known = _read(cache).get(key)
+    known = read_choices(cache).get(key)
     backend = known.get("backend") if isinstance(known, dict) else None
     if isinstance(backend, str) and backend in BACKENDS and why_not(backend, device, dtype, shape.head_dim) is None:
         return backend
     found = compare(device, dtype, shape, clock, compiled)
     entry = {"backend": found.fastest(), **found._asdict()}
-    _write(cache, _read(cache) | {key: entry})
+    write_choices(cache, read_choices(cache) | {key: entry})
     return found.fastest()
 
 
@@ -133,10 +131,8 @@ def compare(
                 reason = in_short(error)
         if reason is not None:
             passed_over[backend] = reason
-    if device.type == "cuda":  # what was tried is no part of the run's memory
-        del case
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    del case
+    forget_memory(device)
     return Comparison(seconds, passed_over)
 
 
@@ -196,73 +192,17 @@ class Case:
     def seconds(self, backend: str, clock: Callable[[], float]) -> tuple[float, float]:
         """The median times of a forward without gradient, and of a forward with backward."""
         with torch.no_grad():
-            forward = self._median(lambda: self.forward(backend), clock)
-        return forward, self._median(lambda: self.forward_backward(backend), clock)
-
-    def _median(self, work: Callable[[], Any], clock: Callable[[], float]) -> float:
-        for _ in range(WARM_UP):
-            work()
-        times = []
-        for _ in range(SAMPLES):
-            self._synchronize()
-            began = clock()
-            for _ in range(CALLS):
-                work()
-            self._synchronize()
-            times.append((clock() - began) / CALLS)
-        return sorted(times)[SAMPLES // 2]
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def rounding_unit(device: torch.device, dtype: torch.dtype) -> float:
-    """The distance of 1 from the next number in the precision of matrix products.
-
-    Operands, weights and results are rounded to at most half of it each, and independently over rows: measured are
-    errors of up to 0.4 of it in bf16, of a gradient. Where sums are not wider than their terms, they round as well: in
-    float32 errors of up to 4 units of the last place are measured, hence 16.
-    """
-    if dtype in (torch.float32, torch.float64):
-        return 2.0**-10 if _in_tf32(device, dtype) else 16 * torch.finfo(dtype).eps
-    return torch.finfo(dtype).eps
-
-
-def _in_tf32(device: torch.device, dtype: torch.dtype) -> bool:
-    tf32 = dtype == torch.float32 and device.type == "cuda"
-    return tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+            forward = median_seconds(lambda: self.forward(backend), clock, self.device)
+        return forward, median_seconds(lambda: self.forward_backward(backend), clock, self.device)
 
 
 def cache_path() -> Path:
-    """The path of soflow-fast/attention.json in the user's cache folder."""
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(folder) if os.path.isabs(folder) else Path(os.path.expanduser("~")) / ".cache"
-    return home / "soflow-fast" / "attention.json"
+    """The path of attention.json in the user's cache folder."""
+    return cache_folder() / "attention.json"
 
 
 def _key(device: torch.device, dtype: torch.dtype, shape: Shape, compiled: bool) -> str:
     """Everything that the choice depends on."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    packages = [f"{row.package} {version(row.package)}" for row in PACKAGES.values()]
-    precision = "tf32" if _in_tf32(device, dtype) else str(dtype).removeprefix("torch.")
-    torches = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     sizes = " ".join(f"{name}={size}" for name, size in shape._asdict().items())
     how = ["compiled"] if compiled else []
-    return "; ".join([gpu, f"soflow-fast {__version__}", torches, *packages, precision, sizes, *how])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, (json.dumps(values, indent=2) + "\n").encode(), synced=False)
-    except OSError:
-        pass  # the next start measures again
+    return "; ".join([setting(device, dtype, [row.package for row in PACKAGES.values()]), sizes, *how])

@@ -33,7 +33,6 @@ from .fused_layers import (
     BlockWeights,
     PendingResidual,
     SavePolicy,
-    defers_bias,
     fused_block,
     normed_linear,
     stacked_linear,
@@ -56,8 +55,6 @@ class TapedOutputs:
         self.modulations: list[Tensor] = []
         """As of `DiT.modulations`."""
         self.blocks: list[BlockOutputs] = []
-        self.deferred = False
-        """Whether the outputs of proj, fc1 and fc2 lack their biases."""
         self.residual: Tensor | None = None
         """At the last norm, [B, T, D]."""
         self.patches: Tensor | None = None
@@ -67,11 +64,11 @@ class TapedOutputs:
         """The part of a tensor [B, ...] that belongs to the samples."""
         return tensor.detach()[self.rows]
 
-    def keep_block(self, outputs: BlockOutputs, deferred: bool) -> None:
+    def keep_block(self, outputs: BlockOutputs) -> None:
         """Note what the next block came to."""
         assert outputs.fc1 is not None
-        self.blocks.append(BlockOutputs(*[None if value is None else self.taken(value) for value in outputs]))  # pyright: ignore[reportArgumentType]
-        self.deferred = deferred
+        parts = {name: value for name, value in outputs._asdict().items() if isinstance(value, Tensor)}
+        self.blocks.append(outputs._replace(**{name: self.taken(value) for name, value in parts.items()}))
 
 
 class PatchEmbed(nn.Module):
@@ -266,6 +263,8 @@ class DiT(nn.Module):
     is short, unless `recompute` asks for less."""
     compile_backend: str | Callable[..., Any] | None = None
     """The backend of torch.compile for the fused blocks; None: they are not compiled."""
+    mlp = "kernels"
+    """Who makes the products around the GELUs of fused blocks that keep little for the backward (`mlp_products`)."""
 
     def __init__(self, config: DiTConfig | None = None) -> None:
         super().__init__()
@@ -427,9 +426,11 @@ class DiT(nn.Module):
         if self.recompute == "block" and torch.is_grad_enabled():
             run = functools.partial(_checkpoint, run)
         parts = block.attn.parts(residual.x.dtype, residual.x.device)
-        leaving, outputs = run(residual, modulation, weights, block.attn.attend, save, tape is not None, parts)
+        leaving, outputs = run(
+            residual, modulation, weights, block.attn.attend, save, tape is not None, parts, self.mlp
+        )
         if tape is not None:
-            tape.keep_block(outputs, defers_bias(residual.x))
+            tape.keep_block(outputs)
         return leaving
 
     def unpatchify(self, x: Tensor) -> Tensor:

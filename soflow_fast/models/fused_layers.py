@@ -29,7 +29,9 @@ from soflow_kernels import (
     use_kernel,
 )
 from soflow_kernels.adaln import adaln_bwd, adaln_fwd
-from soflow_kernels.gelu import bias_gelu_backward
+from soflow_kernels.packed_gradient import qkv_gradient
+
+from .mlp_products import mlp_products
 
 EPS = 1e-6
 """Epsilon of every LayerNorm."""
@@ -85,9 +87,16 @@ class PendingResidual(NamedTuple):
         return x if branch is None or gate is None else gate_residual(x, branch, gate, bias)
 
 
+class DeferredBiases(NamedTuple):
+    """Which linear layers' outputs lack their biases, as the operation after them takes these along."""
+
+    branches: bool
+    """proj and fc2."""
+    fc1: bool
+
+
 class BlockOutputs(NamedTuple):
-    """What a block came to, for a `TapedOutputs`: its residuals, and the outputs of its linear layers. Where
-    `defers_bias`, those of proj, fc1 and fc2 lack their biases."""
+    """What a block came to, for a `TapedOutputs`: its residuals, and the outputs of its linear layers."""
 
     x1: Tensor
     """The residual at the norm before attention, [B, T, D]."""
@@ -101,6 +110,7 @@ class BlockOutputs(NamedTuple):
     fc1: Tensor | None
     """[B, T, 4 D], without gradient; None: not asked for."""
     fc2: Tensor
+    deferred: DeferredBiases
 
 
 def weights_of(layer: nn.Linear, dtype: torch.dtype) -> LinearWeights:
@@ -166,32 +176,34 @@ class _NormedLinear(torch.autograd.Function):
     def backward(ctx: Any, *douts):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, branch, gate, branch_bias, shift, scale, mean, rstd, weight = ctx.saved_tensors
         dsum, douts = (None, douts) if branch is None else (douts[0], douts[1:])
-        dout = douts[0] if len(douts) == 1 else torch.cat(douts, -1)
-        h = layernorm_modulate(x, shift, scale, EPS, weight.dtype)
-        dh, dweight, dbias = _linear_backward(dout, h, weight, True)
-        del dout, douts
-        del h
-        d = adaln_bwd(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
+        if len(douts) == 3:
+            dout, dbias = qkv_gradient(*douts)
+        else:
+            dout = douts[0] if len(douts) == 1 else torch.cat(douts, -1)
+            dbias = dout.sum(tuple(range(dout.dim() - 1)))
+        del douts
+        d = adaln_bwd(dout @ weight, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS, shift)
+        assert d.out is not None
+        dweight = dout.flatten(0, -2).t() @ d.out.flatten(0, -2)
         return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dweight, dbias, None
 
 
 class _NormedMLP(torch.autograd.Function):
     """x', LN(x') modulated, and the MLP; keeps x', the branch, the statistics and (`keep_inner`) the inner values.
 
-    defer_bias: the first bias goes with the GELU and the last one is left out, else each goes with its product. The
-    inner values are returned as well, as the product left them and without gradient.
+    mlp: who makes the products around the GELU (`mlp_products`). defer_bias: the last bias is left out. The inner
+    values are returned as well, as the product left them and without gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, w1, b1, w2, b2, defer_bias, keep_inner):
+    def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, w1, b1, w2, b2, mlp, defer_bias, keep_inner):
         x, h, mean, rstd = adaln_fwd(x, branch, gate, shift, scale, EPS, branch_bias, w1.dtype)
-        u = F.linear(h, w1, None if defer_bias else b1)
-        inner = bias_gelu(u, b1) if defer_bias else F.gelu(u, approximate="tanh")
+        u, inner = mlp_products(mlp, x, w1.dtype).forward(h, w1, b1)
         out = F.linear(inner, w2, None if defer_bias else b2)
         ctx.save_for_backward(
             x, branch, gate, branch_bias, shift, scale, mean, rstd, w1, b1, w2, u if keep_inner else None
         )
-        ctx.defer_bias = defer_bias
+        ctx.mlp, ctx.defer_bias = mlp, defer_bias
         ctx.mark_non_differentiable(u)
         ctx.set_materialize_grads(False)  # autograd would fill a gradient of zeros for u at every call
         return x, out, u
@@ -202,23 +214,18 @@ class _NormedMLP(torch.autograd.Function):
         x, branch, gate, branch_bias, shift, scale, mean, rstd, w1, b1, w2, u = ctx.saved_tensors
         if dout is None:
             dout = x.new_zeros(*x.shape[:-1], len(w2), dtype=w2.dtype)
-        h = layernorm_modulate(x, shift, scale, EPS, w1.dtype)
+        products = mlp_products(ctx.mlp, x, w1.dtype)
         if u is None:
-            u = F.linear(h, w1, None if ctx.defer_bias else b1)
-        dinner = dout @ w2
-        if ctx.defer_bias:
-            du, db1, inner = bias_gelu_backward(dinner, u, b1)
-        else:
-            du = torch.ops.aten.gelu_backward(dinner, u, approximate="tanh")
-            db1, inner = du.flatten(0, -2).sum(0), F.gelu(u, approximate="tanh")
-        del dinner, u
+            u = products.product(layernorm_modulate(x, shift, scale, EPS, w1.dtype), w1, b1)
+        du, db1, inner = products.backward(dout, w2, u, b1)
+        del u
         dout = dout.flatten(0, -2)
         dw2, db2 = dout.t() @ inner.flatten(0, -2), None if ctx.defer_bias else dout.sum(0)
         del inner
-        dh, dw1, _ = _linear_backward(du, h, w1, False)
-        del h, du
-        d = adaln_bwd(dh, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS)
-        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dw1, db1, dw2, db2, None, None
+        d = adaln_bwd(du @ w1, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS, shift)
+        assert d.out is not None
+        dw1 = du.flatten(0, -2).t() @ d.out.flatten(0, -2)
+        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dw1, db1, dw2, db2, None, None, None
 
 
 def _composed() -> bool:
@@ -273,22 +280,24 @@ def normed_mlp(
     *,
     save: SavePolicy,
     taped: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The residual x' with its branch added, the MLP (linear, tanh GELU, linear) of its modulated norm, and the values
-    before the GELU.
+    mlp: str = "kernels",
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """The residual x' with its branch added, the MLP (linear, tanh GELU, linear) of its modulated norm, the values
+    before the GELU, and whether these lack the first bias.
 
-    Where `defers_bias`, the last bias is left out of the MLP and the first one out of the values before the GELU; these
-    come without gradient, None unless they are at hand (`taped`: they are).
+    Where `defers_bias`, the last bias is left out of the MLP. The values before the GELU come without gradient, None
+    unless they are at hand (`taped`: they are). mlp: who makes the products around the GELU where the norm is not kept.
     """
     defer_bias = defers_bias(residual.x)
     if not (save.norms or _composed()):
-        return _NormedMLP.apply(*residual, shift, scale, *fc1, *fc2, defer_bias, save.inner)  # pyright: ignore[reportReturnType]
+        out: Any = _NormedMLP.apply(*residual, shift, scale, *fc1, *fc2, mlp, defer_bias, save.inner)
+        return *out, mlp_products(mlp, residual.x, fc1.weight.dtype).defers_bias
     x, h = _norm(residual, shift, scale, fc1.weight.dtype)
     if taped or (torch.is_grad_enabled() and (defer_bias or h.dtype != torch.float32)):
         u = linear(h, fc1, bias=not defer_bias)
         inner = bias_gelu(u, fc1.bias) if defer_bias else F.gelu(u, approximate="tanh")
-        return x, linear(inner, fc2, bias=not defer_bias), u.detach()
-    return x, linear(linear_gelu(h, fc1.weight, fc1.bias), fc2, bias=not defer_bias), None
+        return x, linear(inner, fc2, bias=not defer_bias), u.detach(), defer_bias
+    return x, linear(linear_gelu(h, fc1.weight, fc1.bias), fc2, bias=not defer_bias), None, defer_bias
 
 
 def fused_block(
@@ -299,17 +308,21 @@ def fused_block(
     save: SavePolicy,
     taped: bool = False,
     parts: int = 3,
+    mlp: str = "kernels",
 ) -> tuple[PendingResidual, BlockOutputs]:
     """One DiT block, from the pending residual that enters it to the one that leaves it, and what its layers came to.
 
-    attend: attention proper, from q, k and v [B, T, D] to [B, T, D]; parts 1: from one tensor of them, [B, T, 3 D].
+    attend: attention proper, from q, k and v [B, T, D] to [B, T, D]; parts 1: from one tensor of them, [B, T, 3 D];
+    mlp: as for `normed_mlp`.
     """
     m = modulation
     x1, *qkv = normed_linear(residual, m.shift1, m.scale1, weights.qkv, keep_norm=save.norms, parts=parts)
     later = defers_bias(x1)
     branch = linear(attend(*qkv), weights.proj, bias=not later)
     residual = PendingResidual(x1, branch, m.gate1, weights.proj.bias if later else None)
-    x2, out, inner = normed_mlp(residual, m.shift2, m.scale2, weights.fc1, weights.fc2, save=save, taped=taped)
+    x2, out, inner, inner_later = normed_mlp(
+        residual, m.shift2, m.scale2, weights.fc1, weights.fc2, save=save, taped=taped, mlp=mlp
+    )
     leaving = PendingResidual(x2, out, m.gate2, weights.fc2.bias if later else None)
     q, k, v = qkv if parts == 3 else qkv[0].detach().chunk(3, -1)
-    return leaving, BlockOutputs(x1, q, k, v, branch, x2, inner, out)
+    return leaving, BlockOutputs(x1, q, k, v, branch, x2, inner, out, DeferredBiases(later, inner_later))

@@ -37,7 +37,6 @@ from .fused_layers import (
     BlockWeights,
     PendingResidual,
     SavePolicy,
-    defers_bias,
     fused_block,
     normed_linear,
     weights_of,
@@ -150,12 +149,12 @@ class _IncrementPass:
                 weights = BlockWeights(*(weights_of(layer, self.operand) for layer in block.linears()))
                 modulation = BlockModulation(*m[6 * k : 6 * k + 6])
                 attn, save = block.attn, SavePolicy(norms=True, inner=True)
-                later, parts = defers_bias(residual.x), attn.parts(self.operand, x.device)
+                parts = attn.parts(self.operand, x.device)
                 residual, at = fused_block(residual, modulation, weights, attn.attend, save, True, parts)
             else:
                 assert tape is not None
-                at, later = tape.blocks[k], tape.deferred
-            pending = self.block(block, at, later, pending, pairs[6 * k : 6 * k + 6])
+                at = tape.blocks[k]
+            pending = self.block(block, at, pending, pairs[6 * k : 6 * k + 6])
         final = weights_of(net.final_layer.linear, self.work)
         if residual is not None:
             last, patches = normed_linear(residual, m[-2], m[-1], final, keep_norm=True)
@@ -181,15 +180,13 @@ class _IncrementPass:
         return value, increment
 
     def block(
-        self, block: Block, at: BlockOutputs, later: bool, pending: PendingIncrement, modulation: list[Pair]
+        self, block: Block, at: BlockOutputs, pending: PendingIncrement, modulation: list[Pair]
     ) -> PendingIncrement:
-        """The increment of a block, from the residual that enters it to the one that leaves it.
-
-        at: what the block came to; later: whether the values of all but q, k and v lack their biases.
-        """
+        """The increment of a block, from the residual that enters it to the one that leaves it; at: what it came to."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         attn, mlp = block.attn, block.mlp
-        b_proj, b_fc1, b_fc2 = (layer.bias if later else None for layer in (attn.proj, mlp.fc1, mlp.fc2))
+        b_proj, b_fc2 = (layer.bias if at.deferred.branches else None for layer in (attn.proj, mlp.fc2))
+        b_fc1 = mlp.fc1.bias if at.deferred.fc1 else None
         assert at.fc1 is not None
         dx, dn = self.norm(at.x1, pending, shift1, scale1, self.between)
         increments = self.product(dn, attn.qkv).chunk(3, -1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from ..config.schema import AUTO, Config
 from ..data import Source, open_source
 from ..errors import Diverged, Interrupted, storage
 from ..files import OptionalWrites, write_file
+from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
 from ..training.consistency_target import resolve_target
+from ..training.cuda_graph import record_graph, why_not_graphed
 from ..training.nonfinite import GIVE_UP
 from ..training.precision import matmul_precision, resolve_device, resolve_precision
 from ..training.state import TrainState
@@ -29,6 +32,7 @@ from .images import png
 from .metrics import MetricsLog, TensorBoard
 from .progress import Progress
 from .samples import draw_grid, evaluate
+from .upload import Batches
 
 
 def train(config: Config) -> TrainState:
@@ -45,10 +49,14 @@ def train(config: Config) -> TrainState:
         source = open_source(config)
         state = TrainState.build(config)
         set_attention(state, resolve_attention(state))
+        mlp = resolve_mlp(state)
+        set_mlp(state, mlp.name)
         state.guard.limit = GIVE_UP if config.run.on_nonfinite == "skip" else 1
         progress = Progress(config.steps)
         with run_directory.taken(run_dir, config, progress.warn):
             _begin(state, source, run_dir, progress)
+            if mlp.said:
+                progress.say(mlp.said)
             if state.step < config.steps:
                 _train(state, source, run_dir, progress)
             _end(state, run_dir, progress)
@@ -66,8 +74,18 @@ def _begin(state: TrainState, source: Source, run_dir: Path, progress: Progress)
         progress.say(
             f"training {config.preset} in {run_dir}: {state.parameter_count() / 1e6:.2f} M parameters, "
             f"{len(source)} images, {config.steps} steps of {config.batch_size}, {state.precision} on {state.device}, "
-            f"attention {state.flow.network.blocks[0].attn.backend}"
+            f"attention {state.flow.network.blocks[0].attn.backend}{_graph_note(state)}"
         )
+
+
+def _graph_note(state: TrainState) -> str:
+    """Whether steps become a CUDA graph and why not, on a GPU."""
+    if state.device.type != "cuda":
+        return ""
+    if state.graphed:
+        return ", steps as a CUDA graph"
+    why = why_not_graphed(state.config, state.precision, state.device)
+    return f", no CUDA graph{f': {why}' if why else ''}"
 
 
 def _train(state: TrainState, source: Source, run_dir: Path, progress: Progress) -> None:
@@ -88,6 +106,7 @@ def _loop(state: TrainState, source: Source, run_dir: Path, progress: Progress, 
     with storage(f"--run-dir {run_dir}"):
         log = MetricsLog(run_dir / "metrics.jsonl", first, progress.warn)
     grids = OptionalWrites(progress.warn)
+    batches = Batches(source, state.device, state.rank, state.world)
     with (
         closing(progress),
         closing(TensorBoard(run_dir / "tensorboard", first, progress.warn)) as board,
@@ -96,7 +115,12 @@ def _loop(state: TrainState, source: Source, run_dir: Path, progress: Progress, 
         while state.step < config.steps:
             if every.checkpoint_every and (state.step + 1) % every.checkpoint_every == 0:
                 saver.wait()  # so that a crash never costs two intervals
-            metrics = step_in_memory(state, *source.batch(state.step, state.rank, state.world), progress.say)
+            metrics = step_in_memory(state, *batches.of(state.step), progress.say)
+            if state.step < config.steps:
+                batches.begin(state.step)  # while the GPU is busy
+            if state.graph is not None and state.graph.fault is not None:
+                progress.say(f"no CUDA graph: {state.graph.fault}")
+                state.graph, state.graphed = None, False
             step, last, stop = state.step, state.step == config.steps, bool(pending)
             # The measured quotient has a line at its own step: a resumed run would not know it any more.
             if step % every.log_every == 0 or last or "q_cosine" in metrics:
@@ -139,7 +163,8 @@ def _end(state: TrainState, run_dir: Path, progress: Progress) -> None:
 def step_in_memory(state: TrainState, x0: Tensor, y: Tensor | None, say: Callable[[str], None]) -> dict[str, Tensor]:
     """The next step on a batch, in smaller micro-batches from now on where memory runs out.
 
-    The step that ran out of memory has changed nothing. Raises torch.OutOfMemoryError if one image does not fit.
+    A recording that runs out of memory is given up first. The step that ran out has changed nothing.
+    Raises torch.OutOfMemoryError if one image does not fit.
     """
     while True:
         parts = -(-len(x0) // (state.config.micro_batch or len(x0)))
@@ -151,11 +176,17 @@ def step_in_memory(state: TrainState, x0: Tensor, y: Tensor | None, say: Callabl
                 raise
         # Outside of the handler: the exception holds on to everything that the step had made.
         state.optimizer.zero_grad(set_to_none=True)
-        state.graph = None  # a recording has its micro-batches in it
+        recorded, state.graph = state.graph, None  # a recording has its micro-batches in it
+        said = f"out of memory at step {state.step + 1}: again, "
+        if recorded is not None and not recorded.left:  # beside the memory of the steps before, it needs its own
+            state.graphed = False
+            say(f"{said}without a CUDA graph")
+        else:
+            state.config = replace(state.config, micro_batch=size - size // 2)
+            say(f"{said}in micro-batches of {state.config.micro_batch}")
+        del recorded
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
-        state.config = replace(state.config, micro_batch=size - size // 2)
-        say(f"out of memory at step {state.step + 1}: again, in micro-batches of {state.config.micro_batch}")
 
 
 def read_metrics(state: TrainState, metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -180,8 +211,8 @@ def read_metrics(state: TrainState, metrics: dict[str, Tensor]) -> dict[str, flo
 def resolved(config: Config) -> Config:
     """The configuration with every "auto" and empty default replaced by what it comes to on this machine.
 
-    `run.attention` alone stays "auto": the backends are timed at the network's shape, once it is there
-    (`resolve_attention`). A configuration that is resolved stays as it is.
+    `run.attention` and `run.mlp` alone stay "auto": what they choose from is timed at the network's shape, once it is
+    there (`resolve_attention`, `resolve_mlp`). A configuration that is resolved stays as it is.
     """
     device = resolve_device(config.run.device)
     run = replace(config.run, run_dir=config.run.run_dir or f"runs/{config.preset}", device=str(device))
@@ -209,9 +240,7 @@ def resolve_attention(state: TrainState) -> str:
     name = config.run.attention
     dtype = torch.bfloat16 if state.precision in ("bf16", "fp8") else torch.float32
     compiled = config.run.compile
-    B = config.batch_size // state.world
-    B = min(config.micro_batch, B) or B
-    T, head_dim = (model.input_size // model.patch_size) ** 2, model.hidden_size // model.num_heads
+    (B, T), head_dim = _tokens(state), model.hidden_size // model.num_heads
     with matmul_precision(
         "tf32" if state.precision == "tf32" else "fp32", device
     ):  # as in the DiT, which has no autocast inside
@@ -226,6 +255,47 @@ def set_attention(state: TrainState, backend: str) -> None:
     for flow in (state.flow, state.ema, state.teacher, state.guide):
         if flow is not None:
             flow.network.set_attention(backend)
+
+
+def resolve_mlp(state: TrainState) -> mlp_autotune.Choice:
+    """Who makes the products of the MLPs in the steps of a run, on this machine and at their shape.
+
+    Raises ConfigError if the one that is asked for cannot be used.
+    """
+    run, model, unfit = state.config.run, state.config.model, None
+    if state.precision != "bf16":
+        unfit = f"needs a step in bf16, it is in {state.precision}"
+    elif run.compile:
+        unfit = "the blocks are compiled"
+    B, T = _tokens(state)
+    shape = mlp_autotune.Shape(B * T, model.hidden_size, int(model.hidden_size * model.mlp_ratio))
+    return mlp_autotune.choose(
+        run.mlp, state.device, torch.bfloat16, shape, time.perf_counter, unfit=unfit, record=_recorder(state)
+    )
+
+
+def _recorder(state: TrainState) -> Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]] | None:
+    """What makes a function a CUDA graph on the device of a run; None: its steps are none."""
+    if not state.graphed:
+        return None
+
+    def record(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        with torch.cuda.device(state.device):
+            return record_graph(function, torch.cuda.Stream(state.device))
+
+    return record
+
+
+def set_mlp(state: TrainState, name: str) -> None:
+    """Let the network that is trained take a way through its MLPs. The others have no backward to keep values for."""
+    state.flow.network.mlp = name
+
+
+def _tokens(state: TrainState) -> tuple[int, int]:
+    """The samples in one forward of the student, and the tokens of each."""
+    config, model = state.config, state.config.model
+    B = config.batch_size // state.world
+    return min(config.micro_batch, B) or B, (model.input_size // model.patch_size) ** 2
 
 
 def enough_memory(config: Config) -> AbstractContextManager[None]:

@@ -9,14 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.schema import Config
+
 WARM_UP = 3
 """Calls that run as they are before one is recorded: compilers, autotuners and lazy initialisations come to rest."""
 
 
-def record_graph(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record the launches of a function, running none of them. Returns (what runs them, what the function returned)."""
+def why_not_graphed(config: Config, precision: str, device: torch.device) -> str | None:
+    """Why a step is not made a CUDA graph unless it is asked for; None: every operation of it can be recorded."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if torch.version.hip is not None:
+        return "the GPU is not NVIDIA's"
+    if config.run.compile:
+        return "the blocks are compiled"
+    if config.run.optimizer == "apex":
+        return "the optimiser is apex's"
+    if precision == "fp8" or config.guidance_precision == "fp8":
+        return "float8 products are torchao's"
+    return None
+
+
+def record_graph(function: Callable[[], Any], stream: Any) -> tuple[Callable[[], None], Any]:
+    """Record the launches of a function on a stream of the current device, running none of them. Returns (what runs
+    them, what the function returned)."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         out = function()
     return graph.replay, out
 
@@ -25,7 +43,11 @@ class GraphedFunction:
     """`function` of tensors (or None) of fixed shapes, which returns a dict of tensors or one tensor.
 
     The first calls run it as it is, every one for good; then it is recorded, and later calls copy their arguments to
-    where the recording reads them and replay it. Arguments of other shapes run as they are. The result is a copy.
+    where the recording reads them and replay it. Arguments of other shapes run as they are. The result is a copy. If it
+    cannot be recorded, it runs as it is from then on, and `fault` says why; memory that runs out is raised.
+
+    Everything happens on the device of the arguments, the calls before the recording and the recording itself on one
+    stream: memory that those have freed is taken again, as an allocator keeps it by stream.
     """
 
     def __init__(self, function: Callable[..., Any], warm_up: int = WARM_UP) -> None:
@@ -33,36 +55,51 @@ class GraphedFunction:
         self.places: list[Tensor | None] | None = None
         self.replay: Callable[[], None] | None = None
         self.out: Any = None
+        self.fault: str | None = None
+        self._stream: Any = None
 
     def __call__(self, *arguments: Tensor | None) -> Any:
         shapes = [None if value is None else (value.shape, value.dtype, value.device) for value in arguments]
         if self.places is None:
             self.shapes = shapes
             self.places = [None if value is None else value.clone() for value in arguments]
-        if shapes != self.shapes:
+        if shapes != self.shapes or self.fault is not None:
             return self.function(*arguments)
+        device = next(value.device for value in arguments if value is not None)
+        if device.type != "cuda":
+            return self._on_device(device, arguments)
+        with torch.cuda.device(device):
+            return self._on_device(device, arguments)
+
+    def _on_device(self, device: torch.device, arguments: tuple[Tensor | None, ...]) -> Any:
+        if self._stream is None and device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
         if self.left:
             self.left -= 1
-            return _on_side_stream(self.function, arguments)
-        for place, value in zip(self.places, arguments, strict=True):
+            return self._on_side_stream(device, arguments)
+        for place, value in zip(self.places or (), arguments, strict=True):
             if place is not None:
                 place.copy_(value)  # pyright: ignore[reportArgumentType]
         if self.replay is None:
-            self.replay, self.out = record_graph(lambda: self.function(*(self.places or ())))
+            try:
+                self.replay, self.out = record_graph(lambda: self.function(*(self.places or ())), self._stream)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever an operation that cannot be recorded raises: none of them has run
+                self.fault = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                return self.function(*arguments)
         self.replay()
         if isinstance(self.out, Tensor):
             return self.out.clone()
         return dict(zip(self.out, torch.stack(list(self.out.values())).unbind(), strict=True))
 
-
-def _on_side_stream(function: Callable[..., Any], arguments: tuple[Tensor | None, ...]) -> Any:
-    """Call a function on a stream of its own, as calls before a recording must be."""
-    device = next(value.device for value in arguments if value is not None)
-    if device.type != "cuda":
-        return function(*arguments)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        out = function(*arguments)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return out
+    def _on_side_stream(self, device: torch.device, arguments: tuple[Tensor | None, ...]) -> Any:
+        """Call the function on the stream of the recording, as calls before it must be."""
+        if device.type != "cuda":
+            return self.function(*arguments)
+        current = torch.cuda.current_stream(device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            out = self.function(*arguments)
+        current.wait_stream(self._stream)
+        return out

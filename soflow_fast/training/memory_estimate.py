@@ -162,16 +162,21 @@ def as_counted(config: Config, batch: int | None = None, device: str = "cuda") -
     optimizer = "torch" if config.run.optimizer == "apex" else config.run.optimizer
     run = replace(config.run, device="cpu", optimizer=optimizer, compile=False, cuda_graph=False)
     batch = config.batch_size if batch is None else batch
-    return replace(config, batch_size=batch, precision=precision, guidance_precision="auto", run=run)
+    return replace(config, batch_size=batch, precision=precision, guidance_precision="step", run=run)
 
 
 def build_as_on_gpu(counted: Config) -> TrainState:
     """The state of a counted configuration within `as_on_gpu`."""
     state = TrainState.build(counted, resolve_for=torch.device("cuda"))
+    attend_as_on_gpu(state)
+    return state
+
+
+def attend_as_on_gpu(state: TrainState) -> None:
+    """Let the networks of a state take the attention that torch picks on a GPU."""
     for flow in (state.flow, state.ema, state.teacher):
         if flow is not None:
             flow.network.set_attention(_fused_attention)
-    return state
 
 
 def images(state: TrainState, n: int) -> tuple[Tensor, Tensor]:
@@ -181,15 +186,25 @@ def images(state: TrainState, n: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(shape, device=state.device), torch.zeros(n, dtype=torch.int64, device=state.device)
 
 
-def measure_step(state: TrainState, storages: Storages) -> MemoryEstimate:
-    """The memory that a step of a new state needs at its peak. The state was built while `storages` recorded."""
+def take_two_micro_batches(state: TrainState) -> tuple[int, int]:
+    """Shorten the batch of a state to its first two micro-batches, or one if there is one; the second finds gradients,
+    and the others are like it. Returns the micro-batches of the whole batch, and the samples of a rank that are left.
+    """
     config = state.config
     B = config.batch_size // state.world
     parts = -(-B // min(config.micro_batch if config.micro_batch > 0 else B, B))
     size = -(-B // parts)
-    # The second micro-batch finds gradients, and the others are like it: two will do, beside the rest of the batch.
     n = min(B, 2 * size)
     state.config = replace(config, batch_size=n * state.world, micro_batch=size)
+    return parts, n
+
+
+def measure_step(state: TrainState, storages: Storages) -> MemoryEstimate:
+    """The memory that a step of a new state needs at its peak. The state was built while `storages` recorded."""
+    config = state.config
+    B = config.batch_size // state.world
+    n = take_two_micro_batches(state)[1]
+    size = state.config.micro_batch
 
     train_step(state, *images(state, 1))  # makes the moments
     state.step = max(config.run.check_quotient_every, 1) - 1

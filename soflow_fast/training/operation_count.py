@@ -1,5 +1,4 @@
-"""What a GPU would run for a piece of code: every operation with its kernel launches, bytes and FLOPs, counted on
-tensors without data.
+"""What a GPU would run for a piece of code: each operation with its launches, bytes and FLOPs, on tensors without data.
 
 Counted by the rules of torch's CUDA kernels and by our own operations' code. A tensor is read once and written once
 however often a kernel comes back to it: what stays in a cache is not told from what does not. Views, allocations and
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,14 +40,11 @@ class Operation:
     precision: str
     """Of a product's or an attention's operands: "bf16", "fp16", "fp8", "tf32" or "fp32"; else empty."""
     shape: tuple[int, ...]
-    """Of its largest result."""
+    """Of its largest result; of a kernel of ours, of its largest tensor."""
+    result: int
+    """Bytes of that."""
     host: str
     """Who dispatches it: "torch"; "kernel" for the first kernel of an operation of ours, "" for what follows in it."""
-
-    @property
-    def written(self) -> int:
-        """Numbers in its largest result."""
-        return math.prod(self.shape)
 
 
 class Operations(TorchDispatchMode):
@@ -63,12 +60,15 @@ class Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return number_on_host(args[0])
-        if func.namespace == "soflow" and func is not torch.ops.soflow.adamw_ema.default:
-            out = func(*args, **kwargs)
-            self._count_ours(func, args, kwargs)
-            return out
+        if func.namespace == "prim":  # a question about a tensor
+            return func(*args, **kwargs)
+        if not self._host and func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
+            with self:  # inside an operation of ours, below autograd, which would have taken it apart
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        if func.namespace != "prim":  # questions about a tensor
+        if func.namespace == "soflow" and func is not torch.ops.soflow.adamw_ema.default:
+            self._count_ours(func, args, kwargs)
+        else:
             self._count(func, args, kwargs, out)
         return out
 
@@ -76,17 +76,14 @@ class Operations(TorchDispatchMode):
         read, written = _traffic(func, args, kwargs, out)
         launches = _launches(func, args, kwargs, out, written)
         name = func._overloadpacket.__name__
-        result = max(written, key=lambda t: t.numel(), default=None)
+        result = max(written, key=_extent, default=None)
         kind = precision = ""
         flops = 0
         if launches:
             kind, flops, precision = _products(func, args, kwargs, out)
             name = _copy_name(name, args, result) if name in COPIES else name
         size = sum(map(_extent, _distinct(read))) + sum(map(_extent, _distinct(written))) if launches else 0
-        shape = () if result is None else tuple(result.shape)
-        self.found.append(
-            Operation(name, self.phase, kind or "other", launches, size, flops, precision, shape, self._host)
-        )
+        self._note(name, kind or "other", launches, size, flops, precision, result, self._host)
 
     def _count_ours(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         name = func._overloadpacket.__name__
@@ -100,10 +97,15 @@ class Operations(TorchDispatchMode):
                 kind, flops, precision = "attention", ATTENTION[name](*args), _precision(args[0])
             tensors = _distinct(tensors)
             size = sum(map(_extent, tensors))
-            shape = tuple(max(tensors, key=lambda t: t.numel()).shape)
+            largest = max(tensors, key=_extent)
             host = "kernel" if k == 0 else ""
-            found = Operation(f"{name}/{kernel}", self.phase, kind, 1, size, flops, precision, shape, host)
-            self.found.append(found)
+            self._note(f"{name}/{kernel}", kind, 1, size, flops, precision, largest, host)
+
+    def _note(
+        self, name: str, kind: str, launches: int, size: int, flops: int, precision: str, largest: Any, host: str
+    ) -> None:
+        shape, result = ((), 0) if largest is None else (tuple(largest.shape), _extent(largest))
+        self.found.append(Operation(name, self.phase, kind, launches, size, flops, precision, shape, result, host))
 
 
 def _six_products(q: Tensor, *_: Any) -> int:
@@ -125,12 +127,14 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors without those that are the same part of the same storage."""
-    return list({(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()): t for t in tensors}.values())
+    """The tensors without those that are the same part of the same storage, transposed or not."""
+    return list({(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in tensors}.values())
 
 
 WRITES_ONLY = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_", "random_"}
 """Operations that do not read what they write in place."""
+READS_NONE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "rand_like", "randn_like"}
+"""Operations that take of a tensor its shape alone."""
 GATHERS = {"embedding", "index", "gather", "index_select"}
 """Operations that read of their first argument what they return."""
 
@@ -145,7 +149,7 @@ def _traffic(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[
         tensors = [v for v in tree_leaves(value) if isinstance(v, Tensor)]
         if argument.is_write:
             written += tensors
-        if not (argument.is_write and (argument.is_out or name in WRITES_ONLY)):
+        if name not in READS_NONE and not (argument.is_write and (argument.is_out or name in WRITES_ONLY)):
             read += tensors
     results = [v for v in tree_leaves(out) if isinstance(v, Tensor)]
     inputs = {t.untyped_storage()._cdata for t in (*read, *written)}
@@ -176,6 +180,8 @@ SEVERAL = {
     "_scaled_dot_product_flash_attention_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 2,
     "embedding_dense_backward": 2,  # zeros, then the sums of at most 3072 rows
+    "slice_backward": 2,  # zeros, then a copy
+    "select_backward": 2,
 }
 REDUCTIONS = {"sum", "mean", "amax", "amin", "any", "all", "linalg_vector_norm", "norm", "var", "var_mean"}
 WIDE_REDUCTION = 8192

@@ -61,6 +61,14 @@ def matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+@contextlib.contextmanager
+def backward_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """As `matmul_precision`, for a backward: each product in the dtype of its operands, as the forward left them.
+    Under autocast those of the two ends, which are float32, would be rounded to bf16."""
+    with matmul_precision("tf32" if precision == "tf32" else "fp32", device):
+        yield
+
+
 def round_parameters(network: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype) -> list[Tensor | None]:
     """Give the parameters of `layers` another dtype, rounded to the nearest.
 

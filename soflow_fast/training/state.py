@@ -16,7 +16,7 @@ from ..models.paired_forward import missed_part
 from ..objective import Objective
 from ..rng import generator
 from .consistency_target import ConsistencyTarget, resolve_target
-from .cuda_graph import GraphedFunction
+from .cuda_graph import GraphedFunction, why_not_graphed
 from .nonfinite import NonfiniteGuard
 from .optimizer import Optimizer, build_optimizer, updated_parameters
 from .precision import lay_side_by_side, resolve_device, resolve_precision, round_parameters
@@ -46,6 +46,8 @@ class TrainState:
     """The average of the weights behind the consistency target, if it is not the student's own."""
     guide: SolutionFlow | None = None
     """The student with the same parameters and float8 products, for the forward behind guidance."""
+    graphed: bool = False
+    """Whether steps are made a CUDA graph, after the first of them."""
     graph: GraphedFunction | None = None
     """The part of a step that runs on the device, as a CUDA graph."""
     step: int = 0
@@ -78,6 +80,9 @@ class TrainState:
         if config.run.cuda_graph and device.type != "cuda":
             raise ConfigError(f"--cuda-graph: needs a GPU, the device is {device.type}")
         precision = resolve_precision(config.precision, resolve_for or device)
+        graphed = config.run.cuda_graph
+        if graphed is None:
+            graphed = why_not_graphed(config, precision, device) is None
         target = resolve_target(config, precision, resolve_for or device)
         if precision == "fp8":
             float8.require(config.model, device)
@@ -118,6 +123,7 @@ class TrainState:
             guard,
             teacher,
             guide,
+            graphed,
             rank=rank,
             world=world,
         )
@@ -131,6 +137,11 @@ class TrainState:
             and network.recompute == "none"
             and missed_part(network, float8=False) is None
         )
+
+    def watched(self) -> bool:
+        """Whether a module of the network was hooked, replaced or wrapped, so that Python must run in every step."""
+        networks = [flow.network for flow in (self.flow, self.teacher) if flow is not None]
+        return any(missed_part(network) is not None for network in networks)
 
     def check_parameters(self) -> None:
         """Raise ValueError naming a parameter with gradient that the optimiser does not update."""

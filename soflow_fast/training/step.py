@@ -11,7 +11,7 @@ own: 0.5.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,10 @@ from ..models.dit import TapedOutputs
 from ..models.float8 import is_twin
 from ..objective import ConsistencyPoints, LossTerm, with_null
 from ..rng import generator
-from .consistency_target import quotient_cosine, value_and_increment
+from .consistency_target import CHECKED_SAMPLES, quotient_cosine, value_and_increment
 from .cuda_graph import GraphedFunction
 from .nonfinite import FiniteFlags, note_finite
-from .precision import matmul_precision
+from .precision import backward_precision, matmul_precision
 from .state import TrainState
 
 Observer = Callable[..., None]
@@ -110,11 +110,11 @@ def train_step(
 
     x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Returns scalars as tensors on the
     device: losses, `sc_mse` (mean q^2), weights, gradient norm, learning rate; every `run.check_quotient_every` steps
-    `q_cosine`, of the quotient with its float32 value; where such steps are skipped, `skipped`: how many so far had a
+    `q_cosine` (`measure_quotient`); where such steps are skipped, `skipped`: how many so far had a
     number that is not finite. They change nothing but the count of steps. Nothing is copied to the host.
 
     draws: noise, times and dropped labels; None: those of `draw`.
-    observe: called for each micro-batch as `observe("guidance", null=, labelled=)`,
+    observe: called for each micro-batch as `observe("micro-batch", number=)`, `observe("guidance", null=, labelled=)`,
     `observe("student", samples=, output=)`, `observe("target", points=, value=, increment=)`,
     `observe("losses", fm=, sc=)` and, just before its backward, `observe("backward", loss=)`; then, before the update,
     as `observe("update")`. A step that is observed runs as it is, not as a CUDA graph.
@@ -127,12 +127,15 @@ def train_step(
     y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
     draws = draw(state, x0.shape) if draws is None else draws
     _set_rates(state)
-    if state.graph is None and config.run.cuda_graph:
+    measured = measure_quotient(state, x0, y, draws) if _checks_quotient(state) else None
+    if state.graph is None and state.graphed:
         make_graph(state)
-    if state.graph is not None and observe is None and not _checks_quotient(state):
+    if state.graph is not None and observe is None and not state.watched():
         totals = state.graph(x0, y, *draws[:-1])
     else:
         totals = update(state, x0, y, draws, observe or _unobserved)
+    if measured is not None:
+        totals["q_cosine"] = measured
     totals["lr"] = torch.tensor(learning_rate(state))
     if config.run.on_nonfinite == "skip":
         totals["skipped"] = state.guard.skipped()
@@ -169,23 +172,23 @@ def update(
     flags: FiniteFlags = {}
     note_finite(flags, "input", x0)
     for k in range(parts):
+        observe("micro-batch", number=k)
         index, n_fm = _micro_batch(B, draws.n_fm, k, parts, x0.device)
         samples = _samples(state, x0, y, draws, index, n_fm)
-        measured = totals if k == 0 and _checks_quotient(state) else None
-        fm, sc = _losses(state, samples, flags, measured, observe)
+        fm, sc = _losses(state, samples, flags, observe)
         observe("losses", fm=fm, sc=sc)
         n_sc = len(samples.x_t) - n_fm
         loss = (n_fm * fm.loss if n_fm else 0) + (n_sc * sc.loss if n_sc else 0)
         assert isinstance(loss, Tensor)
         loss = loss / B
         observe("backward", loss=loss)
-        with matmul_precision(state.precision, state.device):
+        with backward_precision(state.precision, state.device):
             loss.backward()
         for name, term, n, whole in (("fm", fm, n_fm, draws.n_fm), ("sc", sc, n_sc, B - draws.n_fm)):
             for part, value in zip(term._fields, term, strict=True) if n else ():
                 totals[f"{name}_{part}"] = totals.get(f"{name}_{part}", 0) + value.detach() * (n / whole)
     observe("update")
-    note_finite(flags, "loss", torch.stack([value for name, value in totals.items() if name != "q_cosine"]))
+    note_finite(flags, "loss", torch.stack(list(totals.values())))
     totals["grad_norm"] = _update(state, flags)
     return totals
 
@@ -235,13 +238,11 @@ def _losses(
     state: TrainState,
     samples: Samples,
     flags: FiniteFlags,
-    measured: dict[str, Tensor] | None,
     observe: Observer,
 ) -> tuple[LossTerm, LossTerm]:
     """Both losses of some samples, from the three network calls. A loss without samples is NaN without gradient.
 
     flags: told whether the numbers on the way are finite.
-    measured: where the cosine of the quotient goes, None: it is not measured.
     """
     v_null, v_label = _guidance(state, samples, flags)
     observe("guidance", null=v_null, labelled=v_label)
@@ -257,7 +258,7 @@ def _losses(
     if samples.n_fm < len(samples.x_t):
         sc = samples.sc
         null = None if v_null is None else v_null[sc]
-        points, value, increment = _target(state, samples, null, v_label, output[sc], tape, flags, measured)
+        points, value, increment = _target(state, samples, null, v_label, output[sc], tape, flags)
         observe("target", points=points, value=value, increment=increment)
         sc_term = state.objective.consistency_term(state.flow, output[sc], points, value, increment)
     return fm_term, sc_term
@@ -304,7 +305,6 @@ def _target(
     output: Tensor,
     tape: TapedOutputs | None,
     flags: FiniteFlags,
-    measured: dict[str, Tensor] | None,
 ) -> tuple[ConsistencyPoints, Tensor, Tensor]:
     """The points of the consistency samples, and value and increment between them.
 
@@ -321,10 +321,26 @@ def _target(
     given = output if own else None
     value, increment = value_and_increment(state.target, flow, state.teacher, points, given, tape)
     note_finite(flags, "teacher", value, increment)
-    if measured is not None:
-        q = objective.quotient(flow, points, value, increment)
-        measured["q_cosine"] = quotient_cosine(state.target, objective, flow, state.teacher, points, q)
     return points, value, increment
+
+
+@torch.no_grad()
+def measure_quotient(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws) -> Tensor | None:
+    """The cosine of the quotients of the batch's first consistency samples, made as in the step, with a float32
+    evaluation of them; None: there are no such samples.
+
+    In forwards of their own, of a few samples: the step itself stays what it always is, a recorded one included.
+    """
+    n = min(CHECKED_SAMPLES, len(x0) - draws.n_fm)
+    if not n:
+        return None
+    samples = _samples(state, x0, y, draws, torch.arange(draws.n_fm, draws.n_fm + n, device=x0.device), 0)
+    flags: FiniteFlags = {}
+    v_null, v_label = _guidance(state, samples, flags)
+    output, tape = _student(state, samples, flags)
+    points, value, increment = _target(state, samples, v_null, v_label, output, tape, flags)
+    q = state.objective.quotient(state.flow, points, value, increment)
+    return quotient_cosine(state.target, state.objective, state.flow, state.teacher, points, q)
 
 
 def learning_rate(state: TrainState) -> float:
@@ -361,12 +377,21 @@ def _set_rates(state: TrainState) -> None:
         place.fill_(decay)
 
 
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients, float32 []. Those of each dtype go together: torch takes a mixed list one by one."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    norms = [norm for each in by_dtype.values() for norm in torch._foreach_norm(each, 2, dtype=torch.float32)]
+    return torch.stack(norms).norm()
+
+
 @torch.no_grad()
 def _update(state: TrainState, flags: FiniteFlags) -> Tensor:
     """Clip, AdamW and the averages; nothing moves if a number is not finite. Returns the norm before clipping."""
     optimizer, optim = state.optimizer, state.config.optim
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
+    norm = gradient_norm(gradients)
     scale, _ = clip_scale(norm, optim.grad_clip)
     note_finite(flags, "gradient", norm)
     finite = state.guard.should_update(flags)

@@ -1,5 +1,6 @@
 """The command lines as their users meet them: what they print and write, and how they end."""
 
+import dataclasses
 import fcntl
 import importlib
 import io
@@ -43,7 +44,7 @@ TRAIN = {
     "learning": "teacher teacher-decay guidance-precision quotient quotient-precision",
     "speed and memory": "precision micro-batch recompute attention optimizer compile no-compile cuda-graph "
     "no-cuda-graph",
-    "diagnosis": "help dry-run env",
+    "diagnosis": "help dry-run gpu env",
 }
 
 
@@ -277,7 +278,8 @@ process.run(main)
 # --dry-run and --env
 
 ROWS = [
-    "preset", "attention", "data", "parameters", "FLOPs", "memory", "on a GPU", "speed", "time needed", "first losses",
+    "preset", "attention", "MLP", "data", "parameters", "FLOPs", "memory", "on a GPU", "speed", "time needed",
+    "first losses",
 ]  # fmt: skip
 
 
@@ -306,6 +308,31 @@ def test_dry_run_says_what_a_run_needs_and_writes_nothing(
     assert os.listdir(tmp_path) == []
 
 
+def test_dry_run_predicts_a_step_on_a_gpu_that_is_not_here(call: Call, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--device", "cpu", "--batch-size", "16", "--set=model.depth=2", "--set=model.hidden_size=32"]
+    plain = call("train", "--dry-run", *small)
+    assert plain.code == 0 and "fits" not in plain.out and "TFLOP/s" not in plain.out
+    for gpu, title, usable in (("h100", "H100", "77.3"), ("h200", "H200", "136.3"), ("a100", "A100", "77.3")):
+        result = call("train", "--dry-run", "--gpu", gpu, *small)
+        assert (result.code, result.err) == (0, "")
+        rows, _, predicted = result.out.partition("\n\n")
+        assert [line.split("  ")[0] for line in rows.splitlines()] == ROWS
+        assert re.search(rf"fits {title} SXM, \d+ GB, of which {usable} GB are usable$", rows, re.MULTILINE)
+        assert predicted.startswith(title) and "A prediction by arithmetic, not a measurement." in predicted
+        assert re.search(r"as a CUDA graph [\d.]+ ms, \d+ images/s; uncaptured [\d.]+ ms", predicted)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_gpu_that_is_too_small_is_told(call: Call, tmp_path: Path, monkeypatch: Any) -> None:
+    from soflow_fast.config.gpus import GPUS
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(GPUS, "a100", dataclasses.replace(GPUS["a100"], memory=10**6))
+    result = call("train", "--dry-run", "--gpu", "a100", "--device", "cpu", "--batch-size", "4")
+    assert result.code == 0 and "; does not fit A100 SXM, 80 GB, of which 0.0 GB are usable" in result.out
+
+
 @pytest.mark.slow
 def test_dry_run_of_a_public_size(command: Call, tmp_path: Path) -> None:
     result = command("train", "imagenet256-b4", "--dry-run", "--device", "cpu", cwd=tmp_path)
@@ -325,11 +352,13 @@ def test_env_says_what_is_here_and_what_is_in_use(call: Call, tmp_path: Path, mo
     rows = {line[:14].strip(): line[15:] for line in lines[: lines.index("")]}
     assert rows["torch"].startswith(torch.__version__.split("+")[0]) and rows["device"].startswith("cpu")
     assert {"soflow-fast", "python", "triton", "flash-attn", "xformers", "apex"} <= rows.keys()
-    attention, kernels = lines.index("attention"), lines.index("kernels")
-    backends = [line for line in lines[attention + 1 : kernels] if line]
+    attention, mlp, kernels = (lines.index(heading) for heading in ("attention", "MLP", "kernels"))
+    backends = [line for line in lines[attention + 1 : mlp] if line]
     assert [line.split()[0] for line in backends] == list(get_args(AttentionBackend)[1:])
     assert all(re.search(r" (usable|off) +\S", line) for line in backends)
     assert re.search(r"^  sdpa +usable  torch picks", backends[-1])
+    assert [line.split()[:2] for line in lines[mlp + 1 : kernels - 1]] == [["kernels", "usable"], ["quack", "off"]]
+    assert lines[kernels - 2].endswith("needs an NVIDIA GPU")
     for name, (on, why) in soflow_kernels.status().items():
         row = next(line for line in lines[kernels:] if line.split()[0] == name)
         assert ("kernel" if on else "reference") in row and row.endswith(why)

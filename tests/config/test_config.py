@@ -100,6 +100,8 @@ def test_wrong_json_is_named(text: str, parts: list[str]) -> None:
         ("data.flip", "0", False),
         ("compile", True, True),
         ("cuda_graph", "false", False),
+        ("cuda_graph", "auto", None),
+        ("cuda_graph", None, None),
         ("seed", "9223372036854775807", 2**63 - 1),
         ("optim.lr", ".5", 0.5),
         ("micro_batch", "auto", AUTO),
@@ -184,10 +186,12 @@ OUT_OF_RANGE = {
     "run.optimizer": "adam",
     "run.recompute": "all",
     "run.attention": "flash5",
+    "run.mlp": "quak",
     "steps": 0,
     "batch_size": 0,
     "micro_batch": -2,
     "precision": "fp16",
+    "guidance_precision": "bf16",
     "quotient": "triple",
     "quotient_precision": "fp8",
     "seed": -1,
@@ -211,7 +215,8 @@ def test_a_value_out_of_range_is_refused_by_name(name: str) -> None:
     [
         ("steps", 2.5), ("steps", True), ("batch_size", "8"), ("seed", 1.0), ("precision", None), ("optim.lr", "1"),
         ("optim.betas", [0.9, 0.99]), ("optim.betas", (0.9,)), ("data.flip", 1), ("data.path", 3), ("run.keep", 2.0),
-        ("run.compile", "on"), ("optim.lr", math.nan), ("optim.lr", math.inf), ("optim.betas", (0.9, math.nan)),
+        ("run.compile", "on"), ("run.compile", None), ("run.cuda_graph", 1), ("optim.lr", math.nan),
+        ("optim.lr", math.inf), ("optim.betas", (0.9, math.nan)),
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
@@ -220,7 +225,8 @@ def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> No
     config = Config()
     changed = replace(getattr(config, path[0]) if path else config, **{last: value})
     with pytest.raises(
-        ValueError, match=rf"^{name} must be (a whole number|a number|two numbers|true or false|text), "
+        ValueError,
+        match=rf"^{name} must be (a whole number|a number|two numbers|true or false|true, false or auto|text), ",
     ):
         validate(replace(config, **{path[0]: changed}) if path else changed)
     validate(replace(config, optim=replace(config.optim, lr=1)))  # a whole number is a number
@@ -232,7 +238,7 @@ def test_every_field_has_its_range_tested() -> None:
 
 def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
     choices = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
-    assert len(choices) == 13
+    assert len(choices) == 15
     for name, allowed in choices.items():
         for value in allowed:
             validate(override(Config(), {name: value}))
@@ -243,15 +249,16 @@ def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
         validate(override(Config(), {"teacher": "ema-literal"}))
 
 
-@pytest.mark.parametrize(("word", "value"), [("auto", False), ("off", False), ("on", True)])
-def test_switches_of_older_files_are_read(word: str, value: bool) -> None:
+@pytest.mark.parametrize(("word", "value"), [("auto", None), ("off", False), ("on", True)])
+def test_switches_of_older_files_are_read(word: str, value: bool | None) -> None:
     old = from_json(json.dumps({"run": {"compile": word, "cuda_graph": word}}))
-    assert (old.run.compile, old.run.cuda_graph) == (value, value)
+    assert (old.run.compile, old.run.cuda_graph) == (bool(value), value)
+    assert from_json(to_json(old)) == old
 
 
-def test_resolving_leaves_the_attention_open_and_nothing_else() -> None:
+def test_resolving_leaves_attention_and_mlp_open_and_nothing_else() -> None:
     config = resolved(preset("digits", device="cpu", micro_batch="auto"))
-    assert [name for name, value in flatten(config).items() if value in ("auto", AUTO)] == ["run.attention"]
+    assert [name for name, value in flatten(config).items() if value in ("auto", AUTO)] == ["run.attention", "run.mlp"]
     assert resolved(config) == config and validate(config)
 
 
@@ -341,7 +348,7 @@ def test_a_partial_file_is_completed_from_the_preset_that_it_names(tmp_path: Pat
 
     path = tmp_path / "partial.json"
     path.write_text('{"preset": "cifar10", "objective": {"eps": 0.5}}')
-    config, _, _ = configuration(["--config", str(path)])
+    config, _ = configuration(["--config", str(path)])
     assert config == override(preset("cifar10"), {"objective.eps": 0.5})
 
 

@@ -270,8 +270,13 @@ def fwd_and_bwd(tensors, bias, dsum, dout, alone):
     if alone:
         y = gate = bias = None
     made = adaln.adaln_fwd(x, y, gate, shift, scale, bias=bias)
-    d = adaln.adaln_bwd(dout, dsum, made.sum, y, gate, scale, bias, made.mean, made.rstd)
-    named = {"sum": made.sum, "out": made.out} | {f"d{name}": value for name, value in d._asdict().items()}
+    d = adaln.adaln_bwd(dout, dsum, made.sum, y, gate, scale, bias, made.mean, made.rstd, shift=shift)
+    without = adaln.adaln_bwd(dout, dsum, made.sum, y, gate, scale, bias, made.mean, made.rstd)
+    assert without.out is None and d.out.dtype == dout.dtype
+    for value, wanted in zip(d[:-1], without[:-1], strict=True):
+        assert value is wanted is None or torch.equal(value, wanted)
+    gradients = {f"d{name}": value for name, value in zip(d._fields[:-1], d[:-1], strict=True)}
+    named = {"sum": made.sum, "out": made.out, "out again": d.out, **gradients}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -287,7 +292,8 @@ def by_autograd(tensors, bias, dsum, dout, alone):
     else:
         x, out = adaln.gate_residual_layernorm_modulate_reference(**tensors)
     torch.autograd.backward([out] if dsum is None else [out, x], [dout] if dsum is None else [dout, dsum])
-    return {"sum": x.detach(), "out": out.detach()} | {f"d{name}": value.grad for name, value in tensors.items()}
+    results = {"sum": x.detach(), "out": out.detach(), "out again": out.detach()}
+    return results | {f"d{name}": value.grad for name, value in tensors.items()}
 
 
 @pytest.mark.parametrize(
@@ -340,8 +346,8 @@ def test_wrong_arguments_of_fwd_and_bwd_are_named(device):
     x, y, gate, shift, scale = tensors.values()
     stats = adaln.adaln_fwd(x, y, gate, shift, scale)[2:]
 
-    def bwd(dout=dout, dsum=None, y=y, gate=gate, scale=scale, bias=bias, stats=tuple(stats)):
-        return adaln.adaln_bwd(dout, dsum, x, y, gate, scale, bias, *stats)
+    def bwd(dout=dout, dsum=None, y=y, gate=gate, scale=scale, bias=bias, stats=tuple(stats), shift=None):
+        return adaln.adaln_bwd(dout, dsum, x, y, gate, scale, bias, *stats, shift=shift)
 
     for name, call in {
         "adaln_fwd: y": lambda: adaln.adaln_fwd(x, y[:, :2], gate, shift, scale),
@@ -351,6 +357,7 @@ def test_wrong_arguments_of_fwd_and_bwd_are_named(device):
         "adaln_bwd: dsum": lambda: bwd(dsum=1),
         "adaln_bwd: y": lambda: bwd(y=y[1:]),
         "adaln_bwd: gate": lambda: bwd(gate=None),
+        "adaln_bwd: shift": lambda: bwd(shift=shift[1:]),
         "adaln_bwd: scale": lambda: bwd(scale=scale[1:]),
         "adaln_bwd: bias": lambda: bwd(bias=bias[1:]),
         "adaln_bwd: mean": lambda: bwd(stats=(stats[0][:, :2], stats[1])),

@@ -460,3 +460,60 @@ def test_wrong_betas_are_named(betas, device):
 def test_averages_must_fit_when_the_optimiser_is_made(device):
     with pytest.raises(ValueError, match=r"emas\[0\] must have the parameters"):
         AdamWEMA([torch.nn.Parameter(torch.ones(4))], emas=[[torch.ones(3)]], ema_decays=[0.5])
+
+
+def test_nothing_is_pinned_while_a_graph_captures(monkeypatch):
+    """Two captures, each after steps that were not: their tables come from memory that was pinned before, and stay as
+    they were while other steps follow."""
+    state = {"capturing": False}
+    allocated = []
+
+    def pin(tensor):
+        allocated.append(state["capturing"])
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(adamw, "_is_capturing", lambda device: state["capturing"])
+    sent = []
+    monkeypatch.setattr(adamw, "_upload", lambda values, device: sent.append(values) or values)
+    tables, gpu, captured = adamw._Tables(), torch.device("cuda", 1), []
+    shapes = ((7,), (1024,), (64, 32))
+
+    def lists(seed):
+        return [[torch.full(shape, float(seed + k)) for shape in shapes] for k in range(5)]
+
+    kept = [lists(seed) for seed in range(6)]
+    for k, capturing in enumerate((False, False, True, False, True, False)):
+        state["capturing"] = capturing
+        made = tables.of(kept[k], gpu)
+        rows = sorted(row[1:6].tolist() for table, _, _ in made for row in table)
+        assert rows == sorted([tensor.data_ptr() for tensor in each] for each in zip(*kept[k], strict=True))
+        if capturing:
+            captured.append(([values.clone() for table, chunks, _ in made for values in (table, chunks)], made))
+    assert allocated and not any(allocated)
+    assert len(tables.captured) == 2
+    for before, made in captured:
+        after = [values for table, chunks, _ in made for values in (table, chunks)]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    # A capture of tensors that were seen before needs none.
+    state["capturing"] = True
+    assert tables.of(kept[5], gpu) is tables.found[next(reversed(tables.found))]
+
+
+def test_whether_a_graph_captures_is_asked_of_the_device_of_the_tensors(monkeypatch):
+    asked, current = [], [0]
+
+    class On:
+        def __init__(self, device):
+            self.device = torch.device(device)
+
+        def __enter__(self):
+            current.append(self.device.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", On)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: asked.append(current[-1]) or True)
+    assert adamw._is_capturing(torch.device("cuda", 1)) and asked == [1]
+    assert not adamw._is_capturing(torch.device("cpu")) and asked == [1]

@@ -86,7 +86,7 @@ def untrained(B: int, T: int, device: str) -> dict[str, Callable[[], Tensor | tu
     return {
         "layernorm_modulate_increment": lambda: k.layernorm_modulate_increment(x, m, m),
         "gate_residual_layernorm_modulate_increment": lambda: k.gate_residual_layernorm_modulate_increment(
-            x, x, m, m, m
+            x[0], x[1], x, m, m, m
         ),
         "bias_gelu_increment": lambda: k.bias_gelu_increment(x, ones(D)),
         "silu_increment": lambda: k.silu_increment(x),

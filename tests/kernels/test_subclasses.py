@@ -31,7 +31,7 @@ FOLLOWED = {
     "silu_increment": (rows[0],),
     "bias_gelu_increment": (pairs[0], rows[0, 0, 0]),
     "layernorm_modulate_increment": (pairs[0], *rows[:2]),
-    "gate_residual_layernorm_modulate_increment": (*pairs, *rows),
+    "gate_residual_layernorm_modulate_increment": (*pairs[0], pairs[1], *rows),
     "attention_increment": (pairs[:, :1],) * 3,
 }
 REFUSED = {

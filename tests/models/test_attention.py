@@ -19,8 +19,9 @@ from soflow_fast.errors import ConfigError
 from soflow_fast.models import attention as backends
 from soflow_fast.models import attention_autotune
 from soflow_fast.models.attention import BACKENDS, IMPLEMENTATIONS, PACKAGES, attention, require, status, why_not
-from soflow_fast.models.attention_autotune import choose, rounding_unit, try_out
+from soflow_fast.models.attention_autotune import choose, try_out
 from soflow_fast.models.dit import DiT, DiTConfig, TapedOutputs
+from soflow_fast.models.measured_choice import rounding_unit
 from soflow_fast.runs import trainer
 from soflow_fast.training.state import TrainState
 

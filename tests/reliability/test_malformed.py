@@ -273,6 +273,7 @@ FITTING: dict[str, st.SearchStrategy[Any]] = {
     "run.keep": LARGE.map(lambda n: n + 2),
     "run.optimizer": st.sampled_from(["soflow", "torch"]),
     "run.attention": st.sampled_from(["auto", "sdpa", "sdpa-math"]),
+    "run.mlp": st.sampled_from(["auto", "kernels"]),
     "steps": st.sampled_from([1, 2, 1000, 10**8 - 1]),
     "batch_size": st.sampled_from([1, 2, 7, 2**20]),
     "micro_batch": st.one_of(LARGE, st.just("auto")),
@@ -340,6 +341,7 @@ def a_step(config: Config) -> None:
     small = replace(config, batch_size=min(config.batch_size, 5), run=replace(config.run, device="cpu", compile=False))
     state = TrainState.build(trainer.resolved(small))
     trainer.set_attention(state, trainer.resolve_attention(state))
+    trainer.set_mlp(state, trainer.resolve_mlp(state).name)
     model, n = small.model, small.batch_size
     images = torch.zeros(n, model.in_channels, model.input_size, model.input_size)
     for value in train_step(state, images, torch.zeros(n, dtype=torch.int64)).values():

@@ -1,5 +1,6 @@
 """Recorded steps: the numbers of steps that are not, and no look at the device's numbers from the host."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -8,8 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from soflow_fast import DiTConfig, ObjectiveConfig, TrainState, preset, train_step
 from soflow_fast.errors import ConfigError
+from soflow_fast.runs import trainer
+from soflow_fast.runs.trainer import step_in_memory
 from soflow_fast.training import cuda_graph
-from soflow_fast.training.cuda_graph import GraphedFunction
+from soflow_fast.training.cuda_graph import GraphedFunction, why_not_graphed
 from soflow_fast.training.step import make_graph
 from soflow_kernels import adamw
 
@@ -56,7 +59,7 @@ def graphs(monkeypatch):
     """Every recording that was made."""
     made = []
 
-    def record(function):
+    def record(function, stream):
         recorder = Recorder()
         made.append(recorder)
         with recorder:
@@ -119,8 +122,9 @@ def test_measured_quotients_and_other_batches_run_as_they_are(graphs):
         n = 6 if seed == 6 else 8
         wanted, got = train_step(plain, *batch(seed, n)), train_step(recorded, *batch(seed, n))
         assert ("q_cosine" in got) == (seed == 4)
+        assert seed != 4 or torch.equal(got["q_cosine"], wanted["q_cosine"])
         assert torch.equal(got["fm_mse"], wanted["fm_mse"]) and torch.equal(got["sc_mse"], wanted["sc_mse"])
-    assert len(graphs) == 1 and graphs[0].replays == 3  # steps 4, 6 and 8: 1 to 3 warm up, 5 measures, 7 is of 6 images
+    assert len(graphs) == 1 and graphs[0].replays == 4  # steps 4, 5, 6 and 8: 1 to 3 warm up, 7 is of 6 images
 
 
 def test_weights_that_somebody_loads_are_the_next_steps(graphs):
@@ -171,6 +175,190 @@ def test_a_step_reads_nothing_on_the_host(settings, monkeypatch):
 def test_a_graph_without_a_gpu_is_refused():
     with pytest.raises(ConfigError, match=r"^--cuda-graph: needs a GPU, the device is cpu$"):
         state(cuda_graph=True)
+
+
+def test_layers_that_are_watched_are_called_in_every_step(graphs):
+    """A replay would not call a hook, and not see that it is gone."""
+    plain, recorded = state(precision="bf16"), state(precision="bf16")
+    make_graph(recorded)
+    heard = []
+    for seed in range(9):
+        if seed == 5:
+            handles = [
+                run.flow.network.blocks[0].mlp.register_forward_hook(hook(heard, run)) for run in (plain, recorded)
+            ]
+        if seed == 7:
+            for handle in handles:
+                handle.remove()
+        wanted, got = train_step(plain, *batch(seed)), train_step(recorded, *batch(seed))
+        for name in wanted:
+            assert torch.equal(got[name], wanted[name]), (seed, name)
+    assert heard.count(plain) == heard.count(recorded) > 0
+    assert len(graphs) == 1 and graphs[0].replays == 4  # steps 4, 5, 8 and 9
+
+
+def hook(heard, run):
+    def double(module, given, out):
+        heard.append(run)
+        return 2 * out
+
+    return double
+
+
+def test_a_function_that_cannot_be_recorded_runs_as_it_is(monkeypatch):
+    def refuse(function, stream):
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
+
+    monkeypatch.setattr(cuda_graph, "record_graph", refuse)
+    plain, recorded = state(), state()
+    make_graph(recorded)
+    for seed in range(6):
+        wanted, got = train_step(plain, *batch(seed)), train_step(recorded, *batch(seed))
+        assert torch.equal(got["fm_loss"], wanted["fm_loss"])
+        assert (recorded.graph.fault is not None) == (seed >= 3)
+    assert recorded.graph.fault == "operation not permitted when stream is capturing"
+    for p, q in zip(plain.flow.parameters(), recorded.flow.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_memory_that_a_recording_lacks_gives_up_the_recording_first(monkeypatch):
+    """And only then the size of the micro-batch."""
+    scarce, said = [True], []
+
+    def refuse(function, stream):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cuda_graph, "record_graph", refuse)
+    plain, run = state(), state()
+    run.graphed = True
+    for seed in range(6):
+        wanted, got = train_step(plain, *batch(seed)), step_in_memory(run, *batch(seed), said.append)
+        assert torch.equal(got["grad_norm"], wanted["grad_norm"])
+    assert said == ["out of memory at step 4: again, without a CUDA graph"]
+    assert run.config.micro_batch == 0 and not run.graphed and run.graph is None
+    # As it is, it runs out as well.
+    real = trainer.train_step
+
+    def short(state, x0, y):
+        if scarce.pop() if scarce else False:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(state, x0, y)
+
+    monkeypatch.setattr(trainer, "train_step", short)
+    step_in_memory(run, *batch(7), said.append)
+    assert said[1:] == ["out of memory at step 7: again, in micro-batches of 4"] and run.config.micro_batch == 4
+
+
+class OnSecondGpu(torch.Tensor):
+    """A tensor that says it is on cuda:1."""
+
+    device = torch.device("cuda", 1)
+
+
+class FakeCuda:
+    """torch.cuda as a recording sees it: which device is current, and the stream on which each thing happens."""
+
+    def __init__(self):
+        self.device, self.streams, self.made, self.captures, self.replays, self.calls = (
+            0,
+            {0: "0", 1: "1"},
+            0,
+            [],
+            [],
+            [],
+        )
+
+    @contextlib.contextmanager
+    def on(self, device):
+        before, self.device = self.device, torch.device(device).index
+        yield
+        self.device = before
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.streams[stream.index] = self.streams[stream.index], stream
+        yield
+        self.streams[stream.index] = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool=None, stream=None):
+        index = self.device if stream is None else stream.index
+        assert stream is None or index == self.device, "a stream of another device than the current one"
+        self.captures.append((self.device, stream))
+        with self.stream(stream):
+            yield
+
+
+def here(cuda):
+    return cuda.device, cuda.streams[cuda.device]
+
+
+def test_everything_happens_on_the_device_and_on_one_stream(monkeypatch):
+    """Of cuda:1 while cuda:0 is current: a recording made elsewhere would be empty, and warm-ups on streams of their
+    own would each keep a pool of memory."""
+    cuda = FakeCuda()
+
+    class Stream:
+        def __init__(self, device):
+            cuda.made += 1
+            self.index = torch.device(device).index
+
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            cuda.replays.append(here(cuda))
+
+    default = Stream("cuda:1")
+    cuda.made, cuda.streams[1] = 0, default
+    for name, value in (
+        ("device", cuda.on), ("stream", cuda.stream), ("graph", cuda.graph), ("Stream", Stream), ("CUDAGraph", Graph),
+        ("current_stream", lambda device=None: cuda.streams[torch.device(device).index]),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def function(x):
+        cuda.calls.append(here(cuda))
+        return torch.ones(3)
+
+    graphed = GraphedFunction(function)
+    for k in range(6):
+        graphed(torch.full((2,), float(k)).as_subclass(OnSecondGpu))
+    assert cuda.made == 1
+    side = cuda.calls[0][1]
+    assert side is not default
+    assert cuda.calls == [(1, side)] * 4  # three warm-ups and the recording
+    assert cuda.captures == [(1, side)] and cuda.replays == [(1, default)] * 3
+    assert cuda.device == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({}, None),
+        ({"compile": True}, "the blocks are compiled"),
+        ({"optimizer": "apex"}, "the optimiser is apex's"),
+        ({"precision": "fp8"}, "float8 products are torchao's"),
+        ({"guidance_precision": "fp8"}, "float8 products are torchao's"),
+    ],
+    ids=str,
+)
+def test_a_step_is_recorded_by_default_where_all_of_it_can_be(fields, why, monkeypatch):
+    config = preset("digits", precision=fields.pop("precision", "bf16"), **fields)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert why_not_graphed(config, config.precision, torch.device("cuda")) == why
+    assert why_not_graphed(config, config.precision, torch.device("cpu")) == "the device is cpu"
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert why_not_graphed(config, config.precision, torch.device("cuda")) == "the GPU is not NVIDIA's"
+
+
+@pytest.mark.parametrize(
+    ("asked", "possible", "graphed"), [(None, True, True), (None, False, False), (False, True, False)]
+)
+def test_the_default_is_left_to_the_machine(asked, possible, graphed, monkeypatch):
+    monkeypatch.setattr("soflow_fast.training.state.why_not_graphed", lambda *given: None if possible else "no")
+    assert state(cuda_graph=asked).graphed == graphed
 
 
 @pytest.mark.gpu

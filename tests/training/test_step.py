@@ -6,13 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soflow_fast import ObjectiveConfig, TrainState, preset, train_step
 from soflow_fast.commands.dry_run import forward_flops, forwards_per_image
 from soflow_fast.config.schema import DiTConfig
 from soflow_fast.models.attention import flop_counter
 from soflow_fast.objective import Objective
-from soflow_fast.training.step import _micro_batch, draw, ema_decay, learning_rate, split
+from soflow_fast.training.consistency_target import quotient_cosine
+from soflow_fast.training.step import _micro_batch, draw, ema_decay, gradient_norm, learning_rate, split
 
 TINY = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
 
@@ -332,3 +334,72 @@ def test_batch_must_split_over_the_ranks():
 
     with pytest.raises(ConfigError, match="batch_size"):
         TrainState.build(preset("digits", device="cpu", batch_size=7), world=2)
+
+
+def test_the_backward_rounds_nothing_of_the_float32_ends():
+    """In a bf16 step no operand of the patch embedding, the conditioning and the last layer is cast to bf16 in the
+    backward. What the blocks take and give at their border is."""
+    state = off_zero(TrainState.build(dataclasses.replace(build(batch_size=8).config, precision="bf16")))
+    D, casts, inside = TINY.hidden_size, [], []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and inside and out.dtype == torch.bfloat16:
+                casts.append(tuple(out.shape))
+            return out
+
+    def observe(name, **values):
+        inside[:] = [name] if name == "backward" else []
+
+    with Casts():
+        train_step(state, *batch(), observe=observe)
+    patches, last, times = {(8, 16, 4), (4, D)}, {(8, 16, 4), (4, D), (128, 4)}, {(8, 256), (D, 256), (D, D)}
+    assert not (patches | last | times) & set(casts), casts
+    gradient = state.flow.network.final_layer.linear.weight.grad
+    assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float32)], ids=str)
+def test_the_gradient_norm_goes_by_dtype(dtypes):
+    gradients = [
+        torch.randn(5, k + 1, generator=torch.Generator().manual_seed(k)).to(dtypes[k % len(dtypes)]) for k in range(7)
+    ]
+    calls = []
+
+    class Norms(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._foreach_norm.Scalar:
+                calls.append({value.dtype for value in args[0]})
+            return func(*args, **(kwargs or {}))
+
+    with Norms():
+        norm = gradient_norm(gradients)
+    assert norm.dtype == torch.float32 and all(len(dtypes) == 1 for dtypes in calls) and len(calls) == len(dtypes)
+    exact = torch.cat([value.double().flatten() for value in gradients]).norm()
+    torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"teacher": "ema"}, {"quotient": "pair"}], ids=str)
+def test_the_measured_quotient_is_that_of_the_first_consistency_samples(fields):
+    """And measuring it changes nothing in the step."""
+    config = preset("digits", precision="bf16", device="cpu", batch_size=16)
+    objective = dataclasses.replace(ObjectiveConfig(), teacher=fields.pop("teacher", "student"))
+    config = dataclasses.replace(config, model=TINY, objective=objective, **fields)
+    states = [
+        off_zero(
+            TrainState.build(dataclasses.replace(config, run=dataclasses.replace(config.run, check_quotient_every=n)))
+        )
+        for n in (0, 1)
+    ]
+    seen = {}
+    plain = train_step(states[0], *batch(16), observe=lambda name, **values: seen.update({name: values}))
+    measured = train_step(states[1], *batch(16))
+    assert "q_cosine" not in plain and 0.9 < measured["q_cosine"] <= 1.0001
+    for name, value in plain.items():
+        assert torch.equal(measured[name], value), name
+    points, value, increment = (seen["target"][name] for name in ("points", "value", "increment"))
+    state = off_zero(TrainState.build(config))  # with the weights from before the update
+    q = state.objective.quotient(state.flow, points, value, increment)
+    wanted = quotient_cosine(state.target, state.objective, state.flow, state.teacher, points, q)
+    torch.testing.assert_close(measured["q_cosine"], wanted, rtol=2e-3, atol=0)

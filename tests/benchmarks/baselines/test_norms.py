@@ -21,15 +21,21 @@ def test_norms_of_others_are_raced_with_the_same_formula(monkeypatch):
         layer_norm_fn = staticmethod(lambda x, weight, bias, residual=None, eps=1e-6: affine(x, weight, bias, eps))
         fused_layer_norm = staticmethod(lambda x, shape, eps: torch.nn.functional.layer_norm(x, shape, eps=eps))
 
+        class LayerNorm(torch.nn.LayerNorm):  # TransformerEngine's, whose scale and shift do not learn here
+            def forward(self, x):
+                assert not any(p.requires_grad for p in self.parameters())
+                return super().forward(x)
+
     monkeypatch.setattr(norms.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(norms.importlib, "import_module", lambda name: Packages)
-    assert set(norms.norms(CPU).values()) == {f"{n} needs a GPU" for n in ("liger-kernel", "apex", "flash-attn")}
-    raced = [op for op in operations.operations(torch.device("cuda")) if op.others]
+    titles = ("liger-kernel", "apex", "flash-attn", "transformer-engine")
+    assert set(norms.norms(CPU).values()) == {f"{title} needs a GPU" for title in titles}
+    raced = [op for op in operations.operations(torch.device("cuda")) if "Liger" in op.others]
     assert len(raced) == 2
     for operation in raced:
         for dtype in (torch.float32, torch.bfloat16):
             race = KernelRace(operation, True, TINY, CPU, dtype)
-            assert set(race.timer.calls) == {OURS, EAGER, "Liger", "apex", "flash-attn"}
+            assert set(race.timer.calls) == {OURS, EAGER, "Liger", "apex", "flash-attn", "TransformerEngine"}
 
     def fail(name):
         raise ImportError("built for\nanother torch")

@@ -162,10 +162,8 @@ def test_a_tampered_backward_is_found(name):
 def test_nan_is_found():
     def wrong(x):
         out = soflow_kernels.silu_increment(x)
-        out[1, 0, 0, 0] = torch.nan
+        out[0, 0, 0] = torch.nan
         return out
 
-    with pytest.raises(
-        IncorrectResult, match=r"increment of output 0: relative error nan.*worst row: relative error nan"
-    ):
+    with pytest.raises(IncorrectResult, match=r"output 0: relative error nan.*worst row: relative error nan"):
         KernelRace(replace(OPERATIONS["silu_increment"], ours=wrong), False, TINY, CPU)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import soflow_kernels
-from benchmarks.harness import ceilings, operations
+from benchmarks.harness import ceilings, kernel_race, operations
 from benchmarks.harness.kernel_race import KernelRace
 from benchmarks.harness.operations import COMPILED, EAGER, OURS
 from benchmarks.report import pages, record, tables
@@ -49,6 +49,29 @@ def test_another_way_that_is_wrong_or_raises_is_not_timed():
     assert set(race.timer.calls) == {OURS, EAGER}
 
 
+def test_on_a_gpu_ways_are_timed_as_graphs_or_say_why_not(monkeypatch):
+    """Stand-ins for recordings: one works, one is refused; what works in place is timed as it is called."""
+    race = KernelRace(OPERATIONS["layernorm_modulate"], False, TINY, CPU)
+    assert {row["timed"] for row in race.rows if row["why_not"] is None} == {"as called"}
+    race.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(kernel_race, "recorded", lambda call, device: len)
+    assert race._recorded(print) == (len, "as a CUDA graph")
+
+    def refuse(call, device):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(kernel_race, "recorded", refuse)
+    call, how = race._recorded(print)
+    assert call is print and how.endswith("no CUDA graph (operation not permitted when stream is capturing)")
+    race.operation = OPERATIONS["adamw_ema"]
+    assert race._recorded(print) == (print, "as called")
+    rows = [{"operation": "copy", "bytes": 1, "seconds": [1.0]}, *race.rows]
+    rows[1].update(timed=how, seconds=[1.0])
+    rows[2]["seconds"] = [1.0]
+    assert "eager PyTorch, host included" in tables.kernel_table(rows)
+
+
 def test_bytes_are_those_of_the_docstrings():
     shipped, half, single = operations.SHIPPED, torch.bfloat16, torch.float32
     stream = 65_536 * 1152 * 2  # "S is 151 MB"
@@ -56,7 +79,7 @@ def test_bytes_are_those_of_the_docstrings():
     found = OPERATIONS["gate_residual_layernorm_modulate"]
     assert (found.traffic(shipped, half, False), found.traffic(shipped, half, True)) == (4 * stream, 10 * stream)
     assert OPERATIONS["bias_gelu"].traffic(shipped, half, False) == 2 * 4 * stream
-    assert OPERATIONS["layernorm_modulate_increment"].traffic(shipped, half, False) == 2 * stream // 2
+    assert OPERATIONS["layernorm_modulate_increment"].traffic(shipped, half, False) == 3 * stream // 4
     assert OPERATIONS["consistency_loss"].traffic(shipped, single, True) == 6 * 256 * 4 * 32 * 32 * 4
     for name, bytes_of_gradient, copies in (("adamw_ema", 4, 0), ("adamw_ema, bfloat16 gradients and copies", 2, 4)):
         inputs = OPERATIONS[name].inputs(TINY, CPU, single)

@@ -143,6 +143,21 @@ def test_a_race_builds_nothing_by_itself_and_each_recipe_once():
     assert [row["recipe"] for row in race.results()] == [recipe.name for recipe in theirs]
 
 
+def test_what_a_first_call_measures_is_not_counted():
+    """As the choice of an attention is, for every size of batch that comes."""
+    recipe, seen = AUTHORS, set()
+
+    def step(state, x0, y, **told):
+        if len(x0) not in seen:
+            seen.add(len(x0))
+            torch.mm(torch.ones(999, 999), torch.ones(999, 999))
+        return recipe.step(state, x0, y, **told)
+
+    rows = [prepared(CASE.at(12), one)[0] for one in (recipe, recipe._replace(step=step))]
+    assert rows[0].flops_per_image == rows[1].flops_per_image and seen == {8, 12}
+    assert rows[0].bytes_per_image == rows[1].bytes_per_image
+
+
 def test_on_a_gpu_each_is_alone_in_memory():
     race = Race(CASE, [OURS, AUTHORS])
     assert race.groups() == [[OURS.name, AUTHORS.name]]
@@ -185,7 +200,7 @@ def test_largest_batch(monkeypatch):
     monkeypatch.setattr(account, "flops", lambda work, flops=account.flops: counted.append(1) or flops(work))
     row = largest(CASE, AUTHORS, rounds=2)
     assert row.batch == 12 and len(row.seconds) == 2 and row.case.endswith("largest batch that fits")
-    assert len(counted) == 2  # a forward and a step, once
+    assert len(counted) == 3  # a forward, which may choose an attention, and once more, and a step
     assert row.flops_per_image == prepared(CASE, AUTHORS)[0].flops_per_image
     assert largest(CASE, falling(IncorrectResult("no"))).failed
     assert largest(CASE, AUTHORS._replace(why_not=lambda config: "elsewhere")).skipped == "elsewhere"

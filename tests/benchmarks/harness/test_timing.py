@@ -1,11 +1,12 @@
 """The one timer: rounds in turn, those that do not count, calls that run out of memory."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 
 from benchmarks.harness import ceilings
-from benchmarks.harness.timing import InTurn, Stopwatch
+from benchmarks.harness.timing import InTurn, Stopwatch, recorded
 from tests.benchmarks.tiny import CPU
 
 
@@ -53,6 +54,38 @@ def test_a_run_drops_the_call_that_runs_out_of_memory():
 def test_a_call_is_timed_to_its_end():
     assert 0 < Stopwatch(CPU).seconds(lambda: sum(range(100))) < 60
     assert 0 < Stopwatch(CPU, cold=True).seconds(lambda: sum(range(100))) < 60
+
+
+def test_a_call_is_recorded_behind_a_warm_one(monkeypatch):
+    """A stand-in for CUDA: one call before the recording, one in it, and then replays alone."""
+    came: list[str] = []
+
+    class Stand:
+        def __init__(self, *given):
+            pass
+
+        def __enter__(self):
+            came.append("recording")
+
+        def __exit__(self, *error):
+            came.append("recorded")
+
+        def wait_stream(self, other):
+            pass
+
+        def replay(self):
+            came.append("replay")
+
+    for name in ("CUDAGraph", "Stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, Stand)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stand)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: nullcontext())
+    replay = recorded(lambda: came.append("call"), torch.device("cuda:1"))
+    assert came == ["call", "recording", "call", "recorded"]
+    replay()
+    replay()
+    assert came[4:] == ["replay", "replay"]
 
 
 def test_ceilings_come_from_the_one_copy():

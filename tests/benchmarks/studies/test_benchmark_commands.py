@@ -18,12 +18,22 @@ import torch
 from benchmarks.harness import ceilings, command
 from benchmarks.harness.cases import Case
 from benchmarks.report import compare, pages, record
-from benchmarks.studies import digits, distance, increments, precision, quality_for_time, sampling, step, sweeps
+from benchmarks.studies import (
+    digits,
+    distance,
+    increments,
+    precision,
+    prediction,
+    quality_for_time,
+    sampling,
+    step,
+    sweeps,
+)
 from soflow_fast.config.schema import Config
 from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
-MODULES = [digits, distance, increments, precision, quality_for_time, sampling, step, sweeps]
+MODULES = [digits, distance, increments, precision, prediction, quality_for_time, sampling, step, sweeps]
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +67,7 @@ MISTAKES = [
     *((module, f"--within {value}", "--within") for module in (sampling, step, sweeps) for value in
       ("inf", "nan", "-1")),
     (sampling, "--secnds 3", "--secnds"),
+    (prediction, "--gpu h100", "--gpu"),
     (ceilings, "--fast", "--fast"),
     (ceilings, "now", "now"),
 ]  # fmt: skip
@@ -97,8 +108,8 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "ceilings", "digits", "distance", "gpu", "increments", "precision", "quality_for_time", "sampling", "soak", "step",
-    "sweeps",
+    "ceilings", "digits", "distance", "gpu", "increments", "precision", "prediction", "quality_for_time", "sampling",
+    "soak", "step", "sweeps",
 )  # fmt: skip
 
 
@@ -120,7 +131,7 @@ def test_commands_of_the_records_are_still_there():
 def test_where_nothing_can_be_written_nothing_is_measured(module, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(record, "RECORDS", tmp_path / "file")
-    for name in ("run", "cases", "sweep", "quality"):
+    for name in ("run", "cases", "sweep", "quality", "predictions"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, None)  # whoever calls it fails
     with pytest.raises(StorageError, match=r"SOFLOW_RECORDS: .*/file"):

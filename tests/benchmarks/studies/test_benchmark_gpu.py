@@ -37,7 +37,8 @@ def test_stopped_early_it_names_the_records_and_leaves_no_process(signum, enviro
     out, _ = process.communicate()
     assert process.returncode == 1
     end = out[out.index("== not done:") :].splitlines()
-    assert end == ["== not done:", "   stopped before its end", "== records:", f"   {tmp_path}/first.json"]
+    assert end[:2] == ["== not done:", "   stopped before its end"]
+    assert end[-2:] == ["== records:", f"   {tmp_path}/first.json"]
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)
 
@@ -49,9 +50,41 @@ def test_wrong_minutes(minutes, capsys):
     assert wrong.value.code == 2 and "--minutes" in capsys.readouterr().err
 
 
-def test_an_hour_is_for_every_recipe():
+def test_an_hour_is_for_every_recipe_and_the_largest_batches():
     few, all_of_them = ([word for part in gpu.parts(minutes) for word in part.command] for minutes in (10, 60))
-    assert "--headline" in few and "--headline" not in all_of_them
+    assert "--every" not in few and "--every" in all_of_them and "test_largest_batch" not in few
+    assert "test_largest_batch" in all_of_them
+
+
+def test_ten_minutes_are_for_the_step_after_the_tests_of_what_it_runs():
+    parts = gpu.parts(10)
+    names = [part.name for part in parts]
+    assert names[:4] == ["environment", "kernels' tests", "the step", "operations"]
+    assert sum(part.share for part in parts) == 600 and max(parts, key=lambda part: part.share).name == "the step"
+    kernels = parts[1].command
+    assert "tests/kernels" in kernels and "--taking=device" in kernels and "gpu" not in kernels
+
+
+LEFT = """
+import json, os, pathlib
+run = {"benchmark": "step", "date": "2026-11-21", "command": "c", "device": "d", "versions": {}, "unfinished": True}
+run |= {"missing": ["DiT-B/2: soflow-fast"], "rows": [{"case": "c"}]}
+pathlib.Path(os.environ["SOFLOW_RECORDS"], "step.json").write_text(json.dumps(run))
+"""
+
+
+def test_the_plan_is_said_first_and_what_is_left_out_last(tmp_path, capfd):
+    assert gpu.run_all([part("one", LEFT, 1), part("two", "print('ran')", 3)], 60.0, tmp_path) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("== plan of 1 minutes, in seconds") and lines[1:3] == ["   one: 15", "   two: 45"]
+    end = lines[lines.index("== done") :]
+    assert end == [
+        "== done",
+        "== left out:",
+        "   step: DiT-B/2: soflow-fast",
+        "== records:",
+        f"   {tmp_path}/step.json",
+    ]
 
 
 def part(name: str, code: str, share: float = 1.0) -> gpu.Part:
@@ -82,7 +115,7 @@ def test_parts_that_fail_or_hang_are_named_and_stop_nothing(tmp_path, capfd, mon
     end = out[out.index("== not done:") :].splitlines()
     assert end[1] == "   bad: exit code 3" and end[2].startswith("   slow: ran out of time after ")
     assert end[3] == "   absent: could not be started: No such file or directory"
-    assert end[4:] == ["== records:", f"   {tmp_path}/first.json", f"   {tmp_path}/second.json"]
+    assert end[-3:] == ["== records:", f"   {tmp_path}/first.json", f"   {tmp_path}/second.json"]
 
 
 def test_no_time_left_is_said(tmp_path, capfd):

@@ -22,7 +22,8 @@ from soflow_fast.config.schema import override
 from soflow_fast.training import state
 from tests.benchmarks.tiny import CASE, CONFIG
 
-LARGE = [Case(name, override(CONFIG, {"model.depth": 3, "seed": seed})) for seed, name in enumerate(("one", "two"))]
+SEEDS = {"one": 91, "two": 92}  # nobody else's, as checks that have passed are remembered
+LARGE = [Case(name, override(CONFIG, {"model.depth": 3, "seed": seed})) for name, seed in SEEDS.items()]
 
 
 def test_what_answers_the_question_comes_first():
@@ -70,8 +71,8 @@ def test_every_recipe_is_built_once_and_weights_are_made_once(counted, monkeypat
     timed = [(row["case"].split(":")[0], row["recipe"]) for row in run["rows"] if row["seconds"]]
     assert timed == [(n, r) for n in ("one", "two") for r in (OURS.name, QUARTER.name, HEADLINE[5].name)]
     assert all(row["seconds"] == [0.25] * 5 for row in run["rows"] if row["seconds"])
-    assert built[0, 3] == built[1, 3] == 3, "once each, at full depth"
-    assert built[0, 2] <= 8 and built[1, 2] <= 8, "of the checks, on two blocks"
+    assert built[91, 3] == built[92, 3] == 3, "once each, at full depth"
+    assert 0 < built[91, 2] <= 8 and 0 < built[92, 2] <= 8, "of the checks, on two blocks"
     assert sorted(made) == [2, 2, 3, 3], "once for a network, once for its checks"
     assert "CUDA graphs need a GPU" in pages.table(run)
     said = capsys.readouterr().out.splitlines()
@@ -81,8 +82,8 @@ def test_every_recipe_is_built_once_and_weights_are_made_once(counted, monkeypat
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # torch's own, while it traces
 def test_graphs_that_are_compiled(counted, monkeypatch):
-    """For a compiled recipe those of its timed precision alone: one set for its check and one for the network itself,
-    as the stride of a modulation tells the depth of a network."""
+    """For a compiled recipe on a CPU one set, of the timed precision: its check runs what is timed. (The stride of a
+    modulation tells the depth of a network, so that on a GPU the check on two blocks has a set of its own.)"""
     graphs: list[tuple[int, torch.dtype, int]] = []
 
     def backend(module, inputs):
@@ -97,7 +98,7 @@ def test_graphs_that_are_compiled(counted, monkeypatch):
     race = Race(case, [COMPILED[0]])
     assert race.enter(COMPILED[0].name), race.rows[COMPILED[0].name].skipped
     # A first block and the others, with and without gradient, for each part of the batch.
-    wanted = {(batch, torch.bfloat16, 6 * depth + 2): 4 for batch in (4, 12) for depth in (2, 3)}
+    wanted = {(batch, torch.bfloat16, 6 * 3 + 2): 4 for batch in (4, 12)}
     assert Counter(graphs) == wanted
 
 

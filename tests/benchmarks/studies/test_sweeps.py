@@ -50,7 +50,7 @@ def test_sweeps_end_when_time_is_up(within, tmp_path, monkeypatch, capsys):
     sweeps.main(["--seconds", "0", *([f"--within={within}"] if within else [])])
     points = [(row["axis"], row["value"]) for row in written[-1]][::2]
     assert points == ([("batch", 4), ("batch", 8), ("batch", 16), ("tokens", 1)] if within is None else [("batch", 4)])
-    assert ("time is up: batch 8" in capsys.readouterr().out) == (within is not None)
+    assert ("time is up: left out: batch 8; tokens 1; batch 16" in capsys.readouterr().out) == (within is not None)
 
 
 def test_shipped_sweeps_can_be_built():

@@ -1,0 +1,76 @@
+"""GPUs for predictions: memory, and rates at which they are assumed to work.
+
+The rates are assumptions, not measurements of this project: what libraries are known to reach in large shapes, below
+the peaks of NVIDIA's data sheets, which stand beside them. Products of the sizes of a DiT-XL/2 at a batch of 256 fill a
+GPU; smaller ones do not, and then a prediction is too short.
+"""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+GIGA = 1e9
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What is assumed of one GPU."""
+
+    title: str
+    memory: int
+    """Bytes."""
+    copy: float
+    """Bytes a second, read and written."""
+    products: dict[str, float]
+    """FLOP/s of products, by the precision of their operands; what is not there runs at the rate of bf16."""
+    attention: float
+    attention_backward: float
+    """FLOP/s."""
+    launch: float = 2e-6
+    """Seconds that a kernel takes at least, one after another."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds that the host is assumed to take for what it dispatches. They differ between machines by a factor."""
+
+    dispatch: float = 8e-6
+    """An operation of torch, views included, with what Python and autograd do for it."""
+    launch: float = 2.5e-6
+    """A kernel of torch."""
+    operation: float = 13e-6
+    """An operation of ours, its checks included."""
+    kernel: float = 8e-6
+    """A Triton kernel."""
+
+
+GPUS = {
+    # Peaks: 989 TFLOP/s in bf16, 1979 in float8, 494 in TF32, 67 in float32, 3.35 TB/s.
+    "h100": Gpu(
+        title="H100 SXM, 80 GB",
+        memory=80 * GIB,
+        copy=2.9 * TERA,
+        products={"bf16": 700 * TERA, "fp8": 1300 * TERA, "tf32": 380 * TERA, "fp32": 50 * TERA},
+        attention=250 * TERA,
+        attention_backward=200 * TERA,
+    ),
+    # The same peaks of products and 4.8 TB/s; less held back by its power.
+    "h200": Gpu(
+        title="H200 SXM, 141 GB",
+        memory=141 * GIB,
+        copy=4.2 * TERA,
+        products={"bf16": 790 * TERA, "fp8": 1450 * TERA, "tf32": 380 * TERA, "fp32": 50 * TERA},
+        attention=250 * TERA,
+        attention_backward=200 * TERA,
+    ),
+    # Peaks: 312 TFLOP/s in bf16, 156 in TF32, 19.5 in float32, 2.04 TB/s; no float8.
+    "a100": Gpu(
+        title="A100 SXM, 80 GB",
+        memory=80 * GIB,
+        copy=1.6 * TERA,
+        products={"bf16": 250 * TERA, "tf32": 125 * TERA, "fp32": 17 * TERA},
+        attention=170 * TERA,
+        attention_backward=130 * TERA,
+    ),
+}
+"""By the name that `--gpu` takes."""

@@ -1,0 +1,44 @@
+"""The way of a run's batches to its device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Source
+
+
+class Batches:
+    """The batches of a source on a device. On a GPU the next one can be on its way while the present one is used.
+
+    Its copy starts from pinned memory, on a stream of its own: from other memory the host would wait for the copy, and
+    so for all that the GPU was told before.
+    """
+
+    def __init__(self, source: Source, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        self.source, self.device, self.rank, self.world = source, device, rank, world
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._begun: tuple[int, tuple[Tensor, ...]] | None = None
+
+    def begin(self, step: int) -> None:
+        """Send the batch of a step on its way. On a CPU there is no way to go."""
+        if self._stream is None:
+            return
+        self._begun = None
+        values = [value.pin_memory() for value in self.source.batch(step, self.rank, self.world)]
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            self._begun = step, tuple(value.to(self.device, non_blocking=True) for value in values)
+
+    def of(self, step: int) -> Any:
+        """(images, labels) of a step."""
+        if self._stream is None:
+            return self.source.batch(step, self.rank, self.world)
+        if self._begun is None or self._begun[0] != step:
+            self.begin(step)
+        assert self._begun is not None
+        values, self._begun = self._begun[1], None
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._stream)
+        for value in values:  # taken on the other stream, their memory is this one's until it is done with them
+            value.record_stream(current)
+        return values
