@@ -42,15 +42,16 @@ def attention_increment_reference(q: Pair, k: Pair, v: Pair, scale: float | None
     An increment of a score counts as the largest exponent of the dtype (80 in float32) where it is above that. In
     bfloat16, on a CPU that has such products, the increments of scores and the sums over values take them.
     """
-    (q, dq), (k, dk), (v, dv) = q, k, v
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    parts = (*q, *k, *v)
+    heads, T, d = parts[0].shape[1:]
+    scale = float(d**-0.5 if scale is None else scale)
     # A CPU of which the tensors are plain, and no graph that the loop would unroll in.
-    if q.device.type == "cpu" and type(q) is Tensor and not torch.compiler.is_compiling():
-        samples = max(1, PIECE // max(1, q.shape[1] * q.shape[2] ** 2))
-        pieces = zip(*(part.split(samples) for part in (q, dq, k, dk, v, dv)), strict=True)
-        out = torch.cat([_increment(*piece, scale) for piece in pieces])
+    if parts[0].device.type == "cpu" and type(parts[0]) is Tensor and not torch.compiler.is_compiling():
+        samples = max(1, PIECE // max(1, heads * T**2))
+        pieces = zip(*(part.split(samples) for part in parts), strict=True)
+        out = torch.cat([_increment(*piece, scale=scale) for piece in pieces])
     else:
-        out = _increment(q, dq, k, dk, v, dv, scale)
+        out = _increment(*parts, scale=scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # [B, T, H, d] in memory
 
 
@@ -74,7 +75,7 @@ def _increment(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, v: Tensor, dv: Tens
 @jit
 def _head(ptr, b, h, b_stride, h_stride, UNIT: tl.constexpr):
     """Where head h of sample b begins. From here on addresses are of int64: a stride may be of 2^31 elements."""
-    return ptr + (b.to(tl.int64) * b_stride + h.to(tl.int64) * h_stride) * UNIT
+    return ptr + (b * (b_stride * UNIT) + h * (h_stride * UNIT))
 
 
 @jit
@@ -84,7 +85,7 @@ def _tile(
 ):  # fmt: skip
     """Columns FIRST to FIRST + WIDTH of some rows, [rows, WIDTH]; 0 past HD columns and, unless EVEN, past T rows."""
     cols = FIRST + tl.arange(0, WIDTH)
-    at = ptr + (rows.to(tl.int64)[:, None] * row_stride + cols[None, :])
+    at = ptr + (rows[:, None] * row_stride + cols[None, :])
     if EVEN and FIRST + WIDTH <= HD:
         tile = tl.load(at)
     elif EVEN:
@@ -139,7 +140,7 @@ def _add_values(A, D, w, dw, w_end, v, dv, WIDEN: tl.constexpr):
 def _write(out_ptr, rows, row_stride, T, A, D, Z, Y, FIRST: tl.constexpr, WIDTH: tl.constexpr, HD: tl.constexpr):
     cols = FIRST + tl.arange(0, WIDTH)
     mask = (rows < T)[:, None] & (cols < HD)[None, :]
-    at = out_ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
+    at = out_ptr + rows[:, None] * row_stride + cols[None, :]
     tl.store(at, (D - (Y / Z)[:, None] * A) / (Z + Y)[:, None], mask=mask)
 
 
@@ -305,7 +306,7 @@ def attention_increment(q: Pair, k: Pair, v: Pair, *, scale: float | None = None
             raise ValueError(f"{op}: {name} must be {q0.dtype} like the value of q, got {part.dtype}")
     if 0 in q0.shape:
         return dv.new_empty(dv.shape).transpose(1, 2).contiguous().transpose(1, 2)
-    scale = q0.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = float(q0.shape[-1] ** -0.5 if scale is None else scale)
     fits = q0.dtype != torch.float16 and q0.shape[-1] <= MAX_HEAD_DIM and 0 < scale < math.inf
     if not (fits and use_kernel(q0, dq, k0, dk, v0, dv)):
         return attention_increment_reference(q, k, v, scale)
