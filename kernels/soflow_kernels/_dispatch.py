@@ -150,13 +150,6 @@ def _distributed(tensor: Tensor) -> bool:
     return type(tensor) is not Tensor and type(tensor).__name__ == "DTensor"
 
 
-def check_pair(op: str, name: str, value: Any, shape: Shape, like: Tensor | None = None) -> None:
-    """`check_quiet` for a pair [2, ...]: a value and its increment."""
-    check_quiet(op, name, value, shape, like)
-    if value.shape[0] != 2 or value.dim() < 2:
-        raise ValueError(f"{op}: {name} must be a pair [2, ...], got {list(value.shape)}")
-
-
 def check_quiet(op: str, name: str, value: Any, shape: Shape, like: Tensor | None = None) -> None:
     """`check_tensor` for a tensor that must not require a gradient either."""
     check_tensor(op, name, value, shape, like)
