@@ -52,8 +52,8 @@ def residuals() -> Iterator[tuple[torch.dtype, Arguments]]:
 
 def normed_linear() -> Iterator[Arguments]:
     for dtype, residual in residuals():
-        for parts in (1, 2):
-            yield (*residual, ones(H, D, dtype=dtype), ones(H, dtype=dtype), parts)
+        for parts, keep in ((1, False), (2, True)):
+            yield (*residual, ones(H, D, dtype=dtype), ones(H, dtype=dtype), parts, keep)
 
 
 def normed_mlp() -> Iterator[Arguments]:

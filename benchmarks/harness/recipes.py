@@ -124,6 +124,12 @@ def why_no_graph(config: Config) -> str | None:
     return None if resolve_device(config.run.device).type == "cuda" else "CUDA graphs need a GPU"
 
 
+def why_nothing_is_kept(config: Config) -> str | None:
+    """Why keeping norms and GELUs is no choice of its own."""
+    on_gpu = resolve_device(config.run.device).type == "cuda"
+    return None if on_gpu else "a CPU keeps norms and GELUs in any case"
+
+
 def why_no_float8(config: Config) -> str | None:
     """Why there is no float8."""
     try:
@@ -142,6 +148,7 @@ def why_no_other_pair(config: Config) -> str | None:
 OURS = ours("soflow-fast")
 VARIANTS = [
     ours("soflow-fast, float32 pair", why_no_other_pair, quotient="pair", quotient_precision="fp32"),
+    ours("soflow-fast, nothing made again", why_nothing_is_kept, run__recompute="nothing"),
     ours("soflow-fast, compiled", why_no_compiler, run__compile=True),
     ours("soflow-fast, CUDA graph", why_no_graph, run__cuda_graph=True),
     ours("soflow-fast, compiled, CUDA graph", why_no_graph, run__compile=True, run__cuda_graph=True),

@@ -13,6 +13,7 @@ from ..runs.trainer import (
     choose_precision,
     enough_memory,
     memory_mb,
+    recompute_in,
     resolve_attention,
     resolve_mlp,
     resolved,
@@ -70,6 +71,8 @@ def _report(given: Config, gpu: str | None) -> str:
     source = None if synthetic else open_source(config)  # first, as it is quick and finds most mistakes
     # On the CPU "auto" has been resolved for it, and the prediction is for a GPU.
     on_gpu = given if config.run.device == "cpu" else config
+    if gpu is not None and on_gpu.run.recompute == "auto":
+        on_gpu = replace(on_gpu, run=replace(on_gpu.run, recompute=recompute_in(on_gpu, GPUS[gpu].memory)))
     predicted = estimate_memory(on_gpu)
     state = TrainState.build(config)
     backend, mlp = resolve_attention(state), resolve_mlp(state)

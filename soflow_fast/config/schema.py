@@ -23,7 +23,7 @@ LRSchedule = Literal["constant", "cosine"]
 DataKind = Literal["digits", "images", "latents"]
 OnNonfinite = Literal["stop", "skip"]
 OptimizerName = Literal["soflow", "torch", "apex"]
-Recompute = Literal["none", "mlp", "block"]
+Recompute = Literal["auto", "nothing", "none", "mlp", "block"]
 AttentionBackend = Literal[
     "auto", "flash4", "flash3", "flash2", "xformers", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math", "sdpa"
 ]
@@ -179,10 +179,9 @@ class RunConfig:
     """Compile the blocks with torch.compile."""
     cuda_graph: bool | None = None
     """Record the whole step as one CUDA graph; by default where every operation of it can be recorded."""
-    recompute: Recompute = "none"
-    """Values that the backward makes again to save memory; mlp: each MLP's first product, block: all of each block.
-
-    Norms and GELUs are made again in any case."""
+    recompute: Recompute = "auto"
+    """Values that the backward makes again to save memory; nothing: none, none: norms and GELUs alone, mlp: each MLP's
+    first product too, block: all of each block; auto: nothing where the GPU has room for it, else none."""
     attention: AttentionBackend = "auto"
     """Attention backend; auto: the fastest as measured, sdpa: torch picks; --env says which are usable."""
     mlp: MLPProducts = "auto"

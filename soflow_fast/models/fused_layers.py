@@ -179,16 +179,16 @@ class _StackedLinear(torch.autograd.Function):
 
 
 class _NormedLinear(torch.autograd.Function):
-    """x', LN(x') modulated and multiplied; keeps x', the branch and the statistics, not the norm.
+    """x', LN(x') modulated and multiplied; keeps x', the branch and the statistics, and the norm if it is to (`keep`).
 
     The product is returned in `parts` of equal width, so that the gradients of q, k and v come back one by one, and are
     put together once.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, weight, bias, parts):
+    def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, weight, bias, parts, keep):
         x, h, mean, rstd = adaln_fwd(x, branch, gate, shift, scale, EPS, branch_bias, weight.dtype)
-        ctx.save_for_backward(x, branch, gate, branch_bias, shift, scale, mean, rstd, weight)
+        ctx.save_for_backward(x, branch, gate, branch_bias, shift, scale, mean, rstd, weight, h if keep else None)
         out = F.linear(h, weight, bias).chunk(parts, -1)
         ctx.set_materialize_grads(False)  # nobody takes x' on from the last norm
         return out if branch is None else (x, *out)
@@ -196,7 +196,7 @@ class _NormedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, branch, gate, branch_bias, shift, scale, mean, rstd, weight = ctx.saved_tensors
+        x, branch, gate, branch_bias, shift, scale, mean, rstd, weight, h = ctx.saved_tensors
         dsum, douts = (None, douts) if branch is None else (douts[0], douts[1:])
         width = len(weight) // len(douts)
         douts = [x.new_zeros(*x.shape[:-1], width, dtype=weight.dtype) if d is None else d for d in douts]
@@ -206,10 +206,12 @@ class _NormedLinear(torch.autograd.Function):
             dout = douts[0] if len(douts) == 1 else torch.cat(douts, -1)
             dbias = dout.sum(tuple(range(dout.dim() - 1)))
         del douts
-        d = adaln_bwd(dout @ weight, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS, shift)
-        assert d.out is not None
-        dweight = dout.flatten(0, -2).t() @ d.out.flatten(0, -2)
-        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dweight, dbias, None
+        again = shift if h is None else None
+        d = adaln_bwd(dout @ weight, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS, again)
+        h = d.out if h is None else h
+        assert h is not None
+        dweight = dout.flatten(0, -2).t() @ h.flatten(0, -2)
+        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dweight, dbias, None, None
 
 
 class _NormedMLP(torch.autograd.Function):
@@ -287,11 +289,11 @@ def normed_linear(
 ) -> tuple[Tensor, ...]:
     """The residual x' [B, T, D] with its branch added, and the product of its modulated norm, [B, T, N], in `parts`
     side by side."""
-    if keep_norm or _composed():
+    if _composed() or (keep_norm and not defers_bias(residual.x)):
         x, h = _norm(residual, shift, scale, layer.weight.dtype)
         out = linear(h, layer)
         return (x, out) if parts == 1 else (x, *out.chunk(parts, -1))  # one chunk would be copied in the backward
-    out: Any = _NormedLinear.apply(*residual, shift, scale, *layer, parts)
+    out: Any = _NormedLinear.apply(*residual, shift, scale, *layer, parts, keep_norm)
     return (residual.x, *out) if residual.branch is None else out
 
 

@@ -239,7 +239,22 @@ def resolved(config: Config) -> Config:
     precision = resolve_precision(config.precision, device)
     how = resolve_target(config, precision, device)
     config = replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)
-    return config if config.micro_batch != AUTO else replace(config, micro_batch=_micro_batch(config, device))
+    if config.micro_batch == AUTO:
+        config = replace(config, micro_batch=_micro_batch(config, device))
+    if config.run.recompute == "auto":
+        on_gpu = device.type == "cuda"  # a CPU keeps norms and GELUs in any case
+        kind = recompute_in(config, torch.cuda.mem_get_info(device)[0]) if on_gpu else "none"
+        config = replace(config, run=replace(config.run, recompute=kind))
+    return config
+
+
+def recompute_in(config: Config, memory: int) -> str:
+    """What `--recompute auto` stands for on a GPU with so many bytes free: where a step is predicted to have room for
+    all that its backward would make again, it makes nothing again."""
+    from ..training.memory_estimate import USABLE, estimate_memory
+
+    kept = estimate_memory(replace(config, run=replace(config.run, recompute="nothing")))
+    return "nothing" if kept.peak <= USABLE * memory else "none"
 
 
 def _micro_batch(config: Config, device: torch.device) -> int:

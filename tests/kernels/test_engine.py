@@ -11,10 +11,10 @@ from soflow_kernels import testing
 SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=2, hidden_size=40, depth=2, num_heads=2, num_classes=5)
 
 
-def build(device):
+def build(device, keep_norms=False):
     config = preset("digits", precision="fp32", device=str(device), batch_size=4)
     state = TrainState.build(dataclasses.replace(config, model=SIZES, objective=ObjectiveConfig()))
-    state.flow.network.keep_norms = False  # as on a GPU
+    state.flow.network.keep_norms = keep_norms
     with torch.no_grad():  # off the initial zeros, where half of the gradients vanish
         for i, p in enumerate(state.flow.parameters()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p))
@@ -26,8 +26,9 @@ def batch(device):
     return torch.randn(4, 2, 8, 8, generator=source).to(device), torch.tensor([0, 4, 2, 3], device=device)
 
 
-def test_forward_and_gradients(device):
-    state = build(device)
+@pytest.mark.parametrize("keep_norms", [False, True])
+def test_forward_and_gradients(keep_norms, device):
+    state = build(device, keep_norms)
     (x, y), t = batch(device), torch.tensor([0.9, 0.5, 0.7, 0.3], device=device)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device)
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from soflow_fast import preset
-from soflow_fast.config.schema import Config, from_json
+from soflow_fast.config.schema import Config, from_json, override
 from soflow_fast.errors import ConfigError, Diverged, Interrupted, StorageError
 from soflow_fast.evaluation import DigitScores
 from soflow_fast.flow import SolutionFlow
 from soflow_fast.runs import checkpoint, run_directory, samples, trainer
+from soflow_fast.runs.trainer import recompute_in, resolved
 from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import train_step
 
@@ -373,3 +374,17 @@ def test_a_run_its_resume_and_its_samples_do_without_the_compiler(environment: d
     assert ended.returncode == 0, ended.stderr
     assert "resuming run at step 1 of 2" in ended.stdout + ended.stderr
     assert ended.stdout.splitlines()[-1] == "", ended.stdout
+
+
+@pytest.mark.parametrize(("free", "kind"), [(10**12, "nothing"), (10**7, "none")])
+def test_what_a_backward_makes_again_depends_on_the_room(free, kind, monkeypatch):
+    """On a GPU; a CPU keeps norms and GELUs in any case, and what was asked for stays."""
+    config = preset("digits", device="cpu")
+    assert config.run.recompute == "auto" and resolved(config).run.recompute == "none"
+    assert recompute_in(config, free) == kind
+    asked = override(config, {"recompute": "block"})
+    monkeypatch.setattr(trainer, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(trainer, "resolve_precision", lambda name, device: "bf16")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+    assert resolved(config).run.recompute == kind
+    assert resolved(asked).run.recompute == "block"
