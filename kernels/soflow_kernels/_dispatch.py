@@ -93,6 +93,23 @@ def as_on_gpu() -> Iterator[None]:
             _simulated = before
 
 
+@contextlib.contextmanager
+def launches_dropped() -> Iterator[None]:
+    """Within the context, tensors on the CPU go the ways of tensors on a GPU, and launches are prepared but not made:
+    what an operation of ours returns has no defined contents.
+
+    For the host's part of the time: checks, dispatch, allocation and the arguments of launches.
+    """
+    global _simulated
+    before, _simulated = _simulated, True
+    try:
+        with recording() as launches:
+            yield
+            launches.clear()
+    finally:
+        _simulated = before
+
+
 def transformed() -> bool:
     """Whether forward-mode AD or a torch.func transform is in action, which no kernel and no autograd node follows."""
     # A library operation has no forward-mode formula: a dual tensor would lose its tangent without a word.
@@ -148,13 +165,6 @@ def check_tensor(op: str, name: str, value: Any, shape: Shape, like: Tensor | No
 def _distributed(tensor: Tensor) -> bool:
     # By name, because importing the class takes longer than the rest of this package.
     return type(tensor) is not Tensor and type(tensor).__name__ == "DTensor"
-
-
-def check_pair(op: str, name: str, value: Any, shape: Shape, like: Tensor | None = None) -> None:
-    """`check_quiet` for a pair [2, ...]: a value and its increment."""
-    check_quiet(op, name, value, shape, like)
-    if value.shape[0] != 2 or value.dim() < 2:
-        raise ValueError(f"{op}: {name} must be a pair [2, ...], got {list(value.shape)}")
 
 
 def check_quiet(op: str, name: str, value: Any, shape: Shape, like: Tensor | None = None) -> None:

@@ -75,10 +75,13 @@ COLUMNS = (
 REGISTERS = 65536
 """Of 32 bits, on a multiprocessor of any architecture below; a quarter of them belongs to each of its four parts."""
 ALONE = {
-    "increment.attention._kernel": "in float32 two accumulators and the operands of six products, which no tensor core "
+    (
+        "increment.attention._kernel",
+        "float32",
+    ): "two accumulators and the operands of six products, which no tensor core "
     "takes, fill the registers of 8 or 16 warps, which hide each other's waits",
 }
-"""{kernel: why one program on a multiprocessor is enough for it}."""
+"""{(kernel, what its case ends with): why one program on a multiprocessor is enough for it}."""
 
 
 class Multiprocessor(NamedTuple):
@@ -207,7 +210,7 @@ def inspect_launch(case: str, launch: Launch, arch: int) -> dict[str, Any]:
     name = f"{kernel.fn.__module__.removeprefix('soflow_kernels.')}.{kernel.fn.__name__}"
     shared = compiled.metadata.shared
     programs = programs_at_once(arch, warps, registers, shared)
-    if programs < 2 and name not in ALONE:
+    if programs < 2 and not any(name == kernel and case.endswith(kind) for kernel, kind in ALONE):
         problems.append("one program per multiprocessor")
     row = (case, name, arch, warps, registers, spill, shared, programs, max(widths), min(widths), ", ".join(problems))
     return dict(zip(COLUMNS, row, strict=True))
@@ -275,8 +278,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not rows:
         raise Failed(f"no case contains {options.only!r}")
     print(f"\nMost registers a thread, fewest programs on a multiprocessor:\n\n{summary(rows)}\n")
-    for kernel in sorted(ALONE.keys() & {row["kernel"] for row in rows if row["programs/SM"] < 2}):
-        print(f"{kernel} is alone on a multiprocessor: {ALONE[kernel]}")
+    alone = {row["kernel"] for row in rows if row["programs/SM"] < 2}
+    for (kernel, kind), reason in ALONE.items():
+        if kernel in alone:
+            print(f"{kernel} is alone on a multiprocessor in {kind}: {reason}")
     bad = [row for row in rows if row["problem"]]
     if bad:
         print("Problems:", *(line.format(*row.values()) for row in bad), sep="\n")

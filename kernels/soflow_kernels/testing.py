@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch._library.custom_ops import OPDEFS
 
-from soflow_kernels._dispatch import INTERPRETED, as_on_gpu, mode, recording, triton
+from soflow_kernels._dispatch import INTERPRETED, as_on_gpu, launches_dropped, mode, recording, triton
 
 __all__ = [
     "INTERPRETED",
@@ -15,6 +15,7 @@ __all__ = [
     "assert_matches",
     "device",
     "grads",
+    "launches_dropped",
     "launches_of",
     "lay_out",
     "mode",

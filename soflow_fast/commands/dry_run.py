@@ -10,6 +10,7 @@ from ..data import open_source
 from ..models.attention import flop_counter
 from ..runs.progress import duration
 from ..runs.trainer import (
+    choose_precision,
     enough_memory,
     memory_mb,
     resolve_attention,
@@ -64,7 +65,7 @@ def dry_run(config: Config, gpu: str | None = None) -> str:
 
 
 def _report(given: Config, gpu: str | None) -> str:
-    config = resolved(given)
+    config = resolved(choose_precision(given)[0])
     synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
     source = None if synthetic else open_source(config)  # first, as it is quick and finds most mistakes
     # On the CPU "auto" has been resolved for it, and the prediction is for a GPU.

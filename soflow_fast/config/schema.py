@@ -213,7 +213,7 @@ class Config:
     -1 is what "auto" is kept as: as many as the memory of the GPU is predicted to hold when the run starts. The result
     of the training is the same up to rounding."""
     precision: Precision = "auto"
-    """Precision of products; auto: bf16 on a GPU that has it, else fp32; fp8: the blocks' products, by torchao."""
+    """Precision of products; auto: bf16 where a GPU has it or a CPU is faster in it, else fp32; fp8: by torchao."""
     guidance_precision: GuidancePrecision = "step"
     """Precision of the forward behind guidance; step: the step's, fp8: its blocks' products, by torchao."""
     quotient: QuotientKind = "auto"

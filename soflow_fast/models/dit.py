@@ -35,6 +35,7 @@ from .fused_layers import (
     SavePolicy,
     fused_block,
     normed_linear,
+    rounded_sum,
     stacked_linear,
     weights_of,
 )
@@ -398,7 +399,7 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Patches [B, T, patch^2 C], fused across the borders of modules."""
         c = self.conditioning(t, s, y)
-        x = (self.x_embedder(x) + self.pos_embed).to(dtype)
+        x = rounded_sum(self.x_embedder(x), self.pos_embed, dtype)
         m = self.modulations(c, dtype, tape)
         keep_norms = self.keep_norms
         if keep_norms is None:

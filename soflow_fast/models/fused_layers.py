@@ -137,6 +137,27 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
+class _Rounded(torch.autograd.Function):
+    """x + y in another dtype, in one pass; y has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x, y, dtype):
+        ctx.dtype = x.dtype
+        return torch.add(x, y, out=torch.empty(x.shape, dtype=dtype, device=x.device))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return dout.to(ctx.dtype), None, None
+
+
+def rounded_sum(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x + y, which has no gradient, added in the dtype of x and rounded to another."""
+    if dtype == x.dtype or transformed() or torch.compiler.is_compiling():
+        return (x + y).to(dtype)
+    return _Rounded.apply(x, y, dtype)  # pyright: ignore[reportReturnType]
+
+
 class _StackedLinear(torch.autograd.Function):
     """x W' + b for weights and biases stacked from several; keeps these, not the stack."""
 
@@ -169,6 +190,7 @@ class _NormedLinear(torch.autograd.Function):
         x, h, mean, rstd = adaln_fwd(x, branch, gate, shift, scale, EPS, branch_bias, weight.dtype)
         ctx.save_for_backward(x, branch, gate, branch_bias, shift, scale, mean, rstd, weight)
         out = F.linear(h, weight, bias).chunk(parts, -1)
+        ctx.set_materialize_grads(False)  # nobody takes x' on from the last norm
         return out if branch is None else (x, *out)
 
     @staticmethod
@@ -176,6 +198,8 @@ class _NormedLinear(torch.autograd.Function):
     def backward(ctx: Any, *douts):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, branch, gate, branch_bias, shift, scale, mean, rstd, weight = ctx.saved_tensors
         dsum, douts = (None, douts) if branch is None else (douts[0], douts[1:])
+        width = len(weight) // len(douts)
+        douts = [x.new_zeros(*x.shape[:-1], width, dtype=weight.dtype) if d is None else d for d in douts]
         if len(douts) == 3:
             dout, dbias = qkv_gradient(*douts)
         else:

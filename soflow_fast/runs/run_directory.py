@@ -88,6 +88,14 @@ def lock(run_dir: Path, warn: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
+def precision(run_dir: Path) -> str | None:
+    """The precision of the run in a directory; None: there is none that can be read."""
+    try:
+        return from_json(read_file(run_dir / "config.json", TEXT).decode()).precision
+    except (OSError, ValueError):  # told when it is checked
+        return None
+
+
 def _check_content(run_dir: Path, config: Config) -> None:
     """Raise ConfigError if `run_dir` holds another run or something else."""
     known = run_dir / "config.json"

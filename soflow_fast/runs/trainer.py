@@ -20,6 +20,7 @@ from ..errors import Diverged, Interrupted, storage
 from ..files import OptionalWrites, write_file
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
+from ..training import cpu_precision
 from ..training.consistency_target import resolve_target
 from ..training.cuda_graph import record_graph, why_not_graphed
 from ..training.nonfinite import GIVE_UP
@@ -43,6 +44,7 @@ def train(config: Config) -> TrainState:
     disk refuses it, that is the error that is raised, and exit code 2 says that more was lost than time.
     """
     with enough_memory(config):
+        config, chosen = choose_precision(config)
         config = resolved(config)
         run_dir = Path(config.run.run_dir)
         run_directory.check(run_dir, config)  # before what takes seconds; and again when it is taken
@@ -54,6 +56,8 @@ def train(config: Config) -> TrainState:
         state.guard.limit = GIVE_UP if config.run.on_nonfinite == "skip" else 1
         progress = Progress(config.steps)
         with run_directory.taken(run_dir, config, progress.warn):
+            if chosen:
+                progress.say(chosen)
             _begin(state, source, run_dir, progress)
             if mlp.said:
                 progress.say(mlp.said)
@@ -206,6 +210,22 @@ def read_metrics(state: TrainState, metrics: dict[str, Tensor]) -> dict[str, flo
         raise Diverged(f"{', '.join(wrong)} not finite at step {state.step}; the last checkpoint stands")
     values = {name: value for name, value in values.items() if name not in wrong}
     return {**values, "memory_mb": memory_mb(state.device)}
+
+
+def choose_precision(config: Config) -> tuple[Config, str]:
+    """The configuration of a run on a CPU with "auto" replaced by what is faster there, and what was measured in words.
+
+    A run that goes on keeps the precision that it has, whatever this machine would choose.
+    """
+    if config.precision != "auto" or resolve_device(config.run.device).type != "cpu":
+        return config, ""
+    known = run_directory.precision(Path(config.run.run_dir or f"runs/{config.preset}"))
+    if known is not None:
+        return replace(config, precision=known), ""
+    found = cpu_precision.choose(config, time.perf_counter)
+    seconds = f"{found.fp32:.3g} s in float32 and {found.bf16:.3g} s in bf16"
+    said = f"{found.precision}: a step of {cpu_precision.BLOCKS} blocks takes {seconds} here"
+    return replace(config, precision=found.precision), said if found.fp32 else ""
 
 
 def resolved(config: Config) -> Config:

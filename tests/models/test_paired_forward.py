@@ -14,7 +14,6 @@ from soflow_fast.models.attention import flop_counter
 from soflow_fast.models.dit import TapedOutputs
 from soflow_fast.objective import ConsistencyPoints
 from soflow_fast.training.precision import OPERAND, matmul_precision
-from soflow_kernels.increment.attention import softmax_increment
 
 RATIOS = (0.5, 0.1, 0.01, 0.002, 1e-4, 1e-5)
 SIZES = {
@@ -145,7 +144,6 @@ def test_pieces_do_not_cancel_or_overflow(size):
             lambda x: kernels.layernorm_modulate_increment(x, (one, one), (one, one)),
             lambda a: F.layer_norm(a, a.shape[-1:], eps=1e-6),
         ),
-        "softmax": (lambda x: softmax_increment(*x)[1], lambda a: torch.softmax(a, -1)),
     }
     for name, (paired, plain) in pieces.items():
         increment = paired((h, dh))

@@ -1,7 +1,8 @@
 """The increment of bias and tanh GELU (see the package), in float32:
 
     gelu(h) = h sigma(z),   z = 2 k (h + 0.044715 h^3),   k = sqrt(2 / pi)
-    dz = 2 k dh (1 + 0.044715 (3 h^2 + 3 h dh + dh^2))
+    dz = 2 k dh (1 + 0.044715 (3 h (h + dh) + dh^2))
+    d = sigma(z + dz) (dh + h sigma(-z) (1 - e^-dz))
 
 x, dx: [..., D]; bias: [D]; bfloat16, float16 or float32, each of its own. Bytes, with S = one pass over x: 3 S, as only
 the increment is written. At 16 384 x 4608 (a quarter of a batch of 256 with 256 tokens) in bf16 S is 151 MB: 0.11 ms at
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from soflow_kernels._dispatch import check_dtype, check_quiet, inner_unit, jit, launch, tl, use_kernel
 from soflow_kernels.increment._pair import Pair, check_pair, wide
-from soflow_kernels.increment._sigmoid import sigmoid_increment, times_sigmoid_increment
+from soflow_kernels.increment._sigmoid import times_sigmoid_increment
 
 # Tiles as in the GELU itself.
 COLUMNS = 128
 ROWS = 16
+K, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+"""2 k and the other coefficient of z."""
 
 
 def bias_gelu_increment_reference(
@@ -29,10 +32,19 @@ def bias_gelu_increment_reference(
     """`bias_gelu_increment` in plain PyTorch: any device and dtype."""
     h, dh = wide(x[0]), wide(x[1])
     h = h if bias is None else h + bias.to(h.dtype)
-    k, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
-    z = k * (h + cubic * h**3)
-    dz = k * dh * (1 + cubic * (3 * h * h + 3 * h * dh + dh * dh))
-    return (dh * torch.sigmoid(z + dz) + h * sigmoid_increment(z, dz)).to(dtype or x[1].dtype)
+    # From the lower end to the upper one, so that no exponential overflows; in place, by operations that are fast on a
+    # CPU, where `torch.where` takes as long as thirty products.
+    step, end = dh.abs(), h + dh
+    low, high = torch.minimum(h, end), torch.maximum(h, end)
+    dz = (step * step).add_(low * high, alpha=3).mul_(K * CUBIC).add_(K).mul_(step)
+    fall = dz.neg_().expm1_().mul_(_exponent(low).neg_().sigmoid_())
+    rise = torch.addcmul(step, low, fall, value=-1).mul_(_exponent(high).sigmoid_())
+    return rise.mul_(dh.sign()).to(dtype or x[1].dtype)
+
+
+def _exponent(h: Tensor) -> Tensor:
+    """z of h."""
+    return (h * h).mul_(K * CUBIC).add_(K).mul_(h)
 
 
 @jit
