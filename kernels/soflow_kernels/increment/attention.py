@@ -75,7 +75,7 @@ def _increment(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, v: Tensor, dv: Tens
 @jit
 def _head(ptr, b, h, b_stride, h_stride, UNIT: tl.constexpr):
     """Where head h of sample b begins. From here on addresses are of int64: a stride may be of 2^31 elements."""
-    return ptr + (b * (b_stride * UNIT) + h * (h_stride * UNIT))
+    return ptr + (b.to(tl.int64) * b_stride + h.to(tl.int64) * h_stride) * UNIT
 
 
 @jit
@@ -85,7 +85,7 @@ def _tile(
 ):  # fmt: skip
     """Columns FIRST to FIRST + WIDTH of some rows, [rows, WIDTH]; 0 past HD columns and, unless EVEN, past T rows."""
     cols = FIRST + tl.arange(0, WIDTH)
-    at = ptr + (rows[:, None] * row_stride + cols[None, :])
+    at = ptr + (rows.to(tl.int64)[:, None] * row_stride + cols[None, :])
     if EVEN and FIRST + WIDTH <= HD:
         tile = tl.load(at)
     elif EVEN:
@@ -140,7 +140,7 @@ def _add_values(A, D, w, dw, w_end, v, dv, WIDEN: tl.constexpr):
 def _write(out_ptr, rows, row_stride, T, A, D, Z, Y, FIRST: tl.constexpr, WIDTH: tl.constexpr, HD: tl.constexpr):
     cols = FIRST + tl.arange(0, WIDTH)
     mask = (rows < T)[:, None] & (cols < HD)[None, :]
-    at = out_ptr + rows[:, None] * row_stride + cols[None, :]
+    at = out_ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
     tl.store(at, (D - (Y / Z)[:, None] * A) / (Z + Y)[:, None], mask=mask)
 
 

@@ -160,6 +160,15 @@ def test_kernel_and_reference_agree(device):
     assert torch.equal(reference, attention_increment_reference(*given))
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize("step", [0.1, 1e-3, 1e-6])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)], ids=str)
+def test_reference_in_pieces(dtype, bound, step, samples, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", samples * 2 * 30**2)
+    given = inputs(30, 72, step, "cpu", B=3, dtype=dtype)
+    assert relative(attention_increment_reference(*given), exact(*given)) <= bound
+
+
 def test_float16_and_large_heads_take_the_reference(device):
     for given in (inputs(9, 24, 1e-2, device, dtype=torch.float16), inputs(9, 160, 1e-2, device)):
         assert torch.equal(attention_increment(*given), attention_increment_reference(*given))
