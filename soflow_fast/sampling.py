@@ -155,7 +155,7 @@ class OneStep:
         self, flow: SolutionFlow, *, precision: str = "auto", compile: bool = False, cuda_graph: bool = False
     ) -> None:
         from .training.cuda_graph import GraphedFunction  # here, as plain sampling needs nothing of training
-        from .training.precision import lay_side_by_side, resolve_precision, round_parameters
+        from .training.precision import resolve_precision, round_parameters
 
         self.flow = flow.requires_grad_(False).eval()
         self.device = next(flow.parameters()).device
@@ -166,7 +166,6 @@ class OneStep:
             raise ConfigError(f"cuda_graph: needs a GPU, the device is {self.device.type}")
         if self.precision == "bf16":
             round_parameters(flow.network, flow.network.low_precision_layers(), torch.bfloat16)
-            lay_side_by_side(flow.network.modulation_layers())
         if compile:
             flow.network.compile_blocks()
         self.call = GraphedFunction(self._call) if cuda_graph else self._call

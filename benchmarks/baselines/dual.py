@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from soflow_fast.models.dit import FREQUENCIES, MAX_PERIOD, DiT, TapedOutputs, TimeEmbedder
-from soflow_fast.models.fused_layers import EPS, stacked, weights_of
+from soflow_fast.models.fused_layers import EPS, weights_of
 
 FLASH_HEADS = (16, 32, 64, 128, 256)
 """The head dimensions of jvp_flash_attention; others are filled up with zeros."""
@@ -116,7 +116,7 @@ def _embedded(time: Tensor, embedder: TimeEmbedder) -> Dual:
 def modulations(network: DiT, dc: Tensor, values: list[Tensor]) -> list[Dual]:
     """`DiT.modulations` and their tangents, of the tangent of SiLU(c)."""
     weights = [layer.weight.to(dc.dtype) for layer in network.modulation_layers()]
-    tangents = F.linear(dc, stacked(weights)).split(network.config.hidden_size, 1)
+    tangents = F.linear(dc, torch.cat(weights)).split(network.config.hidden_size, 1)
     return [Dual(*pair) for pair in zip(values, tangents, strict=True)]
 
 

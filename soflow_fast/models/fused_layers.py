@@ -25,6 +25,7 @@ from soflow_kernels import (
     gate_residual_layernorm_modulate,
     layernorm_modulate,
     linear_gelu,
+    on_gpu,
     transformed,
     use_kernel,
 )
@@ -118,23 +119,18 @@ def weights_of(layer: nn.Linear, dtype: torch.dtype) -> LinearWeights:
     return LinearWeights(layer.weight.to(dtype), layer.bias.to(dtype))
 
 
-def _linear_backward(dout: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows = dout.flatten(0, -2)
-    return dout @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0) if has_bias else None
+def _side_by_side(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """The products of one x [B, K] with several layers, [B, sum of N].
 
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors one below the other: a view of where they lie, where they lie so, else a copy."""
-    if torch.compiler.is_compiling() or transformed():
-        return torch.cat(list(tensors))
-    first, end = tensors[0], tensors[0].storage_offset()
-    address = first.untyped_storage()._cdata
-    for tensor in tensors:
-        here = tensor.untyped_storage()._cdata == address and tensor.dtype == first.dtype
-        if not here or tensor.storage_offset() != end or not tensor.is_contiguous():
-            return torch.cat(list(tensors))
-        end += tensor.numel()
-    return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+    On a GPU one by one, each into its columns: as one product, the weights would first be copied to one matrix, which
+    takes longer than they take to be multiplied. On a CPU as one product.
+    """
+    if not on_gpu(x) or torch.compiler.is_compiling() or transformed():
+        return F.linear(x, torch.cat(list(weights)), torch.cat(list(biases)))
+    out = x.new_empty(len(x), sum(map(len, weights)))
+    for weight, bias, columns in zip(weights, biases, out.split([len(weight) for weight in weights], 1), strict=True):
+        torch.addmm(bias, x, weight.t(), out=columns)
+    return out
 
 
 class _Rounded(torch.autograd.Function):
@@ -159,21 +155,25 @@ def rounded_sum(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _StackedLinear(torch.autograd.Function):
-    """x W' + b for weights and biases stacked from several; keeps these, not the stack."""
+    """The products of one x with several layers; keeps their weights, not a copy of all."""
 
     @staticmethod
     def forward(ctx: Any, x, *parameters):
         weights, biases = parameters[0::2], parameters[1::2]
         ctx.save_for_backward(x, *weights)
-        return F.linear(x, stacked(weights), stacked(biases))
+        return _side_by_side(x, weights, biases)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *weights = ctx.saved_tensors
         rows = [len(weight) for weight in weights]
-        dx, dweight, dbias = _linear_backward(dout, x, stacked(weights), True)
-        assert dbias is not None
+        if on_gpu(dout):
+            parts = [part @ weight for part, weight in zip(dout.split(rows, 1), weights, strict=True)]
+            dx = torch.stack(parts).sum(0)
+        else:
+            dx = dout @ torch.cat(weights)
+        dweight, dbias = dout.t() @ x, dout.sum(0)
         each = zip(dweight.split(rows), dbias.split(rows), strict=True)
         return dx, *[gradient for pair in each for gradient in pair]
 
@@ -273,7 +273,7 @@ def stacked_linear(x: Tensor, layers: list[LinearWeights]) -> Tensor:
     """The products of one x [B, K] with several layers side by side, [B, sum of N], as one product."""
     if _composed():
         weights, biases = zip(*layers, strict=True)
-        return F.linear(x, stacked(weights), stacked(biases))
+        return _side_by_side(x, weights, biases)
     return _StackedLinear.apply(x, *[value for layer in layers for value in layer])  # pyright: ignore[reportReturnType]
 
 

@@ -82,15 +82,3 @@ def round_parameters(network: nn.Module, layers: Sequence[nn.Module], dtype: tor
             layer.register_parameter(name, rounded)
             masters[rounded] = parameter.detach()
     return [masters.get(parameter) for parameter in network.parameters()]
-
-
-@torch.no_grad()
-def lay_side_by_side(layers: Sequence[nn.Linear]) -> None:
-    """Move the weights of `layers` to one block of memory, and their biases to another, in order: so that all of them
-    are one matrix, which multiplies at once without a copy. Nothing happens if one of them is no plain linear layer."""
-    if any(type(layer) is not nn.Linear or set(layer._parameters) != {"weight", "bias"} for layer in layers):
-        return
-    for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
-        sizes = [len(parameter) for parameter in parameters]
-        for parameter, part in zip(parameters, torch.cat(parameters).split(sizes), strict=True):
-            parameter.data = part

@@ -19,7 +19,7 @@ from .consistency_target import ConsistencyTarget, resolve_target
 from .cuda_graph import GraphedFunction, why_not_graphed
 from .nonfinite import NonfiniteGuard
 from .optimizer import Optimizer, build_optimizer, updated_parameters
-from .precision import lay_side_by_side, resolve_device, resolve_precision, round_parameters
+from .precision import resolve_device, resolve_precision, round_parameters
 
 
 @dataclass
@@ -97,7 +97,6 @@ class TrainState:
         masters: list[Tensor | None] = [None] * sum(1 for _ in flow.parameters())
         if precision in ("bf16", "fp8"):
             masters = round_parameters(flow.network, flow.network.low_precision_layers(), torch.bfloat16)
-            lay_side_by_side(flow.network.modulation_layers())
         if precision == "fp8":
             float8.use_float8(flow.network)
         guide = None
