@@ -119,7 +119,8 @@ def _loop(state: TrainState, source: Source, run_dir: Path, progress: Progress, 
         while state.step < config.steps:
             if every.checkpoint_every and (state.step + 1) % every.checkpoint_every == 0:
                 saver.wait()  # so that a crash never costs two intervals
-            metrics = step_in_memory(state, *batches.of(state.step), progress.say)
+            x0, y = batches.of(state.step)
+            metrics = step_in_memory(state, x0, y, progress.say)
             if state.step < config.steps:
                 batches.begin(state.step)  # while the GPU is busy
             if state.graph is not None and state.graph.fault is not None:

@@ -84,7 +84,8 @@ def _kernel(
         dh = load(dx_ptr + b * dx_b + t * dx_t, 0, BLOCK, D)
         if y_ptr is not None:
             dy = load(dy_ptr + b * dy_b + t * dy_t, 0, BLOCK, D)
-            dh += (gate + dgate) * dy + (dgate * load(y_ptr + b * y_b + t * y_t, 0, BLOCK, D) + moved)
+            y = load(y_ptr + b * y_b + t * y_t, 0, BLOCK, D)
+            dh += (gate + dgate) * dy + (dgate * y + moved)  # pyright: ignore[reportOperatorIssue]
             # The norm is that of the residual as it is stored.
             dh = dh.to(dtotal_ptr.dtype.element_ty)
             store(dtotal_ptr + row, dh, 0, BLOCK, D)
