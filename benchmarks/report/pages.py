@@ -170,6 +170,19 @@ def increments(run: dict) -> str:
     return page(["network and batch", "what", "ms (quartiles)", "ratio"], 2, lines, run, note)
 
 
+def cpu(run: dict) -> str:
+    """A record of benchmarks.cpu as Markdown: a line per case and recipe."""
+    lines = []
+    for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
+        rows = list(group)
+        first = figures(rows[0])["median_ms"]
+        for k, row in enumerate(rows):
+            times = f"{first / figures(row)['median_ms']:.2f}x" if k else ""
+            lines.append([case if k == 0 else "", row["way"], quartiles(row["seconds"], 1e-3), times])
+    note = f"In turn, one run; times as fast as the first. `{run['command']}`."
+    return page(["network and batch", "recipe", "ms per step (quartiles)", "times as fast"], 2, lines, run, note)
+
+
 def sampling(run: dict) -> str:
     """A record of benchmarks.sampling as Markdown: a line per network, batch and way."""
     lines = []
@@ -289,6 +302,7 @@ BLOCKS = {
     "step-batch": Block("docs/performance.md", "step-batch", table),
     "distance": Block("docs/precision.md", "distance", distance),
     "soak": Block("docs/reliability.md", "soak", soak),
+    "cpu": Block("docs/performance.md", "cpu", cpu),
     "increments": Block("docs/precision.md", "increments", increments),
     "precision-quality": Block(
         "docs/precision.md", "precision", precision_quality, (plots.precision, "docs/precision.svg")
