@@ -24,18 +24,22 @@ def run(main: Callable[[], None]) -> NoReturn:
     An error is one line on stderr. Exit code 2 takes precedence over a signal's: it says that a signal came but that
     the state could not be saved. A second signal exits at once.
     """
-    at_once = ending = False
+    at_once = begun = ending = False
 
     def stop(signum: int) -> None:
         if ending or len(signals.received()) > 1:  # an exception now would leave through the handler of the first one
             os._exit(128 + signum)
-        raise Interrupted(signum)
+        if begun:  # else nobody would catch it yet
+            raise Interrupted(signum)
 
     signals.forget()
     signals.watch(stop)  # from the first moment, so that even start-up ends with 143, 130 or 129
     _open_streams()
     try:
         try:
+            begun = True
+            if signals.received():
+                raise Interrupted(signals.received()[0])
             main()
             _flush()
         finally:

@@ -115,8 +115,19 @@ def test_a_terminal_that_is_lost_while_a_process_starts(
     until(lambda: caught(training.pid, signal.SIGHUP))
     for _ in range(3):
         training.kill(signal.SIGHUP)
-    assert training.wait() == 129
-    assert training.output.read_text() == "soflow: interrupted\n"
+    assert (training.wait(), training.output.read_text()) == (129, "soflow: interrupted\n")
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_before_the_first_statement(
+    number: signal.Signals, handlers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It comes once the handlers are set, and nothing has begun."""
+    monkeypatch.setattr(process, "_open_streams", lambda: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as ended:
+        process.run(lambda: pytest.fail("it began"))
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err == "soflow: interrupted\n"
 
 
 def test_a_signal_that_is_ignored_stays_ignored(handlers: None) -> None:
