@@ -84,12 +84,17 @@ class AdaLNGradients(NamedTuple):
     """No gradient: the `out` of `adaln_fwd` once more, in the dtype of dout."""
 
 
+def _modulated(normed: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
+    # A cast that changes nothing would be the same tensor, which torch 2.11 cannot tell apart in an autograd node.
+    return out if out.dtype == dtype else out.to(dtype)
+
+
 def layernorm_modulate_reference(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """`layernorm_modulate` in plain PyTorch: any device and dtype, any order of differentiation."""
-    normed = F.layer_norm(x, x.shape[-1:], None, None, eps)
-    return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(out_dtype or x.dtype)
+    return _modulated(F.layer_norm(x, x.shape[-1:], None, None, eps), shift, scale, out_dtype or x.dtype)
 
 
 def gate_residual_layernorm_modulate_reference(
@@ -110,8 +115,7 @@ def adaln_fwd_reference(
         assert gate is not None
         x = gate_residual_reference(x, y, gate, bias)
     normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-    out = torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(out_dtype or x.dtype)
-    return AdaLNForward(x, out, mean, rstd)
+    return AdaLNForward(x, _modulated(normed, shift, scale, out_dtype or x.dtype), mean, rstd)
 
 
 def adaln_bwd_reference(
@@ -126,9 +130,7 @@ def adaln_bwd_reference(
     dx = dx if dsum is None else dx + dsum
     normed = torch.native_layer_norm(x, size, None, None, eps)[0]
     dshift, dscale = dout.sum(1).to(scale.dtype), (dout * normed).sum(1).to(scale.dtype)
-    out = None
-    if shift is not None:
-        out = torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(out_dtype)
+    out = None if shift is None else _modulated(normed, shift, scale, out_dtype)
     if y is None:
         return AdaLNGradients(dx, None, None, dshift, dscale, None, out)
     assert gate is not None
