@@ -46,6 +46,28 @@ def test_forward_and_gradients(keep_norms, device):
         assert (got - reference).norm() <= 1e-4 * reference.norm(), name
 
 
+@pytest.mark.slow
+def test_training_step_in_low_precision(device):
+    """Increments ride along on values that lack their biases, as on a GPU; rounding is all that differs."""
+    states, found = [], []
+    for mode in ("auto", "reference"):
+        with testing.mode(mode):
+            config = dataclasses.replace(build(device).config, precision="bf16")
+            state = TrainState.build(dataclasses.replace(config, run=dataclasses.replace(config.run, recompute="none")))
+            state.flow.network.keep_norms = False
+            with torch.no_grad():
+                for i, p in enumerate(state.flow.parameters()):
+                    p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p))
+            assert state.rides_along()
+            found.append(train_step(state, *batch(device)))
+            states.append(state)
+    for name in ("fm_loss", "sc_loss", "grad_norm"):
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-2, atol=0, msg=name)
+    pairs = zip(states[0].flow.named_parameters(), states[1].flow.parameters(), strict=True)
+    for (name, p), q in pairs:
+        assert (p.grad.float() - q.grad.float()).norm() <= 0.05 * q.grad.float().norm(), name
+
+
 def test_training_step(device):
     states = [build(device) for _ in range(2)]
     found = []
