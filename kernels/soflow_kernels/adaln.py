@@ -363,12 +363,14 @@ def _forward(
     rows = min(8, max(1, B * T // 4096))
     chunks = -(-T // rows)
     main, tail, warps = forward_layout(D, 2 if y is None else 4)
+    # With more than 16 columns a thread: see `_backward`. With fewer, less than this is taken.
+    registers = 128 if y is not None and main + tail > 512 * warps else None
     launch(
         _forward_kernel, (B * chunks,),
         x, y, gate, None if bias is None else bias.contiguous(), shift, scale, sums, out,
         mean if stats else None, rstd if stats else None,
         *_strides(x), *_strides(y), 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0),
-        T, chunks, rows, eps, D=D, MAIN=main, TAIL=tail, STAGES=stages(D), num_warps=warps,
+        T, chunks, rows, eps, D=D, MAIN=main, TAIL=tail, STAGES=stages(D), num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return x if sums is None else sums, out, mean, rstd
 
