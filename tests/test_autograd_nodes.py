@@ -144,6 +144,7 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "qkv_gradient": [(x, x, x)],
         "scaled_direction": [(image, image, one)],
         "silu_increment": [(x, x, dtype)],
+        "token_sum": [(x,)],
         "time_embedding_increment": [(t, t, t, 8, 1e4, torch.float32)],
         "time_sinusoids": [(t, t, 8, 1e4, dtype)],
     }

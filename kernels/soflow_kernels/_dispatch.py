@@ -207,10 +207,13 @@ def inner_unit(tensor: Tensor) -> Tensor:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch `kernel` on a `grid` of programs, on the device of its first tensor. An empty grid launches nothing.
 
-    args: tensors, numbers, or None for an optional tensor that is not given; options: constants, num_warps, num_stages.
+    args: tensors, numbers, or None for an optional tensor that is not given; options: constants, num_warps, num_stages,
+    maxnreg (registers a thread, None: as many as the compiler takes; NVIDIA's alone has it).
     """
     if 0 in grid:
         return
+    if torch.version.hip is not None:
+        options.pop("maxnreg", None)
     if _recorded is not None:
         _recorded.append((kernel, args, options))
         return

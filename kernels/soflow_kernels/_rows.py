@@ -60,17 +60,17 @@ def forward_layout(D: int, vectors: int = 2) -> tuple[int, int, int]:
     return (2 * main, 0, warps) if tail >= main else (main, tail, warps)
 
 
-def backward_layout(D: int) -> tuple[int, int, int]:
+def backward_layout(D: int, element_size: int = 2) -> tuple[int, int, int]:
     """(MAIN, TAIL, warps): 8 columns of MAIN a thread, so that the sums over tokens leave registers to spare.
 
-    The tail has two columns a thread or more, 4 bytes in bf16, the least that a load takes on its way to shared memory.
-    It costs a few registers where padding to a power of two would double them. From 3/4 of a power of two on, padding
-    is cheaper.
+    The tail has 4 bytes a thread or more, of the narrowest tensor (element_size: its bytes a column), the least that a
+    load takes on its way to shared memory. It costs a few registers where padding to a power of two would double them.
+    From 3/4 of a power of two on, padding is cheaper.
     """
     main, tail = power_of_two(D + 1) // 2, 0
     if main < D and main + main // 2 <= D:
         main *= 2
     warps = min(max(main // 256, 1), 16)
     if main < D:
-        tail = min(max(power_of_two(D - main), 64 * warps), main)
+        tail = min(max(power_of_two(D - main), 128 // element_size * warps), main)
     return main, tail, warps

@@ -27,16 +27,19 @@ from torch import Tensor
 from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, on_gpu, tl, use_kernel
 from soflow_kernels._reduce import finish
 
-# Tiles of 128 columns, a divisor of every usual width, and 16 rows: with 4 warps a thread has two 16-byte bf16 loads.
+# Tiles of 128 columns, a divisor of every usual width. With 4 warps a thread has two 16-byte bf16 loads of 16 rows; the
+# backward, which has several tensors under way, one of each of 8.
 COLUMNS = 128
 ROWS = 16
+BACKWARD_ROWS = 8
 # Programs of the backward, which loops over rows: its partial sums are one row of [D] floats for each.
 BACKWARD_PROGRAMS = 4096
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
     """`bias_gelu` in plain PyTorch: any device and dtype, any order of differentiation."""
-    return F.gelu(x + bias, approximate="tanh").to(x.dtype)
+    out = F.gelu(x + bias, approximate="tanh")
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 def bias_gelu_backward_reference(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +80,10 @@ def _backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     chunk = program // blocks
     cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    bias = tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    # Loaded as a tile, which lies in registers as those of x do. A row of it lies as 128 columns do, and so would then
+    # all else: 2 bytes at a time from shared memory.
+    tile = cols + tl.zeros([ROWS, COLUMNS], tl.int32)
+    bias = tl.load(bias_ptr + tile, mask=tile < D, other=0.0).to(tl.float32)
     dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
     last = tl.minimum((chunk + 1) * rows, N)
     for start in tl.range(chunk * rows, last, ROWS, num_stages=2):
@@ -85,8 +91,8 @@ def _backward_kernel(
         mask = (at < last) & (cols < D)
         whole = tl.load(x_ptr + at * x_row + cols, mask=mask, other=0.0).to(tl.float32) + bias
         dout = tl.load(dout_ptr + at * dout_row + cols, mask=mask, other=0.0).to(tl.float32)
-        # The slope is constant beyond 10, where the exponential would soon overflow; comparisons let NaN through.
-        u = tl.where(whole > 10, 10.0, tl.where(whole < -10, -10.0, whole))
+        # The slope is constant beyond 10, where the exponential would soon overflow.
+        u = tl.clamp(whole, -10.0, 10.0, propagate_nan=tl.PropagateNan.ALL)
         e = _exp_inner(u)
         s = 1 / (1 + e)
         # 1 - s is e s, without the cancellation.
@@ -123,14 +129,14 @@ def _bias_gelu_backward(dout: Tensor, x: Tensor, bias: Tensor, recompute: bool) 
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = torch.empty(x.shape if recompute else 0, dtype=x.dtype, device=x.device)
     N, blocks = x_rows.shape[0], -(-D // COLUMNS)
-    rows = ROWS * max(4, -(-N * blocks // (ROWS * BACKWARD_PROGRAMS)))
+    rows = BACKWARD_ROWS * max(8, -(-N * blocks // (BACKWARD_ROWS * BACKWARD_PROGRAMS)))
     chunks = -(-N // rows)
     partials = torch.empty(1, 1, chunks, D, dtype=torch.float32, device=x.device)
     launch(
         _backward_kernel, (chunks * blocks,),
         dout_rows, x_rows, bias.contiguous(), dx, out if recompute else dx, partials,
         dout_rows.stride(0), x_rows.stride(0), N, D, blocks, rows,
-        RECOMPUTE=recompute, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        RECOMPUTE=recompute, ROWS=BACKWARD_ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     return dx, finish(partials, [bias.dtype])[0].view(D), out
 

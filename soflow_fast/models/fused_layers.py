@@ -30,7 +30,7 @@ from soflow_kernels import (
     use_kernel,
 )
 from soflow_kernels.adaln import adaln_bwd, adaln_fwd
-from soflow_kernels.packed_gradient import qkv_gradient
+from soflow_kernels.packed_gradient import qkv_gradient, token_sum
 
 from .mlp_products import mlp_products
 
@@ -204,7 +204,7 @@ class _NormedLinear(torch.autograd.Function):
             dout, dbias = qkv_gradient(*douts)
         else:
             dout = douts[0] if len(douts) == 1 else torch.cat(douts, -1)
-            dbias = dout.sum(tuple(range(dout.dim() - 1)))
+            dbias = token_sum(dout)
         del douts
         again = shift if h is None else None
         d = adaln_bwd(dout @ weight, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS, again)

@@ -311,3 +311,12 @@ print(x.grad.shape, *{s for s in k.status().values()})
     result = run(code)
     assert result.stderr == ""
     assert result.stdout == ("torch.Size([2, 3, 8]) Status(kernel=False, why='triton is not installed')\n")
+
+
+def test_a_limit_on_registers_is_nvidias(monkeypatch):
+    """The compiler for other GPUs knows no such option, and refuses it."""
+    for hip, kept in ((None, {"num_warps": 4, "maxnreg": 96}), ("6.4", {"num_warps": 4})):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        with _dispatch.recording() as launches:
+            _dispatch.launch(None, (1,), torch.zeros(1), num_warps=4, maxnreg=96)
+        assert launches[0][2] == kept

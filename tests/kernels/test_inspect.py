@@ -78,21 +78,30 @@ def run(tmp_path):
     return run
 
 
-def test_table_and_record(run, tmp_path):
-    only = (
-        "--only",
-        "adaln gate_residual_layernorm_modulate backward 65536 x 1152 bfloat16",
-    )  # the module and the label
+@pytest.mark.parametrize(
+    ("only", "kernel", "programs"),  # the module and the label; how many fit on a multiprocessor at least
+    [
+        (
+            "adaln gate_residual_layernorm_modulate backward and output +bias 65536 x 1152 bfloat16",
+            "adaln._backward_kernel",
+            4,
+        ),
+        ("gelu bias_gelu backward and output 4608 bfloat16", "gelu._backward_kernel", 8),
+    ],
+    ids=["adaln", "gelu"],
+)
+def test_table_and_record(only, kernel, programs, run, tmp_path):
+    only = ("--only", only)
     result = run("-m", "soflow_kernels.inspect", "--arch", "80", "90", "100", *only, "--json", "record.json")
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "record.json").read_text())
-    rows = [row for row in record["kernels"] if row["kernel"] == "adaln._backward_kernel"]
+    rows = [row for row in record["kernels"] if row["kernel"] == kernel]
     assert [row["arch"] for row in rows] == [80, 90, 100]
     for row in rows:
         assert row["spill"] == 0 and row["widest"] >= 16 and 32 <= row["registers"] <= 128, row
-        assert row["programs/SM"] >= 4, row
+        assert row["programs/SM"] >= programs, row
     assert set(record["versions"]) == {"soflow_kernels", "triton", "torch"}
-    assert "adaln._backward_kernel" in result.stdout
+    assert kernel in result.stdout
     assert inspect.summary(record["kernels"]) in result.stdout
 
 

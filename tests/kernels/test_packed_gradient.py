@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from soflow_kernels import testing
-from soflow_kernels.packed_gradient import _qkv_gradient, qkv_gradient, qkv_gradient_reference
+from soflow_kernels.packed_gradient import _qkv_gradient, _token_sum, qkv_gradient, qkv_gradient_reference, token_sum
 
 SIZES = ((1, 1, 1), (2, 3, 72), (1, 70, 130), (3, 5, 128), (2, 33, 1152))
 
@@ -86,6 +86,55 @@ def test_empty(shape, device):
 
 def test_opcheck(device):
     torch.library.opcheck(_qkv_gradient, tuple(parts(1, 2, 8, device)))
+    torch.library.opcheck(_token_sum, (parts(1, 2, 8, device)[0],))
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("shape", [(5,), (70, 130), (2, 33, 72), (2, 3, 4, 8), (0, 3, 8), (2, 3, 0)], ids=str)
+def test_token_sum(shape, layout, device):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    x = testing.lay_out(x, layout)
+    wanted = torch.atleast_2d(x.double()).flatten(0, -2).sum(0)
+    with testing.poisoned():
+        got = token_sum(x)
+    assert got.dtype == x.dtype
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-5)
+    with testing.mode("reference"):
+        torch.testing.assert_close(token_sum(x), got, rtol=1e-6, atol=1e-5)
+    assert torch.equal(token_sum(x.double()), wanted)
+
+
+class Thirds(torch.autograd.Function):
+    """A product in three parts, whose gradients come back one by one."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return tuple(torch.nn.functional.linear(x, weight, bias).chunk(3, -1))
+
+    @staticmethod
+    def backward(ctx, *douts):
+        x, weight = ctx.saved_tensors
+        dout, dbias = qkv_gradient(*douts)
+        return dout @ weight, dout.flatten(0, 1).t() @ x.flatten(0, 1), dbias
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, of its own class
+def test_a_node_that_uses_it_is_compiled_whole(device):
+    """In one graph: whose memory a tensor lies in is no question that the tracer can follow."""
+
+    def weighted(x, weight, bias):
+        return sum((k + 1) * part for k, part in enumerate(Thirds.apply(x, weight, bias)))
+
+    torch.compiler.reset()
+    compiled = torch.compile(weighted, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    leaves = dict(
+        zip(("x", "weight", "bias"), (torch.randn(s).to(device) for s in ((2, 3, 8), (24, 8), (24,))), strict=True)
+    )
+    weights = [torch.randn(2, 3, 8).to(device)]
+    eager, found = (testing.grads(f, leaves, weights) for f in (weighted, compiled))
+    for name, value in eager.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_arguments_are_named():
@@ -96,5 +145,8 @@ def test_wrong_arguments_are_named():
             given[k] = wrong
             with pytest.raises(ValueError, match=rf"^qkv_gradient: {name} must "):
                 qkv_gradient(*given)
+    for wrong in (3.0, good.long()):
+        with pytest.raises(ValueError, match=r"^token_sum: x must "):
+            token_sum(wrong)
     with pytest.raises(ValueError, match=r"^qkv_gradient: dv must be torch.float32 like dq, got torch.bfloat16"):
         qkv_gradient(good, good, good.bfloat16())
