@@ -12,13 +12,17 @@ class Batches:
     """The batches of a source on a device. On a GPU the next one can be on its way while the present one is used.
 
     Its copy starts from pinned memory, on a stream of its own: from other memory the host would wait for the copy, and
-    so for all that the GPU was told before.
+    so for all that the GPU was told before. A batch is kept until the work that was told up to the next `of` is done
+    with it, which is when the copy after that begins.
     """
 
     def __init__(self, source: Source, device: torch.device, rank: int = 0, world: int = 1) -> None:
         self.source, self.device, self.rank, self.world = source, device, rank, world
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._begun: tuple[int, tuple[Tensor, ...]] | None = None
+        self._present: tuple[Tensor, ...] = ()
+        self._past: tuple[tuple[Tensor, ...], Any] = (), None
+        """The batch before the present one, and the event after which nobody reads it."""
 
     def begin(self, step: int) -> None:
         """Send the batch of a step on its way. On a CPU there is no way to go."""
@@ -27,6 +31,9 @@ class Batches:
         self._begun = None
         values = [value.pin_memory() for value in self.source.batch(step, self.rank, self.world)]
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            if self._past[1] is not None:
+                self._stream.wait_event(self._past[1])
+            self._past = (), None  # whose memory this copy may take
             self._begun = step, tuple(value.to(self.device, non_blocking=True) for value in values)
 
     def of(self, step: int) -> Any:
@@ -38,7 +45,7 @@ class Batches:
         assert self._begun is not None
         values, self._begun = self._begun[1], None
         current = torch.cuda.current_stream(self.device)
+        self._past = self._present, current.record_event()
+        self._present = values
         current.wait_stream(self._stream)
-        for value in values:  # taken on the other stream, their memory is this one's until it is done with them
-            value.record_stream(current)
         return values

@@ -32,10 +32,29 @@ def why_not_graphed(config: Config, precision: str, device: torch.device) -> str
 
 def record_graph(function: Callable[[], Any], stream: Any) -> tuple[Callable[[], None], Any]:
     """Record the launches of a function on a stream of the current device, running none of them. Returns (what runs
-    them, what the function returned)."""
+    them, what the function returned). Raises what the function raises.
+
+    Other threads go on meanwhile, as one that writes a checkpoint.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        out = function()
+    failed: list[Exception] = []
+
+    def recorded() -> Any:
+        try:
+            return function()
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    try:
+        # An operation that cannot be recorded also lets the end of the recording raise, before that has put the stream
+        # back: hence the first of the two.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            out = recorded()
+    except Exception:
+        if failed:
+            raise failed[0] from None
+        raise
     return graph.replay, out
 
 
@@ -47,11 +66,14 @@ class GraphedFunction:
     cannot be recorded, it runs as it is from then on, and `fault` says why; memory that runs out is raised.
 
     Everything happens on the device of the arguments, the calls before the recording and the recording itself on one
-    stream: memory that those have freed is taken again, as an allocator keeps it by stream.
+    stream. A recording has memory of its own, beside what is taken when it begins; `release` is called before, to give
+    up what the calls have left and the recording makes anew.
     """
 
-    def __init__(self, function: Callable[..., Any], warm_up: int = WARM_UP) -> None:
-        self.function, self.left = function, warm_up
+    def __init__(
+        self, function: Callable[..., Any], warm_up: int = WARM_UP, release: Callable[[], None] = lambda: None
+    ) -> None:
+        self.function, self.left, self.release = function, warm_up, release
         self.places: list[Tensor | None] | None = None
         self.replay: Callable[[], None] | None = None
         self.out: Any = None
@@ -81,6 +103,7 @@ class GraphedFunction:
             if place is not None:
                 place.copy_(value)  # pyright: ignore[reportArgumentType]
         if self.replay is None:
+            self.release()
             try:
                 self.replay, self.out = record_graph(lambda: self.function(*(self.places or ())), self._stream)
             except torch.OutOfMemoryError:

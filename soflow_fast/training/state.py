@@ -140,7 +140,7 @@ class TrainState:
 
     def watched(self) -> bool:
         """Whether a module of the network was hooked, replaced or wrapped, so that Python must run in every step."""
-        networks = [flow.network for flow in (self.flow, self.teacher) if flow is not None]
+        networks = [flow.network for flow in (self.flow, self.teacher, self.guide) if flow is not None]
         return any(missed_part(network) is not None for network in networks)
 
     def check_parameters(self) -> None:

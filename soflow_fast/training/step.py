@@ -155,7 +155,7 @@ def make_graph(state: TrainState) -> None:
     def function(x0: Tensor, y: Tensor | None, *drawn: Any) -> dict[str, Tensor]:
         return update(state, x0, y, Draws._make([*drawn, _n_fm(state, len(x0))]))
 
-    state.graph = GraphedFunction(function)
+    state.graph = GraphedFunction(function, release=lambda: state.optimizer.zero_grad(set_to_none=True))
 
 
 def update(

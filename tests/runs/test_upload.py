@@ -1,6 +1,7 @@
 """The way of batches to the device: pinned memory, a stream of its own, and the right batch whatever was begun."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -32,9 +33,21 @@ def cuda(monkeypatch):
         def __init__(self, device):
             self.name = f"side of {device}"
 
+        def wait_event(self, event):
+            happened.append(("wait for event", event, self.name))
+
     class Current:
+        events = 0
+
         def wait_stream(self, stream):
             happened.append(("wait", stream.name))
+
+        def record_event(self):
+            self.events += 1
+            happened.append(("event", self.events))
+            return self.events
+
+    current = Current()
 
     @contextlib.contextmanager
     def on(stream):
@@ -46,15 +59,11 @@ def cuda(monkeypatch):
         def to(self, device, non_blocking=False):
             assert non_blocking
             happened.append(("copy", str(device), streams[-1]))
-            return self.as_subclass(Sent)
-
-    class Sent(torch.Tensor):
-        def record_stream(self, stream):
-            happened.append(("kept for", type(stream).__name__))
+            return self.as_subclass(torch.Tensor).clone()
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.as_subclass(Pinned))
     for name, value in (
-        ("Stream", Stream), ("stream", on), ("device", contextlib.nullcontext), ("current_stream", lambda d: Current()),
+        ("Stream", Stream), ("stream", on), ("device", contextlib.nullcontext), ("current_stream", lambda d: current),
     ):  # fmt: skip
         monkeypatch.setattr(upload.torch.cuda, name, value)
     return happened
@@ -64,14 +73,26 @@ def test_the_next_batch_is_on_its_way_while_the_present_one_is_used(source, cuda
     batches = Batches(source, torch.device("cuda", 1))
     side = "side of cuda:1"
     first = batches.of(0)
-    assert cuda == [("copy", "cuda:1", side)] * 2 + [("wait", side)] + [("kept for", "Current")] * 2
+    assert cuda == [("copy", "cuda:1", side)] * 2 + [("event", 1), ("wait", side)]
     cuda.clear()
     batches.begin(1)
-    assert cuda == [("copy", "cuda:1", side)] * 2
+    assert cuda == [("wait for event", 1, side)] + [("copy", "cuda:1", side)] * 2
     second = batches.of(1)
-    assert cuda[2:] == [("wait", side)] + [("kept for", "Current")] * 2
+    assert cuda[3:] == [("event", 2), ("wait", side)]
     batches.begin(2)
     fifth = batches.of(5)  # another one than was begun: after a step was made again, say
     for step, got in ((0, first), (1, second), (5, fifth)):
         for value, wanted in zip(got, source.batch(step), strict=True):
             assert torch.equal(value.as_subclass(torch.Tensor), wanted)
+
+
+def test_the_memory_of_a_batch_is_taken_again_once_its_step_is_done(source, cuda):
+    """By the copy of the next but one, which waits for the end of that step and of no later one."""
+    batches, side = Batches(source, torch.device("cuda", 1)), "side of cuda:1"
+    alive = []
+    for step in range(4):
+        alive.append([weakref.ref(value) for value in batches.of(step)])
+        cuda.clear()
+        batches.begin(step + 1)
+        assert cuda[0] == ("wait for event", step + 1, side)  # recorded before this step, after the one before it
+        assert [[ref() is not None for ref in refs] for refs in alive] == [[False, False]] * step + [[True, True]]

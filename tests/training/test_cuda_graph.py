@@ -1,7 +1,9 @@
 """Recorded steps: the numbers of steps that are not, and no look at the device's numbers from the host."""
 
 import contextlib
+import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,14 +276,21 @@ class FakeCuda:
         yield
         self.device = before
 
-    @contextlib.contextmanager
     def stream(self, stream):
-        before, self.streams[stream.index] = self.streams[stream.index], stream
-        yield
-        self.streams[stream.index] = before
+        cuda, before = self, []
+
+        class Context:  # none of contextlib's, which would also end when nobody ends it
+            def __enter__(self):
+                before.append(cuda.streams[stream.index])
+                cuda.streams[stream.index] = stream
+
+            def __exit__(self, *error):
+                cuda.streams[stream.index] = before.pop()
+
+        return Context()
 
     @contextlib.contextmanager
-    def graph(self, graph, pool=None, stream=None):
+    def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
         index = self.device if stream is None else stream.index
         assert stream is None or index == self.device, "a stream of another device than the current one"
         self.captures.append((self.device, stream))
@@ -331,6 +340,63 @@ def test_everything_happens_on_the_device_and_on_one_stream(monkeypatch):
     assert cuda.calls == [(1, side)] * 4  # three warm-ups and the recording
     assert cuda.captures == [(1, side)] and cuda.replays == [(1, default)] * 3
     assert cuda.device == 0
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_a_recording_that_fails_leaves_the_stream_and_says_why(kind, monkeypatch):
+    """torch's own class around a graph whose end fails, as it does once an operation was not permitted."""
+
+    class Graph:
+        def capture_begin(self, *pool, **options):
+            assert options["capture_error_mode"] == "thread_local"
+
+        def capture_end(self):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    cuda = FakeCuda()
+    for name, value in (("synchronize", lambda: None), ("empty_cache", lambda: None), ("CUDAGraph", Graph)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "stream", cuda.stream)
+    side = SimpleNamespace(index=0)
+
+    def function():
+        assert here(cuda) == (0, side)
+        raise kind("not permitted when stream is capturing")
+
+    with pytest.raises(kind, match=r"^not permitted") as raised:
+        cuda_graph.record_graph(function, side)
+    assert raised.value.__cause__ is None and here(cuda) == (0, "0")
+    with pytest.raises(RuntimeError, match=r"^operation failed"):
+        cuda_graph.record_graph(lambda: here(cuda), side)
+    assert here(cuda) == (0, "0")
+
+
+def test_a_recording_begins_without_gradients(graphs, monkeypatch):
+    """It has memory of its own for them, beside which those of the last step before it would stay."""
+    run, before = state(), []
+    record = cuda_graph.record_graph
+
+    def noted(function, stream):
+        before.append([p.grad for p in run.flow.parameters()])
+        return record(function, stream)
+
+    monkeypatch.setattr(cuda_graph, "record_graph", noted)
+    make_graph(run)
+    for seed in range(5):
+        train_step(run, *batch(seed))
+        assert any(p.grad is not None for p in run.flow.parameters())
+    assert len(before) == 1 and not any(grad is not None for grad in before[0])
+
+
+def test_layers_of_the_forward_behind_guidance_are_watched_too():
+    run = state("bf16")
+    run.guide = copy.deepcopy(run.flow)
+    assert not run.watched()
+    handle = run.guide.network.blocks[0].mlp.register_forward_hook(lambda *given: None)
+    assert run.watched()
+    handle.remove()
+    assert not run.watched()
 
 
 @pytest.mark.parametrize(

@@ -360,6 +360,30 @@ def test_the_backward_rounds_nothing_of_the_float32_ends():
     assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.bfloat16().float())
 
 
+@pytest.mark.parametrize(("precision", "wanted"), [("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")])
+def test_the_products_of_the_backward_are_those_of_the_forward(precision, wanted):
+    """On a GPU; here what they are told. tf32 is for the whole step, and a bf16 step leaves float32 products exact."""
+    state, seen = off_zero(build()), []
+    state.precision = precision
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+
+    def note(where):
+        seen.append((where, matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
+
+    def observe(name, **values):
+        if name == "student":
+            values["output"].register_hook(lambda gradient: note("backward"))
+
+    patches = state.flow.network.x_embedder
+    patches.register_forward_pre_hook(lambda *given: note("forward"))
+    patches.proj.weight.register_hook(lambda gradient: note("backward"))
+    train_step(state, *batch(), observe=observe)
+    assert {entry for entry in seen if entry[0] == "backward"} == {("backward", wanted, False)}
+    assert precision == "bf16" or ("forward", wanted, False) in seen
+    assert matmul.fp32_precision == before
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float32)], ids=str)
 def test_the_gradient_norm_goes_by_dtype(dtypes):
     gradients = [
