@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.harness import command
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import override
-from soflow_fast.runs.trainer import set_attention
 from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import train_step
 from soflow_kernels.testing import launches_dropped
@@ -56,7 +55,7 @@ def measure(depth: int, steps: int, clock: Callable[[], float]) -> HostTime:
     seconds = []
     with launches_dropped():
         state = TrainState.build(config)
-        set_attention(state, "sdpa-flash")  # one operation, as on a GPU
+        state.set_attention("sdpa-flash")  # one operation, as on a GPU
         for _ in range(2):
             train_step(state, *images)
         with _Calls() as calls:

@@ -5,6 +5,7 @@ tensors on the CPU too. Everything else takes the reference: no triton, SOFLOW_K
 AD, torch.func transforms, and tensors that wrap others (DTensor), whose own dispatch then does what the reference says.
 """
 
+import collections
 import contextlib
 import os
 import types
@@ -37,7 +38,7 @@ if _mode not in MODES:
     raise ValueError(f"SOFLOW_KERNELS must be one of {', '.join(MODES)}, got {_mode!r}")
 
 _simulated = False  # True while `as_on_gpu` is active
-_recorded: list[tuple] | None = None  # a list while `recording` is active
+_recorded: Any = None  # what launches are appended to while `recording` is active
 
 
 def jit(function: Callable) -> Any:
@@ -82,15 +83,20 @@ def as_on_gpu() -> Iterator[None]:
     for CUDA tensors; operations take their kernels (triton need not be installed), of which only the fake
     implementations are asked. Real tensors are refused by torch. `mode("reference")` stays in force.
     """
-    global _simulated
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        before, _simulated = _simulated, True
-        try:
-            yield
-        finally:
-            _simulated = before
+    with FakeTensorMode(), _simulating():
+        yield
+
+
+@contextlib.contextmanager
+def _simulating() -> Iterator[None]:
+    global _simulated
+    before, _simulated = _simulated, True
+    try:
+        yield
+    finally:
+        _simulated = before
 
 
 @contextlib.contextmanager
@@ -100,14 +106,8 @@ def launches_dropped() -> Iterator[None]:
 
     For the host's part of the time: checks, dispatch, allocation and the arguments of launches.
     """
-    global _simulated
-    before, _simulated = _simulated, True
-    try:
-        with recording() as launches:
-            yield
-            launches.clear()
-    finally:
-        _simulated = before
+    with _simulating(), recording(collections.deque(maxlen=0)):
+        yield
 
 
 def transformed() -> bool:
@@ -199,6 +199,42 @@ def _text(shape: Shape) -> str:
     return "[" + ", ".join("..." if n is ... else str(n) for n in shape) + "]"
 
 
+class Operation:
+    """An operation of the library `soflow`, which is called without torch's dispatcher where nobody listens there.
+
+    The way through it (autograd, modes, the check that no output is an argument) takes longer than the rest of a call.
+    It is for whoever records gradients or looks on: torch.compile, dispatch and function modes, a profiler, tensors
+    without data or of kinds of their own.
+    """
+
+    def __init__(self, name: str, function: Callable) -> None:
+        self.function = function
+        self.library = torch.library.custom_op(name, function, mutates_args=())
+        self.register_fake = self.library.register_fake
+        self.register_autograd = self.library.register_autograd
+
+    def __call__(self, *args: Any) -> Any:
+        return self.library(*args) if _listened_to(args) else self.function(*args)
+
+
+def operation(name: str) -> Callable[[Callable], Operation]:
+    """Make a function on tensors that it does not change the operation of that name, "soflow::NAME"."""
+    return lambda function: Operation(name, function)
+
+
+def _listened_to(args: tuple[Any, ...]) -> bool:
+    """Whether a call that does not come from torch's dispatcher would be missed."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or torch.jit.is_tracing()
+        or any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in args)
+    )
+
+
 def inner_unit(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous, else a contiguous copy. Other strides are free."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
@@ -223,11 +259,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[tuple]]:
-    """Within the context, launches are appended to the list that it yields instead of run: `inspect` compiles them."""
+def recording(launches: Any = None) -> Iterator[Any]:
+    """Within the context, launches are appended to `launches` (None: a new list) instead of run, and it is yielded:
+    `inspect` compiles them."""
     global _recorded
-    _recorded = []
+    before, _recorded = _recorded, [] if launches is None else launches
     try:
         yield _recorded
     finally:
-        _recorded = None
+        _recorded = before

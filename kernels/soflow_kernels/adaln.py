@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_dtype, check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_dtype, check_tensor, inner_unit, jit, launch, operation, tl, use_kernel
 from soflow_kernels._reduce import finish, split_rows
 from soflow_kernels._rows import backward_layout, centre, forward_layout, load, stages, store
 from soflow_kernels.gated_residual import gate_residual_reference
@@ -417,7 +417,7 @@ def _backward(
     return dx, dy, out, sums
 
 
-@torch.library.custom_op("soflow::layernorm_modulate", mutates_args=())
+@operation("soflow::layernorm_modulate")
 def _layernorm_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype, stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -430,7 +430,7 @@ def _(x, shift, scale, eps, out_dtype, stats):
     return x.new_empty(x.shape, dtype=out_dtype), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("soflow::layernorm_modulate_backward", mutates_args=())
+@operation("soflow::layernorm_modulate_backward")
 def _layernorm_modulate_backward(
     dout: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -443,7 +443,7 @@ def _(dout, x, scale, mean, rstd):
     return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
-@torch.library.custom_op("soflow::gate_residual_layernorm_modulate", mutates_args=())
+@operation("soflow::gate_residual_layernorm_modulate")
 def _gate_residual_layernorm_modulate(
     x: Tensor,
     y: Tensor,
@@ -464,7 +464,7 @@ def _(x, y, gate, shift, scale, bias, eps, out_dtype, stats):
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("soflow::gate_residual_layernorm_modulate_backward", mutates_args=())
+@operation("soflow::gate_residual_layernorm_modulate_backward")
 def _gate_residual_layernorm_modulate_backward(
     dout: Tensor, dsum: Tensor | None, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, bias: Tensor | None,
     mean: Tensor, rstd: Tensor, shift: Tensor | None,

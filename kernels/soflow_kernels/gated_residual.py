@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, operation, tl, use_kernel
 from soflow_kernels._reduce import finish, split_rows
 
 # A program works on tiles of 128 columns, a divisor of every usual width, and 16 tokens: with 4 warps a thread has
@@ -98,7 +98,7 @@ def _backward_kernel(
         tl.store(at + plane, tl.sum(dbias, axis=0)[None, :], mask=cols < D)
 
 
-@torch.library.custom_op("soflow::gate_residual", mutates_args=())
+@operation("soflow::gate_residual")
 def _gate_residual(x: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
     B, T, D = x.shape
     x, y, gate = inner_unit(x), inner_unit(y), inner_unit(gate)
@@ -120,7 +120,7 @@ def _(x, y, gate, bias):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("soflow::gate_residual_backward", mutates_args=())
+@operation("soflow::gate_residual_backward")
 def _gate_residual_backward(
     dout: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

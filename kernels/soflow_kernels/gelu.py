@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, on_gpu, tl, use_kernel
+from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, on_gpu, operation, tl, use_kernel
 from soflow_kernels._reduce import finish
 
 # Tiles of 128 columns, a divisor of every usual width. With 4 warps a thread has two 16-byte bf16 loads of 16 rows; the
@@ -104,7 +104,7 @@ def _backward_kernel(
     tl.store(partial_ptr + chunk * D + cols, tl.sum(dbias, axis=0)[None, :], mask=cols < D)
 
 
-@torch.library.custom_op("soflow::bias_gelu", mutates_args=())
+@operation("soflow::bias_gelu")
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     D = x.shape[-1]
     rows = inner_unit(x.reshape(-1, D))
@@ -122,7 +122,7 @@ def _(x, bias):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("soflow::bias_gelu_backward", mutates_args=())
+@operation("soflow::bias_gelu_backward")
 def _bias_gelu_backward(dout: Tensor, x: Tensor, bias: Tensor, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
     D = x.shape[-1]
     x_rows, dout_rows = inner_unit(x.reshape(-1, D)), inner_unit(dout.reshape(-1, D))

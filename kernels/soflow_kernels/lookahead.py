@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_tensor, jit, launch, operation, tl, use_kernel
 from soflow_kernels._math import expm1, sincos_of_quarters
 from soflow_kernels._rows import power_of_two
 
@@ -171,7 +171,7 @@ def _layout(n):
     return block, -(-n // block), max(block // 256, 1)
 
 
-@torch.library.custom_op("soflow::path_point", mutates_args=())
+@operation("soflow::path_point")
 def _path_point(x0: Tensor, x1: Tensor, t: Tensor, trig: bool) -> tuple[Tensor, Tensor]:
     x0 = x0.contiguous()
     x, v = (torch.empty(x0.shape, dtype=x0.dtype, device=x0.device) for _ in range(2))
@@ -189,7 +189,7 @@ def _(x0, x1, t, trig):
     return x0.new_empty(x0.shape), x0.new_empty(x0.shape)
 
 
-@torch.library.custom_op("soflow::euler_lookahead", mutates_args=())
+@operation("soflow::euler_lookahead")
 def _euler_lookahead(
     x_t: Tensor, v_t: Tensor, t: Tensor, l: Tensor, v_null: Tensor | None, v_label: Tensor | None,
     label_dropped: Tensor | None, guidance_scale: float, guidance_decay_time: float, mix_ratio: float,

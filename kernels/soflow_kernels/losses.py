@@ -33,7 +33,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_tensor, jit, launch, operation, tl, use_kernel
 from soflow_kernels._math import sincos_of_quarters
 from soflow_kernels._rows import power_of_two
 from soflow_kernels.lookahead import check_mask, decay, guided, guided_target, per_sample
@@ -357,7 +357,7 @@ def _launch(kernels, sums, given, settings, weighting, **options):
     return samples.mean(1), direction
 
 
-@torch.library.custom_op("soflow::consistency_loss", mutates_args=())
+@operation("soflow::consistency_loss")
 def _consistency_loss(
     output: Tensor, value: Tensor | None, increment: Tensor, x: Tensor, target: Tensor,
     t: Tensor, l: Tensor, s: Tensor, p: float, eps: float, trig: bool,
@@ -367,7 +367,7 @@ def _consistency_loss(
     return _launch(kernels, 2, given, (), (float(p), float(eps)), TRIG=trig, VALUE=value is not None)
 
 
-@torch.library.custom_op("soflow::flow_matching_loss", mutates_args=())
+@operation("soflow::flow_matching_loss")
 def _flow_matching_loss(
     output: Tensor, v_t: Tensor, t: Tensor, v_null: Tensor | None, label_dropped: Tensor | None,
     guidance_scale: float, guidance_decay_time: float, mix_ratio: float, p: float, eps: float, velocity_slope: float,
@@ -380,7 +380,7 @@ def _flow_matching_loss(
     return _launch(kernels, 1, given, settings, (float(p), float(eps)), **options)
 
 
-@torch.library.custom_op("soflow::scaled_direction", mutates_args=())
+@operation("soflow::scaled_direction")
 def _scaled_direction(direction: Tensor, output: Tensor, dloss: Tensor) -> Tensor:
     """The gradient of a loss with respect to `output`, from its stored direction. It has no formula of its own, so that
     a second derivative, of which the direction knows nothing, is refused."""

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_tensor, inner_unit, jit, launch, operation, tl, use_kernel
 from soflow_kernels._reduce import finish
 
 COLUMNS = 128
@@ -87,7 +87,7 @@ def _launch(parts: list[Tensor], out: Tensor | None) -> Tensor:
     return finish(partials, [dq.dtype])[0].view(columns)
 
 
-@torch.library.custom_op("soflow::qkv_gradient", mutates_args=())
+@operation("soflow::qkv_gradient")
 def _qkv_gradient(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
     B, T, D = dq.shape
     out = torch.empty(B, T, 3 * D, dtype=dq.dtype, device=dq.device)
@@ -100,7 +100,7 @@ def _(dq, dk, dv):
     return dq.new_empty(B, T, 3 * D), dq.new_empty(3 * D)
 
 
-@torch.library.custom_op("soflow::token_sum", mutates_args=())
+@operation("soflow::token_sum")
 def _token_sum(x: Tensor) -> Tensor:
     return _launch([inner_unit(x.reshape(-1, x.shape[-1]))], None)
 

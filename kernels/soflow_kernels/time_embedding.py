@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_plain, check_tensor, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_plain, check_tensor, inner_unit, jit, launch, operation, tl, use_kernel
 from soflow_kernels._math import exp2, sincos
 from soflow_kernels._reduce import finish
 
@@ -222,7 +222,7 @@ def split_step(max_period: float, half: int) -> tuple[float, float]:
     return exact, step - exact
 
 
-@torch.library.custom_op("soflow::time_sinusoids", mutates_args=())
+@operation("soflow::time_sinusoids")
 def _sinusoids(t: Tensor, s: Tensor, frequencies: int, max_period: float, dtype: torch.dtype) -> Tensor:
     B, half = t.shape[0], frequencies // 2
     out = torch.empty(2, B, frequencies, dtype=dtype, device=t.device)
@@ -240,7 +240,7 @@ def _(t, s, frequencies, max_period, dtype):
     return t.new_empty(2, t.shape[0], frequencies, dtype=dtype)
 
 
-@torch.library.custom_op("soflow::dual_bias_silu", mutates_args=())
+@operation("soflow::dual_bias_silu")
 def _hidden(ht: Tensor, hs: Tensor, bt: Tensor, bs: Tensor) -> Tensor:
     B, H = ht.shape
     ht, hs = inner_unit(ht), inner_unit(hs)
@@ -259,7 +259,7 @@ def _(ht, hs, bt, bs):
     return ht.new_empty(ht.shape[0], 2 * ht.shape[1])
 
 
-@torch.library.custom_op("soflow::dual_bias_silu_backward", mutates_args=())
+@operation("soflow::dual_bias_silu_backward")
 def _hidden_backward(
     dout: Tensor, ht: Tensor, hs: Tensor, bt: Tensor, bs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -297,7 +297,7 @@ def _launch_tail(x, bt, bs, table, y, dout, out):
     )  # fmt: skip
 
 
-@torch.library.custom_op("soflow::label_bias_silu", mutates_args=())
+@operation("soflow::label_bias_silu")
 def _tail(x: Tensor, bt: Tensor, bs: Tensor, table: Tensor, y: Tensor | None) -> Tensor:
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, table.dtype), device=x.device)
     _launch_tail(x, bt, bs, table, y, None, out)
@@ -309,7 +309,7 @@ def _(x, bt, bs, table, y):
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, table.dtype))
 
 
-@torch.library.custom_op("soflow::label_bias_silu_backward", mutates_args=())
+@operation("soflow::label_bias_silu_backward")
 def _tail_backward(
     dout: Tensor, x: Tensor, bt: Tensor, bs: Tensor, table: Tensor, y: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,6 @@ from ..runs.trainer import (
     resolve_mlp,
     resolved,
     seconds_per_step,
-    set_attention,
     set_mlp,
 )
 from ..training.memory_estimate import USABLE, MemoryEstimate, estimate_memory, summary
@@ -92,7 +91,7 @@ def _report(given: Config, gpu: str | None) -> str:
     counter = flop_counter()
     with counter:
         metrics = train_step(state, x, y)
-    set_attention(state, backend)  # not before, as FLOPs are only counted in torch's own attention and products
+    state.set_attention(backend)  # not before, as FLOPs are only counted in torch's own attention and products
     set_mlp(state, mlp.name)
     whole = batch == config.batch_size
     flops = counter.get_total_flops() / batch if whole else forwards_per_image(state, config) * one_forward

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from soflow_kernels import (
-    bias_gelu,
     gate_residual,
     gate_residual_layernorm_modulate,
     layernorm_modulate,
@@ -320,8 +319,7 @@ def normed_mlp(
         return *out, mlp_products(mlp, residual.x, fc1.weight.dtype).defers_bias
     x, h = _norm(residual, shift, scale, fc1.weight.dtype)
     if taped or (torch.is_grad_enabled() and (defer_bias or h.dtype != torch.float32)):
-        u = linear(h, fc1, bias=not defer_bias)
-        inner = bias_gelu(u, fc1.bias) if defer_bias else F.gelu(u, approximate="tanh")
+        u, inner = mlp_products("kernels", residual.x, fc1.weight.dtype).forward(h, *fc1)
         return x, linear(inner, fc2, bias=not defer_bias), u.detach(), defer_bias
     return x, linear(linear_gelu(h, fc1.weight, fc1.bias), fc2, bias=not defer_bias), None, defer_bias
 

@@ -50,7 +50,7 @@ def train(config: Config) -> TrainState:
         run_directory.check(run_dir, config)  # before what takes seconds; and again when it is taken
         source = open_source(config)
         state = TrainState.build(config)
-        set_attention(state, resolve_attention(state))
+        state.set_attention(resolve_attention(state))
         mlp = resolve_mlp(state)
         set_mlp(state, mlp.name)
         state.guard.limit = GIVE_UP if config.run.on_nonfinite == "skip" else 1
@@ -284,13 +284,6 @@ def resolve_attention(state: TrainState) -> str:
             return choose(device, dtype, B, model.num_heads, T, head_dim, time.perf_counter, compiled=compiled)
         try_out(name, device, dtype, B, model.num_heads, T, head_dim, compiled=compiled)
         return name
-
-
-def set_attention(state: TrainState, backend: str) -> None:
-    """Let the network and its averages take the attention of a backend."""
-    for flow in (state.flow, state.ema, state.teacher, state.guide):
-        if flow is not None:
-            flow.network.set_attention(backend)
 
 
 def resolve_mlp(state: TrainState) -> mlp_autotune.Choice:

@@ -174,9 +174,7 @@ def build_as_on_gpu(counted: Config) -> TrainState:
 
 def attend_as_on_gpu(state: TrainState) -> None:
     """Let the networks of a state take the attention that torch picks on a GPU."""
-    for flow in (state.flow, state.ema, state.teacher):
-        if flow is not None:
-            flow.network.set_attention(_fused_attention)
+    state.set_attention(_fused_attention)
 
 
 def images(state: TrainState, n: int) -> tuple[Tensor, Tensor]:

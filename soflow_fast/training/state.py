@@ -11,6 +11,7 @@ from ..config.validation import validate
 from ..errors import ConfigError
 from ..flow import SolutionFlow
 from ..models import float8
+from ..models.attention import Backend
 from ..models.dit import DiT
 from ..models.paired_forward import missed_part
 from ..objective import Objective
@@ -137,6 +138,12 @@ class TrainState:
             and network.recompute == "none"
             and missed_part(network, float8=False) is None
         )
+
+    def set_attention(self, backend: Backend) -> None:
+        """Let the network, its averages and its guide take an attention, as `DiT.set_attention` does."""
+        for flow in (self.flow, self.ema, self.teacher, self.guide):
+            if flow is not None:
+                flow.network.set_attention(backend)
 
     def watched(self) -> bool:
         """Whether a module of the network was hooked, replaced or wrapped, so that Python must run in every step."""

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch._library.custom_ops import CustomOpDef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import soflow_kernels
 from soflow_kernels import _dispatch, adaln, gelu, testing
@@ -311,6 +314,46 @@ print(x.grad.shape, *{s for s in k.status().values()})
     result = run(code)
     assert result.stderr == ""
     assert result.stdout == ("torch.Size([2, 3, 8]) Status(kernel=False, why='triton is not installed')\n")
+
+
+class Looking(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class LookingAtFunctions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+LISTENERS = {
+    "autograd": torch.enable_grad,
+    "a dispatch mode": Looking,
+    "a function mode": LookingAtFunctions,
+    "a profiler": torch.autograd.profiler.profile,
+}
+
+
+@pytest.mark.parametrize("op", [op for op in GOOD if op != "linear_gelu"])
+def test_the_dispatcher_is_left_out_where_nobody_listens(op, device, launches, monkeypatch):
+    """The kernel runs all the same, with the same result."""
+    calls, plain = [], CustomOpDef.__call__
+    monkeypatch.setattr(CustomOpDef, "__call__", lambda self, *given: calls.append(self) or plain(self, *given))
+    arguments = on(device, op)
+    with torch.no_grad():
+        want = call(op, **arguments)
+        made = launches.count
+        assert made and not calls
+        for name, listener in LISTENERS.items():
+            with listener():
+                got = call(op, **arguments)
+            assert len(calls) == 1, name
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+            calls.clear()
+        got = call(op, **{name: value.as_subclass(Plain) for name, value in arguments.items()})
+        assert len(calls) == 1
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert launches.count == (2 + len(LISTENERS)) * made
 
 
 def test_a_limit_on_registers_is_nvidias(monkeypatch):

@@ -405,7 +405,7 @@ TINY = {"model.hidden_size": 16, "model.depth": 2, "model.num_heads": 2, "device
 def test_every_network_of_a_run_gets_it() -> None:
     config = trainer.resolved(override(preset("digits"), TINY | {"teacher": "ema", "attention": "sdpa-math"}))
     state = TrainState.build(config)
-    trainer.set_attention(state, trainer.resolve_attention(state))
+    state.set_attention(trainer.resolve_attention(state))
     assert state.teacher is not None
     for flow in (state.flow, state.ema, state.teacher):
         assert [block.attn.backend for block in flow.network.blocks] == ["sdpa-math"] * 2

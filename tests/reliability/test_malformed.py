@@ -340,7 +340,7 @@ def a_step(config: Config) -> None:
     """The work of a run up to its first metrics, on a few images."""
     small = replace(config, batch_size=min(config.batch_size, 5), run=replace(config.run, device="cpu", compile=False))
     state = TrainState.build(trainer.resolved(small))
-    trainer.set_attention(state, trainer.resolve_attention(state))
+    state.set_attention(trainer.resolve_attention(state))
     trainer.set_mlp(state, trainer.resolve_mlp(state).name)
     model, n = small.model, small.batch_size
     images = torch.zeros(n, model.in_channels, model.input_size, model.input_size)

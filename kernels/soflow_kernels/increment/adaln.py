@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_dtype, check_quiet, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_dtype, check_quiet, inner_unit, jit, launch, operation, tl, use_kernel
 from soflow_kernels._rows import load, power_of_two, stages, store
 from soflow_kernels.increment._pair import Pair, check_pair, wide
 
@@ -122,7 +122,7 @@ def _run(
     )  # fmt: skip
 
 
-@torch.library.custom_op("soflow::layernorm_modulate_increment", mutates_args=())
+@operation("soflow::layernorm_modulate_increment")
 def _layernorm_modulate(
     x: Tensor, dx: Tensor, dshift: Tensor, scale: Tensor, dscale: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -136,7 +136,7 @@ def _(x, dx, dshift, scale, dscale, eps, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("soflow::gate_residual_layernorm_modulate_increment", mutates_args=())
+@operation("soflow::gate_residual_layernorm_modulate_increment")
 def _gate_residual(
     total: Tensor, dx: Tensor, y: Tensor, dy: Tensor, gate: Tensor, dgate: Tensor, bias: Tensor | None, dshift: Tensor,
     scale: Tensor, dscale: Tensor, eps: float, dtype: torch.dtype,

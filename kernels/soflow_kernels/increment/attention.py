@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import INTERPRETED, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import INTERPRETED, inner_unit, jit, launch, operation, tl, use_kernel
 from soflow_kernels._rows import power_of_two
 from soflow_kernels.increment._pair import Pair, check_pair, wide
 
@@ -262,7 +262,7 @@ def layout(d, element_size):
     return main, tail, 64, 32 if main + tail <= 80 else 16, 4, 3, 168 if main + tail <= 64 else 232
 
 
-@torch.library.custom_op("soflow::attention_increment", mutates_args=())
+@operation("soflow::attention_increment")
 def _attention(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, v: Tensor, dv: Tensor, scale: float) -> Tensor:
     B, H, T, d = q.shape
     parts = [inner_unit(part) for part in (q, dq, k, dk, v, dv)]

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_dtype, check_quiet, inner_unit, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_dtype, check_quiet, inner_unit, jit, launch, operation, tl, use_kernel
 from soflow_kernels.increment._pair import Pair, check_pair, wide
 from soflow_kernels.increment._sigmoid import times_sigmoid_increment
 
@@ -65,7 +65,7 @@ def _gelu_kernel(
     tl.store(out_ptr + rows * D + cols, times_sigmoid_increment(h, dh, z, dz), mask=mask)
 
 
-@torch.library.custom_op("soflow::bias_gelu_increment", mutates_args=())
+@operation("soflow::bias_gelu_increment")
 def _bias_gelu(x: Tensor, dx: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     D = x.shape[-1]
     rows, drows = inner_unit(x.reshape(-1, D)), inner_unit(dx.reshape(-1, D))

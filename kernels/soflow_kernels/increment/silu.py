@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_dtype, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_dtype, jit, launch, operation, tl, use_kernel
 from soflow_kernels.increment._pair import Pair, check_pair, wide
 from soflow_kernels.increment._sigmoid import sigmoid_increment, times_sigmoid_increment
 
@@ -31,7 +31,7 @@ def _silu_kernel(x_ptr, dx_ptr, out_ptr, N, COLUMNS: tl.constexpr):
     tl.store(out_ptr + at, times_sigmoid_increment(h, dh, h, dh), mask=mask)
 
 
-@torch.library.custom_op("soflow::silu_increment", mutates_args=())
+@operation("soflow::silu_increment")
 def _silu(x: Tensor, dx: Tensor, dtype: torch.dtype) -> Tensor:
     x, dx = x.contiguous(), dx.contiguous()
     out = torch.empty(x.shape, dtype=dtype, device=x.device)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_dtype, check_plain, check_quiet, jit, launch, tl, use_kernel
+from soflow_kernels._dispatch import check_dtype, check_plain, check_quiet, jit, launch, operation, tl, use_kernel
 from soflow_kernels._math import sincos
 from soflow_kernels.increment._pair import wide
 from soflow_kernels.time_embedding import MAX_PERIOD, frequency, split_step
@@ -61,7 +61,7 @@ def _time_kernel(
         tl.store(row + HALF + i, 2 * chord * middle_cos, mask=mask)
 
 
-@torch.library.custom_op("soflow::time_embedding_increment", mutates_args=())
+@operation("soflow::time_embedding_increment")
 def _time(t: Tensor, dt: Tensor, s: Tensor, frequencies: int, max_period: float, dtype: torch.dtype) -> Tensor:
     B, half = t.shape[0], frequencies // 2
     out = torch.empty(2, 2, B, frequencies, dtype=dtype, device=t.device)
