@@ -419,13 +419,16 @@ def _loaded(module, name):
 
 
 def _is_dtensor(tensor):
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
     kind = _loaded("torch.distributed.tensor", "DTensor")
     return kind is not None and isinstance(tensor, kind)
 
 
 def _is_plain(tensor):
     """Whether a tensor's memory is what it stands for. A fake tensor's would be."""
-    return type(tensor) in (Tensor, nn.Parameter, _loaded("torch._subclasses.fake_tensor", "FakeTensor"))
+    kind = type(tensor)
+    return kind in (Tensor, nn.Parameter) or kind is _loaded("torch._subclasses.fake_tensor", "FakeTensor")
 
 
 def _local(tensor):
@@ -514,8 +517,9 @@ def _check_tensor(op, name, tensor, like, dtypes):
     if tensor.dtype not in dtypes:
         known = ", ".join(str(dtype)[6:] for dtype in dtypes)
         raise ValueError(f"{op}: {name} must be {known}, got {tensor.dtype}")
-    dense = tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
-    if name.startswith("params") and not dense:
+    if not name.startswith("params") or tensor.is_contiguous():
+        return
+    if not torch.ops.aten.is_non_overlapping_and_dense.default(tensor):
         raise ValueError(f"{op}: {name} must be dense, got strides {tensor.stride()} of {list(shape)}")
 
 
