@@ -8,7 +8,7 @@ once more, which shows how much the machine has changed in between.
 import functools
 import statistics
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from soflow_fast.training.state import TrainState
 WARM_UP = 2
 GATE_DEPTH = 2
 """Blocks of the network on which a recipe is checked: at its true width, where a check costs little."""
+MOST_ROUNDS = 10_000
 LARGEST = 2048
 """The batch that `largest` begins with."""
 
@@ -258,6 +259,24 @@ def largest_that(fits: Callable[[int], bool], most: int) -> int:
             batch += part
         part //= 2
     return batch
+
+
+def rows_in_turn(
+    case: Case, calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float
+) -> list[dict]:
+    """A row for each call on a case, with the time of every round; all in turn for about so many seconds.
+
+    Raises torch.OutOfMemoryError naming those that run out of memory beside the others.
+    """
+    timer = InTurn(device)
+    for name, call in calls.items():
+        timer.add(name, call)
+    if dropped := timer.run(seconds, least=7, most=MOST_ROUNDS, warm_up=2):
+        raise torch.OutOfMemoryError(f"out of memory beside the others: {', '.join(dropped)}")
+    return [
+        {"case": case.describe(), "way": name, "batch": case.config.batch_size, "seconds": values}
+        for name, values in timer.seconds.items()
+    ]
 
 
 def figures(row: dict) -> dict[str, float]:

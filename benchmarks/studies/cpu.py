@@ -6,6 +6,7 @@ taken by increments, which are exact; in float32 by a pair of forwards, as the a
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -13,14 +14,12 @@ from benchmarks.baselines.authors import AUTHORS
 from benchmarks.correctness.step import check_precision
 from benchmarks.harness import command
 from benchmarks.harness.cases import Case, cases
-from benchmarks.harness.race import figures
+from benchmarks.harness.race import figures, rows_in_turn
 from benchmarks.harness.recipes import build, ours
-from benchmarks.harness.timing import InTurn
 from benchmarks.report import record
 from soflow_fast.errors import UserError
 from soflow_fast.training.cpu_precision import has_products
 
-MOST_ROUNDS = 10_000
 WAYS = {
     "authors' recipe, fp32": (AUTHORS, "fp32"),
     "soflow-fast, fp32": (ours("soflow-fast, fp32"), "fp32"),
@@ -30,17 +29,13 @@ WAYS = {
 
 def measure(case: Case, seconds: float) -> list[dict]:
     """A row a recipe, with the time of every round."""
-    timer = InTurn(torch.device("cpu"))
+    device, steps = torch.device("cpu"), {}
     for name, (recipe, precision) in WAYS.items():
         config = replace(case.config, precision=precision)
         check_precision(config)
-        state, batch = build(recipe, config), case.batch(torch.device("cpu"))
-        timer.add(name, lambda recipe=recipe, state=state, batch=batch: recipe.step(state, *batch))
-    timer.run(seconds, least=7, most=MOST_ROUNDS, warm_up=2)
-    return [
-        {"case": case.describe(), "way": name, "batch": case.config.batch_size, "seconds": values}
-        for name, values in timer.seconds.items()
-    ]
+        state, batch = build(recipe, config), case.batch(device)
+        steps[name] = partial(recipe.step, state, *batch)
+    return rows_in_turn(case, steps, device, seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

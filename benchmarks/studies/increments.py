@@ -14,9 +14,8 @@ import torch
 from benchmarks.correctness.step import check_precision
 from benchmarks.harness import command
 from benchmarks.harness.cases import Case, cases
-from benchmarks.harness.race import figures
+from benchmarks.harness.race import figures, rows_in_turn
 from benchmarks.harness.recipes import OURS, build
-from benchmarks.harness.timing import InTurn
 from benchmarks.report import record
 from soflow_fast import paired_forward
 from soflow_fast.training.consistency_target import ConsistencyTarget
@@ -24,7 +23,6 @@ from soflow_fast.training.precision import matmul_precision
 from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import train_step
 
-MOST_ROUNDS = 10_000
 INCREMENTS = ConsistencyTarget("increments", "bf16", "student")
 
 
@@ -67,16 +65,8 @@ def _forward(state: TrainState, x: torch.Tensor, t: torch.Tensor, s: torch.Tenso
 
 def measure(case: Case, seconds: float) -> list[dict]:
     """A row a contestant, with the time of every round."""
-    steps = contestants(case)
-    timer = InTurn(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for name, step in steps.items():
-        timer.add(name, step)
-    if dropped := timer.run(seconds, least=7, most=MOST_ROUNDS, warm_up=2):
-        raise torch.OutOfMemoryError(f"out of memory beside the others: {', '.join(dropped)}")
-    return [
-        {"case": case.describe(), "way": name, "batch": case.config.batch_size, "seconds": values}
-        for name, values in timer.seconds.items()
-    ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return rows_in_turn(case, contestants(case), device, seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

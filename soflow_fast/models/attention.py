@@ -2,8 +2,8 @@
 
 `IMPLEMENTATIONS` lists them. They agree to rounding. No head dimension is padded here; a package may pad inside.
 
-On a CPU in bfloat16 torch's own choice is its flash kernel, whose backward takes seven times as long as its forward at
-64 tokens. There "sdpa" is `_Products` instead, as far as its T x T matrices stay small beside the rest.
+On a CPU in bfloat16 torch's own choice is its flash kernel, whose backward is slow for few tokens. There "sdpa" is
+`_Products` instead, as far as its T x T matrices stay small beside the rest.
 """
 
 import contextlib
@@ -31,8 +31,7 @@ SINGLE = (*HALF, torch.float32)
 ANY = (*SINGLE, torch.float64)
 
 LONGEST_PRODUCTS = 256
-"""Tokens up to which products beat the CPU's flash kernel: on one core (avx512_bf16) a forward with backward took 0.30
-of its time at 64, 0.7 at 256 and as long at 512."""
+"""Tokens up to which products take the place of the CPU's flash kernel; their matrices grow with the square of them."""
 CPU_MULTIPLIES_BF16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

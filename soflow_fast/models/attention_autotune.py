@@ -6,6 +6,7 @@ and forward with backward, as a step makes both. The choice is kept in a file, b
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from .measured_choice import (
     read_choices,
     rounding_unit,
     setting,
+    tried,
     write_choices,
 )
 
@@ -121,19 +123,15 @@ def compare(
 ) -> Comparison:
     """Try and time every backend. One that cannot be used, raises or is wrong is passed over."""
     case = Case(device, dtype, shape, compiled)
-    seconds, passed_over = {}, {}
-    for backend in BACKENDS:
-        reason = why_not(backend, device, dtype, shape.head_dim) or case.fault(backend)
-        if reason is None:
-            try:
-                seconds[backend] = case.seconds(backend, clock)
-            except Exception as error:  # memory, say
-                reason = in_short(error)
-        if reason is not None:
-            passed_over[backend] = reason
+    found = tried(BACKENDS, partial(_why_not, case), partial(case.seconds, clock=clock))
     del case
     forget_memory(device)
-    return Comparison(seconds, passed_over)
+    return Comparison(*found)
+
+
+def _why_not(case: "Case", backend: str) -> str | None:
+    """Why a backend cannot be used for a case, or must not."""
+    return why_not(backend, case.device, case.qkv.dtype, case.qkv.shape[-1]) or case.fault(backend)
 
 
 def attend(qkv: Tensor, backend: Backend) -> Tensor:

@@ -6,13 +6,15 @@ import os
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..files import write_file
 from ..version import __version__
-from .attention import version
+from .attention import in_short, version
+
+Time = TypeVar("Time")
 
 WARM_UP = 3
 SAMPLES = 9
@@ -38,6 +40,27 @@ def median_seconds(work: Callable[[], Any], clock: Callable[[], float], device: 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def tried(
+    names: Iterable[str], fault: Callable[[str], str | None], seconds: Callable[[str], Time]
+) -> tuple[dict[str, Time], dict[str, str]]:
+    """What each of several takes, and why the others were passed over.
+
+    fault: says why one must not be used, None: it may; seconds: its time, or it raises.
+    """
+    times: dict[str, Time] = {}
+    passed_over: dict[str, str] = {}
+    for name in names:
+        reason = fault(name)
+        if reason is None:
+            try:
+                times[name] = seconds(name)
+            except Exception as error:  # memory, say
+                reason = in_short(error)
+        if reason is not None:
+            passed_over[name] = reason
+    return times, passed_over
 
 
 def forget_memory(device: torch.device) -> None:

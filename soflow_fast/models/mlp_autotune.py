@@ -6,6 +6,7 @@ quack can be used at all and is right. The choice is kept in a file, so that a r
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from .measured_choice import (
     read_choices,
     rounding_unit,
     setting,
+    tried,
     write_choices,
 )
 from .mlp_products import PACKAGE, MLPProducts, mlp_products, why_not
@@ -121,23 +123,14 @@ def compare(
     device: torch.device, dtype: torch.dtype, shape: Shape, clock: Callable[[], float], record: Record | None = None
 ) -> Comparison:
     """Try and time both. One that raises or is wrong is passed over."""
-    seconds, passed_over = {}, {}
     try:
         case = Case(device, dtype, shape)
     except torch.OutOfMemoryError as error:
         return Comparison({}, dict.fromkeys(NAMES, in_short(error)))
-    for name in NAMES:
-        reason = case.fault(name, record)
-        if reason is None:
-            try:
-                seconds[name] = case.seconds(name, clock)
-            except Exception as error:  # memory, say
-                reason = in_short(error)
-        if reason is not None:
-            passed_over[name] = reason
+    found = tried(NAMES, partial(case.fault, record=record), partial(case.seconds, clock=clock))
     del case
     forget_memory(device)
-    return Comparison(seconds, passed_over)
+    return Comparison(*found)
 
 
 class Case:

@@ -220,13 +220,17 @@ def choose_precision(config: Config) -> tuple[Config, str]:
     """
     if config.precision != "auto" or resolve_device(config.run.device).type != "cpu":
         return config, ""
-    known = run_directory.precision(Path(config.run.run_dir or f"runs/{config.preset}"))
+    known = run_directory.precision(Path(_run_dir(config)))
     if known is not None:
         return replace(config, precision=known), ""
     found = cpu_precision.choose(config, time.perf_counter)
     seconds = f"{found.fp32:.3g} s in float32 and {found.bf16:.3g} s in bf16"
     said = f"{found.precision}: a step of {cpu_precision.BLOCKS} blocks takes {seconds} here"
     return replace(config, precision=found.precision), said if found.fp32 else ""
+
+
+def _run_dir(config: Config) -> str:
+    return config.run.run_dir or f"runs/{config.preset}"
 
 
 def resolved(config: Config) -> Config:
@@ -236,7 +240,7 @@ def resolved(config: Config) -> Config:
     there (`resolve_attention`, `resolve_mlp`). A configuration that is resolved stays as it is.
     """
     device = resolve_device(config.run.device)
-    run = replace(config.run, run_dir=config.run.run_dir or f"runs/{config.preset}", device=str(device))
+    run = replace(config.run, run_dir=_run_dir(config), device=str(device))
     precision = resolve_precision(config.precision, device)
     how = resolve_target(config, precision, device)
     config = replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)

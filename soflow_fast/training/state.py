@@ -103,8 +103,10 @@ class TrainState:
         guide = None
         if precision == "bf16" and config.guidance_precision == "fp8":
             guide = SolutionFlow(float8.float8_twin(flow.network), config.flow.path, config.flow.coefficients)
-        flow.network.recompute = {"auto": "none", "nothing": "none"}.get(config.run.recompute, config.run.recompute)
-        flow.network.keep_norms = True if config.run.recompute == "nothing" else None
+        recompute = config.run.recompute
+        flow.network.recompute = "none" if recompute in ("auto", "nothing") else recompute
+        if recompute == "nothing":
+            flow.network.keep_norms = True
         if config.run.compile:
             for network in (flow.network, *([teacher.network] if teacher else [])):
                 network.compile_blocks()
