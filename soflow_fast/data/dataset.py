@@ -1,0 +1,122 @@
+"""What every data set is: labels, samples by number, and what it was found to hold. `source.py` makes batches of it."""
+
+import abc
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Noise = Callable[[tuple[int, ...]], Tensor]
+"""Standard normal numbers of a shape [n, ...], one row for each sample of a batch."""
+
+
+class Wanted(NamedTuple):
+    """What a model and a run ask of a data set."""
+
+    size: int
+    """Height and width of a sample."""
+    channels: int
+    resize: bool = False
+    """Scale images to the size, sides apart, in place of the centre crop."""
+    flip: bool = False
+    """Whether samples are to be mirrored now and then."""
+    skip_bad: bool = False
+    """Leave out samples that cannot be read, in place of raising DataError for the first."""
+    say: Callable[[str], None] = lambda text: None
+    """Is told, a line at a time, how a check that takes long goes on."""
+
+
+@dataclass
+class Contents:
+    """What was found at a path."""
+
+    kind: str
+    """In words: "folder of images", "CIFAR-10 in binary batches"."""
+    classes: tuple[str, ...] = ()
+    """The names of the classes by their number; none: there are no labels."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """How many files are no samples, by the reason: ".txt", "hidden", "bad: a/b.png is truncated"."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be said once: "3 animations: the first frame is taken"."""
+    checksum: str = ""
+    """Of names, sizes and labels, or of a manifest; the path is no part of it."""
+
+
+class Dataset(abc.ABC):
+    """Samples, numbered from 0."""
+
+    contents: Contents
+    labels: Tensor
+    """int64 [N]; all 0 where there are no classes."""
+    shape: tuple[int, int, int]
+    """Channels, height and width of a sample as a model takes it."""
+    mirrors = True
+    """Whether samples can be read mirrored, left for right."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abc.abstractmethod
+    def read(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """The samples of some numbers, int64 [n], in as few bytes as may be: uint8 [n, C, H, W] of pixels, say.
+
+        mirrored: bool [n], which of them are mirrored; None: none. A function of its arguments, whichever process
+        calls it. Raises DataError naming what cannot be read.
+        """
+
+    def decoded(self, raw: Tensor, noise: Noise) -> Tensor:
+        """What a model takes, float32 [n, C, H, W], of what `read` returned, on its device: pixels in [-1, 1].
+
+        noise: for samples that are distributions, as latents are. No other randomness is allowed here.
+        """
+        return raw.float() / 127.5 - 1 if raw.dtype == torch.uint8 else raw
+
+    def whole(self) -> Tensor | None:
+        """All that `read` could return without `mirrored`, [N, ...], if it lies in memory or in one mapped file."""
+        return None
+
+
+class Files(Protocol):
+    """Encoded samples by number: the files of a folder, the members of an archive."""
+
+    names: Any
+    """A sequence of their names, with / between folders, in the order of their numbers."""
+    sizes: Any
+    """Bytes of each, as an int64 array."""
+
+    def read(self, number: int) -> bytes:
+        """The content. Raises OSError, or what a library raises of damage; in any process."""
+        ...
+
+
+class Format(Protocol):
+    """A module that knows one kind of data set."""
+
+    def recognises(self, place: Path) -> bool:
+        """Whether what is at a path is of this kind, by its content; soon said, and never an error."""
+        ...
+
+    def load(self, place: Path, wanted: Wanted) -> Dataset:
+        """The data set. Raises DataError, which begins with `--data PATH: `, for what is wrong with it."""
+        ...
+
+
+def checksum(names: Iterable[str], sizes: np.ndarray, labels: Tensor) -> str:
+    """Of samples by their names, bytes and labels."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    digest.update(np.ascontiguousarray(sizes, dtype="<i8").tobytes())
+    digest.update(labels.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def by_name(name: str) -> tuple[Any, ...]:
+    """Sort key of classes: names that are numbers as numbers and before the others, the others by their text."""
+    return (0, int(name), name) if name.isascii() and name.isdigit() else (1, 0, name)
