@@ -21,16 +21,18 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from .commands import process
-from .commands.parser import Parser, add_fields, configure
+from .commands.parser import Parser, add_fields, configure, whole_number
 from .config.gpus import GPUS
 from .config.presets import PRESETS, preset
-from .config.schema import SHORT_NAMES, Config, from_json
+from .config.schema import SHORT_NAMES, Config, DataChoices, from_json
 from .errors import ConfigError
 from .files import TEXT, read_file
 
+MOST_EPOCHS = 10**6
+
 FLAGS = {
-    "the run": "run_dir steps seed device checkpoint_every keep on_nonfinite",
-    "the data": "data batch_size",
+    "the run": "run_dir init steps seed device checkpoint_every keep on_nonfinite",
+    "the data": "data resize skip_bad batch_size",
     "learning": "teacher teacher_decay guidance_precision quotient quotient_precision",
     "speed and memory": "precision micro_batch recompute attention optimizer compile cuda_graph",
 }
@@ -55,6 +57,7 @@ def parser() -> Parser:
     presets = [make() for make in PRESETS.values()]
     for title, names in FLAGS.items():
         add_fields(groups[title], names.split(), presets)
+    run.add_argument("--epochs", metavar="N", help="In place of --steps: so many passes over the data")
     diagnosis.add_argument("-h", "--help", action="help", help="Show this")
     diagnosis.add_argument(
         "--dry-run", action="store_true", help="Build everything, make one step, print what the run needs"
@@ -80,6 +83,8 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, argparse.
         if not equals:
             raise ConfigError(f"--set {text}: must be FIELD=VALUE")
         changes[name] = value
+    if values.epochs is not None and "steps" in changes:
+        raise ConfigError(f"--epochs {values.epochs} and --steps {changes['steps']}: give one of the two")
     named = {SHORT_NAMES.get(name, name) for name in changes}
     if values.config and named & {"precision", "objective.teacher"}:  # what followed from them follows anew
         changes |= {name: "auto" for name in ("quotient", "quotient_precision") if name not in named}
@@ -97,9 +102,17 @@ def _read(path: str) -> Config:
         raise ConfigError(f"--config {path}: {error}") from None
 
 
+def data_choices(values: argparse.Namespace) -> DataChoices:
+    """What a command line leaves to the data."""
+    epochs = None if values.epochs is None else whole_number("--epochs", values.epochs, 1, MOST_EPOCHS)
+    given = values.config is not None or any(text.partition("=")[0] == "model.num_classes" for text in values.set)
+    return DataChoices(classes_fixed=given, epochs=epochs)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError and Interrupted."""
     config, values = configuration(arguments)
+    choices = data_choices(values)
     if values.env:
         from .commands.environment import report
 
@@ -107,11 +120,11 @@ def main(arguments: list[str] | None = None) -> None:
     elif values.dry_run:
         from .commands.dry_run import dry_run
 
-        print(dry_run(config, values.gpu))
+        print(dry_run(config, values.gpu, choices))
     else:
         from .runs.trainer import train
 
-        train(config)
+        train(config, choices)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 
 from ..config.gpus import GIGA, GPUS
-from ..config.schema import Config
-from ..data import open_source
+from ..config.schema import NOTHING_LEFT, Config, DataChoices
+from ..data import fitted, identity, open_source
+from ..errors import ConfigError
 from ..models.attention import flop_counter
 from ..runs.progress import duration
 from ..runs.trainer import (
@@ -57,17 +58,21 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
     return guidance + 3 + consistency * (1 if own_value or state.rides_along() else 2)
 
 
-def dry_run(config: Config, gpu: str | None = None) -> str:
+def dry_run(config: Config, gpu: str | None = None, choices: DataChoices = NOTHING_LEFT) -> str:
     """The text that `--dry-run` prints; gpu: one of `GPUS`, for which memory and time of a step are predicted. Raises
     UserError as a run would."""
     with enough_memory(config):
-        return _report(config, gpu)
+        return _report(config, gpu, choices)
 
 
-def _report(given: Config, gpu: str | None) -> str:
+def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
+    source = None
+    if given.data.kind == "digits" or given.data.path:
+        source = open_source(given)  # first, as it finds most mistakes
+        given = fitted(given, source, choices)
+    elif choices.epochs is not None:
+        raise ConfigError("--epochs: needs --data, whose size makes an epoch")
     config = resolved(choose_precision(given)[0])
-    synthetic = config.data.kind == "latents" or (config.data.kind != "digits" and not config.data.path)
-    source = None if synthetic else open_source(config)  # first, as it is quick and finds most mistakes
     # On the CPU "auto" has been resolved for it, and the prediction is for a GPU.
     on_gpu = given if config.run.device == "cpu" else config
     if gpu is not None and on_gpu.run.recompute == "auto":
@@ -96,7 +101,10 @@ def _report(given: Config, gpu: str | None) -> str:
     whole = batch == config.batch_size
     flops = counter.get_total_flops() / batch if whole else forwards_per_image(state, config) * one_forward
     seconds = seconds_per_step(state, x, y) * config.batch_size / batch
-    data = f"{len(source)} images" if source else "random numbers (no data was given or read)"
+    data = ["random numbers (no data was given or read)"]
+    if source:
+        data = identity.describe(source.dataset, identity.identify(source.dataset), config.data.path)
+        data[0] = data[0].removeprefix("data: ")
     rows = [
         (
             "preset",
@@ -105,7 +113,7 @@ def _report(given: Config, gpu: str | None) -> str:
         ),
         ("attention", f"{backend}{' (the fastest here)' if config.run.attention == 'auto' else ''}"),
         ("MLP", mlp.said.removeprefix("MLP by ") or mlp.name),
-        ("data", data),
+        ("data", "\n".join(data)),
         ("parameters", f"{state.parameter_count() / 1e6:.2f} M"),
         ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one_forward:.2f} forwards"),
         ("memory", f"{memory_mb(state.device):.0f} MB at its peak{'' if whole else f', batch {batch}'}"),

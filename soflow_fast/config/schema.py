@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 FlowPath = Literal["linear", "trig"]
 Coefficients = Literal["euler", "trig"]
@@ -146,9 +146,13 @@ class DataConfig:
     """digits: the handwritten digits of scikit-learn; images: a folder or zip of images, CLASS/NAME; latents: VAE
     latents."""
     path: str = ""
-    """Folder or zip of images, CLASS/NAME."""
+    """Folder or archive with the samples, which is recognised: images by class, known data sets, latents."""
     flip: bool = False
-    """Mirror each image with probability one half."""
+    """Mirror each sample with probability one half."""
+    resize: bool = False
+    """Scale both sides of images to the size of the model, in place of the centre crop."""
+    skip_bad: bool = False
+    """Leave out images that cannot be read, in place of ending the start at the first."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,8 @@ class RunConfig:
 
     run_dir: str = ""
     """Folder for everything that is written; by default runs/PRESET."""
+    init: str = ""
+    """Run, checkpoint or exported directory whose averaged weights a new run begins with."""
     device: str = "auto"
     """Device, such as cpu, cuda or cuda:1; auto: the GPU if there is one."""
     log_every: int = 10
@@ -225,10 +231,25 @@ class Config:
     """Seed of initialisation, data order, noise and times."""
 
 
+class DataChoices(NamedTuple):
+    """What a run leaves to its data."""
+
+    classes_fixed: bool = True
+    """Whether the data must have as many classes as the model; else the model takes the data's number."""
+    epochs: int | None = None
+    """Passes over the data, in place of the configuration's steps."""
+
+
+NOTHING_LEFT = DataChoices()
+
+
 # The flags that people type every day, and the fields that they set.
 SHORT_NAMES = {
     "run_dir": "run.run_dir",
+    "init": "run.init",
     "data": "data.path",
+    "resize": "data.resize",
+    "skip_bad": "data.skip_bad",
     "steps": "steps",
     "batch_size": "batch_size",
     "micro_batch": "micro_batch",
@@ -311,16 +332,23 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def difference(old: Config, new: Config) -> list[str]:
-    """The fields that make two runs different, as lines "objective.eps: 0.01 -> 0.1"; `run` and the
-    micro-batch do not count."""
+    """The fields that make two runs different, as lines "objective.eps: 0.01 -> 0.1".
+
+    `run` and the micro-batch do not count, nor where the data is and what was left out of it: its content does (see
+    `data.identity`)."""
     before, after = flatten(old), flatten(new)
-    changed = [name for name in before if before[name] != after[name] and not name.startswith(("run.", "micro_batch"))]
+    free = ("run.", "micro_batch", "data.path", "data.skip_bad")
+    changed = [name for name in before if before[name] != after[name] and not name.startswith(free)]
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]
 
 
-def disagreement(old: Config, new: Config) -> list[str]:
-    """`difference`; a field that `old` left open ("auto") is what it has come to in `new`."""
+def disagreement(old: Config, new: Config, *, finished: bool = False) -> list[str]:
+    """`difference`; a field that `old` left open ("auto") is what it has come to in `new`.
+
+    finished: the run of `old` has made all its steps, and may go on with more."""
     open_fields = {name: flatten(new)[name] for name, value in flatten(old).items() if value == "auto"}
+    if finished and new.steps > old.steps:
+        open_fields["steps"] = new.steps
     return difference(override(old, open_fields), new)
 
 

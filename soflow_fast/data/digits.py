@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .dataset import Contents
+from .memory import InMemory
+
 LEVELS = 16
 
 
@@ -16,6 +19,12 @@ def load_digits() -> tuple[Tensor, Tensor]:
     table = _table()
     images = torch.from_numpy(table[:, :64]).float().reshape(-1, 1, 8, 8)
     return images / (LEVELS / 2) - 1, torch.from_numpy(table[:, 64]).long()
+
+
+def digits() -> InMemory:
+    """The digits as a data set."""
+    images, labels = load_digits()
+    return InMemory(images, labels, Contents("handwritten digits of scikit-learn", tuple("0123456789")))
 
 
 def _table() -> np.ndarray:

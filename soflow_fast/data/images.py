@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from .dataset import Wanted
+from .memory import InMemory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,3 +120,17 @@ def _zip_entries(place: Path) -> Iterator[tuple[str, str]]:
             seen.add(info.filename)
             _check_length(place, info.filename, info.file_size)
             yield name.parent.as_posix(), info.filename
+
+
+LATENTS = False
+
+
+def recognises(place: Path) -> bool:
+    """Whether there is a folder or zip."""
+    return True
+
+
+def load(place: Path, wanted: Wanted) -> InMemory:
+    """All images in memory."""
+    images, labels = load_images(str(place), wanted.size)
+    return InMemory(images, labels)

@@ -1,77 +1,121 @@
-"""The interface of every data set, and the order in which a run sees it."""
+"""The order in which a run sees a data set, and its batches."""
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..config.schema import Config
+from ..config.schema import Config, DataChoices
 from ..errors import DataError
 from ..rng import generator
+from .dataset import Dataset, Wanted
+from .formats import open_dataset
 
 
 class Source:
-    """Images [N, C, H, W] (uint8 in 0..255, or float already in [-1, 1]) with labels [N], in memory.
+    """The batches of a run.
 
-    The run's order: each epoch is a fresh permutation of the whole set, and step k takes its positions
-    k * batch_size and on; rank r of W takes the r-th slice of them, so the order does not depend on W.
+    Each epoch is a fresh permutation of the whole set, and step k takes its positions k * batch_size and on; rank r of
+    W takes the r-th slice of them. What a sample is, mirrored or not, with its noise, belongs to its place in the whole
+    batch. So nothing depends on W, on who reads a batch, or on what was read before.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, *, seed: int, batch_size: int, flip: bool = False) -> None:
-        self.images, self.labels = images, labels
-        self.seed, self.batch_size, self.flip = seed, batch_size, flip
+    def __init__(self, dataset: Dataset, *, seed: int, batch_size: int, flip: bool = False) -> None:
+        self.dataset, self.seed, self.batch_size, self.flip = dataset, seed, batch_size, flip
         self._order = functools.lru_cache(maxsize=2)(self._order_of)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.dataset)
 
     def _order_of(self, epoch: int) -> Tensor:
         return torch.randperm(len(self), generator=generator(self.seed, epoch, 0, "data order"))
 
+    def _places(self, rank: int, world: int) -> slice:
+        start, stop = (self.batch_size * r // world for r in (rank, rank + 1))
+        return slice(start, stop)
+
     def indices(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
-        """Which images rank `rank` of `world` takes at `step`, [batch_size / world]."""
-        start, stop = (step * self.batch_size + self.batch_size * r // world for r in (rank, rank + 1))
-        position = torch.arange(start, stop)
+        """Which samples rank `rank` of `world` takes at `step`, int64 [batch_size / world]."""
+        places = self._places(rank, world)
+        position = torch.arange(places.start, places.stop) + step * self.batch_size
         epoch = position // len(self)
         return torch.cat([self._order(int(e))[position[epoch == e] % len(self)] for e in epoch.unique()])
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """The images, float32 in [-1, 1], and labels of one step."""
+    def mirrored(self, step: int, rank: int = 0, world: int = 1) -> Tensor | None:
+        """Which of them are mirrored, bool [batch_size / world]; None: no sample ever is."""
+        if not self.flip:
+            return None
+        drawn = torch.rand(self.batch_size, generator=generator(self.seed, step, 0, "flip"))
+        return drawn[self._places(rank, world)] < 0.5
+
+    def raw(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """The samples of one step as they are read, and their labels, int64 [batch_size / world]. Raises DataError."""
         index = self.indices(step, rank, world)
-        x = self.images[index]
-        x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
-        if self.flip:
-            source = generator(self.seed, step, 0, "flip")  # of the whole batch: which image is mirrored is no rank's
-            start, stop = (self.batch_size * r // world for r in (rank, rank + 1))
-            mirrored = torch.rand(self.batch_size, generator=source)[start:stop] < 0.5
-            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-        return x, self.labels[index]
+        return self.dataset.read(index, self.mirrored(step, rank, world)), self.dataset.labels[index]
+
+    def decoded(self, raw: Tensor, step: int, rank: int = 0, world: int = 1) -> Tensor:
+        """What a model takes, float32 [batch_size / world, C, H, W], of what `raw` returned, on its device."""
+
+        def noise(shape: tuple[int, ...]) -> Tensor:
+            source = generator(self.seed, step, 0, "latent noise", raw.device)
+            whole = torch.randn(self.batch_size, *shape[1:], generator=source, device=raw.device)
+            return whole[self._places(rank, world)]
+
+        return self.dataset.decoded(raw, noise)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """Samples, float32 in [-1, 1] or scaled latents, and labels of one step, on the host. Raises DataError."""
+        raw, labels = self.raw(step, rank, world)
+        return self.decoded(raw, step, rank, world), labels
 
 
-def open_source(config: Config) -> Source:
-    """The data set of a configuration. Raises DataError if it is missing or does not fit the model."""
-    kind, path = config.data.kind, config.data.path
-    if kind == "digits":
-        if path:
-            raise DataError(f"--data {path}: the digits come with scikit-learn and take no path")
-        from .digits import load_digits
+def open_source(config: Config, say: Callable[[str], None] = lambda text: None) -> Source:
+    """The data set of a configuration. Raises DataError if it is missing or does not fit the model.
 
-        images, labels = load_digits()
-    elif kind == "images":
-        if not path:
-            raise DataError(f"--data is missing: preset {config.preset} needs a folder or zip of images, CLASS/NAME")
-        from .images import load_images
+    say: is told how a check that takes long goes on. Its classes may be others than the model's: see `fitted`.
+    """
+    data, model = config.data, config.model
+    if data.kind == "digits":
+        if data.path:
+            raise DataError(f"--data {data.path}: the digits come with scikit-learn and take no path")
+        from .digits import digits
 
-        images, labels = load_images(path, config.model.input_size)
+        dataset: Dataset = digits()
     else:
+        if not data.path:
+            what = (
+                "a folder or zip of images, CLASS/NAME" if data.kind == "images" else "latents, as encode writes them"
+            )
+            raise DataError(f"--data is missing: preset {config.preset} needs {what}")
+        wanted = Wanted(model.input_size, model.in_channels, data.resize, data.flip, data.skip_bad, say)
+        dataset = open_dataset(data.path, data.kind, wanted)
+    shape = (model.in_channels, model.input_size, model.input_size)
+    if dataset.shape != shape:
         raise DataError(
-            f"data.kind {kind!r}: this version cannot read VAE latents yet; --dry-run shows what such a run needs"
+            f"the samples are {dataset.shape}, the model takes {shape}: set model.in_channels and model.input_size"
         )
-    model = config.model
-    wanted, got = (model.in_channels, model.input_size, model.input_size), tuple(images.shape[1:])
-    if got != wanted:
-        raise DataError(f"the images are {got}, the model takes {wanted}: set model.in_channels and model.input_size")
-    classes = int(labels.max()) + 1
-    if model.num_classes and classes > model.num_classes:
-        raise DataError(f"the data has {classes} classes, the model {model.num_classes}: set model.num_classes")
-    return Source(images, labels, seed=config.seed, batch_size=config.batch_size, flip=config.data.flip)
+    if not len(dataset):
+        raise DataError(f"--data {data.path}: holds no samples")
+    if data.flip and not dataset.mirrors:
+        raise DataError(
+            f"--data {data.path}: has no mirrored samples; give --set data.flip=false, or encode with --flip"
+        )
+    return Source(dataset, seed=config.seed, batch_size=config.batch_size, flip=data.flip)
+
+
+def fitted(config: Config, source: Source, choices: DataChoices) -> Config:
+    """The configuration with what it leaves to the data: the number of classes, and the steps of so many epochs.
+
+    Raises DataError if the data has another number of classes than is asked for; a model may have none in any case.
+    """
+    found, wanted = len(source.dataset.contents.classes), config.model.num_classes
+    if choices.classes_fixed and wanted not in (0, found):
+        has = f"{found} classes" if found else "no classes"
+        raise DataError(f"the data has {has}, the model {wanted}: set model.num_classes, or leave it out")
+    if not choices.classes_fixed:
+        config = replace(config, model=replace(config.model, num_classes=found))
+    if choices.epochs is not None:
+        config = replace(config, steps=max(1, -(-choices.epochs * len(source) // config.batch_size)))
+    return config

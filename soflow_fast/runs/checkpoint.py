@@ -1,8 +1,9 @@
 """Crash-safe checkpoints: a directory is either whole or not there, and a flipped bit is noticed on load.
 
-RUN/checkpoints/step-00002500/ holds config.json, state.json, network.safetensors, ema.safetensors,
-optimizer.safetensors and manifest.json with the SHA-256 of each. It is written beside its place under a temporary
-name, synced to the disk and renamed. During a run a thread writes it from a copy in host memory (`async_save`).
+RUN/checkpoints/step-00002500/ holds config.json, state.json, data.json (which data it was), network.safetensors,
+ema.safetensors, optimizer.safetensors and manifest.json with the SHA-256 of each. It is written beside its place under
+a temporary name, synced to the disk and renamed. During a run a thread writes it from a copy in host memory
+(`async_save`).
 """
 
 import hashlib
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from ..config.schema import Config, disagreement, from_json, to_json
 from ..config.validation import validate
+from ..data import identity
+from ..data.identity import Identity
 from ..errors import CheckpointError, Diverged, printable
 from ..files import TEXT, make_folder, read_file, remove, set_aside, sync
 from ..flow import SolutionFlow
@@ -33,7 +36,8 @@ from ..training.state import TrainState, build_flow
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
-TEXTS = ("config.json", "state.json")
+DATA = "data.json"
+TEXTS = ("config.json", "state.json", DATA)
 TENSORS = tuple(f"{name}.safetensors" for name in ("network", "ema", "teacher", "optimizer"))
 FORMAT = 1
 
@@ -75,7 +79,10 @@ def snapshot(state: TrainState) -> Snapshot:
         file: {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
         for file, values in tensors.items()
     }
-    return Snapshot(state.step, {"config.json": to_json(state.config), "state.json": json.dumps(step) + "\n"}, copies)
+    texts = {"config.json": to_json(state.config), "state.json": json.dumps(step) + "\n"}
+    if state.data:
+        texts[DATA] = state.data
+    return Snapshot(state.step, texts, copies)
 
 
 @torch.no_grad()
@@ -210,13 +217,17 @@ def _newest_usable(found: list[Path], use: Callable[[Path], T], warn: Callable[[
 def restore(folder: Path, state: TrainState) -> None:
     """Put one checkpoint into `state`. Raises CheckpointError if it is damaged, of another run or not finite."""
     files = read_verified(folder)
-    changed = disagreement(_config(folder, files), state.config)
+    known = _config(folder, files)
+    counts = _read_state(folder, files)
+    changed = disagreement(known, state.config, finished=counts["step"] == known.steps)
     if changed:
         raise CheckpointError(f"{folder}: of a run with another configuration ({'; '.join(changed)})")
+    data = _identity(folder, files)
+    if data is not None and state.data and (other := identity.changes(data, identity.from_json(state.data))):
+        raise CheckpointError(f"{folder}: of a run on other data ({'; '.join(other)})")
     averages = {"ema": state.ema} | ({"teacher": state.teacher} if state.teacher else {})
     found = {name: _tensors(folder, files, f"{name}.safetensors") for name in ("network", *averages)}
     optimizer = _tensors(folder, files, "optimizer.safetensors")
-    counts = _read_state(folder, files)
     entries = _optimizer_entries(optimizer, [*state.flow.parameters()], folder, begun=counts["step"] > 0)
     _check_weights(state.weights(), found["network"], folder)
     for name, flow in averages.items():
@@ -269,6 +280,16 @@ def _read_state(folder: Path, files: dict[str, bytes]) -> dict[str, int]:
     if named and int(named[1]) != found["step"]:
         raise CheckpointError(f"{folder / 'state.json'}: is of step {found['step']}")
     return found
+
+
+def _identity(folder: Path, files: dict[str, bytes]) -> Identity | None:
+    """The identity of the data in a checkpoint; None: older ones have none. Raises CheckpointError."""
+    if DATA not in files:
+        return None
+    try:
+        return identity.from_json(files[DATA])
+    except ValueError as error:
+        raise CheckpointError(f"{folder / DATA}: {error}") from None
 
 
 def _config(folder: Path, files: dict[str, bytes]) -> Config:
@@ -328,7 +349,8 @@ def read_verified(folder: Path) -> dict[str, bytes]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
     # The texts come first: they say what may be there, and how long it may be.
-    files = {name: _read_one(folder / name, TEXT, wanted[name]) for name in TEXTS if name in wanted}
+    lengths = {DATA: identity.MOST_BYTES}
+    files = {name: _read_one(folder / name, lengths.get(name, TEXT), wanted[name]) for name in TEXTS if name in wanted}
     if "state.json" in files:  # an exported directory has none
         _read_state(folder, files)
     for name in wanted:

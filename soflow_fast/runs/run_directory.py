@@ -1,6 +1,7 @@
 """The directory of a run: whose it is, who may write to it, and what a start finds and leaves in it.
 
 config.json       the configuration, every "auto" replaced
+data.json         which data it learns from
 checkpoints/      see checkpoint.py
 metrics.jsonl     see metrics.py; tensorboard/ has the same
 samples/          grids of samples
@@ -16,10 +17,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..config.schema import Config, disagreement, from_json, to_json
-from ..errors import ConfigError, storage, storage_error
+from ..data import identity
+from ..data.identity import Identity
+from ..errors import ConfigError, DataError, storage, storage_error
 from ..files import TEXT, make_folder, read_file, set_aside, write_file
 
 LOCK = ".lock"
+DATA = "data.json"
 
 
 def check(run_dir: Path, config: Config) -> None:
@@ -46,13 +50,27 @@ def taken(run_dir: Path, config: Config, warn: Callable[[str], None]) -> Iterato
         yield
 
 
-def prepare(run_dir: Path, config: Config, resumed: bool, warn: Callable[[str], None]) -> None:
-    """Write config.json and make what the training writes to. Raises StorageError.
+def check_data(run_dir: Path, found: Identity) -> None:
+    """Raise DataError if the run in `run_dir` learns from other data, saying what differs."""
+    try:
+        old = identity.from_json(read_file(run_dir / DATA, identity.MOST_BYTES))
+    except (OSError, ValueError):  # none yet, or damaged: the checkpoints hold it too
+        return
+    if changed := identity.changes(old, found):
+        raise DataError(
+            f"--data: is other data than the run in {run_dir} learns from ({'; '.join(changed)}); "
+            "give the same data or another --run-dir"
+        )
+
+
+def prepare(run_dir: Path, config: Config, data: str, resumed: bool, warn: Callable[[str], None]) -> None:
+    """Write config.json and data.json and make what the training writes to. Raises StorageError.
 
     Removes partial files of a start that was killed. A log without a checkpoint to go on from is set aside.
     """
     with storage(f"--run-dir {run_dir}"):
         write_file(run_dir / "config.json", to_json(config).encode())
+        write_file(run_dir / DATA, data.encode())
         (run_dir / "samples").mkdir(exist_ok=True)
         for stale in run_dir.rglob(".*.partial-*"):
             if stale.is_file():
@@ -88,10 +106,10 @@ def lock(run_dir: Path, warn: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def precision(run_dir: Path) -> str | None:
-    """The precision of the run in a directory; None: there is none that can be read."""
+def configuration(run_dir: Path) -> Config | None:
+    """The configuration of the run in a directory; None: there is none that can be read."""
     try:
-        return from_json(read_file(run_dir / "config.json", TEXT).decode()).precision
+        return from_json(read_file(run_dir / "config.json", TEXT).decode())
     except (OSError, ValueError):  # told when it is checked
         return None
 
@@ -114,7 +132,8 @@ def _check_content(run_dir: Path, config: Config) -> None:
         raise storage_error(error, "cannot read the run's configuration") from None
     except ValueError as error:
         raise ConfigError(f"{known}: {error}") from None
-    changed = disagreement(old, config)
+    finished = (run_dir / "checkpoints" / f"step-{old.steps:08d}").is_dir()
+    changed = disagreement(old, config, finished=finished)
     if changed:
         raise ConfigError(
             f"--run-dir {run_dir}: holds a run with another configuration ({'; '.join(changed)}); "

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..config.schema import AUTO, Config
-from ..data import Source, open_source
-from ..errors import Diverged, Interrupted, storage
+from ..config.schema import AUTO, NOTHING_LEFT, Config, DataChoices
+from ..data import Source, fitted, identity, open_source
+from ..errors import ConfigError, Diverged, Interrupted, storage
 from ..files import OptionalWrites, write_file
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
@@ -36,8 +36,10 @@ from .samples import draw_grid, evaluate
 from .upload import Batches
 
 
-def train(config: Config) -> TrainState:
+def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
     """Run `config` to its last step, from where its run directory is, and evaluate it. Returns the final state.
+
+    choices: what is left to the data.
 
     Raises UserError for what the user can mend, Diverged for numbers that are not finite, Interrupted after SIGINT,
     SIGTERM or SIGHUP (outside of Python's main thread no signal is handled). The state is saved before that; if the
@@ -47,17 +49,26 @@ def train(config: Config) -> TrainState:
         config, chosen = choose_precision(config)
         config = resolved(config)
         run_dir = Path(config.run.run_dir)
-        run_directory.check(run_dir, config)  # before what takes seconds; and again when it is taken
-        source = open_source(config)
-        state = TrainState.build(config)
+        progress = Progress(config.steps)
+        if choices == NOTHING_LEFT:
+            run_directory.check(run_dir, config)  # before what takes seconds; and again when it is taken
+        source = open_source(config, progress.say)
+        config = fitted(config, source, choices)
+        progress.total = config.steps
+        run_directory.check(run_dir, config)
+        found = identity.identify(source.dataset)
+        run_directory.check_data(run_dir, found)
+        state = TrainState.build(config, weights=_initial_weights(config, run_dir))
+        state.data = identity.to_json(found)
         state.set_attention(resolve_attention(state))
         mlp = resolve_mlp(state)
         set_mlp(state, mlp.name)
         state.guard.limit = GIVE_UP if config.run.on_nonfinite == "skip" else 1
-        progress = Progress(config.steps)
         with run_directory.taken(run_dir, config, progress.warn):
             if chosen:
                 progress.say(chosen)
+            for line in identity.describe(source.dataset, found, config.data.path):
+                progress.say(line)
             _begin(state, source, run_dir, progress)
             if mlp.said:
                 progress.say(mlp.said)
@@ -67,12 +78,28 @@ def train(config: Config) -> TrainState:
         return state
 
 
+def _initial_weights(config: Config, run_dir: Path) -> dict[str, Tensor] | None:
+    """The weights that `run.init` names; None: the run's own. A run that goes on has no use for them."""
+    if not config.run.init or checkpoint.list_checkpoints(run_dir):
+        return None
+    flow, other = checkpoint.load_with_config(config.run.init)
+    for name in ("model", "flow"):
+        mine, theirs = getattr(config, name), getattr(other, name)
+        changed = [f.name for f in fields(mine) if getattr(mine, f.name) != getattr(theirs, f.name)]
+        if changed:
+            raise ConfigError(f"--init {config.run.init}: of another network: {name}.{changed[0]} differs")
+    return flow.state_dict()
+
+
 def _begin(state: TrainState, source: Source, run_dir: Path, progress: Progress) -> None:
     """Load the newest checkpoint, if there is one, and say what begins."""
     config = state.config
+    before = run_directory.configuration(run_dir)
     resumed = checkpoint.resume(run_dir, state, progress.warn)
-    run_directory.prepare(run_dir, config, resumed, progress.warn)
+    run_directory.prepare(run_dir, config, state.data, resumed, progress.warn)
     if resumed:
+        if before is not None and before.steps < config.steps:
+            progress.say(f"finished at step {before.steps}, goes on: all schedules now end at step {config.steps}")
         progress.say(f"resuming {run_dir} at step {state.step} of {config.steps}")
     else:
         progress.say(
@@ -220,9 +247,9 @@ def choose_precision(config: Config) -> tuple[Config, str]:
     """
     if config.precision != "auto" or resolve_device(config.run.device).type != "cpu":
         return config, ""
-    known = run_directory.precision(Path(_run_dir(config)))
+    known = run_directory.configuration(Path(_run_dir(config)))
     if known is not None:
-        return replace(config, precision=known), ""
+        return replace(config, precision=known.precision), ""
     found = cpu_precision.choose(config, time.perf_counter)
     seconds = f"{found.fp32:.3g} s in float32 and {found.bf16:.3g} s in bf16"
     said = f"{found.precision}: a step of {cpu_precision.BLOCKS} blocks takes {seconds} here"

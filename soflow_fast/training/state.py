@@ -51,6 +51,8 @@ class TrainState:
     """Whether steps are made a CUDA graph, after the first of them."""
     graph: GraphedFunction | None = None
     """The part of a step that runs on the device, as a CUDA graph."""
+    data: str = ""
+    """The identity of the data set, as text that checkpoints keep; empty: not known."""
     step: int = 0
     rank: int = 0
     world: int = 1

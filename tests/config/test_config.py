@@ -197,7 +197,17 @@ OUT_OF_RANGE = {
     "seed": -1,
 }
 FREE = {
-    *("preset", "data.path", "data.flip", "run.run_dir", "run.device", "optim.ema_warmup"),
+    *(
+        "preset",
+        "data.path",
+        "data.flip",
+        "data.resize",
+        "data.skip_bad",
+        "run.init",
+        "run.run_dir",
+        "run.device",
+        "optim.ema_warmup",
+    ),
     *("run.compile", "run.cuda_graph"),
 }
 

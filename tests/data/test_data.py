@@ -15,7 +15,7 @@ from PIL import Image
 
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import Config, override
-from soflow_fast.data import Source, digits, open_source
+from soflow_fast.data import InMemory, Source, digits, open_source
 from soflow_fast.data.digits import load_digits, to_pixels
 from soflow_fast.data.images import LARGEST_FILE, load_images
 from soflow_fast.errors import DataError
@@ -266,7 +266,7 @@ def test_a_model_without_classes_takes_any_labels(folder: Path) -> None:
 def numbers(n: int, batch_size: int, seed: int = 0, flip: bool = False) -> Source:
     """Images [n, 1, 1, 2] that are their own index, then minus one."""
     images = torch.stack([torch.arange(n).float(), torch.full((n,), -1.0)], 1).reshape(n, 1, 1, 2)
-    return Source(images, torch.arange(n), seed=seed, batch_size=batch_size, flip=flip)
+    return Source(InMemory(images, torch.arange(n)), seed=seed, batch_size=batch_size, flip=flip)
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(12, 4), (10, 4), (9, 20), (9, 9)])

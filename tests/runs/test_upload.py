@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from soflow_fast.data import Source
+from soflow_fast.data import InMemory, Source
 from soflow_fast.runs import upload
 from soflow_fast.runs.upload import Batches
 
@@ -14,7 +14,7 @@ from soflow_fast.runs.upload import Batches
 @pytest.fixture
 def source():
     images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1)
-    return Source(images, torch.arange(20), seed=3, batch_size=4)
+    return Source(InMemory(images, torch.arange(20)), seed=3, batch_size=4)
 
 
 def test_a_cpu_takes_them_as_they_are(source):

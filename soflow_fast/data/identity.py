@@ -1,0 +1,116 @@
+"""Which data a run learns from: kept with it and with each checkpoint, and compared when it goes on.
+
+The path is no part of it."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .dataset import Dataset
+
+SHOWN = 12
+"""Classes that are shown by name."""
+MOST_BYTES = 2**24
+"""Of an identity as text."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a data set the same one elsewhere."""
+
+    kind: str
+    count: int
+    shape: tuple[int, int, int]
+    """Channels, height and width of a sample."""
+    classes: tuple[str, ...]
+    """Their names by number."""
+    counts: tuple[int, ...]
+    """Samples of each."""
+    checksum: str
+
+
+def identify(dataset: Dataset) -> Identity:
+    """The identity of a data set."""
+    contents, classes = dataset.contents, dataset.contents.classes
+    counts = torch.bincount(dataset.labels, minlength=len(classes)).tolist() if classes else []
+    return Identity(contents.kind, len(dataset), dataset.shape, classes, tuple(counts), contents.checksum)
+
+
+def to_json(identity: Identity) -> str:
+    """As JSON text."""
+    return json.dumps(asdict(identity), indent=None if len(identity.classes) > SHOWN else 2) + "\n"
+
+
+def from_json(text: str | bytes) -> Identity:
+    """The inverse of `to_json`. Raises ValueError."""
+    try:
+        values: Any = json.loads(text)
+        shape = tuple(map(int, values["shape"]))
+        if len(shape) != 3 or not all(isinstance(values[name], str) for name in ("kind", "checksum")):
+            raise ValueError("not of this form")
+        return Identity(
+            values["kind"],
+            int(values["count"]),
+            shape,
+            tuple(map(str, values["classes"])),
+            tuple(map(int, values["counts"])),
+            values["checksum"],
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"no identity of a data set: {type(error).__name__}: {error}") from None
+
+
+def changes(old: Identity, new: Identity) -> list[str]:
+    """What differs, in words; nothing, if both are the same data."""
+    found = []
+    if old.count != new.count:
+        found.append(f"{old.count} samples -> {new.count}")
+    if old.shape != new.shape:
+        found.append(f"shape {_shape(old)} -> {_shape(new)}")
+    if old.classes != new.classes:
+        gone, come = (sorted(set(a) - set(b)) for a, b in ((old.classes, new.classes), (new.classes, old.classes)))
+        parts = [f"without {_some(gone)}"] * bool(gone) + [f"with {_some(come)}"] * bool(come)
+        found.append(f"{len(old.classes)} classes -> {len(new.classes)}: {', '.join(parts) or 'in another order'}")
+    elif old.counts != new.counts:
+        each = zip(old.classes, old.counts, new.counts, strict=True)
+        found.append("samples of " + _some([f"{name}: {a} -> {b}" for name, a, b in each if a != b]))
+    if not found and old.checksum != new.checksum:
+        found.append("other names, sizes or labels of samples")
+    return found
+
+
+def describe(dataset: Dataset, identity: Identity, place: str) -> list[str]:
+    """The block that is printed before a training: what there is, what was left out and why, and the identity."""
+    where = f" at {place}" if place else ""
+    lines = [f"data: {identity.kind}{where}, {identity.count} samples of {_shape(identity)}"]
+    if identity.classes:
+        lines.append(f"  {len(identity.classes)} classes: {_classes(identity)}")
+    else:
+        lines.append("  no classes")
+    left_out = dataset.contents.left_out
+    if left_out:
+        reasons = [f"{count} {reason}" for reason, count in left_out.most_common()]
+        lines.append(f"  left out: {_some(reasons)}")
+    lines += [f"  {note}" for note in dataset.contents.notes]
+    return [*lines, f"  identity: {identity.checksum[:16]}"]
+
+
+def _classes(identity: Identity) -> str:
+    each = [f"{name} {count}" for name, count in zip(identity.classes, identity.counts, strict=True)]
+    if len(each) <= SHOWN:
+        return ", ".join(each)
+    least, most = min(identity.counts), max(identity.counts)
+    return f"{', '.join(each[:SHOWN])} and {len(each) - SHOWN} more, of {least} to {most}"
+
+
+def _shape(identity: Identity) -> str:
+    return " x ".join(map(str, identity.shape))
+
+
+def _some(parts: Iterable[str]) -> str:
+    found = list(parts)
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return ", ".join(found[:SHOWN]) + more
