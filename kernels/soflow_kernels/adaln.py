@@ -363,8 +363,9 @@ def _forward(
     rows = min(8, max(1, B * T // 4096))
     chunks = -(-T // rows)
     main, tail, warps = forward_layout(D, 2 if y is None else 4)
-    # With more than 16 columns a thread: see `_backward`. With fewer, less than this is taken.
-    registers = 128 if y is not None and main + tail > 512 * warps else None
+    # With more than 16 columns a thread, or 16 and their bias: see `_backward`. With fewer, less than this is taken.
+    many = main + tail > 512 * warps - (bias is not None)
+    registers = 128 if y is not None and many else None
     launch(
         _forward_kernel, (B * chunks,),
         x, y, gate, None if bias is None else bias.contiguous(), shift, scale, sums, out,

@@ -194,13 +194,13 @@ def test_opcheck(op, device):
         for stats in (True, False):
             given = {name: value if stats else value.detach() for name, value in t.items()}
             args = (given["x"], given["shift"], given["scale"], 1e-6, torch.bfloat16, stats)
-            torch.library.opcheck(adaln._layernorm_modulate, args)
+            torch.library.opcheck(adaln._layernorm_modulate.library, args)
     for bias in (None, tensors["bias"].requires_grad_()) if "bias" in t else ():
         if op == "gate_residual":
-            torch.library.opcheck(gated_residual._gate_residual, (t["x"], t["y"], t["gate"], bias))
+            torch.library.opcheck(gated_residual._gate_residual.library, (t["x"], t["y"], t["gate"], bias))
         else:
             args = (t["x"], t["y"], t["gate"], t["shift"], t["scale"], bias, 1e-6, torch.float32, True)
-            torch.library.opcheck(adaln._gate_residual_layernorm_modulate, args)
+            torch.library.opcheck(adaln._gate_residual_layernorm_modulate.library, args)
 
 
 @all_ops
