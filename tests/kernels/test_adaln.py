@@ -119,6 +119,15 @@ def test_one_output_used(used, device):
         check(op, tensors, [None, weights[1]])
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e5])
+def test_a_bias_that_cancels_the_branch(size, device):
+    """The gate's gradient is of their sum, which is as exact as the sum is."""
+    tensors, weights = inputs(GATED_NORM, 1, 256, 64, torch.float32, device)
+    tensors["bias"] *= size
+    tensors["y"] -= tensors["bias"]
+    check(GATED_NORM, tensors, weights)
+
+
 def test_eps_and_same_tensor_twice(device):
     tensors, weights = inputs("layernorm_modulate", 2, 3, 72, torch.float32, device)
     check("layernorm_modulate", {**tensors, "x": tensors["x"] * 1e-3}, weights, eps=1e-2)
