@@ -203,8 +203,8 @@ class Operation:
     """An operation of the library `soflow`, which is called without torch's dispatcher where nobody listens there.
 
     The way through it (autograd, modes, the check that no output is an argument) takes longer than the rest of a call.
-    It is for whoever records gradients or looks on: torch.compile, dispatch and function modes, a profiler, tensors
-    without data or of kinds of their own.
+    It is for whoever records gradients or looks on: torch.compile, dispatch and function modes, a profiler; for tensors
+    that are more than their memory says, such as batches of vmap; and for arguments that its schema converts.
     """
 
     def __init__(self, name: str, function: Callable) -> None:
@@ -230,9 +230,29 @@ def _listened_to(args: tuple[Any, ...]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
+        or torch.autograd.profiler._is_profiler_enabled
         or torch.jit.is_tracing()
-        or any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in args)
+        or not all(map(_is_plain, args))
     )
+
+
+_PLAIN_VALUES = (int, float, bool, type(None), torch.dtype)
+_plain_keys: dict[str, int] = {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an argument is a number, flag or dtype as it is, or a tensor whose memory is what it stands for.
+
+    Negated and batched tensors, and those without data, have other keys in torch's dispatcher than a fresh tensor.
+    """
+    if type(value) not in (Tensor, torch.nn.Parameter):
+        return type(value) in _PLAIN_VALUES
+    kind = value.device.type
+    if kind == "meta":
+        return False
+    if kind not in _plain_keys:
+        _plain_keys[kind] = torch._C._dispatch_keys(torch.empty(0, device=value.device)).raw_repr()
+    return torch._C._dispatch_keys(value).raw_repr() == _plain_keys[kind]
 
 
 def inner_unit(tensor: Tensor) -> Tensor:

@@ -14,9 +14,6 @@ Backward, with u = dout (1 + scale), h = LN(x'), c1 = mean(u) and c2 = mean(u h)
     dx = rstd (u - c1 - h c2) + dsum     dy = gate dx             dgate = sum_t dx (y + bias)
     dshift = sum_t dout                  dscale = sum_t dout h    dbias = sum_bt dy
 
-The bias stays out of the loop over tokens: with total = sum_t dx, dgate = sum_t dx y + bias total, and dbias = sum_b
-gate total.
-
 Bytes, with S = one pass over [B, T, D]: forward 2 S and 4 S; backward 3 S, and 6 S (4 reads, 2 writes), 1 S more where
 the norm is made again for the gradient of the product after it. Partial sums
 add `chunks` rows of [D] floats per sample and gradient. At 65 536 x 1152 in bf16 S is 151 MB, 0.035 ms at 4.3 TB/s:
@@ -32,7 +29,7 @@ Legend of the kernels, forward and backward:
     FIRST, WIDTH    a segment: columns FIRST to FIRST + WIDTH of a row, in the registers of the program (see `_rows`)
     MAIN, TAIL      the one or two segments of a row of D columns, 1152 = 1024 + 128: every step is done for (0, MAIN)
                     and, unless TAIL is 0, once more for (MAIN, TAIL). Only the means over D join them
-    sums            (dshift, dscale, sum dx y, total) over the tokens of the program, in registers until it ends
+    sums            (dshift, dscale, dgate, dbias) over the tokens of the program, in registers until it ends
     partial_ptr     [planes, B, chunks, D]: the sums of every program, one plane for each gradient; `_reduce.finish`
                     adds up the chunks
     None            in place of a pointer: the tensor is not given (y, gate: no residual sum; dsum: no gradient of x';
@@ -240,12 +237,12 @@ def _through_modulation(
     """(h, u, sums) of one token, as far as no mean over D is needed: dshift and dscale have grown. Where there is a
     shift, the modulated norm is written once more."""
     scale, shift, _ = modulation
-    dshift, dscale, dx_y, total = sums
+    dshift, dscale, dgate, dbias = sums
     h = (load(x_row, FIRST, WIDTH, D) - mean) * rstd
     if shift_ptr is not None:
         store(out_ptr + out_at, h * scale + shift, FIRST, WIDTH, D)
     dout = load(dout_row, FIRST, WIDTH, D)
-    return h, dout * scale, (dshift + dout, dscale + dout * h, dx_y, total)
+    return h, dout * scale, (dshift + dout, dscale + dout * h, dgate, dbias)
 
 
 @jit
@@ -254,30 +251,31 @@ def _through_residual(
     FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Write dx and dy of one token, from the gradient that came through its norm: the last two sums have grown."""
-    dshift, dscale, dx_y, total = sums
+    dshift, dscale, dgate, dbias = sums
     if dsum_ptr is not None:
         dx += load(dsum_ptr + dsum_at, FIRST, WIDTH, D)
     store(dx_ptr + dx_at, dx, FIRST, WIDTH, D)
     if y_ptr is not None:
-        dx_y += dx * load(y_ptr + y_at, FIRST, WIDTH, D)
+        y = load(y_ptr + y_at, FIRST, WIDTH, D)
         if bias_ptr is not None:
-            total += dx
-        store(dy_ptr + dx_at, dx * gate, FIRST, WIDTH, D)
-    return dshift, dscale, dx_y, total
+            y += load(bias_ptr, FIRST, WIDTH, D)  # not after the loop: it may cancel y
+        dgate += dx * y
+        dx *= gate
+        if bias_ptr is not None:
+            dbias += dx
+        store(dy_ptr + dx_at, dx, FIRST, WIDTH, D)
+    return dshift, dscale, dgate, dbias
 
 
 @jit
-def _store_sums(
-    partial_row, plane, sums, gate, y_ptr, bias_ptr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
-):
-    dshift, dscale, dgate, total = sums
-    if bias_ptr is not None:
-        dgate += load(bias_ptr, FIRST, WIDTH, D) * total
-        store(partial_row + 3 * plane, gate * total, FIRST, WIDTH, D)
+def _store_sums(partial_row, plane, sums, y_ptr, bias_ptr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    dshift, dscale, dgate, dbias = sums
     store(partial_row, dshift, FIRST, WIDTH, D)
     store(partial_row + plane, dscale, FIRST, WIDTH, D)
     if y_ptr is not None:
         store(partial_row + 2 * plane, dgate, FIRST, WIDTH, D)
+    if bias_ptr is not None:
+        store(partial_row + 3 * plane, dbias, FIRST, WIDTH, D)
 
 
 @jit
@@ -337,9 +335,9 @@ def _backward_kernel(
             )  # fmt: skip
     partial_row = partial_ptr + program * D
     plane = tl.num_programs(0).to(tl.int64) * D
-    _store_sums(partial_row, plane, sums, modulation[2], y_ptr, bias_ptr, 0, MAIN, D)
+    _store_sums(partial_row, plane, sums, y_ptr, bias_ptr, 0, MAIN, D)
     if TAIL:
-        _store_sums(partial_row, plane, sums_tail, modulation_tail[2], y_ptr, bias_ptr, MAIN, TAIL, D)
+        _store_sums(partial_row, plane, sums_tail, y_ptr, bias_ptr, MAIN, TAIL, D)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -363,14 +361,15 @@ def _forward(
     rows = min(8, max(1, B * T // 4096))
     chunks = -(-T // rows)
     main, tail, warps = forward_layout(D, 2 if y is None else 4)
-    # With more than 16 columns a thread: see `_backward`. With fewer, less than this is taken.
-    registers = 128 if y is not None and main + tail > 512 * warps else None
+    # With more than 16 columns a thread, or 16 and their bias: see `_backward`. With fewer, less than this is taken.
+    many = main + tail > 512 * warps - (bias is not None)
+    registers = 128 if y is not None and many else None
     launch(
         _forward_kernel, (B * chunks,),
         x, y, gate, None if bias is None else bias.contiguous(), shift, scale, sums, out,
         mean if stats else None, rstd if stats else None,
         *_strides(x), *_strides(y), 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0),
-        T, chunks, rows, eps, D=D, MAIN=main, TAIL=tail, STAGES=stages(D), num_warps=warps, maxnreg=registers,
+        T, chunks, rows, float(eps), D=D, MAIN=main, TAIL=tail, STAGES=stages(D), num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return x if sums is None else sums, out, mean, rstd
 
@@ -402,6 +401,8 @@ def _backward(
     # Without a limit the compiler takes more registers for the same instructions now and then, and fewer programs fit
     # on a multiprocessor. With tensors of several sizes these would not be enough.
     limited = len(sizes) == 1 and (bias is None or bias.element_size() >= min(sizes)) and main <= 256 * warps
+    # Nor where there is everything, and a tail.
+    limited = limited and not (tail and bias is not None and shift is not None)
     registers = (128 if tail else 96) if limited else None
     launch(
         _backward_kernel, (B * chunks,),

@@ -100,7 +100,8 @@ def _backward_kernel(
         dbias += tl.where(mask, dx, 0.0)
         tl.store(dx_ptr + at * D + cols, dx, mask=mask)
         if RECOMPUTE:
-            tl.store(out_ptr + at * D + cols, whole * s, mask=mask)
+            # Below -10 the true s is 0 in float32, and what it multiplies may be large.
+            tl.store(out_ptr + at * D + cols, whole * tl.where(whole < -10, 0.0, s), mask=mask)
     tl.store(partial_ptr + chunk * D + cols, tl.sum(dbias, axis=0)[None, :], mask=cols < D)
 
 

@@ -37,12 +37,12 @@ def record_graph(function: Callable[[], Any], stream: Any) -> tuple[Callable[[],
     Other threads go on meanwhile, as one that writes a checkpoint.
     """
     graph = torch.cuda.CUDAGraph()
-    failed: list[Exception] = []
+    failed: list[BaseException] = []
 
     def recorded() -> Any:
         try:
             return function()
-        except Exception as error:
+        except BaseException as error:
             failed.append(error)
             raise
 
@@ -51,11 +51,14 @@ def record_graph(function: Callable[[], Any], stream: Any) -> tuple[Callable[[],
         # back: hence the first of the two.
         with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             out = recorded()
-    except Exception:
-        if failed:
-            raise failed[0] from None
-        raise
-    return graph.replay, out
+    except BaseException:
+        if not failed:
+            raise
+    else:
+        return graph.replay, out
+    # Not while the other is handled, nor kept here: the tracebacks of both hold all that was recorded, and in a cycle they
+    # would hold it on.
+    raise failed.pop()
 
 
 class GraphedFunction:
@@ -110,7 +113,8 @@ class GraphedFunction:
                 raise
             except Exception as error:  # whatever an operation that cannot be recorded raises: none of them has run
                 self.fault = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                return self.function(*arguments)
+        if self.replay is None:  # outside of the handler: the exception holds on to what was recorded
+            return self.function(*arguments)
         self.replay()
         if isinstance(self.out, Tensor):
             return self.out.clone()

@@ -119,6 +119,15 @@ def test_one_output_used(used, device):
         check(op, tensors, [None, weights[1]])
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e5])
+def test_a_bias_that_cancels_the_branch(size, device):
+    """The gate's gradient is of their sum, which is as exact as the sum is."""
+    tensors, weights = inputs(GATED_NORM, 1, 256, 64, torch.float32, device)
+    tensors["bias"] *= size
+    tensors["y"] -= tensors["bias"]
+    check(GATED_NORM, tensors, weights)
+
+
 def test_eps_and_same_tensor_twice(device):
     tensors, weights = inputs("layernorm_modulate", 2, 3, 72, torch.float32, device)
     check("layernorm_modulate", {**tensors, "x": tensors["x"] * 1e-3}, weights, eps=1e-2)
@@ -194,13 +203,13 @@ def test_opcheck(op, device):
         for stats in (True, False):
             given = {name: value if stats else value.detach() for name, value in t.items()}
             args = (given["x"], given["shift"], given["scale"], 1e-6, torch.bfloat16, stats)
-            torch.library.opcheck(adaln._layernorm_modulate, args)
+            torch.library.opcheck(adaln._layernorm_modulate.library, args)
     for bias in (None, tensors["bias"].requires_grad_()) if "bias" in t else ():
         if op == "gate_residual":
-            torch.library.opcheck(gated_residual._gate_residual, (t["x"], t["y"], t["gate"], bias))
+            torch.library.opcheck(gated_residual._gate_residual.library, (t["x"], t["y"], t["gate"], bias))
         else:
             args = (t["x"], t["y"], t["gate"], t["shift"], t["scale"], bias, 1e-6, torch.float32, True)
-            torch.library.opcheck(adaln._gate_residual_layernorm_modulate, args)
+            torch.library.opcheck(adaln._gate_residual_layernorm_modulate.library, args)
 
 
 @all_ops

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -354,6 +355,54 @@ def test_the_dispatcher_is_left_out_where_nobody_listens(op, device, launches, m
         assert len(calls) == 1
         torch.testing.assert_close(got, want, rtol=0, atol=0)
     assert launches.count == (2 + len(LISTENERS)) * made
+
+
+def unusual(tensor):
+    """Tensors of the type Tensor whose memory is not what they stand for, with the values that they have."""
+    negated = torch._neg_view(tensor)
+    yield "negated", negated, -tensor
+    yield (
+        "zero without memory",
+        torch._efficientzerotensor(tensor.shape, device=tensor.device),
+        torch.zeros_like(tensor),
+    )
+
+
+@pytest.mark.parametrize("op", [op for op in GOOD if op != "linear_gelu"])
+def test_tensors_that_are_not_their_memory_are_understood(op, device):
+    for name in GOOD[op]:
+        for what, value, true in unusual(on(device, op)[name]):
+            with torch.no_grad():
+                want = getattr(soflow_kernels, f"{op}_reference")(**{**on(device, op), name: true})
+                got = call(op, **{**on(device, op), name: value})
+            torch.testing.assert_close(got, want, msg=lambda text, name=name, what=what: f"{name} {what}: {text}")
+
+
+def test_numbers_of_other_types_are_converted(device):
+    arguments = on(device, "layernorm_modulate")
+    want = soflow_kernels.layernorm_modulate(**arguments, eps=1e-6)
+    for eps in (np.float32(1e-6), torch.tensor(1e-6)):
+        with torch.no_grad():
+            got = soflow_kernels.layernorm_modulate(**arguments, eps=eps)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("op", [op for op in GOOD if op != "linear_gelu"])
+def test_batches_of_gradients(op, device):
+    """As in a vectorised Jacobian: grad mode is off in the backward, and the gradients are batches of vmap."""
+    arguments = {name: value.double().requires_grad_() for name, value in on(device, op).items()}
+    single = {name: value.float().detach().requires_grad_() for name, value in arguments.items()}
+
+    def first(out):
+        return out[1] if isinstance(out, tuple) else out
+
+    want = first(getattr(soflow_kernels, f"{op}_reference")(**arguments))
+    got = first(call(op, **single))
+    batch = torch.randn(3, *got.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    exact = torch.autograd.grad(want, list(arguments.values()), batch.double(), is_grads_batched=True)
+    found = torch.autograd.grad(got, list(single.values()), batch, is_grads_batched=True)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_limit_on_registers_is_nvidias(monkeypatch):

@@ -84,9 +84,9 @@ def run(tmp_path):
         (
             "adaln gate_residual_layernorm_modulate backward and output +bias 65536 x 1152 bfloat16",
             "adaln._backward_kernel",
-            4,
+            {80: 4, 90: 4, 100: 3},
         ),
-        ("gelu bias_gelu backward and output 4608 bfloat16", "gelu._backward_kernel", 8),
+        ("gelu bias_gelu backward and output 4608 bfloat16", "gelu._backward_kernel", {80: 8, 90: 8, 100: 8}),
     ],
     ids=["adaln", "gelu"],
 )
@@ -98,8 +98,8 @@ def test_table_and_record(only, kernel, programs, run, tmp_path):
     rows = [row for row in record["kernels"] if row["kernel"] == kernel]
     assert [row["arch"] for row in rows] == [80, 90, 100]
     for row in rows:
-        assert row["spill"] == 0 and row["widest"] >= 16 and 32 <= row["registers"] <= 128, row
-        assert row["programs/SM"] >= programs, row
+        assert row["spill"] == 0 and row["widest"] >= 16 and 32 <= row["registers"] <= 136, row
+        assert row["programs/SM"] >= programs[row["arch"]], row
     assert set(record["versions"]) == {"soflow_kernels", "triton", "torch"}
     assert kernel in result.stdout
     assert inspect.summary(record["kernels"]) in result.stdout

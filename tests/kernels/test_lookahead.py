@@ -175,9 +175,9 @@ def test_nan_stays_in_its_element(device):
 def test_opcheck(device):
     g = inputs((2, 8), torch.float32, device)
     x, v, t, l = (g[name] for name in ("x", "v", "t", "l"))
-    torch.library.opcheck(lookahead._path_point, (x, v, t, True))
+    torch.library.opcheck(lookahead._path_point.library, (x, v, t, True))
     arguments = (x, v, t, l, g["v_null"], g["v_label"], g["dropped"], 2.0, 0.5, 0.3)
-    torch.library.opcheck(lookahead._euler_lookahead, arguments)
+    torch.library.opcheck(lookahead._euler_lookahead.library, arguments)
 
 
 def test_compile_equals_eager(device):

@@ -157,10 +157,10 @@ def test_same_bits_every_time(op, device):
 def test_opcheck(device):
     output, increment, x, target, *times = inputs("consistency_loss", (2, 8), device).values()
     arguments = (output.requires_grad_(), None, increment, x, target, *times, 1.0, 0.01, False)
-    torch.library.opcheck(losses._consistency_loss, arguments)
+    torch.library.opcheck(losses._consistency_loss.library, arguments)
     output, v_t, t, v_null, dropped = inputs("flow_matching_loss", (2, 8), device).values()
     arguments = (output.requires_grad_(), v_t, t, v_null, dropped, 3.0, 0.6, 0.25, 0.75, 0.02, 1.0)
-    torch.library.opcheck(losses._flow_matching_loss, arguments)
+    torch.library.opcheck(losses._flow_matching_loss.library, arguments)
 
 
 @LOSSES

@@ -85,8 +85,8 @@ def test_empty(shape, device):
 
 
 def test_opcheck(device):
-    torch.library.opcheck(_qkv_gradient, tuple(parts(1, 2, 8, device)))
-    torch.library.opcheck(_token_sum, (parts(1, 2, 8, device)[0],))
+    torch.library.opcheck(_qkv_gradient.library, tuple(parts(1, 2, 8, device)))
+    torch.library.opcheck(_token_sum.library, (parts(1, 2, 8, device)[0],))
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)

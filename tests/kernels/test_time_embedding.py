@@ -417,10 +417,10 @@ def test_opcheck(device):
     parameters, others, _ = inputs(3, 40, torch.float32, device)
     x, h = (torch.randn(3, 40, device=device, requires_grad=True) for _ in range(2))
     b, a, table = (parameters[name].requires_grad_() for name in ("t_b2", "s_b2", "table"))
-    torch.library.opcheck(te._sinusoids, (others["t"], others["s"], 16, 10_000.0, torch.bfloat16))
-    torch.library.opcheck(te._hidden, (x, h, b, a))
-    torch.library.opcheck(te._tail, (x, b, a, table, None))
-    torch.library.opcheck(te._tail, (x.detach().bfloat16().requires_grad_(), b, a, table, others["y"]))
+    torch.library.opcheck(te._sinusoids.library, (others["t"], others["s"], 16, 10_000.0, torch.bfloat16))
+    torch.library.opcheck(te._hidden.library, (x, h, b, a))
+    torch.library.opcheck(te._tail.library, (x, b, a, table, None))
+    torch.library.opcheck(te._tail.library, (x.detach().bfloat16().requires_grad_(), b, a, table, others["y"]))
 
 
 @pytest.mark.parametrize(("null", "autocast"), [(False, False), (True, False), (False, True)])

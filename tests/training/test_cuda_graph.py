@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import dataclasses
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from soflow_fast import DiTConfig, ObjectiveConfig, TrainState, preset, train_step
-from soflow_fast.errors import ConfigError
+from soflow_fast.errors import ConfigError, Interrupted
 from soflow_fast.runs import trainer
 from soflow_fast.runs.trainer import step_in_memory
 from soflow_fast.training import cuda_graph
@@ -370,6 +372,64 @@ def test_a_recording_that_fails_leaves_the_stream_and_says_why(kind, monkeypatch
     with pytest.raises(RuntimeError, match=r"^operation failed"):
         cuda_graph.record_graph(lambda: here(cuda), side)
     assert here(cuda) == (0, "0")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_nothing_of_a_failed_recording_is_kept(kind, monkeypatch):
+    """Neither while the function runs as it is, nor for whoever catches that memory ran out."""
+
+    class Failing:
+        def __init__(self, *given, **options):
+            pass
+
+        def __enter__(self):
+            recording.append(True)
+
+        def __exit__(self, *error):
+            recording.clear()
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    recording, made, alive = [], [], []
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def function(x):
+        activation = x + 1
+        if recording:
+            made.append(weakref.ref(activation))
+            raise kind("not permitted")
+        alive.extend(ref() is not None for ref in made)
+        return activation
+
+    graphed = GraphedFunction(function, warm_up=0)
+    gc.disable()
+    try:
+        if kind is RuntimeError:
+            assert torch.equal(graphed(torch.zeros(2)), torch.ones(2)) and graphed.fault == "not permitted"
+        else:
+            with pytest.raises(kind):
+                graphed(torch.zeros(2))
+            alive.extend(ref() is not None for ref in made)
+    finally:
+        gc.enable()
+    assert alive == [False]
+
+
+def test_an_interruption_is_no_fault_of_the_recording(monkeypatch):
+    class Failing(contextlib.nullcontext):
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", lambda *given, **options: Failing())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def function(x):
+        raise Interrupted(15, at_once=True)
+
+    with pytest.raises(Interrupted):
+        GraphedFunction(function, warm_up=0)(torch.zeros(2))
 
 
 def test_a_recording_begins_without_gradients(graphs, monkeypatch):

@@ -259,7 +259,7 @@ def layout(d, element_size):
         return main, tail, 32, 16, 8 if main + tail <= 64 else 16, 1, None
     if main + tail > 96:
         return main, tail, 32, 16, 4, 2, None
-    return main, tail, 64, 32 if main + tail <= 80 else 16, 4, 3, 168 if main + tail <= 64 else 232
+    return main, tail, 64, 32 if main + tail <= 80 else 16, 4, 3, 168 if main + tail <= 64 else 240
 
 
 @operation("soflow::attention_increment")

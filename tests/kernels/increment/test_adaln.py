@@ -144,9 +144,9 @@ def test_kernel_and_reference_agree(device):
 def test_opcheck(device):
     x, y, gate, shift, scale = (tuple(pair) for pair in token_pairs(1, 2, 8, 0.1, device))
     m = (shift[1], *scale)
-    torch.library.opcheck(adaln._layernorm_modulate, (*x, *m, 1e-6, torch.float32))
+    torch.library.opcheck(adaln._layernorm_modulate.library, (*x, *m, 1e-6, torch.float32))
     for bias in (None, torch.ones(8, device=device)):
-        torch.library.opcheck(adaln._gate_residual, (*x, *y, *gate, bias, *m, 1e-6, torch.bfloat16))
+        torch.library.opcheck(adaln._gate_residual.library, (*x, *y, *gate, bias, *m, 1e-6, torch.bfloat16))
 
 
 def test_compile_equals_eager(device):
