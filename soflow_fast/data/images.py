@@ -1,120 +1,250 @@
-"""Images from a folder or a zip, one folder a class: CLASS/NAME.jpg. All of them are held in memory as uint8."""
+"""Images in a folder or zip, or wherever else there are encoded images: read and scaled when they are asked for."""
 
 import contextlib
-import io
+import hashlib
+import itertools
+import json
 import os
-import warnings
+import stat
+import threading
 import zipfile
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, printable
+from ..files import cache_folder, write_file
+from ..version import __version__
+from .dataset import Contents, Dataset, Files, Wanted, checksum
+from .image_files import BEGINNING, IMAGES, LARGEST_FILE, OTHERS, Folder, begins_like_an_image, ending, is_nobodys
+from .image_labels import classes_of
+from .image_zip import Zip
+from .pixels import decode, examine, quiet, reason
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+LOOKED_AT = 10_000
+"""Names in a folder among which one must be an image, so that it is one of images."""
+SECONDS = 5
+"""Between two lines about a check that takes long."""
+TOGETHER = 32
+"""Images that a thread takes at once to check them."""
+REMEMBERED = 256
+"""Checks of fewer images are not kept: they are soon made again."""
+NAMED = 3
+"""How many of many bad images a line names."""
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-"""The formats that are read, whatever a file is called: for some others Pillow starts a program (EPS)."""
-LARGEST_FILE = 64 * 2**20
 
-
-def load_images(path: str, size: int) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, size, size] uint8 and labels [N] int64, classes numbered in the order of their folders' names.
-
-    Links to folders are followed, as torchvision's ImageFolder does, but not back into a folder that they are in. Gray
-    of 16 bits is rounded to 8. Raises DataError naming the file that is missing, unreadable or of another size.
-    """
-    from PIL import Image
-
-    place = Path(path)
-    if not place.exists():
-        raise DataError(f"--data {path}: no such file or folder")
+def recognises(place: Path) -> bool:
+    """Whether it is a folder or zip with images in it, as far as some of its names tell."""
     try:
-        entries = sorted(_zip_entries(place) if place.is_file() else _folder_entries(place))
-        classes = {name: i for i, name in enumerate(sorted({folder for folder, _ in entries}))}
-        if not entries:
-            raise DataError(f"--data {path}: holds no images ({', '.join(sorted(SUFFIXES))})")
-        images = np.empty((len(entries), size, size, 3), np.uint8)
-        with zipfile.ZipFile(place) if place.is_file() else contextlib.nullcontext() as archive:
-            for i, (_, name) in enumerate(entries):
-                try:
-                    content = _member(archive, name) if archive else (place / name).read_bytes()
-                    with warnings.catch_warnings():
-                        # An image of another size is refused below, before any of it is unpacked.
-                        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                        image = Image.open(io.BytesIO(content), formats=FORMATS)
-                    with image:
-                        got = image.size
-                        images[i] = _rgb(image) if got == (size, size) else 0
-                except Exception as error:  # zip and image decoders raise many kinds; all mean that the file is damaged
-                    raise DataError(f"--data {path}: {name} is no readable image ({type(error).__name__})") from None
-                if got != (size, size):
-                    raise DataError(f"--data {path}: {name} is {got[0]} x {got[1]}, not {size} x {size}")
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"--data {path}: cannot be read ({error})") from None
-    labels = torch.tensor([classes[folder] for folder, _ in entries])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+        if place.is_dir():
+            return any(_looks_like_an_image(file) for file in itertools.islice(_some_files(place), LOOKED_AT))
+        return (
+            place.is_file()
+            and zipfile.is_zipfile(place)
+            and any(ending(name) in IMAGES and not any(map(is_nobodys, name.split("/"))) for name in _last_names(place))
+        )
+    except (OSError, ValueError):
+        return False
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """The content of a zip's member, unpacked no further than to the length that it states."""
-    with archive.open(name) as file:
-        return file.read(archive.getinfo(name).file_size + 1)
+def _some_files(place: Path) -> Iterator[Path]:
+    """Files of a folder and of those in it, without following links to folders."""
+    for folder, folders, files in os.walk(place):
+        folders[:] = [name for name in folders if not is_nobodys(name)]
+        yield from (Path(folder, name) for name in files if not is_nobodys(name))
 
 
-def _check_length(place: Path, name: object, length: int) -> None:
-    if length > LARGEST_FILE:
-        raise DataError(f"--data {place}: {name} unpacks to {length >> 20} MiB, more than an image has")
+def _looks_like_an_image(file: Path) -> bool:
+    kind = ending(file.name)
+    if kind in IMAGES or kind in OTHERS or not file.is_file():
+        return kind in IMAGES
+    with file.open("rb", buffering=0) as opened:
+        return begins_like_an_image(opened.read(BEGINNING))
 
 
-def _rgb(image: "Image") -> np.ndarray:
-    """uint8 [H, W, 3] or, of gray, [H, W, 1]. Of 16-bit colours Pillow itself drops the lower 8 bits."""
-    if image.mode.startswith("I"):  # 16 bits of gray, which Pillow's own conversion would clip at 255
-        return np.rint(np.asarray(image, np.float64) / 257)[..., None]
-    return np.asarray(image.convert("RGB"))
+def _last_names(place: Path) -> Iterator[str]:
+    """The names at the end of a zip's directory, which is the end of the zip."""
+    with place.open("rb") as file:
+        file.seek(max(0, place.stat().st_size - 2**20))
+        entries = file.read(2**20).split(b"PK\1\2")[1:]
+    for entry in entries:
+        yield entry[42 : 42 + int.from_bytes(entry[24:26], "little")].decode("utf-8", "replace")
 
 
-def _folder_entries(place: Path) -> Iterator[tuple[str, str]]:
-    waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(place, frozenset())]
-    while waiting:
-        folder, within = waiting.pop()
-        known = folder.stat()
-        if (known.st_dev, known.st_ino) in within:  # a link back up
-            continue
-        within = within | {(known.st_dev, known.st_ino)}
-        with os.scandir(folder) as found:
-            for entry in found:
-                file = folder / entry.name
-                if file.is_dir() if entry.is_symlink() else entry.is_dir():  # the former bears a link to itself
-                    waiting.append((file, within))
-                elif file.suffix.lower() in SUFFIXES:
-                    relative = file.relative_to(place)
-                    if not file.is_file():
-                        raise DataError(f"--data {place}: {relative} is no file, or a link to none")
-                    _check_length(place, relative, entry.stat().st_size)
-                    yield relative.parent.as_posix(), relative.as_posix()
+def load(place: Path, wanted: Wanted) -> Dataset:
+    """The images of a folder or zip, checked: each was decoded once. Raises DataError."""
+    try:
+        mode = place.stat().st_mode
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):  # the opening of a pipe waits for a writer
+            raise DataError(f"--data {place}: cannot be read (neither a folder nor a file)")
+        found = Folder(place) if stat.S_ISDIR(mode) else Zip(place)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"--data {place}: no such file or folder") from None
+    except DataError:
+        raise
+    except Exception as error:  # of the disk, or of a zip's directory, of which zipfile raises many kinds
+        text = printable(" ".join(str(error).split()))
+        raise DataError(f"--data {place}: cannot be read ({text or type(error).__name__})") from None
+    labels, classes = classes_of(found, str(place))
+    about = {"kind": found.kind, "left_out": found.left_out, "notes": [], "where": str(place)}
+    return image_set(found, labels, classes, wanted, **about, stamp=found.stamp)
 
 
-def _zip_entries(place: Path) -> Iterator[tuple[str, str]]:
-    seen: set[str] = set()
-    with zipfile.ZipFile(place) as archive:
-        for info in archive.infolist():
-            name = PurePosixPath(info.filename)
-            hidden = name.name.startswith("._") or "__MACOSX" in name.parts  # what macOS adds to a zip
-            if name.suffix.lower() not in SUFFIXES or info.is_dir() or hidden:
-                continue
-            if name.is_absolute() or ".." in name.parts or "\\" in info.filename:
-                raise DataError(f"--data {place}: {info.filename!r} points out of the zip")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others know no bound
-                raise DataError(f"--data {place}: {info.filename} is compressed by another method than deflate")
-            if info.filename in seen:  # by its name only the last one could be read
-                raise DataError(f"--data {place}: {info.filename} is in it twice")
-            seen.add(info.filename)
-            _check_length(place, info.filename, info.file_size)
-            yield name.parent.as_posix(), info.filename
+def image_set(
+    files: Files,
+    labels: Tensor,
+    classes: tuple[str, ...],
+    wanted: Wanted,
+    *,
+    kind: str,
+    left_out: Counter[str],
+    notes: list[str],
+    where: str,
+    stamp: str = "",
+) -> Dataset:
+    """A data set of encoded images, checked.
+
+    files: read by several threads at once; an Unreadable that it raises says in words what is wrong with a file.
+    labels: int64 [N]. where: the path in errors. stamp: is another one when a file has changed, so that the outcome of
+    the check can be kept in the user's cache folder; "": it is not kept. Raises DataError for an image that cannot be
+    decoded, unless `wanted.skip_bad`, and for a number of channels other than 1 and 3.
+    """
+    if wanted.channels not in (1, 3):
+        raise DataError(f"--data {where}: images have 1 or 3 channels, not {wanted.channels}: set model.in_channels")
+    bad, transparent, animated = _checked(files, stamp, wanted)
+    if bad and not wanted.skip_bad:
+        first = min(bad)
+        more = f"; and so on, {len(bad)} bad images of {len(labels)}" if len(bad) > 1 else ""
+        raise DataError(f"--data {where}: {printable(files.names[first])} {bad[first]}{more}")
+    if len(bad) == len(labels):
+        raise DataError(f"--data {where}: holds no image that can be read")
+    contents = Contents(kind, classes, Counter(left_out), list(notes))
+    numbers = np.delete(np.arange(len(labels)), sorted(bad))
+    if bad:
+        named = [f"{printable(files.names[number])} {bad[number]}" for number in sorted(bad)]
+        contents.left_out.update(f"bad: {text}" for text in named)
+        contents.notes.append(
+            f"{len(bad)} bad {'images are' if len(bad) > 1 else 'image is'} left out: "
+            + "; ".join(named[:NAMED])
+            + ("; ..." if len(bad) > NAMED else "")
+        )
+    if transparent:
+        contents.notes.append(f"{transparent} transparent {'images' if transparent > 1 else 'image'}: laid over white")
+    if animated:
+        contents.notes.append(f"{animated} {'animations' if animated > 1 else 'animation'}: the first frame is taken")
+    labels = labels[torch.from_numpy(numbers)]
+    contents.checksum = checksum((files.names[i] for i in numbers), np.asarray(files.sizes)[numbers], labels)
+    return ImageSet(files, numbers, labels, contents, wanted, where)
+
+
+class ImageSet(Dataset):
+    """numbers: int64 [N], the files of the samples."""
+
+    def __init__(
+        self, files: Files, numbers: np.ndarray, labels: Tensor, contents: Contents, wanted: Wanted, where: str
+    ) -> None:
+        self.labels, self.contents = labels, contents
+        self.shape = wanted.channels, wanted.size, wanted.size
+        self._files, self._numbers, self._where = files, numbers, where
+        self._wanted = wanted._replace(say=Wanted._field_defaults["say"])
+
+    @quiet
+    def read(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """uint8 [n, C, size, size]; see Dataset."""
+        pixels = torch.empty((len(index), *self.shape), dtype=torch.uint8)
+        into = pixels.numpy()
+        for i, number in enumerate(self._numbers[index.numpy()].tolist()):
+            try:
+                into[i] = decode(self._files.read(number), self._wanted)
+            except Exception as error:
+                raise DataError(
+                    f"--data {self._where}: {printable(self._files.names[number])} {reason(error)}"
+                ) from None
+        if mirrored is not None:
+            pixels[mirrored] = pixels[mirrored].flip(3)
+        return pixels
+
+
+Outcome = tuple[dict[int, str], int, int]
+"""What is wrong with the images that are bad, by their numbers; how many are transparent, and how many animations."""
+
+
+def _checked(files: Files, stamp: str, wanted: Wanted) -> Outcome:
+    """The outcome of the check, from the cache folder if it was made before."""
+    count = len(files.names)
+    if not stamp or count < REMEMBERED:
+        return _check(files, wanted)
+    digest = hashlib.sha256(repr((__version__, PIL.__version__, stamp)).encode())
+    digest.update(checksum(files.names, np.asarray(files.sizes), torch.empty(0, dtype=torch.int64)).encode())
+    path = cache_folder() / "images" / f"{digest.hexdigest()}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        kept = json.loads(path.read_bytes())
+        bad = {int(number): str(text) for number, text in kept["bad"].items()}
+        if all(0 <= number < count for number in bad):
+            return bad, int(kept["transparent"]), int(kept["animated"])
+    bad, transparent, animated = _check(files, wanted)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {"bad": bad, "transparent": transparent, "animated": animated}
+        write_file(path, json.dumps(values).encode(), synced=False)
+    return bad, transparent, animated
+
+
+@quiet
+def _check(files: Files, wanted: Wanted) -> Outcome:
+    """Decode every image once, with a thread for each processor."""
+    count = len(files.names)
+    starts = iter(range(0, count, TOGETHER))
+    lock, stopped = threading.Lock(), threading.Event()
+    bad: dict[int, str] = {}
+    seen = Counter[str]()
+
+    def work() -> None:
+        while not stopped.is_set():
+            with lock:
+                start = next(starts, None)
+            if start is None:
+                return
+            numbers = range(start, min(start + TOGETHER, count))
+            outcomes = [_examined(files, number) for number in numbers]
+            with lock:
+                seen["checked"] += len(numbers)
+                for number, outcome in zip(numbers, outcomes, strict=True):
+                    if isinstance(outcome, str):
+                        bad[number] = outcome
+                    else:
+                        seen.update(outcome)
+
+    threads = min(_processors(), -(-count // TOGETHER))
+    with ThreadPoolExecutor(threads, "check") as pool:
+        working = [pool.submit(work) for _ in range(threads)]
+        try:
+            while wait(working, SECONDS).not_done:
+                wanted.say(f"checking images: {seen['checked']} of {count}, {len(bad)} bad")
+        finally:
+            stopped.set()
+    for done in working:
+        done.result()
+    return bad, seen["transparent"], seen["animated"]
+
+
+def _examined(files: Files, number: int) -> Iterable[str] | str:
+    """What is to be said of an image; in a text, what is wrong with it."""
+    size = int(files.sizes[number])
+    if size > LARGEST_FILE:
+        return f"unpacks to {size >> 20} MiB ({size} bytes), and at most {LARGEST_FILE >> 20} MiB are read"
+    try:
+        transparent, animated = examine(files.read(number))
+    except Exception as error:
+        return reason(error)
+    return [word for word, said in (("transparent", transparent), ("animated", animated)) if said]
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

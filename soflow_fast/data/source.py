@@ -1,6 +1,7 @@
 """The interface of every data set, and the order in which a run sees it."""
 
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from ..config.schema import Config
 from ..errors import DataError
 from ..rng import generator
+from .dataset import Wanted
 
 
 class Source:
@@ -60,9 +62,10 @@ def open_source(config: Config) -> Source:
     elif kind == "images":
         if not path:
             raise DataError(f"--data is missing: preset {config.preset} needs a folder or zip of images, CLASS/NAME")
-        from .images import load_images
+        from .images import load
 
-        images, labels = load_images(path, config.model.input_size)
+        found = load(Path(path), Wanted(config.model.input_size, config.model.in_channels))
+        images, labels = found.read(torch.arange(len(found))), found.labels
     else:
         raise DataError(
             f"data.kind {kind!r}: this version cannot read VAE latents yet; --dry-run shows what such a run needs"

@@ -1,0 +1,199 @@
+"""Folders: which of their files are images, and what is in each. What is kept of a file is its name and two numbers."""
+
+import abc
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from ..files import read_file
+from .pixels import Unreadable
+
+IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff"}
+OTHERS = {
+    ".avi", ".bin", ".bz2", ".cfg", ".cr2", ".csv", ".dng", ".gz", ".h5", ".html", ".ini", ".json", ".jsonl", ".log",
+    ".mat", ".md", ".mov", ".mp3", ".mp4", ".nef", ".npy", ".npz", ".pdf", ".parquet", ".pkl", ".pt", ".pth", ".py",
+    ".rar", ".safetensors", ".sh", ".svg", ".tar", ".toml", ".tsv", ".txt", ".wav", ".xml", ".xz", ".yaml", ".zip",
+}  # fmt: skip
+"""Endings of files that are no images; those with an ending in neither list are images if they begin like one."""
+LABELS = frozenset({"dataset.json", "metadata.jsonl", "metadata.csv"})
+NOBODYS = frozenset({"__macosx", "@eadir", "thumbs.db", "desktop.ini"})
+"""What computers add to folders, beside names with a leading dot."""
+LARGEST_FILE = 64 * 2**20
+LARGEST_TEXT = 512 * 2**20
+BEGINNING = 32
+"""Bytes by which the kind of a file is known."""
+NO_FILE = (0, -(2**63))
+"""Size and time of what has an image's name and is none."""
+
+
+def is_nobodys(name: str) -> bool:
+    """Whether a file or folder is one that a computer made for itself."""
+    return (name[:1] == "." and name not in (".", "..")) or name.lower() in NOBODYS
+
+
+def ending(name: str) -> str:
+    """Of a file's name or path, in lower case; "no ending"."""
+    return os.path.splitext(name)[1].lower() or "no ending"
+
+
+def begins_like_an_image(content: bytes) -> bool:
+    """Whether a file's first bytes are those of a format that is read."""
+    if content[:2] == b"BM":
+        return int.from_bytes(content[14:18], "little") in (12, 40, 52, 56, 64, 108, 124)
+    if content[:4] == b"RIFF":
+        return content[8:12] == b"WEBP"
+    begins = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    return content.startswith(begins)
+
+
+class Names(Sequence[str]):
+    """Names one after the other in one piece of memory, and where each ends."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [name.encode("utf-8", "surrogatepass") for name in names]
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self._text = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[str]: ...
+    def __getitem__(self, number: int | slice) -> str | Sequence[str]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self._text[self._ends[number] : self._ends[number + 1]].decode("utf-8", "surrogatepass")
+
+
+class Listing(abc.ABC):
+    """The images of a folder or zip, in the order of their names, and what else it holds."""
+
+    kind: str
+    names: Sequence[str]
+    sizes: np.ndarray
+    folders: set[str]
+    """All that are somebody's, whatever they hold, without the one that is listed."""
+    labels: list[str]
+    """Files that may say the classes."""
+    left_out: Counter[str]
+    stamp: str
+    """Another one, when anything of it has changed."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = os.path.abspath(place)
+        self.folders, self.labels, self.left_out = set(), [], Counter()
+
+    @abc.abstractmethod
+    def read(self, number: int) -> bytes:
+        """The content of an image; in any thread or process. Raises OSError and what libraries raise of damage."""
+
+    @abc.abstractmethod
+    def text(self, name: str) -> bytes:
+        """The content of one of `labels`. Raises as `read` does."""
+
+    def _is_image(self, name: str, beginning: Any) -> bool:
+        """Counts what is none. beginning(): the first bytes; what cannot be read is taken for an image, hence named."""
+        kind = ending(name)
+        if kind in IMAGES:
+            return True
+        if name.rpartition("/")[2] in LABELS:
+            self.labels.append(name)
+            return False
+        try:
+            found = kind not in OTHERS and begins_like_an_image(beginning())
+        except Exception:
+            return True
+        if not found:
+            self.left_out[kind] += 1
+        return found
+
+    def _add_folder(self, name: str) -> None:
+        while name and name not in self.folders:
+            self.folders.add(name)
+            name = name.rpartition("/")[0]
+
+    def _keep(self, names: list[str], rows: Any, kind: Any) -> np.ndarray:
+        """Sort the images by their names; returns the rows, sorted likewise."""
+        order = sorted(range(len(names)), key=names.__getitem__)
+        self.names = Names(names[i] for i in order)
+        return np.array(rows, dtype=kind)[np.array(order, dtype=np.int64)]
+
+
+class Folder(Listing):
+    """Links are followed, but not back into a folder that they are in."""
+
+    kind = "folder of images"
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(place)
+        names, rows = [], []
+        for name, status in self._walk():
+            row = (status.st_size, status.st_mtime_ns) if status and stat.S_ISREG(status.st_mode) else NO_FILE
+            if self._is_image(name, lambda: self._beginning(name) if row != NO_FILE else b""):  # noqa: B023
+                names.append(name)
+                rows.append(row)
+        table = self._keep(names, rows, np.int64).reshape(-1, 2)
+        self.sizes, self._times = np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
+        self.stamp = hashlib.sha256(self._times.tobytes()).hexdigest()
+
+    def _walk(self) -> Iterator[tuple[str, os.stat_result | None]]:
+        """All files, by their paths in the folder; None: a link to nothing."""
+        waiting: list[tuple[str, frozenset[tuple[int, int]], bool]] = [("", frozenset(), False)]
+        while waiting:
+            folder, within, hidden = waiting.pop()
+            path = os.path.join(self.place, folder)
+            try:
+                known = os.stat(path)
+                with os.scandir(path) as found:
+                    entries = list(found)
+            except OSError:
+                if hidden:
+                    continue
+                raise
+            if (known.st_dev, known.st_ino) in within:  # a link back up
+                continue
+            within = within | {(known.st_dev, known.st_ino)}
+            if not hidden:
+                self._add_folder(folder)
+            for entry in entries:
+                name, nobodys = f"{folder}/{entry.name}".lstrip("/"), hidden or is_nobodys(entry.name)
+                try:
+                    status = entry.stat()
+                except OSError:
+                    status = None
+                if status and stat.S_ISDIR(status.st_mode):
+                    if not (nobodys and entry.is_symlink()):
+                        waiting.append((name, within, nobodys))
+                elif nobodys:
+                    self.left_out["hidden"] += 1
+                else:
+                    yield name, status
+
+    def _beginning(self, name: str) -> bytes:
+        with open(os.path.join(self.place, name), "rb", buffering=0) as file:
+            return file.read(BEGINNING)
+
+    def read(self, number: int) -> bytes:
+        path, size, time = Path(self.place, self.names[number]), int(self.sizes[number]), int(self._times[number])
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            status = None
+        if not status or not stat.S_ISREG(status.st_mode) or (size, time) == NO_FILE:
+            raise Unreadable("is no file, or a link to none")
+        if (status.st_size, status.st_mtime_ns) != (size, time):
+            raise Unreadable("has changed since the data set was opened")
+        return read_file(path, size, follow=True)
+
+    def text(self, name: str) -> bytes:
+        return read_file(Path(self.place, name), LARGEST_TEXT, follow=True)

@@ -1,0 +1,123 @@
+"""Zips of images. Nothing is unpacked to disk, and what is kept of a member is its name and a row of numbers."""
+
+import hashlib
+import itertools
+import os
+import struct
+import weakref
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError, printable
+from .image_files import BEGINNING, LARGEST_FILE, LARGEST_TEXT, Listing, is_nobodys
+from .pixels import Unreadable
+
+ROW = np.dtype([(name, "<i8") for name in ("offset", "packed", "size", "crc", "method", "flags", "name")])
+"""What is kept of a zip's member: where its header lies, its bytes in the zip and unpacked, the sums of its content and
+of its name, and how it is compressed."""
+HEADER = struct.Struct("<4s22xHH")
+"""Of a member, as far as it is asked for: signature, lengths of the name and of what follows it."""
+
+
+class Zip(Listing):
+    """Members are read by what the zip's directory says of them, which is read once, here."""
+
+    kind = "zip of images"
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(place)
+        self._handle = (0, -1)
+        status = os.stat(place)
+        self._status = status.st_size, status.st_mtime_ns
+        with zipfile.ZipFile(place) as archive:
+            members = archive.infolist()
+        names, rows, self._labels = [], [], {}
+        for info in members:
+            parts = [part for part in info.filename.split("/") if part not in ("", ".")]
+            name = "/".join(parts)
+            if any(map(is_nobodys, parts)):
+                self.left_out["hidden"] += not info.is_dir()
+            elif info.is_dir():
+                self._add_folder(name)
+            else:
+                row = _row(info)
+                self._add_folder("/".join(parts[:-1]))
+                if self._is_image(name, lambda: self._unpacked(row, BEGINNING)):  # noqa: B023
+                    if info.filename.startswith("/") or ".." in parts or "\\" in name:
+                        raise DataError(f"--data {place}: {info.filename!r} points out of the zip")
+                    names.append(name)
+                    rows.append(row)
+                elif name in self.labels:
+                    self._labels[name] = row
+        for one, next_one in itertools.pairwise(sorted(self.labels)):
+            if one == next_one:
+                raise DataError(f"--data {place}: {printable(one)} is in it twice")
+        self._rows = self._keep(names, rows, ROW)
+        self.sizes = np.ascontiguousarray(self._rows["size"])
+        for one, next_one in itertools.pairwise(self.names):
+            if one == next_one:
+                raise DataError(f"--data {place}: {printable(one)} is in it twice")
+        self.stamp = hashlib.sha256(repr(self._status).encode() + self._rows.tobytes()).hexdigest()
+
+    def read(self, number: int) -> bytes:
+        status = os.stat(self.place)
+        if (status.st_size, status.st_mtime_ns) != self._status:
+            raise Unreadable("cannot be read: the zip has changed since it was opened")
+        return self._unpacked(self._rows[number].item(), LARGEST_FILE)
+
+    def text(self, name: str) -> bytes:
+        content = self._unpacked(self._labels[name], LARGEST_TEXT + 1)
+        if len(content) > LARGEST_TEXT:
+            raise Unreadable(f"has more than {LARGEST_TEXT} bytes")
+        return content
+
+    def _open(self) -> int:
+        """The handle of the zip, opened once in each process."""
+        process, handle = self._handle
+        if process != os.getpid():
+            handle = os.open(self.place, os.O_RDONLY)
+            weakref.finalize(self, os.close, handle)
+            self._handle = os.getpid(), handle
+        return handle
+
+    def _unpacked(self, row: tuple[int, ...], most: int) -> bytes:
+        """The content of a member; the beginning, if it has more bytes than `most`."""
+        offset, packed, size, crc, method, flags, name = row
+        if flags & 0x61:
+            raise Unreadable("is encrypted")
+        if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others know no bound
+            raise Unreadable("is compressed by another method than deflate")
+        longest = 2 * min(size, most) + 2**16  # what is kept as it is, and some for the headers of deflate
+        wrong = packed != size if method == zipfile.ZIP_STORED else size <= most and packed > longest
+        if not 0 <= offset < self._status[0] or packed < 0 or wrong:
+            raise zipfile.BadZipFile("its entry in the zip's directory is damaged")
+        handle = self._open()
+        signature, name_length, more = HEADER.unpack(_exactly(handle, HEADER.size, offset))
+        stored = _exactly(handle, name_length, offset + HEADER.size)
+        if signature != b"PK\3\4" or zlib.crc32(stored) != name:
+            raise zipfile.BadZipFile("its header is not that of the zip's directory")
+        start = offset + HEADER.size + name_length + more
+        content = _exactly(handle, min(packed, longest), start)
+        if method == zipfile.ZIP_DEFLATED:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, min(size + 1, most))
+        if size > most:
+            return content[:most]
+        if len(content) != size or zlib.crc32(content) != crc:
+            raise zipfile.BadZipFile("its content is damaged")
+        return content
+
+
+def _row(info: zipfile.ZipInfo) -> tuple[int, ...]:
+    name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+    numbers = info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type, info.flag_bits
+    return *(min(number, 2**62) for number in numbers), zlib.crc32(name)
+
+
+def _exactly(handle: int, length: int, offset: int) -> bytes:
+    content = os.pread(handle, length, offset)
+    if len(content) != length:
+        raise zipfile.BadZipFile("it is cut off")
+    return content
