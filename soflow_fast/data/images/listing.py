@@ -1,24 +1,20 @@
-"""Folders: which of their files are images, and what is in each. What is kept of a file is its name and two numbers."""
+"""What folders and zips of images share: which files are images, and names that take little memory."""
 
 import abc
-import hashlib
 import os
-import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from ..files import read_file
-from .pixels import Unreadable
-
 IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff"}
 OTHERS = {
     ".avi", ".bin", ".bz2", ".cfg", ".cr2", ".csv", ".dng", ".gz", ".h5", ".html", ".ini", ".json", ".jsonl", ".log",
     ".mat", ".md", ".mov", ".mp3", ".mp4", ".nef", ".npy", ".npz", ".pdf", ".parquet", ".pkl", ".pt", ".pth", ".py",
-    ".rar", ".safetensors", ".sh", ".svg", ".tar", ".toml", ".tsv", ".txt", ".wav", ".xml", ".xz", ".yaml", ".zip",
+    ".rar", ".safetensors", ".sh", ".svg", ".tar", ".toml", ".tsv", ".txt", ".wav", ".xml", ".xz", ".yaml", ".yml",
+    ".zip",
 }  # fmt: skip
 """Endings of files that are no images; those with an ending in neither list are images if they begin like one."""
 LABELS = frozenset({"dataset.json", "metadata.jsonl", "metadata.csv"})
@@ -28,13 +24,12 @@ LARGEST_FILE = 64 * 2**20
 LARGEST_TEXT = 512 * 2**20
 BEGINNING = 32
 """Bytes by which the kind of a file is known."""
-NO_FILE = (0, -(2**63))
-"""Size and time of what has an image's name and is none."""
 
 
 def is_nobodys(name: str) -> bool:
     """Whether a file or folder is one that a computer made for itself."""
-    return (name[:1] == "." and name not in (".", "..")) or name.lower() in NOBODYS
+    hidden = name.startswith(".") and name not in (".", "..") and "\\" not in name
+    return hidden or name.lower() in NOBODYS
 
 
 def ending(name: str) -> str:
@@ -127,73 +122,3 @@ class Listing(abc.ABC):
         order = sorted(range(len(names)), key=names.__getitem__)
         self.names = Names(names[i] for i in order)
         return np.array(rows, dtype=kind)[np.array(order, dtype=np.int64)]
-
-
-class Folder(Listing):
-    """Links are followed, but not back into a folder that they are in."""
-
-    kind = "folder of images"
-
-    def __init__(self, place: Path) -> None:
-        super().__init__(place)
-        names, rows = [], []
-        for name, status in self._walk():
-            row = (status.st_size, status.st_mtime_ns) if status and stat.S_ISREG(status.st_mode) else NO_FILE
-            if self._is_image(name, lambda: self._beginning(name) if row != NO_FILE else b""):  # noqa: B023
-                names.append(name)
-                rows.append(row)
-        table = self._keep(names, rows, np.int64).reshape(-1, 2)
-        self.sizes, self._times = np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
-        self.stamp = hashlib.sha256(self._times.tobytes()).hexdigest()
-
-    def _walk(self) -> Iterator[tuple[str, os.stat_result | None]]:
-        """All files, by their paths in the folder; None: a link to nothing."""
-        waiting: list[tuple[str, frozenset[tuple[int, int]], bool]] = [("", frozenset(), False)]
-        while waiting:
-            folder, within, hidden = waiting.pop()
-            path = os.path.join(self.place, folder)
-            try:
-                known = os.stat(path)
-                with os.scandir(path) as found:
-                    entries = list(found)
-            except OSError:
-                if hidden:
-                    continue
-                raise
-            if (known.st_dev, known.st_ino) in within:  # a link back up
-                continue
-            within = within | {(known.st_dev, known.st_ino)}
-            if not hidden:
-                self._add_folder(folder)
-            for entry in entries:
-                name, nobodys = f"{folder}/{entry.name}".lstrip("/"), hidden or is_nobodys(entry.name)
-                try:
-                    status = entry.stat()
-                except OSError:
-                    status = None
-                if status and stat.S_ISDIR(status.st_mode):
-                    if not (nobodys and entry.is_symlink()):
-                        waiting.append((name, within, nobodys))
-                elif nobodys:
-                    self.left_out["hidden"] += 1
-                else:
-                    yield name, status
-
-    def _beginning(self, name: str) -> bytes:
-        with open(os.path.join(self.place, name), "rb", buffering=0) as file:
-            return file.read(BEGINNING)
-
-    def read(self, number: int) -> bytes:
-        path, size, time = Path(self.place, self.names[number]), int(self.sizes[number]), int(self._times[number])
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            status = None
-        if not status or not stat.S_ISREG(status.st_mode) or (size, time) == NO_FILE:
-            raise Unreadable("is no file, or a link to none")
-        if (status.st_size, status.st_mtime_ns) != (size, time):
-            raise Unreadable("has changed since the data set was opened")
-        return read_file(path, size, follow=True)
-
-    def text(self, name: str) -> bytes:
-        return read_file(Path(self.place, name), LARGEST_TEXT, follow=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DataError, printable
-from .image_files import BEGINNING, LARGEST_FILE, LARGEST_TEXT, Listing, is_nobodys
+from ...errors import DataError, printable
+from .listing import BEGINNING, LABELS, LARGEST_FILE, LARGEST_TEXT, Listing, is_nobodys
 from .pixels import Unreadable
 
 ROW = np.dtype([(name, "<i8") for name in ("offset", "packed", "size", "crc", "method", "flags", "name")])
@@ -50,7 +50,7 @@ class Zip(Listing):
                         raise DataError(f"--data {place}: {info.filename!r} points out of the zip")
                     names.append(name)
                     rows.append(row)
-                elif name in self.labels:
+                elif parts[-1:] and parts[-1] in LABELS:
                     self._labels[name] = row
         for one, next_one in itertools.pairwise(sorted(self.labels)):
             if one == next_one:

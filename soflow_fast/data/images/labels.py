@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError, printable
-from .dataset import by_name
-from .image_files import IMAGES, LABELS, Listing
+from ...errors import DataError, printable
+from ..dataset import by_name
+from .listing import IMAGES, LABELS, Listing
 
 SPLITS = {"train", "val", "valid", "validation", "test"}
 COLUMNS = ("label", "labels", "class")

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import os
 import re
 import threading
 import warnings
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from ..errors import printable
-from .dataset import Wanted
+from ...errors import printable
+from ..dataset import Wanted
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
 """The formats that are read, whatever a file is called: for some others Pillow starts a program (EPS)."""
@@ -45,6 +46,8 @@ def reason(error: Exception) -> str:
     """What is wrong with a file, after its name: decoders raise many kinds of errors, which mean that it is damaged."""
     if isinstance(error, Unreadable):
         return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({os.strerror(error.errno)})"
     kind, text = type(error).__name__, printable(" ".join(str(error).split()))
     named = isinstance(error, UnidentifiedImageError) or not text
     return f"is no readable image ({kind})" if named else f"is no readable image ({kind}: {text[:200]})"
@@ -153,7 +156,7 @@ def _levels(image: Image.Image, clear: Any) -> tuple[Image.Image, Image.Image | 
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16") or image.format == "PNG":
-        white = 4095 if tags.get(258) == (12,) else 65535
+        white = 4095 if tags.get(258) in (12, (12,)) else 65535
     else:
         low, high = float(values.min()), float(values.max())
         whites = [white for white in ((1, 255, 65535) if image.mode == "F" else (255, 65535)) if high <= white]
