@@ -43,7 +43,7 @@ def classes_of(found: Listing, where: str) -> tuple[Tensor, tuple[str, ...]]:
         first, second = (printable(folder) for folder in splits[:2])
         hint = "a zip of one of them is needed" if found.kind.startswith("zip") else f"name one, --data {where}/{first}"
         raise DataError(f"--data {where}: holds {first} and {second} side by side: {hint}")
-    files = [file for file in found.labels if file.rpartition("/")[0] == root]
+    files = [file for file in sorted(found.labels) if file.rpartition("/")[0] == root]
     lost = [file for file in found.labels if file not in files and _last(file) != "dataset.json"]
     if len(files) > 1:
         raise DataError(f"--data {where}: both {printable(files[0])} and {printable(files[1])} say the classes")

@@ -38,7 +38,9 @@ class Zip(Listing):
         for info in members:
             parts = [part for part in info.filename.split("/") if part not in ("", ".")]
             name = "/".join(parts)
-            if any(map(is_nobodys, parts)):
+            seen = list(itertools.takewhile(lambda part: not is_nobodys(part), parts))
+            if len(seen) < len(parts):
+                self._add_folder("/".join(seen))
                 self.left_out["hidden"] += not info.is_dir()
             elif info.is_dir():
                 self._add_folder(name)
