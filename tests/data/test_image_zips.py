@@ -1,6 +1,7 @@
 """Zips of images: memory, damage, and the kinds of zips."""
 
 import io
+import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -12,6 +13,8 @@ from pictures import WANTED, archive, picture, refusal, values
 from soflow_fast.data import images
 from soflow_fast.data.images import load, recognises
 from soflow_fast.data.images.listing import Names
+from soflow_fast.data.images.zip_directory import members
+from soflow_fast.errors import DataError
 
 
 def test_names_take_their_bytes_only() -> None:
@@ -85,3 +88,66 @@ def test_damage_of_a_zips_member(tmp_path: Path) -> None:
             assert refusal(place).startswith(f"{name} is no readable image ("), (i, at)
             assert len(load(place, WANTED._replace(skip_bad=True))) == 3
         place.write_bytes(whole)
+
+
+def of_64_bits(file: zipfile.ZipFile) -> None:
+    with file.open("a/x.png", "w", force_zip64=True) as member:
+        member.write(picture())
+
+
+def with_a_comment(file: zipfile.ZipFile) -> None:
+    file.writestr("a/x.png", picture())
+    file.comment = b"PK\1\2 and so on" * 1000
+
+
+def of_many_members(file: zipfile.ZipFile) -> None:
+    for i in range(2**16 + 5):  # more than 16 bits count
+        file.writestr(zipfile.ZipInfo(f"{i}.txt"), b"")
+
+
+def of_names_and_remarks(file: zipfile.ZipFile) -> None:
+    for i in range(300):
+        info = zipfile.ZipInfo(f"a/{'ä' * (i % 2)}{'x' * 200}{i}.png")
+        info.comment, info.extra = b"c" * 60_000, struct.pack("<HH", 99, i) + bytes(i)
+        file.writestr(info, picture(i % 200))
+
+
+def after_three_gigabytes(file: zipfile.ZipFile) -> None:
+    """And five, so that offsets have 32 bits and more; the file is sparse."""
+    for i in range(3):
+        file.writestr(f"a/{i}.png", picture(i))
+        assert file.fp
+        file.start_dir += 3 * 2**30  # type: ignore[attr-defined]
+        file.fp.seek(file.start_dir)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [of_64_bits, with_a_comment, of_many_members, of_names_and_remarks, after_three_gigabytes, lambda file: None],
+)
+def test_the_directory_is_read_as_zipfile_reads_it(tmp_path: Path, fill: Any) -> None:
+    for before in (b"", b"#!/bin/sh\n" * 100):
+        place = tmp_path / f"{len(before)}.zip"
+        place.write_bytes(before)
+        with zipfile.ZipFile(place, "a") as file:
+            fill(file)
+        with zipfile.ZipFile(place) as file, place.open("rb") as opened:
+            expected = [(i.filename, i.header_offset, i.compress_size, i.file_size, i.CRC) for i in file.infolist()]
+            found = list(members(opened.fileno(), place.stat().st_size))
+            assert [(name, m.offset, m.packed, m.size, m.crc) for name, m in found] == expected
+        if expected and expected[0][0].endswith(".png"):
+            assert len(load(place, WANTED)) == len(expected)
+
+
+def test_every_damaged_byte_of_a_directory_is_refused_or_harmless(tmp_path: Path) -> None:
+    place = archive(tmp_path / "set", {f"a/{i}.png": picture(i) for i in range(3)})
+    whole = place.read_bytes()
+    for at in range(whole.index(b"PK\1\2"), len(whole)):
+        for change in (0x01, 0x80, 0xFF):
+            place.write_bytes(whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :])
+            try:
+                assert set(values(load(place, WANTED))) <= {0, 1, 2}
+            except DataError as error:
+                assert str(error).startswith(f"--data {place}: ") and "\n" not in str(error)
+        place.write_bytes(whole[:at])
+        assert "cannot be read (BadZipFile" in refusal(place) or "cannot be read (it" in refusal(place)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,13 +24,13 @@ class Folder(Listing):
 
     def __init__(self, place: Path) -> None:
         super().__init__(place)
-        names, rows = [], []
+        names, rows = [], array("q")
         for name, status in self._walk():
             row = (status.st_size, status.st_mtime_ns) if status and stat.S_ISREG(status.st_mode) else NO_FILE
             if self._is_image(name, lambda: self._beginning(name) if row != NO_FILE else b""):  # noqa: B023
                 names.append(name)
-                rows.append(row)
-        table = self._keep(names, rows, np.int64).reshape(-1, 2)
+                rows.extend(row)
+        table = self._keep(names, rows, 2)
         self.sizes, self._times = np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
         self.stamp = hashlib.sha256(self._times.tobytes()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 import abc
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -51,9 +52,11 @@ class Names(Sequence[str]):
     """Names one after the other in one piece of memory, and where each ends."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        encoded = [name.encode("utf-8", "surrogatepass") for name in names]
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        self._text = b"".join(encoded)
+        text, ends = bytearray(), array("q", [0])
+        for name in names:
+            text += name.encode("utf-8", "surrogatepass")
+            ends.append(len(text))
+        self._text, self._ends = bytes(text), np.array(ends)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -117,8 +120,8 @@ class Listing(abc.ABC):
             self.folders.add(name)
             name = name.rpartition("/")[0]
 
-    def _keep(self, names: list[str], rows: Any, kind: Any) -> np.ndarray:
-        """Sort the images by their names; returns the rows, sorted likewise."""
+    def _keep(self, names: list[str], rows: array, columns: int) -> np.ndarray:
+        """Sort the images by their names; returns the rows, int64 [N, columns], sorted likewise."""
         order = sorted(range(len(names)), key=names.__getitem__)
         self.names = Names(names[i] for i in order)
-        return np.array(rows, dtype=kind)[np.array(order, dtype=np.int64)]
+        return np.array(rows, np.int64).reshape(-1, columns)[np.array(order, np.int64)]

@@ -7,6 +7,7 @@ import struct
 import weakref
 import zipfile
 import zlib
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,8 @@ import numpy as np
 from ...errors import DataError, printable
 from .listing import BEGINNING, LABELS, LARGEST_FILE, LARGEST_TEXT, Listing, is_nobodys
 from .pixels import Unreadable
+from .zip_directory import Member, exactly, members
 
-ROW = np.dtype([(name, "<i8") for name in ("offset", "packed", "size", "crc", "method", "flags", "name")])
-"""What is kept of a zip's member: where its header lies, its bytes in the zip and unpacked, the sums of its content and
-of its name, and how it is compressed."""
 HEADER = struct.Struct("<4s22xHH")
 """Of a member, as far as it is asked for: signature, lengths of the name and of what follows it."""
 
@@ -32,33 +31,30 @@ class Zip(Listing):
         self._handle = (0, -1)
         status = os.stat(place)
         self._status = status.st_size, status.st_mtime_ns
-        with zipfile.ZipFile(place) as archive:
-            members = archive.infolist()
-        names, rows, self._labels = [], [], {}
-        for info in members:
-            parts = [part for part in info.filename.split("/") if part not in ("", ".")]
+        names, rows, self._labels = [], array("q"), {}
+        for told, member in members(self._open(), status.st_size):
+            parts = [part for part in told.split("/") if part not in ("", ".")]
             name = "/".join(parts)
             seen = list(itertools.takewhile(lambda part: not is_nobodys(part), parts))
             if len(seen) < len(parts):
                 self._add_folder("/".join(seen))
-                self.left_out["hidden"] += not info.is_dir()
-            elif info.is_dir():
+                self.left_out["hidden"] += not told.endswith("/")
+            elif told.endswith("/"):
                 self._add_folder(name)
             else:
-                row = _row(info)
                 self._add_folder("/".join(parts[:-1]))
-                if self._is_image(name, lambda: self._unpacked(row, BEGINNING)):  # noqa: B023
-                    if info.filename.startswith("/") or ".." in parts or "\\" in name:
-                        raise DataError(f"--data {place}: {info.filename!r} points out of the zip")
+                if self._is_image(name, lambda: self._unpacked(member, BEGINNING)):  # noqa: B023
+                    if told.startswith("/") or ".." in parts or "\\" in name:
+                        raise DataError(f"--data {place}: {told!r} points out of the zip")
                     names.append(name)
-                    rows.append(row)
+                    rows.extend(member)
                 elif parts[-1:] and parts[-1] in LABELS:
-                    self._labels[name] = row
+                    self._labels[name] = member
         for one, next_one in itertools.pairwise(sorted(self.labels)):
             if one == next_one:
                 raise DataError(f"--data {place}: {printable(one)} is in it twice")
-        self._rows = self._keep(names, rows, ROW)
-        self.sizes = np.ascontiguousarray(self._rows["size"])
+        self._rows = self._keep(names, rows, len(Member._fields))
+        self.sizes = np.ascontiguousarray(self._rows[:, Member._fields.index("size")])
         for one, next_one in itertools.pairwise(self.names):
             if one == next_one:
                 raise DataError(f"--data {place}: {printable(one)} is in it twice")
@@ -68,7 +64,7 @@ class Zip(Listing):
         status = os.stat(self.place)
         if (status.st_size, status.st_mtime_ns) != self._status:
             raise Unreadable("cannot be read: the zip has changed since it was opened")
-        return self._unpacked(self._rows[number].item(), LARGEST_FILE)
+        return self._unpacked(Member(*self._rows[number].tolist()), LARGEST_FILE)
 
     def text(self, name: str) -> bytes:
         content = self._unpacked(self._labels[name], LARGEST_TEXT + 1)
@@ -85,9 +81,9 @@ class Zip(Listing):
             self._handle = os.getpid(), handle
         return handle
 
-    def _unpacked(self, row: tuple[int, ...], most: int) -> bytes:
+    def _unpacked(self, member: Member, most: int) -> bytes:
         """The content of a member; the beginning, if it has more bytes than `most`."""
-        offset, packed, size, crc, method, flags, name = row
+        offset, packed, size, crc, method, flags, name = member
         if flags & 0x61:
             raise Unreadable("is encrypted")
         if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others know no bound
@@ -97,12 +93,12 @@ class Zip(Listing):
         if not 0 <= offset < self._status[0] or packed < 0 or wrong:
             raise zipfile.BadZipFile("its entry in the zip's directory is damaged")
         handle = self._open()
-        signature, name_length, more = HEADER.unpack(_exactly(handle, HEADER.size, offset))
-        stored = _exactly(handle, name_length, offset + HEADER.size)
+        signature, name_length, more = HEADER.unpack(exactly(handle, HEADER.size, offset))
+        stored = exactly(handle, name_length, offset + HEADER.size)
         if signature != b"PK\3\4" or zlib.crc32(stored) != name:
             raise zipfile.BadZipFile("its header is not that of the zip's directory")
         start = offset + HEADER.size + name_length + more
-        content = _exactly(handle, min(packed, longest), start)
+        content = exactly(handle, min(packed, longest), start)
         if method == zipfile.ZIP_DEFLATED:
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, min(size + 1, most))
         if size > most:
@@ -110,16 +106,3 @@ class Zip(Listing):
         if len(content) != size or zlib.crc32(content) != crc:
             raise zipfile.BadZipFile("its content is damaged")
         return content
-
-
-def _row(info: zipfile.ZipInfo) -> tuple[int, ...]:
-    name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-    numbers = info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type, info.flag_bits
-    return *(min(number, 2**62) for number in numbers), zlib.crc32(name)
-
-
-def _exactly(handle: int, length: int, offset: int) -> bytes:
-    content = os.pread(handle, length, offset)
-    if len(content) != length:
-        raise zipfile.BadZipFile("it is cut off")
-    return content
