@@ -41,6 +41,13 @@ def read_file(path: Path, most: int, *, follow: bool = False) -> bytes:
         os.close(handle)
 
 
+def cache_folder() -> Path:
+    """The folder soflow-fast in the user's cache folder."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(folder) if os.path.isabs(folder) else Path(os.path.expanduser("~")) / ".cache"
+    return home / "soflow-fast"
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder, as it is now, survives a loss of power."""
     handle = os.open(path, os.O_RDONLY)

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from soflow_fast import load_official
-from soflow_fast.data.images import load_images
+from soflow_fast.data import images
+from soflow_fast.data.dataset import Wanted
 from soflow_fast.errors import CheckpointError, DataError
 from soflow_fast.runs import checkpoint
 
@@ -213,7 +214,7 @@ def test_an_image_that_asks_for_a_program_is_refused(tmp_path: Path, monkeypatch
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n(%pipe%id) (w) file\n%%EOF\n"
     )
     with pytest.raises(DataError, match=r"a/x\.png is no readable image \(UnidentifiedImageError\)"):
-        load_images(str(tmp_path), 4)
+        images.load(tmp_path, Wanted(4, 3))
     assert started == []
 
 
@@ -232,7 +233,7 @@ def test_a_zip_that_points_elsewhere_is_refused(name: str, tmp_path: Path) -> No
         archive.writestr("a/good.png", picture())
         archive.writestr(name, picture())
     with pytest.raises(DataError, match="points out of the zip") as error:
-        load_images(str(path), 4)
+        images.load(path, Wanted(4, 3))
     assert repr(name) in str(error.value)
 
 
@@ -262,7 +263,7 @@ def test_an_image_that_unpacks_to_much_more_is_refused_or_not_unpacked(kind: str
     (tmp_path / "a" / "x.png").write_bytes(BOMBS[kind])
     tracemalloc.start()
     try:
-        load_images(str(tmp_path), 4)
+        images.load(tmp_path, Wanted(4, 3))
     except DataError as error:
         assert "a/x.png" in str(error) and "\n" not in str(error)
     finally:
@@ -298,7 +299,7 @@ def test_a_member_that_unpacks_to_much_more_than_an_image(method: int, honest: b
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match=r"a/x\.png is (compressed by another|no readable)|unpacks to 200"):
-            load_images(str(path), 4)
+            images.load(path, Wanted(4, 3))
     finally:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
@@ -310,7 +311,7 @@ def test_a_file_that_is_too_long_for_an_image(tmp_path: Path) -> None:
     with (tmp_path / "a" / "x.png").open("wb") as file:
         file.truncate(2**36)
     with pytest.raises(DataError, match=r"a/x\.png unpacks to 65536 MiB"):
-        load_images(str(tmp_path), 4)
+        images.load(tmp_path, Wanted(4, 3))
 
 
 def test_weights_that_unpack_to_much_more_are_refused(tmp_path: Path) -> None:

@@ -104,8 +104,10 @@ DATA: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty image": (lambda p: zipped(p, "a/x.png"), "a/x.png"),
     "cut image": (lambda p: changed(image(p / "a" / "x.png"), lambda c: c[:40]), "a/x.png"),
     "text as image": (lambda p: zipped(p, "a/x.png", content=b"hello"), "a/x.png"),
-    "other size": (lambda p: image(p / "a" / "x.png", (9, 8)), "9 x 8"),
-    "a gif": (lambda p: image(p / "a" / "x.gif").rename(p / "a" / "x.png"), "a/x.png"),
+    "many pixels": (lambda p: image(p / "a" / "x.png", (2**14, 2**13), "1"), "a/x.png has 16384 x 8192 pixels"),
+    "an icon": (lambda p: image(p / "a" / "x.ico").rename(p / "a" / "x.png"), "a/x.png"),
+    "an empty class": (lambda p: (image(p / "a" / "x.png"), (p / "b").mkdir()), "b is a class without an image"),
+    "labels cut off": (lambda p: (image(p / "x.png"), (p / "dataset.json").write_text("{")), "dataset.json is not"),
     "too many classes": (lambda p: [image(p / str(i) / "x.png") for i in range(11)], "11 classes"),
     "climbing zip": (lambda p: zipped(p, "../x.png"), "'../x.png'"),
 }

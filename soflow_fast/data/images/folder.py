@@ -1,0 +1,84 @@
+"""Folders of images. What is kept of a file is its name and two numbers."""
+
+import hashlib
+import os
+import stat
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ...files import read_file
+from .listing import BEGINNING, LARGEST_TEXT, Listing, is_nobodys
+from .pixels import Unreadable
+
+NO_FILE = (0, -(2**63))
+"""Size and time of what has an image's name and is none."""
+
+
+class Folder(Listing):
+    """Links are followed, but not back into a folder that they are in."""
+
+    kind = "folder of images"
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(place)
+        names, rows = [], array("q")
+        for name, status in self._walk():
+            row = (status.st_size, status.st_mtime_ns) if status and stat.S_ISREG(status.st_mode) else NO_FILE
+            if self._is_image(name, lambda: self._beginning(name) if row != NO_FILE else b""):  # noqa: B023
+                names.append(name)
+                rows.extend(row)
+        table = self._keep(names, rows, 2)
+        self.sizes, self._times = np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
+        self.stamp = hashlib.sha256(self._times.tobytes()).hexdigest()
+
+    def _walk(self) -> Iterator[tuple[str, os.stat_result | None]]:
+        """All files, by their paths in the folder; None: a link to nothing."""
+        waiting: list[tuple[str, frozenset[tuple[int, int]], bool]] = [("", frozenset(), False)]
+        while waiting:
+            folder, within, hidden = waiting.pop()
+            path = os.path.join(self.place, folder)
+            try:
+                known = os.stat(path)
+                with os.scandir(path) as found:
+                    entries = list(found)
+            except OSError:
+                if hidden:
+                    continue
+                raise
+            if (known.st_dev, known.st_ino) in within:  # a link back up
+                continue
+            within = within | {(known.st_dev, known.st_ino)}
+            if not hidden:
+                self._add_folder(folder)
+            for entry in entries:
+                name, nobodys = f"{folder}/{entry.name}".lstrip("/"), hidden or is_nobodys(entry.name)
+                try:
+                    status = entry.stat()
+                except OSError:
+                    status = None
+                if status and stat.S_ISDIR(status.st_mode):
+                    if not (nobodys and entry.is_symlink()):
+                        waiting.append((name, within, nobodys))
+                elif nobodys:
+                    self.left_out["hidden"] += 1
+                else:
+                    yield name, status
+
+    def _beginning(self, name: str) -> bytes:
+        with open(os.path.join(self.place, name), "rb", buffering=0) as file:
+            return file.read(BEGINNING)
+
+    def read(self, number: int) -> bytes:
+        path, size, time = Path(self.place, self.names[number]), int(self.sizes[number]), int(self._times[number])
+        if (size, time) == NO_FILE:
+            raise Unreadable("is no file, or a link to none")
+        status = path.stat()
+        if (status.st_size, status.st_mtime_ns) != (size, time):
+            raise Unreadable("has changed since the data set was opened")
+        return read_file(path, size, follow=True)
+
+    def text(self, name: str) -> bytes:
+        return read_file(Path(self.place, name), LARGEST_TEXT, follow=True)

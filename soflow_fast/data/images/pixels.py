@@ -1,0 +1,218 @@
+"""From an image file's bytes to pixels of a size: uint8, in the colours that people see."""
+
+import contextlib
+import functools
+import io
+import os
+import re
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from ...errors import printable
+from ..dataset import Wanted
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
+"""The formats that are read, whatever a file is called: for some others Pillow starts a program (EPS)."""
+MOST_PIXELS = 2**26
+"""Of an image as it is stored, 8192 x 8192: Pillow needs 4 bytes for each."""
+LONGEST = 64
+"""How many times as long as wide an image may be when it is scaled for the crop; the ends of longer ones go before."""
+EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets an image upright, by its orientation in EXIF."""
+GRAYS = {"L;2": 85, "L;4": 17, "1": 255}
+"""By how much Pillow multiplies grays of fewer bits than 8, though not the one that is transparent."""
+COLOUR_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
+
+
+class Unreadable(OSError):
+    """What is wrong with a sample's file, in words that follow its name."""
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a file, after its name: decoders raise many kinds of errors, which mean that it is damaged."""
+    if isinstance(error, Unreadable):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({os.strerror(error.errno)})"
+    kind, text = type(error).__name__, printable(" ".join(str(error).split()))
+    named = isinstance(error, UnidentifiedImageError) or not text
+    return f"is no readable image ({kind})" if named else f"is no readable image ({kind}: {text[:200]})"
+
+
+class _Quiet(contextlib.ContextDecorator):
+    """Within it no warning reaches anybody: the first thread in silences them for all, the last one out ends it."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._filters = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._filters.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.close()
+
+
+quiet = _Quiet()
+
+
+def decode(content: bytes, wanted: Wanted) -> np.ndarray:
+    """The pixels of an image file, uint8 [C, size, size]. Raises what decoders raise, or Unreadable."""
+    image, _ = _colours(_opened(content))
+    mode = "L" if wanted.channels == 1 else "RGB"
+    pixels = np.asarray(_fitted(image if image.mode == mode else image.convert(mode), wanted))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def examine(content: bytes) -> tuple[bool, bool]:
+    """Decode all that `decode` needs; whether some of the image is transparent, and whether it has more frames."""
+    opened = _opened(content)
+    _, transparent = _colours(opened)
+    frames = opened.format in ("GIF", "PNG", "WEBP", "TIFF")  # the other one of a JPEG is a preview
+    return transparent, frames and bool(getattr(opened, "is_animated", False))
+
+
+def _opened(content: bytes) -> Image.Image:
+    """Raises Unreadable, before anything is unpacked, for more pixels than are read."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        count = re.search(r"\d+(?= pixels)", str(error))
+        raise _too_large(count[0] if count else "far more") from None
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise _too_large(f"{width} x {height}")
+    return image
+
+
+def _too_large(pixels: str) -> Unreadable:
+    return Unreadable(f"has {pixels} pixels, and at most {MOST_PIXELS} are read")
+
+
+def _colours(opened: Image.Image) -> tuple[Image.Image, bool]:
+    """The first frame upright, in mode L or RGB and sRGB, over white; and whether some of it was transparent."""
+    tile = getattr(opened, "tile", None)
+    stored = tile[0][3] if tile else ""
+    opened.load()
+    info, image = opened.info, opened
+    profile, clear = info.get("icc_profile"), info.get("transparency")
+    alpha: Image.Image | None = None
+    if image.mode[0] in "IF":
+        image, alpha = _levels(image, clear)
+    else:
+        if isinstance(clear, int) and isinstance(stored, str) and image.mode in ("1", "L"):
+            info["transparency"] = clear * GRAYS.get(stored, 1)
+        if isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, as Pillow drops the lower 8 of pixels
+            info["transparency"] = tuple(value >> 8 for value in clear)
+        if image.mode == "1":
+            image = image.convert("L")
+        if image.has_transparency_data:
+            # Premultiplied colours are divided first.
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))
+            image = image.convert("LA" if image.mode in ("L", "LA") else "RGBA")
+            image, alpha = image.convert(image.mode[:-1]), image.getchannel("A")
+    if image.mode not in COLOUR_SPACES:
+        image = image.convert("RGB")
+    transform = _to_srgb(profile, image.mode) if isinstance(profile, bytes) and profile else None
+    if transform is not None:
+        image = ImageCms.applyTransform(image, transform)
+        assert image is not None
+    if image.mode == "CMYK":
+        image = image.convert("RGB")
+    transparent = alpha is not None and alpha.getextrema() != (255, 255)
+    if transparent:
+        over = Image.new(image.mode, image.size, "white")
+        over.paste(image, mask=alpha)
+        image = over
+    return _upright(image, opened), transparent
+
+
+def _levels(image: Image.Image, clear: Any) -> tuple[Image.Image, Image.Image | None]:
+    """Gray of more bits or of numbers, in 8 bits, and what of it is opaque.
+
+    Integers of 32 bits and floats do not say what is white: it is the least of 1 (floats), 255 and 65535 that none of
+    them exceeds.
+    """
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16") or image.format == "PNG":
+        white = 4095 if tags.get(258) in (12, (12,)) else 65535
+    else:
+        low, high = float(values.min()), float(values.max())
+        whites = [white for white in ((1, 255, 65535) if image.mode == "F" else (255, 65535)) if high <= white]
+        if not low >= 0 or not whites:  # not a number is neither
+            raise Unreadable(f"holds numbers from {low:g} to {high:g}, which are no levels of gray")
+        white = whites[0]
+    if image.mode == "F":
+        levels = np.rint(values * np.float32(255 / white))
+    else:
+        levels = (values.astype(np.uint32) * 255 + white // 2) // white
+    if image.mode.startswith("I;16") and tags.get(262) == 0:  # TIFF's gray from white to black
+        levels = 255 - levels
+    opaque = Image.fromarray((values != clear).astype(np.uint8) * 255) if isinstance(clear, int) else None
+    return Image.fromarray(levels.astype(np.uint8)), opaque
+
+
+@functools.lru_cache(maxsize=32)
+def _to_srgb(profile: bytes, mode: str) -> Any:
+    """The transform from a profile's colours to sRGB; None, if it is sRGB, of other colours or damaged."""
+    try:
+        known: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        other = known.profile.xcolor_space.strip() != COLOUR_SPACES[mode]
+        if other or "srgb" in ImageCms.getProfileDescription(known).lower():
+            return None
+        return ImageCms.buildTransform(known, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except Exception:  # viewers show such an image without it
+        return None
+
+
+def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
+    if not EXIF & opened.info.keys():
+        return image
+    try:
+        method = UPRIGHT.get(opened.getexif().get(ORIENTATION, 1))
+    except Exception:  # a photograph is not damaged because what a camera says of it is
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def _fitted(image: Image.Image, wanted: Wanted) -> Image.Image:
+    """Scaled to the wanted size: both sides; or, as ADM does, halved while that leaves enough, scaled by its short
+    side, and the centre of it."""
+    size = wanted.size
+    if image.size == (size, size):
+        return image
+    if wanted.resize:
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    if max(image.size) > LONGEST * min(image.size):
+        image = _centre(image, *(min(side, LONGEST * min(image.size)) for side in image.size))
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return _centre(image, size, size)
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
