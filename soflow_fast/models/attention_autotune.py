@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files import cache_folder
 from ..rng import generator
 from .attention import (
     BACKENDS,
@@ -27,7 +28,6 @@ from .attention import (
     why_not,
 )
 from .measured_choice import (
-    cache_folder,
     forget_memory,
     median_seconds,
     read_choices,

@@ -2,7 +2,6 @@
 kept."""
 
 import json
-import os
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -86,13 +85,6 @@ def in_tf32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of a dtype are in TF32."""
     tf32 = dtype == torch.float32 and device.type == "cuda"
     return tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def cache_folder() -> Path:
-    """The folder soflow-fast in the user's cache folder."""
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(folder) if os.path.isabs(folder) else Path(os.path.expanduser("~")) / ".cache"
-    return home / "soflow-fast"
 
 
 def setting(device: torch.device, dtype: torch.dtype, packages: Iterable[str]) -> str:

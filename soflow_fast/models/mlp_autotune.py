@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files import cache_folder
 from ..rng import generator
 from .attention import in_short
 from .measured_choice import (
-    cache_folder,
     forget_memory,
     median_seconds,
     read_choices,

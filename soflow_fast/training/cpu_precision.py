@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from ..config.schema import Config
-from ..models.measured_choice import cache_folder, read_choices, setting, write_choices
+from ..files import cache_folder
+from ..models.measured_choice import read_choices, setting, write_choices
 from .state import TrainState
 from .step import train_step
 
