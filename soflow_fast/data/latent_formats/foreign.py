@@ -122,7 +122,7 @@ def from_npy(content: bytes) -> np.ndarray:
         header = ast.literal_eval(content[start : min(stop, 10_000)].decode("latin1"))
         dtype, shape, fortran = np.dtype(header["descr"]), header["shape"], header["fortran_order"]
         right = dtype.kind in "fiu" and all(type(size) is int and size >= 0 for size in shape)
-    except (SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, KeyError, MemoryError, RecursionError):
         raise ValueError("has a damaged .npy header") from None
     if not right or len(content) - stop != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"has {len(content)} bytes, which is not {dtype} {shape}")

@@ -10,10 +10,14 @@ github.com/Anima-Lab/MaskDiT, `extract_latent.py`: the bytes of such moments und
 
 import math
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ...errors import DataError
 from ..dataset import Contents, Wanted
@@ -42,16 +46,28 @@ def load(place: Path, wanted: Wanted) -> "LmdbLatents":
     return LmdbLatents(place, wanted)
 
 
+_locks: dict[int, threading.Lock] = {}
+"""By process: a data base may be open once in each."""
+
+
 class LmdbLatents(Foreign):
-    """Latents by key. Each process opens the data base for itself, as LMDB asks."""
+    """Latents by key. The data base is open for no longer than a batch takes: it must not be at a fork."""
 
     def __init__(self, place: Path, wanted: Wanted) -> None:
         self.place = place
-        self._opened: tuple[int, Any] = (0, None)
-        file = "data.mdb" if place.is_dir() else place.name
-        self._stored, self._bytes = 2 * (wanted.channels or 4), False
-        with damage(place, file):
+        self._file = place / "data.mdb" if place.is_dir() else place
+        self._env: Any = None
+        self._stored, self._bytes = 0, False
+        with damage(place, self._file.name), self._opened():
+            self._find(place, wanted)
+
+    def _find(self, place: Path, wanted: Wanted) -> None:
+        with damage(place, self._file.name):
             count, self._bytes = self._count()
+            likely = [channels for channels in (wanted.channels, 4, 8, 16, 32) if channels]
+            if self._bytes:
+                length = len(self._need("z-0"))
+                self._stored = 2 * next((c for c in likely if self._side(length, 2 * c)), likely[0])
         labels = []
         for number in range(count):
             with damage(place, self.name(number)):
@@ -65,9 +81,11 @@ class LmdbLatents(Foreign):
             numbers = numbered(labels)
         contents = Contents("latents in LMDB")
         super().__init__(place, layout_of(first.shape, std=True), numbers, contents, wanted, mirrors=mirrors)
-        size = (place / file if place.is_dir() else place).stat().st_size
-        contents.checksum = checksum_of([(file, size)], numbers)
-        self._close()
+        contents.checksum = checksum_of([(self._file.name, self._file.stat().st_size)], numbers)
+
+    def read(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        with damage(self.place, self._file.name), self._opened():
+            return super().read(index, mirrored)
 
     def _count(self) -> tuple[int, bool]:
         """Of the entries, and whether they are bytes of moments. Raises ValueError."""
@@ -75,8 +93,8 @@ class LmdbLatents(Foreign):
             said = self._get(key)
             if said is not None:
                 count = int(bytes(said[:20]))
-                if not 0 < count <= self._env().stat()["entries"]:
-                    raise ValueError(f"says {key} {count} with {self._env().stat()['entries']} entries")
+                if not 0 < count <= self._env.stat()["entries"]:
+                    raise ValueError(f"says {key} {count} with {self._env.stat()['entries']} entries")
                 return count, key == "length"
         raise ValueError("has neither num_samples nor length")
 
@@ -96,10 +114,16 @@ class LmdbLatents(Foreign):
         if not self._bytes:
             return with_std(three_axes(array(self._entry(number)["moments_flip" if mirrored else "moments"])))
         content = self._need(f"z-{number}")
-        side = math.isqrt(len(content) // 4 // self._stored)
-        if not side or len(content) != 4 * self._stored * side * side:
+        side = self._side(len(content), self._stored)
+        if not side:
             raise ValueError(f"has {len(content)} bytes, which is not {self._stored} squares of float32")
         return with_std(np.frombuffer(content, "<f4").reshape(self._stored, side, side))
+
+    @staticmethod
+    def _side(length: int, stored: int) -> int:
+        """Height of so many squares of float32 of some bytes; 0, if they are of another length."""
+        side = math.isqrt(length // (4 * stored))
+        return side if length == 4 * stored * side * side else 0
 
     def name(self, number: int) -> str:
         return f"entry {'z-' if self._bytes else ''}{number}"
@@ -111,24 +135,18 @@ class LmdbLatents(Foreign):
         return found
 
     def _get(self, key: str) -> bytes | None:
-        with self._env().begin(buffers=False) as transaction:
+        with self._env.begin(buffers=False) as transaction:
             return transaction.get(key.encode())
 
-    def _env(self) -> Any:
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
         import lmdb  # pyright: ignore[reportMissingImports]
 
-        if self._opened[0] != os.getpid():
-            self._opened = (0, None)
-            env = lmdb.open(
-                str(self.place), readonly=True, lock=False, readahead=False, create=False, subdir=self.place.is_dir()
-            )
-            self._opened = os.getpid(), env
-        return self._opened[1]
-
-    def _close(self) -> None:
-        """A data base must not be open at a fork."""
-        self._env().close()
-        self._opened = (0, None)
-
-    def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_opened": (0, None)}
+        where, below = str(self.place), self.place.is_dir()
+        with _locks.setdefault(os.getpid(), threading.Lock()):
+            with lmdb.open(where, readonly=True, lock=False, readahead=False, create=False, subdir=below) as self._env:
+                length = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+                if self._file.stat().st_size < length:  # what lies behind its end would end the process
+                    raise ValueError(f"has {self._file.stat().st_size} bytes of {length}")
+                yield
+            self._env = None

@@ -170,7 +170,7 @@ def array(value: Any) -> np.ndarray:
         ):
             raise TypeError
         return np.frombuffer(content, kind).reshape(shape, order="F" if fortran else "C")
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
         raise ValueError(f"holds {str(value)[:60]!r}, which is no array of numbers") from None
 
 
