@@ -12,13 +12,6 @@ TEXT = 2**20
 """Bytes that a configuration or a list of files may have."""
 
 
-def cache_folder() -> Path:
-    """The folder soflow-fast in the user's cache folder."""
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(folder) if os.path.isabs(folder) else Path(os.path.expanduser("~")) / ".cache"
-    return home / "soflow-fast"
-
-
 def read_file(path: Path, most: int, *, follow: bool = False) -> bytes:
     """The content of a regular file of at most `most` bytes.
 
@@ -46,6 +39,13 @@ def read_file(path: Path, most: int, *, follow: bool = False) -> bytes:
         raise OSError(errno.ENOMEM, "does not fit into memory", str(path)) from None
     finally:
         os.close(handle)
+
+
+def cache_folder() -> Path:
+    """The folder soflow-fast in the user's cache folder."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(folder) if os.path.isabs(folder) else Path(os.path.expanduser("~")) / ".cache"
+    return home / "soflow-fast"
 
 
 def sync(path: Path) -> None:

@@ -136,7 +136,7 @@ class _Stream:
 
 def _check_same(folder: Path, begun: Header, header: Header) -> None:
     """Raise DataError with the first thing in which a folder that was begun differs."""
-    was, now = (asdict(h) | asdict(h.layout) for h in (begun, header))
+    was, now = (asdict(h.layout) | asdict(h) for h in (begun, header))
     words = {"source": "encoded from other content", "weights": "encoded with other weights of the VAE"}
     for name in [name for name in was if name not in ("layout", "rows")]:
         if was[name] != now[name]:
