@@ -15,7 +15,7 @@ from ..data import latents
 from ..data.dataset import Dataset, Wanted
 from ..data.latents.layout import Factor, Layout
 from ..data.latents.writer import Writer, shard_rows
-from ..errors import ConfigError, DataError, enough_memory, storage
+from ..errors import ConfigError, DataError, Interrupted, enough_memory, storage
 from .progress import Progress
 
 ROWS_AT_A_TIME = 256
@@ -167,6 +167,9 @@ def _writing(out: Path, header: latents.Header) -> Iterator[Writer]:
         writer = Writer(out, header)
     try:
         yield writer
+    except Interrupted as error:
+        text = f"interrupted; {writer.done} of {header.count} are kept, and the same command goes on"
+        raise Interrupted(error.exit_code - 128, text) from None
     finally:
         writer.close()
 

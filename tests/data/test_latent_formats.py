@@ -338,6 +338,8 @@ def test_nothing_else_is_recognised(tmp_path: Path) -> None:
         assert not latent_formats.recognises(tmp_path / name)
     assert not latent_formats.recognises(tmp_path) and not latent_formats.recognises(tmp_path / "nothing")
     assert not latent_formats.recognises(Path("a\0b"))
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    assert not latent_formats.recognises(tmp_path) and not latent_formats.recognises(tmp_path / "pipe.safetensors")
     with pytest.raises(DataError, match="holds no latents in a known format"):
         latent_formats.load(tmp_path, ANY)
 

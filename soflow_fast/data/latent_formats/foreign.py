@@ -170,7 +170,9 @@ def checksum_of(names: Iterable[tuple[str, int]], labels: Tensor) -> str:
 def starts_with(path: Path, magic: bytes) -> bool:
     """Whether a file begins with some bytes."""
     try:
+        if not path.is_file():  # the opening of a pipe waits for a writer
+            return False
         with path.open("rb") as file:
-            return path.is_file() and file.read(len(magic)) == magic
+            return file.read(len(magic)) == magic
     except (OSError, ValueError):
         return False

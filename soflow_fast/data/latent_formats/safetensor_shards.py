@@ -25,8 +25,10 @@ STATISTICS = "latents_stats.pt"
 def recognises(place: Path) -> bool:
     """Whether a path is a folder with shards of the keys `latents` and `labels`, or one of them."""
     try:
-        paths = _paths(place)
-        with safe_open(paths[0], framework="pt") as file:
+        path = _paths(place)[0]
+        if not path.is_file():
+            return False
+        with safe_open(path, framework="pt") as file:
             return {"latents", "labels"} <= set(file.keys())
     except Exception:  # whatever it is, it is no shard; of a folder that can be told by the names alone
         return place.is_dir() and any(place.glob("latents*.safetensors"))

@@ -5,4 +5,7 @@ from .manifest import Header
 from .reader import load, recognises
 from .writer import Writer
 
-__all__ = ["Header", "Latents", "Layout", "Writer", "load", "recognises"]
+__all__ = ["LATENTS", "Header", "Latents", "Layout", "Writer", "load", "recognises"]
+
+LATENTS = True
+"""Samples are no pixels."""
