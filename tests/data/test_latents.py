@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -185,11 +186,16 @@ def test_close_leaves_no_part(tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_of_something_else_is_not_gone_on_with(folder: Path, change: dict, said: str) -> None:
-    from dataclasses import replace
-
     with pytest.raises(DataError) as error:
         Writer(folder, replace(HEADER, **change))
     assert str(error.value) == f"{folder}: {said}; give another folder, or remove this one"
+
+
+def test_shards_keep_their_size_when_one_goes_on(tmp_path: Path, folder: Path, files) -> None:
+    """Which a later version may choose differently."""
+    Writer(tmp_path / "again", HEADER)
+    write(tmp_path / "again", replace(HEADER, rows=7))
+    assert files(tmp_path / "again") == files(folder)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
