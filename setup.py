@@ -27,6 +27,8 @@ EXTRAS = {
         "hypothesis>=6.100",
         "diffusers>=0.35",  # whose DiT takes the kernels
         "matplotlib>=3.9",  # the plots of the records
+        "h5py>=3.12",  # real files of latents in others' formats
+        "lmdb>=1.5",
         "triton>=3.6; sys_platform == 'linux'",
         "torchao>=0.14; sys_platform == 'linux'",  # whose float8 products --precision fp8 takes
         "peft>=0.17; python_version >= '3.11'",  # whose LoRA layers must take effect
@@ -40,10 +42,11 @@ EXTRAS = {
     "gpu": ["xformers", "flash-attn>=2.7; sys_platform == 'linux'"],
     "eval": ["torch-fidelity>=0.4"],
     "hub": ["huggingface_hub>=0.34", "diffusers>=0.35"],
+    "latents": ["h5py>=3.12", "lmdb>=1.5"],  # whose files --from and --data take
     "docs": ["mkdocs-material>=9.6"],
 }
 # What installs anywhere from wheels; flash-attn compiles, so "gpu" stays out.
-EXTRAS["all"] = [requirement for name in ("test", "eval", "hub", "docs") for requirement in EXTRAS[name]]
+EXTRAS["all"] = [requirement for name in ("test", "eval", "hub", "latents", "docs") for requirement in EXTRAS[name]]
 
 setup(
     name="soflow-fast",

@@ -221,7 +221,8 @@ def imported_modules(tree: Tree, imports: list[Import]) -> set[str]:
 
 
 def a_wrong_command_line_is_answered_without_torch(tree: Tree) -> list[str]:
-    queue = [name for name in ("soflow_fast.train", "soflow_fast.sample", "soflow_fast.evaluate") if name in tree]
+    queue = [f"soflow_fast.{name}" for name in ("train", "sample", "evaluate", "encode")]
+    queue = [name for name in queue if name in tree]
     for name in queue:
         found = imported_modules(tree, tree[name].first_imports)
         parents = {other.rpartition(".")[0] for other in found} & tree.keys()
@@ -394,6 +395,7 @@ HOUSE: dict[Rule, tuple[list[Example], list[Example]]] = {
     a_wrong_command_line_is_answered_without_torch: (
         [
             ("soflow_fast.train", "import torch"),
+            ("soflow_fast.encode", "import torch"),
             {"soflow_fast.train": "from .flow import f", "soflow_fast.flow": "from torch import nn"},
             {
                 "soflow_fast.sample": "from .runs.signals import f",

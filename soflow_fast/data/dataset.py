@@ -30,6 +30,8 @@ class Wanted(NamedTuple):
     """Leave out samples that cannot be read, in place of raising DataError for the first."""
     say: Callable[[str], None] = lambda text: None
     """Is told, a line at a time, how a check that takes long goes on."""
+    vae: str = ""
+    """Name or path of the VAE that latents must be of; "": of any."""
 
 
 @dataclass

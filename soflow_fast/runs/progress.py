@@ -44,7 +44,17 @@ class Progress:
         parts = [f"step {step}/{self.total}", f"{duration(left)} left"]
         parts += [f"{label} {metrics[name]:.3f}" for name, label in LABELS.items() if name in metrics]
         parts += [f"{images:.0f} img/s", f"{metrics['memory_mb']:.0f} MB"]
-        line = "  ".join(parts)
+        self._show_line("  ".join(parts))
+
+    def count(self, done: int, rate: float, now: float) -> None:
+        """Show that `done` of the total are done at `now` seconds, `rate` a second, where they are images."""
+        if not self._on_terminal and now - self._last < PLAIN_LINE_EVERY and done < self.total:
+            return
+        self._last = now
+        left = (self.total - done) / rate if rate else float("inf")
+        self._show_line(f"{done}/{self.total} images  {duration(left)} left  {rate:.0f} img/s")
+
+    def _show_line(self, line: str) -> None:
         self._show(lambda: self._show_live(line) if self._on_terminal else self._print(line))
 
     def say(self, text: str) -> None:

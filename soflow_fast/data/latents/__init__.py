@@ -1,0 +1,11 @@
+"""Latents of a VAE in the project's own format, as `python -m soflow_fast.encode` writes them: a folder of maps."""
+
+from .layout import Latents, Layout
+from .manifest import Header
+from .reader import load, recognises
+from .writer import Writer
+
+__all__ = ["LATENTS", "Header", "Latents", "Layout", "Writer", "load", "recognises"]
+
+LATENTS = True
+"""Samples are no pixels."""

@@ -1,0 +1,118 @@
+"""Reading a folder of latents: rows are copied out of memory-mapped shards."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import DataError
+from ..dataset import Contents, Wanted
+from .layout import Latents, check_labels, check_wanted, damage
+from .manifest import MANIFEST, Header, Shard, checksum, file_name, read_manifest, verify
+
+CHEAP = 2**28
+"""Bytes of shards that are put together into one tensor."""
+
+
+def recognises(place: Path) -> bool:
+    """Whether a path is a folder with a manifest of latents."""
+    try:
+        return (place / MANIFEST).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def load(place: Path, wanted: Wanted) -> "MappedLatents":
+    """The latents of a folder, all files checked. Raises DataError."""
+    try:
+        header, shards = read_manifest(place)
+    except OSError as error:
+        raise DataError(f"--data {place}: {MANIFEST}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise DataError(f"--data {place}: {MANIFEST} {error}") from None
+    done = sum(shard.count for shard in shards)
+    if done < header.count:
+        again = "give the command that encodes them again, it goes on"
+        raise DataError(f"--data {place}: only {done} of {header.count} images are encoded; {again}")
+    check_wanted(place, header.layout, wanted)
+    verify(place, shards, wanted.say)
+    return MappedLatents(place, header, shards)
+
+
+class MappedLatents(Latents):
+    """Latents in mapped files: a batch costs the copy of its rows. Safe to be read in forked processes."""
+
+    def __init__(self, place: Path, header: Header, shards: list[Shard]) -> None:
+        classes = len(header.classes)
+        labels = torch.cat([_labels(place, header, number, shard) for number, shard in enumerate(shards)])
+        check_labels(place, lambda i: f"latent {i}", labels, classes or 1)
+        contents = Contents("latents", header.classes, checksum=checksum(header, shards))
+        if header.layout.vae:
+            contents.notes.append(f"latents of the VAE {header.layout.vae}")
+        super().__init__(place, header.layout, labels, contents, mirrors=header.flipped)
+        self._rows, self._counts = header.rows, [shard.count for shard in shards]
+        self._maps: dict[tuple[str, int], np.ndarray] = {}
+        self._marks: dict[tuple[str, int], tuple[int, int]] = {}
+        for kind in ("shard", "mirrored") if header.flipped else ("shard",):
+            for number in range(len(shards)):
+                status = os.stat(place / file_name(kind, number))
+                self._marks[kind, number] = status.st_size, status.st_mtime_ns
+                self._map(kind, number)
+
+    def read(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """float16 [n, 2C, H, W] or [n, C, H, W]. Raises DataError for a file that is not as it was at the start."""
+        flags = mirrored.tolist() if mirrored is not None else [False] * len(index)
+        if not self.mirrors and any(flags):
+            raise DataError(f"--data {self.place}: there are no latents of mirrored images")
+        kinds = ["mirrored" if flag else "shard" for flag in flags]
+        numbers, rows = (part.tolist() for part in (index // self._rows, index % self._rows))
+        for kind, number in set(zip(kinds, numbers, strict=True)):
+            self._check(kind, number)
+        out = np.empty((len(index), *self.layout.row()), np.float16)
+        for i, (kind, number, row) in enumerate(zip(kinds, numbers, rows, strict=True)):
+            out[i] = self._map(kind, number)[row]
+        return torch.from_numpy(out)
+
+    def whole(self) -> Tensor | None:
+        """The one shard, mapped, or all of them if they are small; else None."""
+        if len(self._counts) > 1 and sum(self._marks["shard", n][0] for n in range(len(self._counts))) > CHEAP:
+            return None
+        parts = [torch.from_numpy(self._map("shard", number)) for number in range(len(self._counts))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _check(self, kind: str, number: int) -> None:
+        """Raise DataError for a file that has changed: what is mapped of one that was cut off would end the process."""
+        name = file_name(kind, number)
+        try:
+            status = os.stat(self.place / name)
+        except OSError as error:
+            raise DataError(f"--data {self.place}: {name}: {error.strerror or error}") from None
+        if (status.st_size, status.st_mtime_ns) != self._marks[kind, number]:
+            raise DataError(f"--data {self.place}: {name} has changed during the run")
+
+    def _map(self, kind: str, number: int) -> np.ndarray:
+        """A shard, float16 [n, 2C, H, W]; copied on writing, since torch knows no tensor that cannot be written."""
+        found = self._maps.get((kind, number))
+        if found is None:
+            name = file_name(kind, number)
+            with damage(self.place, name):
+                found = np.load(self.place / name, mmap_mode="c", allow_pickle=False)
+            shape = (self._counts[number], *self.layout.row())
+            if found.shape != shape or found.dtype != np.float16:
+                raise DataError(f"--data {self.place}: {name} is {found.dtype} {found.shape}, not float16 {shape}")
+            self._maps[kind, number] = found
+        return found
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_maps": {}}
+
+
+def _labels(place: Path, header: Header, number: int, shard: Shard) -> Tensor:
+    name = file_name("labels", number)
+    with damage(place, name):
+        found = np.load(place / name, allow_pickle=False)
+    if found.shape != (shard.count,) or found.dtype != np.int64:
+        raise DataError(f"--data {place}: {name} is {found.dtype} {found.shape}, not int64 ({shard.count},)")
+    return torch.from_numpy(found)

@@ -1,0 +1,300 @@
+"""`python -m soflow_fast.encode`: images into latents, resumed and refused, and latents of others converted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from soflow_fast.data import latents
+from soflow_fast.data.dataset import Contents, Dataset, Wanted
+from soflow_fast.data.latents import writer
+from soflow_fast.errors import DataError
+from soflow_fast.runs import encoding
+
+N, SIZE = 11, 16
+ANY = Wanted(0, 0)
+Call = Callable[..., Any]
+
+
+class Pixels(Dataset):
+    """Images of noise, in the place of those of a folder."""
+
+    def __init__(self, count: int = N, size: int = SIZE, checksum: str = "noise") -> None:
+        source = np.random.RandomState(0)
+        self.pixels = torch.from_numpy(source.randint(0, 256, (count, 3, size, size), dtype=np.uint8))
+        self.labels = torch.arange(count) % 3
+        self.shape = (3, size, size)
+        self.contents = Contents("noise", ("ant", "bee", "cat"), checksum=checksum)
+
+    def read(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        return self.pixels[index]
+
+
+@pytest.fixture(scope="module")
+def vaes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two tiny VAEs, "one" and "two", which halve height and width."""
+    diffusers = pytest.importorskip("diffusers")
+    place = tmp_path_factory.mktemp("vaes")
+    for seed, name in enumerate(("one", "two")):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = diffusers.AutoencoderKL(
+                block_out_channels=(4, 4),
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                latent_channels=4,
+                norm_num_groups=2,
+                scaling_factor=0.5,
+                shift_factor=0.25,
+            )
+            model.save_pretrained(place / name)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Dataset]:
+    """What opening images gives; shards of 4."""
+    found: dict[str, Dataset] = {"images": Pixels()}
+
+    def open_images(path: str, size: int, say: Callable[[str], None]) -> Dataset:
+        if path not in found:
+            raise DataError(f"--data {path}: no such file or folder")
+        return found[path]
+
+    monkeypatch.setattr(encoding, "open_images", open_images)
+    monkeypatch.setattr(encoding, "shard_rows", lambda count, row: 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return found
+
+
+def flags(vaes: Path, *more: object) -> list[object]:
+    return ["--vae", vaes / "one", "--size", SIZE, "--device", "cpu", "--batch-size", 3, *more]
+
+
+def test_images_are_encoded(call: Call, vaes: Path, tmp_path: Path, images: dict[str, Pixels]) -> None:
+    import diffusers
+
+    result = call("encode", "images", tmp_path / "out", *flags(vaes, "--flip"))
+    assert result.code == 0, result
+    assert result.out.splitlines()[-1] == f"11 images encoded: {tmp_path / 'out'}"
+    assert "11/11 images" in result.out and result.err == ""
+    found = latents.load(tmp_path / "out", Wanted(8, 4, vae=str(vaes / "one")))
+    assert found.labels.tolist() == images["images"].labels.tolist() and len(found) == N and found.mirrors
+    assert found.contents.classes == ("ant", "bee", "cat")
+    model = diffusers.AutoencoderKL.from_pretrained(vaes / "one").eval()
+    everything, eps = torch.arange(N), torch.randn(N, 4, 8, 8)
+    for flip in (False, True):
+        x = images["images"].pixels.float() / 127.5 - 1
+        with torch.no_grad():
+            posterior = model.encode(x.flip(3) if flip else x).latent_dist
+        raw = found.read(everything, torch.full((N,), flip))
+        wanted = torch.cat([posterior.mean, posterior.std], 1)
+        torch.testing.assert_close(raw.float(), wanted, atol=1e-3, rtol=2e-3)
+        sample = (posterior.mean + posterior.std * eps - 0.25) * 0.5  # as diffusers' pipelines
+        torch.testing.assert_close(found.decoded(raw, lambda shape: eps), sample, atol=5e-3, rtol=5e-3)
+    header = json.loads((tmp_path / "out" / "latents.json").read_text())
+    assert (header["image_size"], header["scale"], header["shift"]) == (16, 0.5, 0.25)
+    assert (header["vae"], header["source"], len(header["weights"])) == (str(vaes / "one"), "noise", 64)
+
+
+def test_without_flip_there_is_no_twin(call: Call, vaes: Path, tmp_path: Path) -> None:
+    assert call("encode", "images", tmp_path / "out", *flags(vaes)).code == 0
+    assert not latents.load(tmp_path / "out", ANY).mirrors and not [*(tmp_path / "out").glob("mirrored*")]
+
+
+@pytest.mark.parametrize("killed", range(1, 5))
+def test_an_encoding_that_is_cut_short_goes_on_to_the_same_bytes(
+    call: Call, vaes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: int, files: Call
+) -> None:
+    class Killed(Exception):
+        pass
+
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert call("encode", "images", whole, *flags(vaes, "--flip")).code == 0
+    appended, real = [], writer.Writer.append
+
+    def append(self: writer.Writer, *arguments: Any) -> None:
+        if len(appended) == killed:
+            raise Killed
+        appended.append(1)
+        real(self, *arguments)
+
+    monkeypatch.setattr(writer.Writer, "append", append)
+    with pytest.raises(Killed):
+        encoding.encode(
+            Pixels(),
+            again,
+            encoding.load_vae(str(vaes / "one"), torch.device("cpu")),
+            size=SIZE,
+            flip=True,
+            batch_size=3,
+            device=torch.device("cpu"),
+        )
+    monkeypatch.setattr(writer.Writer, "append", real)
+    result = call("encode", "images", again, *flags(vaes, "--flip"))
+    assert result.code == 0 and (killed < 2) == ("are there already" not in result.out)
+    assert files(again) == files(whole)
+    result = call("encode", "images", again, *flags(vaes, "--flip"))  # there is nothing left to do
+    assert result.code == 0 and "11 of 11 are there already" in result.out and files(again) == files(whole)
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_encode import Pixels
+from soflow_fast import encode
+from soflow_fast.commands import process
+from soflow_fast.runs import encoding
+
+class Slow(Pixels):
+    def read(self, index, mirrored=None):
+        time.sleep(0.2)
+        return super().read(index)
+
+encoding.open_images = lambda path, size, say: Slow()
+encoding.shard_rows = lambda count, row: 4
+process.run(lambda: encode.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_process_that_is_killed_goes_on_to_the_same_bytes(
+    call: Call, vaes: Path, tmp_path: Path, environment: dict[str, str], number: int, code: int, files: Call
+) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert call("encode", "images", whole, *flags(vaes)).code == 0
+    script = KILLED.format(tests=str(Path(__file__).parent))
+    arguments = [sys.executable, "-c", script, "images", str(again), *map(str, flags(vaes))]
+    with subprocess.Popen(
+        arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as p:
+        assert p.stderr
+        begun = time.monotonic()
+        while not (again / "shard-00000.npy").exists() and time.monotonic() - begun < 100:
+            time.sleep(0.01)
+        os.kill(p.pid, number)
+        err = p.stderr.read()
+        assert p.wait() == code and "Traceback" not in err
+    if number != signal.SIGKILL:
+        assert not [*again.glob(".*")] and "of 11 are kept, and the same command goes on" in err
+    assert not (again / "shard-00002.npy").exists()
+    assert call("encode", "images", again, *flags(vaes)).code == 0
+    assert files(again) == files(whole)
+
+
+def test_other_content_or_another_vae_is_not_gone_on_with(
+    refused: Call, call: Call, vaes: Path, tmp_path: Path, images: dict[str, Dataset]
+) -> None:
+    out = tmp_path / "out"
+    images |= {"other": Pixels(checksum="x"), "more": Pixels(N + 1)}
+    assert call("encode", "images", out, *flags(vaes)).code == 0
+    assert "is encoded from other content" in refused("encode", "other", out, *flags(vaes))
+    assert "is begun with count 11, not 12" in refused("encode", "more", out, *flags(vaes))
+    assert "is begun with flipped False, not True" in refused("encode", "images", out, *flags(vaes, "--flip"))
+    said = refused("encode", "images", out, *flags(vaes), "--vae", vaes / "two")
+    assert f"is begun with vae {vaes / 'one'}, not {vaes / 'two'}" in said
+    (vaes / "one").rename(vaes / "kept")
+    (vaes / "two").rename(vaes / "one")
+    try:
+        assert "is encoded with other weights of the VAE" in refused("encode", "images", out, *flags(vaes))
+    finally:
+        (vaes / "one").rename(vaes / "two")
+        (vaes / "kept").rename(vaes / "one")
+
+
+def test_what_is_refused(refused: Call, vaes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "IMAGES nothing: no such file" in refused("encode", "nothing", out, *flags(vaes))
+    assert "give IMAGES and OUT, got 1 of 2" in refused("encode", "images")
+    assert "give OUT, got 2 of 1" in refused("encode", "a", "b", "--from", "c")
+    assert "--batch-size must be" in refused("encode", "images", out, "--batch-size", "0")
+    assert "--size must be" in refused("encode", "images", out, "--size", "x")
+    assert "--flip: is of no use with --from" in refused("encode", out, "--from", "x", "--flip")
+    assert "--channels: is of use with --from only" in refused("encode", "images", out, "--channels", "4")
+    assert "--from x: no such file or folder" in refused("encode", out, "--from", "x")
+    assert "--vae" in refused("encode", "images", out, "--vae", tmp_path, "--device", "cpu")
+    out.write_text("a file")
+    assert "is a file" in refused("encode", "images", out, *flags(vaes))
+    out.unlink()
+    (out / "x").mkdir(parents=True)
+    assert "holds other files" in refused("encode", "images", out, *flags(vaes))
+
+
+def test_a_vae_in_a_pickle_is_not_loaded(refused: Call, vaes: Path, tmp_path: Path) -> None:
+    import diffusers
+
+    diffusers.AutoencoderKL.from_pretrained(vaes / "one").save_pretrained(tmp_path / "vae", safe_serialization=False)
+    assert "--vae" in refused("encode", "images", tmp_path / "out", *flags(vaes), "--vae", tmp_path / "vae")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vae_in_a_pipeline_with_statistics_of_channels(call: Call, vaes: Path, tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "vae").symlink_to(vaes / "one")
+    config = json.loads((vaes / "one" / "config.json").read_text())
+    mean, std = [1.0, 2.0, 3.0, 4.0], [2.0, 4.0, 8.0, 16.0]
+    try:
+        (vaes / "one" / "config.json").write_text(json.dumps(config | {"latents_mean": mean, "latents_std": std}))
+        result = call("encode", "images", tmp_path / "out", *flags(vaes), "--vae", tmp_path / "pipeline")
+    finally:
+        (vaes / "one" / "config.json").write_text(json.dumps(config))
+    assert result.code == 0, result
+    layout = latents.load(tmp_path / "out", ANY).layout
+    assert layout.scale == tuple(0.5 / value for value in std) and layout.shift == tuple(mean)
+
+
+def test_diffusers_is_needed(refused: Call, vaes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert "needs diffusers: pip install" in refused("encode", "images", tmp_path / "out", *flags(vaes))
+
+
+def test_a_full_disk_is_said(vaes: Path, refused: Call, mount: Call) -> None:
+    out = mount("size=40k") / "out"
+    assert "No space left" in refused("encode", "images", out, *flags(vaes, "--flip"))
+
+
+def fast_dit(place: Path) -> None:
+    for name in ("features", "labels"):
+        (place / f"imagenet256_{name}").mkdir(parents=True)
+    for i in range(N):
+        np.save(place / "imagenet256_features" / f"{i}.npy", np.full((1, 4, 8, 8), i, np.float32))
+        np.save(place / "imagenet256_labels" / f"{i}.npy", np.array([i % 3]))
+
+
+def test_latents_of_others_are_converted(call: Call, refused: Call, tmp_path: Path, files: Call) -> None:
+    fast_dit(tmp_path / "theirs")
+    arguments = ("encode", "--from", tmp_path / "theirs", tmp_path / "out", "--vae", "stabilityai/sd-vae-ft-ema")
+    result = call(*arguments)
+    assert result.code == 0 and f"11 latents converted: {tmp_path / 'out'}" in result.out, result
+    found = latents.load(tmp_path / "out", Wanted(8, 4, vae="stabilityai/sd-vae-ft-ema"))
+    assert torch.equal(found.read(torch.arange(N))[:, 0, 0, 0], torch.arange(N).half())
+    assert found.layout.scale == 1.0 and not found.layout.std
+    before = files(tmp_path / "out")
+    assert call(*arguments).code == 0 and files(tmp_path / "out") == before
+    said = refused("encode", "--from", tmp_path / "theirs", tmp_path / "out", "--vae", "another")
+    assert "is begun with vae stabilityai/sd-vae-ft-ema, not another" in said
+    said = refused("encode", "--from", tmp_path / "out", tmp_path / "again")
+    assert "is in our format already" in said
+    said = refused("encode", "--from", tmp_path / "theirs", tmp_path / "again", "--channels", "16")
+    assert f"--from {tmp_path / 'theirs'}: the latents are 4 x 8 x 8, the model takes 16 x" in said
+    np.save(tmp_path / "theirs" / "imagenet256_features" / "10.npy", np.zeros(3))
+    said = refused("encode", "--from", tmp_path / "theirs", tmp_path / "again")
+    assert f"--from {tmp_path / 'theirs'}: imagenet256_features/10.npy cannot be read" in said
+
+
+def test_the_flags() -> None:
+    from soflow_fast import encode
+
+    names = ["--help", "--from", "--vae", "--size", "--flip", "--batch-size", "--device", "--channels"]
+    assert encode.parser().flags() == names
