@@ -16,8 +16,8 @@ import numpy as np
 
 from ..errors import DataError, printable
 from ..files import read_file
+from ._arrays import array_set, reason
 from ._pickled import read_pickle
-from .arrays import array_set, reason
 from .dataset import Dataset, Wanted
 
 PIXELS = 3 * 32 * 32

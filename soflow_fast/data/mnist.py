@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, printable
-from .arrays import array_set, reason
+from ._arrays import array_set, reason
 from .dataset import Dataset, Wanted
 
 LARGEST = 2**30

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from soflow_fast.data import cifar, mnist
+from soflow_fast.data._arrays import fit
 from soflow_fast.data._pickled import read_pickle
-from soflow_fast.data.arrays import fit
 from soflow_fast.data.dataset import Dataset, Wanted
 from soflow_fast.errors import DataError
 
