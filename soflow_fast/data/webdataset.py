@@ -114,10 +114,13 @@ def recognises(place: Path) -> bool:
     try:
         if place.is_file():
             return _is_tar(place)
-        if not place.is_dir() or any(entry.is_dir() and entry.name[0] != "." for entry in place.iterdir()):
+        if not place.is_dir():
             return False
+        with os.scandir(place) as entries:
+            if any(entry.is_dir() and entry.name[0] != "." for entry in entries):
+                return False
         return any(_is_tar(shard) for shard in _shards(place))
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
