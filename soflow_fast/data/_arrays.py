@@ -121,5 +121,5 @@ def _sized(image: "Image", wanted: Wanted) -> "Image":
 def _sha256(images: np.ndarray) -> str:
     digest = hashlib.sha256(repr(images.shape).encode())
     for start in range(0, len(images), BLOCK):
-        digest.update(np.ascontiguousarray(images[start : start + BLOCK]))
+        digest.update(np.ascontiguousarray(images[start : start + BLOCK]).data)
     return digest.hexdigest()

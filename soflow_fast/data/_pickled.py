@@ -123,7 +123,8 @@ def _run(content: bytes) -> Any:
             attribute, module = stack.pop(), stack.pop()
             stack.append(_named(f"{module} {attribute}"))
         elif name == "REDUCE":
-            args, called = _plain(stack.pop(), tuple), _plain(stack.pop(), _Name)
+            args: Any = _plain(stack.pop(), tuple)
+            called: Any = _plain(stack.pop(), _Name)
             if called == ENCODE:
                 encodable -= len(_plain(args[0], str))
                 if encodable < 0:
@@ -155,7 +156,7 @@ def _named(name: str) -> _Name:
     return _Name(NAMES[name])
 
 
-def _called(name: _Name, args: tuple[Any, ...]) -> Any:
+def _called(name: str, args: Any) -> Any:
     """What a call gives that numpy's arrays or bytes are pickled by."""
     if name == ENCODE and len(args) == 2 and args[1] in ("latin1", b"latin1"):
         return args[0].encode("latin-1")

@@ -6,9 +6,11 @@ mapped into memory; those of parquet it writes first, into its cache folder.
 
 import importlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +82,11 @@ def load(place: Path, wanted: Wanted) -> Dataset:
     except ImportError:
         raise DataError(f"{where}: a data set of Hugging Face needs a package: pip install datasets") from None
     try:
-        found, kind, notes, stamp = _opened(package, place, where, wanted)
-        image, label = _columns(package, found.features, where)
-        view = found.with_format("arrow")
-        sizes, labels = _rows(view, image, label, compute, where)
+        with _quiet(package):
+            found, kind, notes, stamp = _opened(package, place, where, wanted)
+            image, label = _columns(package, found.features, where)
+            view = found.with_format("arrow")
+            sizes, labels = _rows(view, image, label, compute, where)
     except DataError:
         raise
     except Exception as error:  # it and Arrow raise many kinds; all mean that something is damaged
@@ -109,6 +112,21 @@ def load(place: Path, wanted: Wanted) -> Dataset:
     )
 
 
+@contextmanager
+def _quiet(package: Any) -> Iterator[None]:
+    """Within it the package shows no bars and logs no errors beside the one that it raises."""
+    before = package.logging.get_verbosity()
+    bars = package.is_progress_bar_enabled()
+    package.logging.set_verbosity(logging.CRITICAL)
+    package.disable_progress_bars()
+    try:
+        yield
+    finally:
+        package.logging.set_verbosity(before)
+        if bars:
+            package.enable_progress_bars()
+
+
 def _opened(package: Any, place: Path, where: str, wanted: Wanted) -> tuple[Any, str, list[str], str]:
     """The data set, its kind, what is to be said of it, and what changes when its files do."""
     if place.is_dir() and (place / "dataset_dict.json").is_file():
@@ -117,8 +135,8 @@ def _opened(package: Any, place: Path, where: str, wanted: Wanted) -> tuple[Any,
             raise DataError(f"{where}: dataset_dict.json names no splits")
         if len(splits) > 1:
             names = ", ".join(map(printable, splits))
-            raise DataError(f"{where}: holds the splits {names}: name one of them, as {place / splits[0]}")
-        place = place / splits[0]
+            raise DataError(f"{where}: holds the splits {names}: name one of them, as {place / str(splits[0])}")
+        place /= str(splits[0])
     if place.is_dir() and (place / "state.json").is_file():
         listed = _json(place / "state.json", where).get("_data_files")
         named = [file.get("filename") if isinstance(file, dict) else None for file in listed or []]
@@ -130,10 +148,9 @@ def _opened(package: Any, place: Path, where: str, wanted: Wanted) -> tuple[Any,
     files = [place] if place.is_file() else _of_one_split(_parquet_files(place), place, where)
     if not files:
         raise DataError(f"{where}: holds no data set of Hugging Face")
-    wanted.say(f"reading {len(files)} parquet {'file' if len(files) == 1 else 'files'}")
-    package.disable_progress_bars()
-    found = package.Dataset.from_parquet([str(file) for file in files])
     many = "1 parquet file" if len(files) == 1 else f"{len(files)} parquet files"
+    wanted.say(f"reading {many}")
+    found = package.Dataset.from_parquet([str(file) for file in files])
     return found, many, ["its images are kept in the cache folder of `datasets` too"], _stamp(files)
 
 
@@ -205,7 +222,8 @@ def _rows(view: Any, image: str, label: str, compute: Any, where: str) -> tuple[
     sizes = np.empty(len(view), np.int64)
     labels: list[Any] = []
     for start in range(0, len(view), BLOCK):
-        table = view[start : start + BLOCK]
+        table = view[start : start + BLOCK].select([image, label] if label else [image])
+        table.validate(full=True)  # Arrow follows offsets out of its memory otherwise
         lengths = compute.binary_length(compute.struct_field(table.column(image), "bytes")).to_pylist()
         for i, length in enumerate(lengths):
             if length is None:

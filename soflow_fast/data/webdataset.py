@@ -317,7 +317,7 @@ class _Walk:
         headers: Any = _Headers(self.handle)
         at = 0
         try:
-            archive = tarfile.TarFile(fileobj=headers)
+            archive: Any = tarfile.TarFile(fileobj=headers)
             while (info := archive.next()) is not None:
                 archive.members.clear()  # an object for each would fill the memory
                 self._check(info, at)

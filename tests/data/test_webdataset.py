@@ -206,7 +206,8 @@ def test_files_are_read_in_forked_processes_threads_and_others(
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reader, 5) == b"right"
-    os.close(reader), os.close(writer)
+    os.close(reader)
+    os.close(writer)
     monkeypatch.setattr(webdataset, "HANDLES", 3)
     few = TarFiles(files.shards, files.shard, files.offsets, files.sizes, files.names)
     assert [few.read(i) for i in range(12)] == expected
