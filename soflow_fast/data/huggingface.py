@@ -142,7 +142,7 @@ def _opened(package: Any, place: Path, where: str, wanted: Wanted) -> tuple[Any,
         named = [file.get("filename") if isinstance(file, dict) else None for file in listed or []]
         if not all(_is_plain(name) for name in named):
             raise DataError(f"{where}: state.json names a file that is not in the folder")
-        files = [place / name for name in named]
+        files = [place / str(name) for name in named]
         found = package.load_from_disk(str(place))
         return found, "data set of Hugging Face", [], _stamp(files)
     files = [place] if place.is_file() else _of_one_split(_parquet_files(place), place, where)
