@@ -43,6 +43,7 @@ EXTRAS = {
     "eval": ["torch-fidelity>=0.4"],
     "hub": ["huggingface_hub>=0.34", "diffusers>=0.35"],
     "latents": ["h5py>=3.12", "lmdb>=1.5"],  # whose files --from and --data take
+    "hf": ["datasets>=3.6,<6"],  # data sets that it saved, and parquet files of images
     "docs": ["mkdocs-material>=9.6"],
 }
 # What installs anywhere from wheels; flash-attn compiles, so "gpu" stays out.

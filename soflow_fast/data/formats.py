@@ -7,7 +7,7 @@ from typing import cast
 from ..errors import DataError
 from .dataset import Dataset, Format, Wanted
 
-FORMATS = ("images",)
+FORMATS = ("latents", "latent_formats", "cifar", "mnist", "huggingface", "webdataset", "images")
 """Modules of this package, each a `Format`. The last takes whatever is left."""
 HINTS = {
     "images": "these are latents: take a preset on latents, such as imagenet256-b2",
