@@ -104,7 +104,6 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
     data = ["random numbers (no data was given or read)"]
     if source:
         data = identity.describe(source.dataset, identity.identify(source.dataset), config.data.path)
-        data[0] = data[0].removeprefix("data: ")
     rows = [
         (
             "preset",
@@ -113,7 +112,7 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
         ),
         ("attention", f"{backend}{' (the fastest here)' if config.run.attention == 'auto' else ''}"),
         ("MLP", mlp.said.removeprefix("MLP by ") or mlp.name),
-        ("data", "\n".join(data)),
+        ("data", "; ".join(line.strip() for line in data).removeprefix("data: ")),
         ("parameters", f"{state.parameter_count() / 1e6:.2f} M"),
         ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one_forward:.2f} forwards"),
         ("memory", f"{memory_mb(state.device):.0f} MB at its peak{'' if whole else f', batch {batch}'}"),

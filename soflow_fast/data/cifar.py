@@ -70,9 +70,6 @@ LAYOUTS = (
 )
 
 
-LATENTS = False
-
-
 def recognises(place: Path) -> bool:
     """Whether it is a folder of such batches, one of them, or the authors' archive."""
     try:

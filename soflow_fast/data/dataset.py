@@ -100,9 +100,6 @@ class Files(Protocol):
 class Format(Protocol):
     """A module that knows one kind of data set."""
 
-    LATENTS: bool
-    """Whether its samples are latents, not images."""
-
     def recognises(self, place: Path) -> bool:
         """Whether what is at a path is of this kind, by its content; soon said, and never an error."""
         ...

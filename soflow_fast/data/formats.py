@@ -7,7 +7,8 @@ from typing import cast
 from ..errors import DataError
 from .dataset import Dataset, Format, Wanted
 
-FORMATS = ("latents", "latent_formats", "cifar", "mnist", "huggingface", "webdataset", "images")
+OF_LATENTS = ("latents", "latent_formats")
+OF_IMAGES = ("cifar", "mnist", "huggingface", "webdataset", "images")
 """Modules of this package, each a `Format`. The last takes whatever is left."""
 HINTS = {
     "images": "these are latents: take a preset on latents, such as imagenet256-b2",
@@ -27,10 +28,10 @@ def open_dataset(path: str, kind: str, wanted: Wanted) -> Dataset:
         raise DataError(f"--data {path}: cannot be read ({error.strerror})") from None
     if not found:
         raise DataError(f"--data {path}: no such file or folder")
-    for name in FORMATS:
+    for name in (*OF_LATENTS, *OF_IMAGES):
         module = cast(Format, importlib.import_module(f".{name}", __package__))
-        if name == FORMATS[-1] or module.recognises(place):
-            if (kind == "latents") != module.LATENTS:
+        if name == OF_IMAGES[-1] or module.recognises(place):
+            if (name in OF_LATENTS) != (kind == "latents"):
                 raise DataError(f"--data {path}: {HINTS[kind]}")
             return module.load(place, wanted)
-    raise AssertionError("no format")
+    raise AssertionError("the last format takes all")

@@ -56,9 +56,6 @@ class RowFiles:
         return self._view[number].column(self._column)[0].as_py()["bytes"]
 
 
-LATENTS = False
-
-
 def recognises(place: Path) -> bool:
     """Whether it is a saved data set, a parquet file or a folder with parquet files, or with such a folder."""
     try:

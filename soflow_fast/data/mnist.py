@@ -24,9 +24,6 @@ DIGITS = tuple("0123456789")
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-LATENTS = False
-
-
 def recognises(place: Path) -> bool:
     """Whether it is a folder with a file of images, or one such file, or the labels of one."""
     try:

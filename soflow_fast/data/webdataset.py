@@ -109,9 +109,6 @@ def _close(opened: dict[int, int]) -> None:
         os.close(handle)
 
 
-LATENTS = False
-
-
 def recognises(place: Path) -> bool:
     """Whether it is a tar, or a folder of tars that holds no folders."""
     try:

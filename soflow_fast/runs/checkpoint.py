@@ -218,8 +218,8 @@ def restore(folder: Path, state: TrainState) -> None:
     """Put one checkpoint into `state`. Raises CheckpointError if it is damaged, of another run or not finite."""
     files = read_verified(folder)
     known = _config(folder, files)
-    counts = _read_state(folder, files)
-    changed = disagreement(known, state.config, finished=counts["step"] == known.steps)
+    finished = "state.json" in files and _read_state(folder, files)["step"] == known.steps
+    changed = disagreement(known, state.config, finished=finished)
     if changed:
         raise CheckpointError(f"{folder}: of a run with another configuration ({'; '.join(changed)})")
     data = _identity(folder, files)
@@ -228,6 +228,7 @@ def restore(folder: Path, state: TrainState) -> None:
     averages = {"ema": state.ema} | ({"teacher": state.teacher} if state.teacher else {})
     found = {name: _tensors(folder, files, f"{name}.safetensors") for name in ("network", *averages)}
     optimizer = _tensors(folder, files, "optimizer.safetensors")
+    counts = _read_state(folder, files)
     entries = _optimizer_entries(optimizer, [*state.flow.parameters()], folder, begun=counts["step"] > 0)
     _check_weights(state.weights(), found["network"], folder)
     for name, flow in averages.items():

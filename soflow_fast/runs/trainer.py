@@ -67,12 +67,12 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
         with run_directory.taken(run_dir, config, progress.warn):
             if chosen:
                 progress.say(chosen)
-            for line in identity.describe(source.dataset, found, config.data.path):
-                progress.say(line)
             _begin(state, source, run_dir, progress)
             if mlp.said:
                 progress.say(mlp.said)
             if state.step < config.steps:
+                for line in identity.describe(source.dataset, found, config.data.path):
+                    progress.say(line)
                 _train(state, source, run_dir, progress)
             _end(state, run_dir, progress)
         return state

@@ -39,8 +39,8 @@ def png_size(content: bytes) -> tuple[int, int]:
 
 
 TRAIN = {
-    "the run": "config set run-dir steps seed device checkpoint-every keep on-nonfinite",
-    "the data": "data batch-size",
+    "the run": "config set run-dir init steps seed device checkpoint-every keep on-nonfinite epochs",
+    "the data": "data resize no-resize skip-bad no-skip-bad batch-size",
     "learning": "teacher teacher-decay guidance-precision quotient quotient-precision",
     "speed and memory": "precision micro-batch recompute attention optimizer compile no-compile cuda-graph "
     "no-cuda-graph",
@@ -120,7 +120,7 @@ def test_a_run_ends_with_figures_of_its_own_samples(finished: Any, call: Call) -
 def test_a_run_leaves_these_files(finished: Any, files: Call) -> None:
     found = files(finished.folder)
     places = {name.split("/")[0] for name in found}
-    texts = {"config.json", "metrics.jsonl", "evaluation.json"}
+    texts = {"config.json", "data.json", "metrics.jsonl", "evaluation.json"}
     assert places == {*texts, "samples", "checkpoints", "tensorboard", ".lock"}
     assert not [name for name in found if "partial" in name]
     grids = {name for name in found if name.startswith("samples/")}
@@ -237,7 +237,7 @@ def test_signals_save_and_the_same_command_goes_on_on_a_terminal(start: Call, ti
         assert int(said[1]) >= reached + 3
         reached = int(said[1])
         shown = terminal.text.removesuffix("\x1b[?25h")  # the cursor
-        assert shown.count("\n") == 2 and re.search(r" MB *\r\n$", shown), shown[-200:]
+        assert shown.count("\n") == 5 and re.search(r" MB *\r\n$", shown), shown[-200:]
         newest = max((tmp_path / "run" / "checkpoints").iterdir())
         assert newest.name == f"step-{reached:08d}" and (newest / "manifest.json").exists()
 

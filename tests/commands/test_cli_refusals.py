@@ -37,9 +37,10 @@ OUT_OF_RANGE = {
     "--keep": ["1", "-1", "all"],
     "--on-nonfinite": ["ignore", ""],
     "--data": ["nowhere", "x" * 300],
+    "--init": ["nowhere", "/dev/null"],
     "--run-dir": ["/dev/null", "/dev/null/run", "x" * 300],
 }
-SWITCHES = {"compile", "cuda_graph"}
+SWITCHES = {"compile", "cuda_graph", "resize", "skip_bad"}
 """They take no value."""
 
 
@@ -90,7 +91,11 @@ WRONG = [
     ("train", ["cifar10"], ["--data is missing"]),
     ("train", ["cifar10", "--data", "junk"], ["--data junk", "cannot be read"]),
     ("train", ["cifar10", "--data", "empty"], ["--data empty", "no images"]),
-    ("train", ["imagenet256-b4"], ["data.kind"]),
+    ("train", ["imagenet256-b4"], ["--data is missing", "latents"]),
+    ("train", ["imagenet256-b4", "--dry-run", "--epochs", "2"], ["--epochs", "needs --data"]),
+    ("train", ["--epochs", "0"], ["--epochs must be a whole number"]),
+    ("train", ["--epochs", "2", "--steps", "3"], ["--epochs 2 and --steps 3", "give one of the two"]),
+    ("train", ["--set", "model.num_classes=9"], ["10 classes, the model 9", "model.num_classes"]),
     ("train", ["--run-dir", "junk"], ["--run-dir junk", "file"]),
     ("train", ["--run-dir", "full"], ["--run-dir full", "neither empty nor a run"]),
     ("train", ["--set", "run.run_dir=full"], ["--run-dir full"]),

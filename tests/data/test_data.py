@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from soflow_fast.config.presets import preset
-from soflow_fast.config.schema import Config, override
-from soflow_fast.data import InMemory, Source, digits, images, open_source
+from soflow_fast.config.schema import NOTHING_LEFT, Config, override
+from soflow_fast.data import InMemory, Source, digits, fitted, images, open_source
 from soflow_fast.data.dataset import Wanted
 from soflow_fast.data.digits import load_digits, to_pixels
 from soflow_fast.data.images.listing import LARGEST_FILE
@@ -257,11 +257,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, folder: Path) -> None:
         (override(preset("digits"), {"data": "x"}), "--data x: the digits come with scikit-learn"),
         (override(preset("digits"), {"model.input_size": 16}), "set model.in_channels and model.input_size"),
         (override(preset("digits"), {"model.num_classes": 9}), "10 classes, the model 9"),
-        (preset("imagenet256-b4"), "data.kind 'latents'"),
+        (preset("imagenet256-b4"), "--data is missing: preset imagenet256-b4 needs latents"),
+        (override(preset("imagenet256-b4"), {"data": str(folder)}), "these are images: encode them first"),
     ]
     for config, message in cases:
         with pytest.raises(DataError) as error:
-            open_source(config)
+            fitted(config, open_source(config), NOTHING_LEFT)
         assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -16,9 +16,8 @@ from .listing import BEGINNING, IMAGES, OTHERS, begins_like_an_image, ending, is
 from .pixels import Unreadable
 from .zips import Zip
 
-__all__ = ["LATENTS", "Unreadable", "image_set", "load", "recognises"]
+__all__ = ["Unreadable", "image_set", "load", "recognises"]
 
-LATENTS = False
 LOOKED_AT = 10_000
 """Names in a folder among which one must be an image, so that it is one of images."""
 

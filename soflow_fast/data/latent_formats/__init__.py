@@ -11,9 +11,6 @@ from ..dataset import Format, Wanted
 from ..latents import Latents
 from . import dataset_json, fast_dit, hdf5, lmdb_entries, one_file_each, safetensor_shards
 
-LATENTS = True
-"""Samples are no pixels."""
-
 FORMATS: tuple[Format, ...] = (hdf5, safetensor_shards, dataset_json, lmdb_entries, fast_dit, one_file_each)
 
 

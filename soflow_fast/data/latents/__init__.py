@@ -5,7 +5,4 @@ from .manifest import Header
 from .reader import load, recognises
 from .writer import Writer
 
-__all__ = ["LATENTS", "Header", "Latents", "Layout", "Writer", "load", "recognises"]
-
-LATENTS = True
-"""Samples are no pixels."""
+__all__ = ["Header", "Latents", "Layout", "Writer", "load", "recognises"]
