@@ -54,10 +54,10 @@ def parser() -> Parser:
     run.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="Set any other field of config.json"
     )
+    run.add_argument("--epochs", metavar="N", help="In place of --steps: so many passes over the data")
     presets = [make() for make in PRESETS.values()]
     for title, names in FLAGS.items():
         add_fields(groups[title], names.split(), presets)
-    run.add_argument("--epochs", metavar="N", help="In place of --steps: so many passes over the data")
     diagnosis.add_argument("-h", "--help", action="help", help="Show this")
     diagnosis.add_argument(
         "--dry-run", action="store_true", help="Build everything, make one step, print what the run needs"

@@ -1,6 +1,7 @@
 """`--dry-run`: builds everything, makes one step and says what the whole run needs. Writes nothing."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from ..runs.progress import duration
 from ..runs.trainer import (
     choose_precision,
     enough_memory,
+    initial_weights,
     memory_mb,
     recompute_in,
     resolve_attention,
@@ -78,7 +80,7 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
     if gpu is not None and on_gpu.run.recompute == "auto":
         on_gpu = replace(on_gpu, run=replace(on_gpu.run, recompute=recompute_in(on_gpu, GPUS[gpu].memory)))
     predicted = estimate_memory(on_gpu)
-    state = TrainState.build(config)
+    state = TrainState.build(config, weights=initial_weights(config, Path(config.run.run_dir)))
     backend, mlp = resolve_attention(state), resolve_mlp(state)
     model = config.model
     one_forward = forward_flops(state)

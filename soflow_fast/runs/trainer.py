@@ -58,7 +58,7 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
         run_directory.check(run_dir, config)
         found = identity.identify(source.dataset)
         run_directory.check_data(run_dir, found)
-        state = TrainState.build(config, weights=_initial_weights(config, run_dir))
+        state = TrainState.build(config, weights=initial_weights(config, run_dir))
         state.data = identity.to_json(found)
         state.set_attention(resolve_attention(state))
         mlp = resolve_mlp(state)
@@ -78,7 +78,7 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
         return state
 
 
-def _initial_weights(config: Config, run_dir: Path) -> dict[str, Tensor] | None:
+def initial_weights(config: Config, run_dir: Path) -> dict[str, Tensor] | None:
     """The weights that `run.init` names; None: the run's own. A run that goes on has no use for them."""
     if not config.run.init or checkpoint.list_checkpoints(run_dir):
         return None
