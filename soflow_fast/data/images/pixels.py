@@ -209,8 +209,11 @@ def _fitted(image: Image.Image, wanted: Wanted) -> Image.Image:
     if max(image.size) > LONGEST * min(image.size):
         image = _centre(image, *(min(side, LONGEST * min(image.size)) for side in image.size))
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    return _centre(image, size, size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if image.width > image.height:  # Pillow scales along the rows first, and of the rest only the centre is needed
+        image = _centre(image.resize((width, image.height), Image.Resampling.BICUBIC), size, image.height)
+        width = size
+    return _centre(image.resize((width, height), Image.Resampling.BICUBIC), size, size)
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
