@@ -56,8 +56,8 @@ def record_graph(function: Callable[[], Any], stream: Any) -> tuple[Callable[[],
             raise
     else:
         return graph.replay, out
-    # Not while the other is handled, nor kept here: both tracebacks hold all that was recorded, and a cycle would hold it
-    # on.
+    # Not while the other is handled, nor kept here: both tracebacks hold all that was recorded, and would go on to do so
+    # in a cycle.
     raise failed.pop()
 
 
