@@ -56,8 +56,8 @@ def record_graph(function: Callable[[], Any], stream: Any) -> tuple[Callable[[],
             raise
     else:
         return graph.replay, out
-    # Not while the other is handled, nor kept here: both tracebacks hold all that was recorded, and would go on to do so
-    # in a cycle.
+    # Not while the other is handled, nor kept here: the tracebacks of both hold all that was recorded, and in a cycle
+    # they would hold it on.
     raise failed.pop()
 
 
