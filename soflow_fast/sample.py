@@ -11,12 +11,13 @@ import os
 import shutil
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .commands import process
 from .commands.parser import MOST_CALLS, MOST_SEED, Parser, user_value, whole_number
+from .config.schema import nearest
 from .errors import ConfigError, Diverged, StorageError, enough_memory, storage_error
 
 MOST = 10**7
@@ -31,7 +32,9 @@ def parser() -> Parser:
     p.add_argument("--out", required=True, metavar="DIR", help="where the images go")
     p.add_argument("--n", default="64", metavar="N", help="how many (default: 64)")
     p.add_argument("--nfe", default="1", metavar="N", help="network calls per image (default: 1)")
-    p.add_argument("--labels", metavar="A,B,...", help="classes, repeated in turn (default: all)")
+    p.add_argument(
+        "--labels", metavar="A,B,...", help="classes by number or name, or null, repeated in turn (default: all)"
+    )
     p.add_argument("--seed", default="0", metavar="N", help="of the noise (default: 0)")
     p.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, ...")
     return p
@@ -49,13 +52,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     from . import sampling
     from .runs import images as pictures
-    from .runs.checkpoint import load_with_config
+    from .runs.checkpoint import load_with_classes
     from .training.precision import resolve_device
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer at a time, or on another --device"):
-        flow, config = load_with_config(values.run, resolve_device(values.device))
+        flow, config, names = load_with_classes(values.run, resolve_device(values.device))
         model = config.model
-        labels = _labels(values.labels, model.num_classes, n)
+        labels = _labels(values.labels, model.num_classes, names, n)
         shape = (n, model.in_channels, model.input_size, model.input_size)
         y = None if labels is None else torch.tensor(labels)
         batches = user_value(lambda: sampling.sample_batches(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
@@ -77,7 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{n} images of {nfe} network call{'s' if nfe > 1 else ''} each: {out / 'grid.png'}")
 
 
-def _labels(text: str | None, num_classes: int, n: int) -> list[int] | None:
+def _labels(text: str | None, num_classes: int, names: Sequence[str], n: int) -> list[int] | None:
+    """The label of each image; None: the model has none. names: of the classes, by number."""
     if not num_classes:
         if text:
             raise ConfigError(f"--labels {text}: the model has no classes")
@@ -85,9 +89,20 @@ def _labels(text: str | None, num_classes: int, n: int) -> list[int] | None:
     chosen = (
         list(range(num_classes))
         if text is None
-        else [whole_number("--labels", part.strip(), 0, num_classes - 1) for part in text.split(",")]
+        else [_label(part.strip(), num_classes, names) for part in text.split(",")]
     )
     return [chosen[i % len(chosen)] for i in range(n)]
+
+
+def _label(text: str, num_classes: int, names: Sequence[str]) -> int:
+    """A class by its name, its number, or "null". A name that is a number counts as a name."""
+    if text in names:
+        return names.index(text)
+    if text == "null":
+        return num_classes
+    if names and not text.lstrip("-").isdigit():
+        raise ConfigError(f"--labels {text}: no class of this run{nearest(text, names)}")
+    return whole_number("--labels", text, 0, num_classes - 1)
 
 
 def _write(out: Path, files: Iterable[tuple[str, bytes]]) -> None:

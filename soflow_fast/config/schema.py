@@ -165,6 +165,9 @@ class RunConfig:
     """Run, checkpoint or exported directory whose averaged weights a new run begins with."""
     device: str = "auto"
     """Device, such as cpu, cuda or cuda:1; auto: the GPU if there is one."""
+    workers: int = AUTO
+    """Processes that read samples ahead; 0: none, -1: as many as there are processors beside the one that trains, at
+    most eight, and none where the samples lie in memory."""
     log_every: int = 10
     sample_every: int = 500
     checkpoint_every: int = 500

@@ -47,6 +47,7 @@ def validate(config: Config) -> Config:
     check = _checks(run, "run.")
     check("run_dir", _can_be_a_name(run.run_dir), a_name)
     check("init", _can_be_a_name(run.init), a_name)
+    check("workers", AUTO <= run.workers <= 256, "in [-1, 256]")
     check("log_every", run.log_every >= 1, "at least 1")
     check("sample_every", run.sample_every >= 0, "at least 0")
     check("checkpoint_every", run.checkpoint_every >= 0, "at least 0")

@@ -22,8 +22,9 @@ class Source:
     batch. So nothing depends on W, on who reads a batch, or on what was read before.
     """
 
-    def __init__(self, dataset: Dataset, *, seed: int, batch_size: int, flip: bool = False) -> None:
-        self.dataset, self.seed, self.batch_size, self.flip = dataset, seed, batch_size, flip
+    def __init__(self, dataset: Dataset, *, seed: int, batch_size: int, flip: bool = False, place: str = "") -> None:
+        """place: where the data set is, for messages."""
+        self.dataset, self.seed, self.batch_size, self.flip, self.place = dataset, seed, batch_size, flip, place
         self._order = functools.lru_cache(maxsize=2)(self._order_of)
 
     def __len__(self) -> int:
@@ -102,7 +103,7 @@ def open_source(config: Config, say: Callable[[str], None] = lambda text: None) 
         raise DataError(
             f"--data {data.path}: has no mirrored samples; give --set data.flip=false, or encode with --flip"
         )
-    return Source(dataset, seed=config.seed, batch_size=config.batch_size, flip=data.flip)
+    return Source(dataset, seed=config.seed, batch_size=config.batch_size, flip=data.flip, place=data.path)
 
 
 def fitted(config: Config, source: Source, choices: DataChoices) -> Config:

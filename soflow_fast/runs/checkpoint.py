@@ -314,6 +314,13 @@ def load(source: str | os.PathLike, device: str | torch.device = "cpu") -> Solut
 
 def load_with_config(source: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[SolutionFlow, Config]:
     """Load weights as `load` does, with the configuration that they were trained with."""
+    return load_with_classes(source, device)[:2]
+
+
+def load_with_classes(
+    source: str | os.PathLike, device: str | torch.device = "cpu"
+) -> tuple[SolutionFlow, Config, tuple[str, ...]]:
+    """Load weights as `load` does, with their configuration and the names of the classes, if these are known."""
     path = Path(source)
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint")
@@ -331,12 +338,14 @@ def load_with_config(source: str | os.PathLike, device: str | torch.device = "cp
             # The run goes on: newer checkpoints have pushed these out while they were read.
 
 
-def _load_one(folder: Path, device: str | torch.device) -> tuple[SolutionFlow, Config]:
+def _load_one(folder: Path, device: str | torch.device) -> tuple[SolutionFlow, Config, tuple[str, ...]]:
     files = read_verified(folder)
     config = _config(folder, files)
     flow = build_flow(config)
     _load_weights(flow, _tensors(folder, files, "ema.safetensors"), folder)
-    return flow.to(device).eval().requires_grad_(False), config
+    data = _identity(folder, files)
+    names = data.classes if data is not None and len(data.classes) == config.model.num_classes else ()
+    return flow.to(device).eval().requires_grad_(False), config, names
 
 
 def read_verified(folder: Path) -> dict[str, bytes]:

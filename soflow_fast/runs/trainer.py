@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import errors
 from ..config.schema import AUTO, NOTHING_LEFT, Config, DataChoices
 from ..data import Source, fitted, identity, open_source
-from ..errors import ConfigError, Diverged, Interrupted, storage
+from ..errors import ConfigError, DataError, Diverged, Interrupted, storage
 from ..files import OptionalWrites, write_file
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
@@ -137,8 +137,9 @@ def _loop(state: TrainState, source: Source, run_dir: Path, progress: Progress, 
     with storage(f"--run-dir {run_dir}"):
         log = MetricsLog(run_dir / "metrics.jsonl", first, progress.warn)
     grids = OptionalWrites(progress.warn)
-    batches = Batches(source, state.device, state.rank, state.world)
+    batches = Batches(source, state.device, state.rank, state.world, config.run.workers)
     with (
+        closing(batches),
         closing(progress),
         closing(TensorBoard(run_dir / "tensorboard", first, progress.warn)) as board,
         Saver(run_dir, every.keep, progress.warn, before=log.sync) as saver,
@@ -146,7 +147,13 @@ def _loop(state: TrainState, source: Source, run_dir: Path, progress: Progress, 
         while state.step < config.steps:
             if every.checkpoint_every and (state.step + 1) % every.checkpoint_every == 0:
                 saver.wait()  # so that a crash never costs two intervals
-            x0, y = batches.of(state.step)
+            try:
+                x0, y = batches.of(state.step)
+            except DataError:
+                if state.step > first:
+                    with storage(f"--run-dir {run_dir}: cannot save the checkpoint of step {state.step}"):
+                        saver.finish(state)
+                raise
             metrics = step_in_memory(state, x0, y, progress.say)
             if state.step < config.steps:
                 batches.begin(state.step)  # while the GPU is busy

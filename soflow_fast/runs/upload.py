@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Source
+from ..data import Reader, Source
+from ..data.loader import AUTO
 
 
 class Batches:
@@ -16,8 +17,11 @@ class Batches:
     with it, which is when the copy after that begins.
     """
 
-    def __init__(self, source: Source, device: torch.device, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, source: Source, device: torch.device, rank: int = 0, world: int = 1, workers: int = AUTO
+    ) -> None:
         self.source, self.device, self.rank, self.world = source, device, rank, world
+        self._reader = Reader(source, rank, world, workers)
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._begun: tuple[int, tuple[Tensor, ...]] | None = None
         self._present: tuple[Tensor, ...] = ()
@@ -29,7 +33,7 @@ class Batches:
         if self._stream is None:
             return
         self._begun = None
-        values = [value.pin_memory() for value in self.source.batch(step, self.rank, self.world)]
+        values = [value.pin_memory() for value in self._reader.read(step)]
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             if self._past[1] is not None:
                 self._stream.wait_event(self._past[1])
@@ -37,9 +41,10 @@ class Batches:
             self._begun = step, tuple(value.to(self.device, non_blocking=True) for value in values)
 
     def of(self, step: int) -> Any:
-        """(images, labels) of a step."""
+        """(samples, labels) of a step, the samples float32 as a model takes them. Raises DataError."""
         if self._stream is None:
-            return self.source.batch(step, self.rank, self.world)
+            raw, labels = self._reader.read(step)
+            return self._decoded(raw, step), labels
         if self._begun is None or self._begun[0] != step:
             self.begin(step)
         assert self._begun is not None
@@ -48,4 +53,11 @@ class Batches:
         self._past = self._present, current.record_event()
         self._present = values
         current.wait_stream(self._stream)
-        return values
+        return self._decoded(values[0], step), values[1]
+
+    def _decoded(self, raw: Tensor, step: int) -> Tensor:
+        return self.source.decoded(raw, step, self.rank, self.world)
+
+    def close(self) -> None:
+        """End the processes that read ahead."""
+        self._reader.close()

@@ -177,6 +177,7 @@ OUT_OF_RANGE = {
     "optim.grad_clip": -1,
     "optim.ema_decay": 1,
     "data.kind": "image",
+    "run.workers": -2,
     "run.log_every": 0,
     "run.sample_every": -1,
     "run.checkpoint_every": -1,
@@ -268,7 +269,8 @@ def test_switches_of_older_files_are_read(word: str, value: bool | None) -> None
 
 def test_resolving_leaves_attention_and_mlp_open_and_nothing_else() -> None:
     config = resolved(preset("digits", device="cpu", micro_batch="auto"))
-    assert [name for name, value in flatten(config).items() if value in ("auto", AUTO)] == ["run.attention", "run.mlp"]
+    found = [name for name, value in flatten(config).items() if value in ("auto", AUTO)]
+    assert found == ["run.workers", "run.attention", "run.mlp"]  # as they are, whatever machine goes on
     assert resolved(config) == config and validate(config)
 
 
