@@ -213,8 +213,8 @@ class Operation:
         self.register_fake = self.library.register_fake
         self.register_autograd = self.library.register_autograd
 
-    def __call__(self, *args: Any) -> Any:
-        return self.library(*args) if _listened_to(args) else self.function(*args)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.library(*args, **named) if named or _listened_to(args) else self.function(*args)
 
 
 def operation(name: str) -> Callable[[Callable], Operation]:
