@@ -1,0 +1,142 @@
+"""What a run and its data have to do with each other, from the command line: identity, classes, epochs, more steps,
+weights to begin with, and data that goes bad on the way."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Call = Any
+SIZES = ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.patch_size=4", "model.input_size=8"]
+QUIET = ["run.sample_every=0", "run.log_every=1", "run.check_quotient_every=0"]
+FLAGS = [
+    *("cifar10", "--device", "cpu", "--precision", "fp32", "--batch-size", "4", "--checkpoint-every", "2"),
+    *(
+        f"--set={setting}"
+        for setting in [*SIZES, "run.sample_every=0", "run.log_every=1", "run.check_quotient_every=0"]
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve photographs of 8 x 8 in three classes of four."""
+    draw = np.random.default_rng(0)
+    for name in ("2", "10", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(4):
+            pixels = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{k}.png")
+    (tmp_path / "photos" / "2" / "notes.txt").write_text("x")
+    return tmp_path / "photos"
+
+
+def test_a_run_takes_the_classes_of_its_data_and_draws_them_by_name(photos: Path, call: Call) -> None:
+    result = call("train", *FLAGS, "--steps", "2", "--data", photos, "--run-dir", "run")
+    assert (result.code, result.err) == (0, "")
+    assert "data: folder of images at" in result.out and "3 classes: 2 4, 10 4, bee 4" in result.out
+    assert "left out: 1 .txt" in result.out
+    kept = json.loads(Path("run/data.json").read_text())
+    assert kept["classes"] == ["2", "10", "bee"] and kept["count"] == 12
+    assert json.loads(Path("run/checkpoints/step-00000002/data.json").read_text()) == kept
+    for labels in ("bee", "10,null", "0,2"):
+        drawn = call("sample", "run", "--out", f"out {labels}", "--n", "2", "--labels", labels)
+        assert (drawn.code, drawn.err) == (0, "")
+    wrong = call("sample", "run", "--out", "out", "--labels", "bees")
+    assert wrong.code == 2 and "--labels bees: no class of this run (did you mean 'bee'?)" in wrong.err
+
+
+def test_labels_by_name_are_those_by_number(photos: Path, call: Call) -> None:
+    call("train", *FLAGS, "--steps", "2", "--data", photos, "--run-dir", "run")
+    for labels in ("10", "1"):
+        call("sample", "run", "--out", labels, "--n", "1", "--labels", labels)
+    assert Path("10/00000.png").read_bytes() == Path("1/00000.png").read_bytes()
+
+
+def test_a_number_of_classes_that_is_set_must_be_the_datas(photos: Path, call: Call) -> None:
+    wrong = call("train", *FLAGS, "--set=model.num_classes=4", "--data", photos, "--run-dir", "run")
+    assert wrong.code == 2 and "the data has 3 classes, the model 4" in wrong.err
+    none = call("train", *FLAGS, "--set=model.num_classes=0", "--steps", "1", "--data", photos, "--run-dir", "run")
+    assert none.code == 0
+
+
+def test_the_same_data_elsewhere_resumes_and_other_data_is_refused(photos: Path, call: Call) -> None:
+    run = ["train", *FLAGS, "--run-dir", "run"]
+    assert call(*run, "--steps", "2", "--data", photos).code == 0
+    moved = shutil.copytree(photos, "elsewhere")
+    with zipfile.ZipFile("set.zip", "w") as archive:
+        for file in sorted(Path(moved).rglob("*.png")):
+            archive.write(file, file.relative_to(moved))
+    for step, place in ((4, "elsewhere"), (6, "set.zip")):
+        result = call(*run, "--steps", str(step), "--data", place)
+        assert (result.code, result.err) == (0, "") and f"resuming run at step {step - 2} of {step}" in result.out
+        assert f"finished at step {step - 2}, goes on: all schedules now end at step {step}" in result.out
+    Path("elsewhere/bee/3.png").unlink()
+    refused = call(*run, "--steps", "8", "--data", "elsewhere")
+    assert refused.code == 2 and "12 samples -> 11" in refused.err and "bee: 4 -> 3" in refused.err
+    Path("run/data.json").unlink()  # the checkpoints know it too
+    again = call(*run, "--steps", "8", "--data", "elsewhere")
+    assert again.code == 2 and "of a run on other data (12 samples -> 11" in again.err
+
+
+def test_fewer_steps_or_more_of_an_unfinished_run_are_another_run(photos: Path, call: Call) -> None:
+    run = ["train", *FLAGS, "--run-dir", "run", "--data", photos]
+    assert call(*run, "--steps", "4").code == 0
+    fewer = call(*run, "--steps", "3")
+    assert fewer.code == 2 and "steps: 4 -> 3" in fewer.err
+    shutil.rmtree("run/checkpoints/step-00000004")
+    more = call(*run, "--steps", "6")
+    assert more.code == 2 and "steps: 4 -> 6" in more.err
+
+
+def test_epochs_are_steps(photos: Path, call: Call) -> None:
+    result = call("train", *FLAGS, "--epochs", "2", "--data", photos, "--run-dir", "run")
+    assert result.code == 0 and "6 steps of 4" in result.out
+    again = call("train", *FLAGS, "--epochs", "2", "--data", photos, "--run-dir", "run")
+    assert again.code == 0 and "resuming run at step 6 of 6" in again.out
+
+
+def test_a_run_begins_with_the_weights_of_another(photos: Path, call: Call) -> None:
+    run = ["train", *FLAGS, "--data", photos]
+    assert call(*run, "--steps", "4", "--run-dir", "first").code == 0
+    settings = ["--set=optim.lr=1e-20", "--set=optim.warmup_steps=0", "--set=optim.ema_decay=0"]
+    assert call(*run, "--steps", "1", "--run-dir", "second", "--init", "first", *settings).code == 0
+    from soflow_fast import load
+
+    for a, b in zip(load("first").parameters(), load("second").parameters(), strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=0, atol=1e-12)
+    wrong = call(*run, "--run-dir", "third", "--init", "first", "--set=model.depth=2")
+    assert wrong.code == 2 and "--init first: of another network: model.depth differs" in wrong.err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_changes_during_the_run_ends_it_with_all_saved(
+    workers: int, photos: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from soflow_fast.runs import trainer
+
+    plain = trainer.step_in_memory
+
+    def damaging(state: Any, *given: Any) -> Any:
+        if state.step == 2:
+            for file in photos.rglob("*.png"):
+                file.write_bytes(b"gone bad")
+        return plain(state, *given)
+
+    monkeypatch.setattr(trainer, "step_in_memory", damaging)
+    settings = ["--checkpoint-every", "1000", f"--set=run.workers={workers}"]
+    result = call("train", *FLAGS, "--steps", "50", "--data", photos, "--run-dir", "run", *settings)
+    assert result.code == 2 and result.err.count("\n") == 1 and f"--data {photos}: " in result.err
+    saved = sorted(path.name for path in Path("run/checkpoints").iterdir())
+    assert len(saved) == 1 and 3 <= int(saved[0][-8:]) < 10
