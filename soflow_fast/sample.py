@@ -3,15 +3,15 @@
     python -m soflow_fast.sample runs/digits --out out --n 64 --nfe 1
     python -m soflow_fast.sample runs/digits --out out --labels 3,5 --seed 7
 
-Writes an image each, 00000.png and on, and grid.png of the first 1024. Image i depends on the seed, its label and i
-alone.
+Writes an image each, 00000.png and on, and grid.png of the first 1024; of latents without --vae NAME a .npy each. Image i
+depends on the seed, its label and i alone.
 """
 
 import os
 import shutil
 import sys
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def parser() -> Parser:
     p.add_argument(
         "--labels", metavar="A,B,...", help="classes by number or name, or null, repeated in turn (default: all)"
     )
+    p.add_argument("--vae", metavar="NAME", help="of a model of latents: decode them by this AutoencoderKL")
     p.add_argument("--seed", default="0", metavar="N", help="of the noise (default: 0)")
     p.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, ...")
     return p
@@ -52,13 +53,19 @@ def main(arguments: list[str] | None = None) -> None:
 
     from . import sampling
     from .runs import images as pictures
-    from .runs.checkpoint import load_with_classes
+    from .runs.checkpoint import load_with_data
     from .training.precision import resolve_device
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer at a time, or on another --device"):
-        flow, config, names = load_with_classes(values.run, resolve_device(values.device))
+        device = resolve_device(values.device)
+        flow, config, data = load_with_data(values.run, device)
         model = config.model
+        names = data.classes if data is not None and len(data.classes) == model.num_classes else ()
         labels = _labels(values.labels, model.num_classes, names, n)
+        latents = config.data.kind == "latents"
+        if values.vae and not latents:
+            raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
+        decode = _decoder(values.vae, data.space if data is not None else None, device) if values.vae else None
         shape = (n, model.in_channels, model.input_size, model.input_size)
         y = None if labels is None else torch.tensor(labels)
         batches = user_value(lambda: sampling.sample_batches(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
@@ -68,16 +75,36 @@ def main(arguments: list[str] | None = None) -> None:
             for x in batches:
                 if not torch.isfinite(x).all():
                     raise Diverged(f"{values.run}: its samples are not finite")
-                images = pictures.to_uint8(x)
+                if latents and decode is None:
+                    for latent in x:
+                        yield f"{count:05d}.npy", pictures.npy(latent)
+                        count += 1
+                    continue
+                images = pictures.to_uint8(x if decode is None else decode(x))
                 if count < GRID:
                     first.append(images[: GRID - count])
                 for image in images:
                     yield f"{count:05d}.png", pictures.png(image)
                     count += 1
-            yield "grid.png", pictures.png(pictures.make_grid(torch.cat(first)))
+            if first:
+                yield "grid.png", pictures.png(pictures.make_grid(torch.cat(first)))
 
         _write(out, files())
-    print(f"{n} images of {nfe} network call{'s' if nfe > 1 else ''} each: {out / 'grid.png'}")
+    calls = f"of {nfe} network call{'s' if nfe > 1 else ''} each"
+    if latents and decode is None:
+        hint = f"--vae {data.space.vae}" if data is not None and data.space and data.space.vae else "--vae NAME"
+        print(f"{n} latents {calls}, as .npy: {out}; {hint} decodes them")
+    else:
+        print(f"{n} images {calls}: {out / 'grid.png'}")
+
+
+def _decoder(name: str, space: Any, device: Any) -> Callable[[Any], Any]:
+    """What makes images of a model's latents. space: how they belong to those of the VAE, None: as its own say."""
+    from .data.dataset import LatentSpace
+    from .runs.encoding import load_vae
+
+    vae = load_vae(name, device)
+    return lambda x: vae.decoded(x, space or LatentSpace(name, vae.scale, vae.shift))
 
 
 def _labels(text: str | None, num_classes: int, names: Sequence[str], n: int) -> list[int] | None:

@@ -34,6 +34,16 @@ class Wanted(NamedTuple):
     """Name or path of the VAE that latents must be of; "": of any."""
 
 
+class LatentSpace(NamedTuple):
+    """How a model's latents x and those of a VAE z belong together: x = (z - shift) scale."""
+
+    vae: str
+    """Name or folder; empty: not known."""
+    scale: float | tuple[float, ...]
+    """For all channels, or for each."""
+    shift: float | tuple[float, ...]
+
+
 @dataclass
 class Contents:
     """What was found at a path."""
@@ -48,6 +58,8 @@ class Contents:
     """What is to be said once: "3 animations: the first frame is taken"."""
     checksum: str = ""
     """Of names, sizes and labels, or of a manifest; the path is no part of it."""
+    space: LatentSpace | None = None
+    """Of latents."""
 
 
 class Dataset(abc.ABC):

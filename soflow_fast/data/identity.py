@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .dataset import Dataset
+from .dataset import Dataset, LatentSpace
 
 SHOWN = 12
 """Classes that are shown by name."""
@@ -30,18 +30,23 @@ class Identity:
     counts: tuple[int, ...]
     """Samples of each."""
     checksum: str
+    space: LatentSpace | None = None
+    """Of latents."""
 
 
 def identify(dataset: Dataset) -> Identity:
     """The identity of a data set."""
     contents, classes = dataset.contents, dataset.contents.classes
     counts = torch.bincount(dataset.labels, minlength=len(classes)).tolist() if classes else []
-    return Identity(contents.kind, len(dataset), dataset.shape, classes, tuple(counts), contents.checksum)
+    return Identity(
+        contents.kind, len(dataset), dataset.shape, classes, tuple(counts), contents.checksum, contents.space
+    )
 
 
 def to_json(identity: Identity) -> str:
     """As JSON text."""
-    return json.dumps(asdict(identity), indent=None if len(identity.classes) > SHOWN else 2) + "\n"
+    values = asdict(identity) | {"space": identity.space and identity.space._asdict()}
+    return json.dumps(values, indent=None if len(identity.classes) > SHOWN else 2) + "\n"
 
 
 def from_json(text: str | bytes) -> Identity:
@@ -58,9 +63,16 @@ def from_json(text: str | bytes) -> Identity:
             tuple(map(str, values["classes"])),
             tuple(map(int, values["counts"])),
             values["checksum"],
+            None if values.get("space") is None else _space(values["space"]),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"no identity of a data set: {type(error).__name__}: {error}") from None
+
+
+def _space(values: Any) -> LatentSpace:
+    scale, shift = (values[name] for name in ("scale", "shift"))
+    each = [tuple(map(float, value)) if isinstance(value, list) else float(value) for value in (scale, shift)]
+    return LatentSpace(str(values["vae"]), *each)
 
 
 def changes(old: Identity, new: Identity) -> list[str]:
@@ -77,6 +89,8 @@ def changes(old: Identity, new: Identity) -> list[str]:
     elif old.counts != new.counts:
         each = zip(old.classes, old.counts, new.counts, strict=True)
         found.append("samples of " + _some([f"{name}: {a} -> {b}" for name, a, b in each if a != b]))
+    if old.space != new.space:
+        found.append("another VAE, scale or shift")
     if not found and old.checksum != new.checksum:
         found.append("other names, sizes or labels of samples")
     return found

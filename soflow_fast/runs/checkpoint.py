@@ -314,13 +314,13 @@ def load(source: str | os.PathLike, device: str | torch.device = "cpu") -> Solut
 
 def load_with_config(source: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[SolutionFlow, Config]:
     """Load weights as `load` does, with the configuration that they were trained with."""
-    return load_with_classes(source, device)[:2]
+    return load_with_data(source, device)[:2]
 
 
-def load_with_classes(
+def load_with_data(
     source: str | os.PathLike, device: str | torch.device = "cpu"
-) -> tuple[SolutionFlow, Config, tuple[str, ...]]:
-    """Load weights as `load` does, with their configuration and the names of the classes, if these are known."""
+) -> tuple[SolutionFlow, Config, Identity | None]:
+    """Load weights as `load` does, with their configuration and the identity of their data, if it is known."""
     path = Path(source)
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint")
@@ -338,14 +338,12 @@ def load_with_classes(
             # The run goes on: newer checkpoints have pushed these out while they were read.
 
 
-def _load_one(folder: Path, device: str | torch.device) -> tuple[SolutionFlow, Config, tuple[str, ...]]:
+def _load_one(folder: Path, device: str | torch.device) -> tuple[SolutionFlow, Config, Identity | None]:
     files = read_verified(folder)
     config = _config(folder, files)
     flow = build_flow(config)
     _load_weights(flow, _tensors(folder, files, "ema.safetensors"), folder)
-    data = _identity(folder, files)
-    names = data.classes if data is not None and len(data.classes) == config.model.num_classes else ()
-    return flow.to(device).eval().requires_grad_(False), config, names
+    return flow.to(device).eval().requires_grad_(False), config, _identity(folder, files)
 
 
 def read_verified(folder: Path) -> dict[str, bytes]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..data import latents
-from ..data.dataset import Dataset, Wanted
+from ..data.dataset import Dataset, LatentSpace, Wanted
+from ..data.formats import open_dataset
 from ..data.latents.layout import Factor, Layout
 from ..data.latents.writer import Writer, shard_rows
 from ..errors import ConfigError, DataError, Interrupted, enough_memory, storage
@@ -20,13 +21,13 @@ from .progress import Progress
 
 ROWS_AT_A_TIME = 256
 """Of a conversion."""
+DECODED = 16
+"""Latents that are decoded at a time."""
 
 
 def open_images(path: str, size: int, say: Callable[[str], None]) -> Dataset:
     """The images that are to be encoded, uint8 [3, size, size] each. Raises DataError."""
-    from ..data import images
-
-    return images.load(Path(path), Wanted(size, 3, say=say))  # type: ignore[attr-defined]
+    return open_dataset(path, "images", Wanted(size, 3, say=say))
 
 
 @dataclass
@@ -47,16 +48,29 @@ class VAE:
         posterior = self.model.encode(x).latent_dist
         return torch.cat([posterior.mean, posterior.std], 1)
 
+    @torch.inference_mode()
+    def decoded(self, x: Tensor, space: LatentSpace) -> Tensor:
+        """Images [n, 3, H, W] in about [-1, 1] of a model's latents [n, C, h, w], on the device of the VAE."""
+        weight = next(self.model.parameters())
+        scale, shift = (torch.tensor(value, device=weight.device).view(-1, 1, 1) for value in space[1:])
+        parts = [part.to(weight) / scale + shift for part in x.split(DECODED)]
+        return torch.cat([self.model.decode(part).sample for part in parts])
 
-def load_vae(name: str, device: torch.device) -> VAE:
-    """An AutoencoderKL by its name on the hub or its folder, from safetensors. Raises ConfigError."""
+
+def load_vae(name: str, device: torch.device, *, local: bool = False) -> VAE:
+    """An AutoencoderKL by its name on the hub or its folder, from safetensors. Raises ConfigError.
+
+    local: it must be on this machine.
+    """
     try:
         from diffusers import AutoencoderKL
     except ImportError:
         raise ConfigError(f"--vae {name}: needs diffusers: pip install 'soflow-fast[hub]'") from None
     below = {"subfolder": "vae"} if (Path(name) / "vae" / "config.json").is_file() else {}
     try:
-        model: Any = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False, **below)
+        model: Any = AutoencoderKL.from_pretrained(
+            name, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=local, **below
+        )
     except Exception as error:  # diffusers, safetensors and the hub raise many kinds
         text = " ".join(str(error).split())
         raise ConfigError(f"--vae {name}: cannot be loaded ({type(error).__name__}: {text[:200]})") from None

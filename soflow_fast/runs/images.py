@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,13 @@ def make_grid(images: Tensor, columns: int = 0, least: int = 40) -> Tensor:
         top, left = gap + (i // columns) * height, gap + (i % columns) * width
         grid[top : top + height - gap, left : left + width - gap] = image
     return grid
+
+
+def npy(x: Tensor) -> bytes:
+    """A tensor as the bytes of a .npy file, float32."""
+    buffer = io.BytesIO()
+    np.save(buffer, x.detach().float().cpu().numpy())
+    return buffer.getvalue()
 
 
 def png(image: Tensor) -> bytes:

@@ -7,23 +7,50 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.dataset import LatentSpace
+from ..errors import ConfigError
 from ..evaluation import DigitScores, describe, measure_digits
 from ..files import write_file
 from ..sampling import sample
 from ..training.state import TrainState
-from .images import make_grid, to_uint8
+from .encoding import VAE, load_vae
+from .images import make_grid, npy, png, to_uint8
 
 GRID = 100
 """Images in a sample grid."""
 EVALUATION_SAMPLES = 4000
 
 
-def draw_grid(state: TrainState) -> Tensor:
-    """A grid, uint8 [H, W, C], of one-step samples of the EMA weights; the same noise and labels every time."""
-    model = state.config.model
-    labels = torch.arange(GRID) % max(model.num_classes, 1) if model.num_classes else None
-    shape = (GRID, model.in_channels, model.input_size, model.input_size)
-    return make_grid(to_uint8(sample(state.ema, labels, seed=0, shape=shape)), columns=10)
+class Grids:
+    """The grids of a run: one-step samples of the EMA weights, of the same noise and labels every time.
+
+    Latents are decoded by their VAE where it is on this machine, and else kept as they are, in .npy: they are no
+    colours.
+    """
+
+    def __init__(self, state: TrainState, space: LatentSpace | None, say: Callable[[str], None]) -> None:
+        """space: of latents; None: the samples are images."""
+        self.state, self.space = state, space
+        self.vae: VAE | None = None
+        if space is not None and space.vae:
+            try:
+                self.vae = load_vae(space.vae, state.device, local=True)
+            except ConfigError as error:
+                say(f"samples are written as latents, in .npy: {str(error).removeprefix('--vae ')}")
+
+    def draw(self) -> tuple[str, bytes, Tensor | None]:
+        """The ending of a file, its content, and the grid in it, uint8 [H, W, C]; None: it is of latents,
+        float32 [100, C, h, w]."""
+        model = self.state.config.model
+        labels = torch.arange(GRID) % max(model.num_classes, 1) if model.num_classes else None
+        shape = (GRID, model.in_channels, model.input_size, model.input_size)
+        x = sample(self.state.ema, labels, seed=0, shape=shape)
+        if self.space is not None:
+            if self.vae is None:
+                return "npy", npy(x), None
+            x = self.vae.decoded(x, self.space)
+        grid = make_grid(to_uint8(x), columns=10)
+        return "png", png(grid), grid
 
 
 def evaluate(state: TrainState, run_dir: Path, say: Callable[[str], None]) -> dict[int, DigitScores]:

@@ -29,10 +29,9 @@ from ..training.state import TrainState
 from ..training.step import train_step
 from . import checkpoint, run_directory, signals
 from .async_save import Saver
-from .images import png
 from .metrics import MetricsLog, TensorBoard
 from .progress import Progress
-from .samples import draw_grid, evaluate
+from .samples import Grids, evaluate
 from .upload import Batches
 
 
@@ -70,11 +69,12 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
             _begin(state, source, run_dir, progress)
             if mlp.said:
                 progress.say(mlp.said)
+            grids = Grids(state, found.space, progress.say)
             if state.step < config.steps:
                 for line in identity.describe(source.dataset, found, config.data.path):
                     progress.say(line)
-                _train(state, source, run_dir, progress)
-            _end(state, run_dir, progress)
+                _train(state, source, grids, run_dir, progress)
+            _end(state, grids, run_dir, progress)
         return state
 
 
@@ -119,24 +119,26 @@ def _graph_note(state: TrainState) -> str:
     return f", no CUDA graph{f': {why}' if why else ''}"
 
 
-def _train(state: TrainState, source: Source, run_dir: Path, progress: Progress) -> None:
+def _train(state: TrainState, source: Source, grids: Grids, run_dir: Path, progress: Progress) -> None:
     """Train to the last step. Raises Interrupted once a signal has come and the state is saved."""
     first = state.step
     with signals.collected(idle=lambda: state.step == first) as pending:
-        _loop(state, source, run_dir, progress, pending)
+        _loop(state, source, grids, run_dir, progress, pending)
     if pending:
         where = f"step {state.step} of {state.config.steps}"
         raise Interrupted(pending[0], f"stopped and saved at {where}; the same command resumes")
 
 
-def _loop(state: TrainState, source: Source, run_dir: Path, progress: Progress, pending: list[int]) -> None:
+def _loop(
+    state: TrainState, source: Source, grids: Grids, run_dir: Path, progress: Progress, pending: list[int]
+) -> None:
     """Step until the last step is done or a signal is pending; log, draw and save on the way."""
     config, every = state.config, state.config.run
     began, first = time.monotonic(), state.step
     before, before_step = began, first
     with storage(f"--run-dir {run_dir}"):
         log = MetricsLog(run_dir / "metrics.jsonl", first, progress.warn)
-    grids = OptionalWrites(progress.warn)
+    optional = OptionalWrites(progress.warn)
     batches = Batches(source, state.device, state.rank, state.world, config.run.workers)
     with (
         closing(batches),
@@ -172,10 +174,11 @@ def _loop(state: TrainState, source: Source, run_dir: Path, progress: Progress, 
                 board.write(entry)
                 progress.update(step, values, (step - first) / (now - began), images, now)
             if not last and every.sample_every and step % every.sample_every == 0:
-                grid = draw_grid(state)
-                board.image(grid, step)
-                with grids(f"sample grid of step {step}"):
-                    write_file(run_dir / "samples" / f"step-{step:08d}.png", png(grid), synced=False)
+                kind, content, grid = grids.draw()
+                if grid is not None:
+                    board.image(grid, step)
+                with optional(f"sample grid of step {step}"):
+                    write_file(run_dir / "samples" / f"step-{step:08d}.{kind}", content, synced=False)
             if last or stop or (every.checkpoint_every and step % every.checkpoint_every == 0):
                 read_metrics(state, metrics)  # which raises Diverged for a state that is not to be saved
                 board.flush()
@@ -189,11 +192,12 @@ def _loop(state: TrainState, source: Source, run_dir: Path, progress: Progress, 
                 return
 
 
-def _end(state: TrainState, run_dir: Path, progress: Progress) -> None:
+def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress) -> None:
     """Draw the last grid and evaluate. Raises StorageError where the disk refuses: all else is saved already."""
     with storage(f"--run-dir {run_dir}: the checkpoint of step {state.step} is saved, but not all else"):
-        path = run_dir / "samples" / "final.png"
-        write_file(path, png(draw_grid(state)), synced=False)
+        kind, content, _ = grids.draw()
+        path = run_dir / "samples" / f"final.{kind}"
+        write_file(path, content, synced=False)
         progress.say(f"trained {state.step} steps; samples: {path}")
         if state.config.data.kind == "digits" and state.config.model.num_classes:
             evaluate(state, run_dir, progress.say)

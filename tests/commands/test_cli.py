@@ -52,7 +52,7 @@ TRAIN = {
     ("module", "flags"),
     [
         ("train", " ".join(TRAIN.values())),
-        ("sample", "help out n nfe labels seed device"),
+        ("sample", "help out n nfe labels vae seed device"),
         ("evaluate", "help n nfe seed device json"),
     ],
 )

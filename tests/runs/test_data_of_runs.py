@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 Call = Any
@@ -140,3 +141,55 @@ def test_a_file_that_changes_during_the_run_ends_it_with_all_saved(
     assert result.code == 2 and result.err.count("\n") == 1 and f"--data {photos}: " in result.err
     saved = sorted(path.name for path in Path("run/checkpoints").iterdir())
     assert len(saved) == 1 and 3 <= int(saved[0][-8:]) < 10
+
+
+LATENT_SIZES = [
+    "model.hidden_size=16",
+    "model.depth=1",
+    "model.num_heads=2",
+    "model.input_size=4",
+    "model.num_classes=3",
+]
+
+
+def test_the_whole_way_of_latents(photos: Path, call: Call) -> None:
+    """Photographs, a small VAE, latents, a training on them, and samples as pictures."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, norm_num_groups=4, sample_size=8, scaling_factor=0.5,
+    )  # fmt: skip
+    vae.save_pretrained("vae")
+    encoded = call("encode", photos, "latents", "--vae", "vae", "--size", "8", "--flip", "--device", "cpu")
+    assert (encoded.code, encoded.err) == (0, "")
+    sizes = [f"--set={setting}" for setting in LATENTS]
+    run = ["train", "imagenet256-b2", "--device", "cpu", "--precision", "fp32", "--batch-size", "4", *sizes]
+    run += [
+        "--set=run.log_every=1",
+        "--set=run.sample_every=1",
+        "--set=run.check_quotient_every=0",
+        "--set=data.flip=true",
+    ]
+    result = call(*run, "--steps", "2", "--data", "latents", "--run-dir", "run")
+    assert (result.code, result.err) == (0, "") and "3 classes: 2 4, 10 4, bee 4" in result.out
+    with Image.open("run/samples/final.png") as grid:
+        assert grid.mode == "RGB"
+    drawn = call("sample", "run", "--out", "out", "--n", "2", "--labels", "bee")
+    assert (drawn.code, drawn.err) == (0, "") and "2 latents" in drawn.out and "--vae vae decodes them" in drawn.out
+    z = np.load("out/00001.npy")
+    assert z.shape == (4, 4, 4) and not list(Path("out").glob("*.png"))
+    shown = call("sample", "run", "--out", "shown", "--n", "2", "--labels", "bee", "--vae", "vae")
+    assert (shown.code, shown.err) == (0, "")
+    with torch.no_grad():
+        wanted = vae.eval().decode(torch.from_numpy(z)[None] / 0.5).sample[0].permute(1, 2, 0)
+    with Image.open("shown/00001.png") as image:
+        np.testing.assert_allclose(np.asarray(image), ((wanted + 1) * 127.5).clamp(0, 255).numpy(), atol=1)
+    shutil.rmtree("vae")
+    again = call(*run, "--steps", "4", "--data", "latents", "--run-dir", "run")
+    assert again.code == 0 and "samples are written as latents" in again.out and Path("run/samples/final.npy").exists()
+    wrong = call("train", *FLAGS, "--data", "latents", "--run-dir", "other")
+    assert wrong.code == 2 and "these are latents: take a preset on latents" in wrong.err
+    wrong = call("sample", "run", "--out", "x", "--n", "1", "--vae", "nowhere")
+    assert wrong.code == 2 and "--vae nowhere: cannot be loaded" in wrong.err

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError, UserError
-from ..dataset import Contents, Dataset, Noise, Wanted
+from ..dataset import Contents, Dataset, LatentSpace, Noise, Wanted
 
 SD_SCALE = 0.18215
 """The scale of the 4 channels of Stable Diffusion's VAE (Rombach et al. 2022), by which no file says so."""
@@ -66,6 +66,7 @@ class Latents(Dataset):
         self.place, self.layout, self.labels, self.contents = place, layout, labels, contents
         self.shape = (layout.channels, layout.height, layout.width)
         self.mirrors = mirrors
+        contents.space = LatentSpace(layout.vae, layout.scale, layout.shift)
         self._factors: dict[torch.device, tuple[Tensor | float, Tensor | float]] = {}
 
     def decoded(self, raw: Tensor, noise: Noise) -> Tensor:
