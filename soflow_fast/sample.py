@@ -3,8 +3,8 @@
     python -m soflow_fast.sample runs/digits --out out --n 64 --nfe 1
     python -m soflow_fast.sample runs/digits --out out --labels 3,5 --seed 7
 
-Writes an image each, 00000.png and on, and grid.png of the first 1024; of latents without --vae NAME a .npy each. Image i
-depends on the seed, its label and i alone.
+Writes an image each, 00000.png and on, and grid.png of the first 1024; of latents without --vae NAME a .npy each. Image
+i depends on the seed, its label and i alone.
 """
 
 import os

@@ -143,7 +143,7 @@ def test_a_file_that_changes_during_the_run_ends_it_with_all_saved(
     assert len(saved) == 1 and 3 <= int(saved[0][-8:]) < 10
 
 
-LATENT_SIZES = [
+LATENTS = [
     "model.hidden_size=16",
     "model.depth=1",
     "model.num_heads=2",
