@@ -4,6 +4,8 @@ A process begins with `watch`, under which the first signal acts wherever the pr
 cut short, so the trainer holds signals back with `collected` and looks at them between steps.
 """
 
+import ctypes
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from ..errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 NOTHING_TO_SAVE = "stopped before the first step; the same command begins where this one did"
 
 _received: list[int] = []
@@ -48,6 +51,17 @@ def watch(act: Callable[[int], None]) -> None:
 
     for number in handled():
         signal.signal(number, handle)
+
+
+def serve(parent: int) -> None:
+    """In a process that works for another one, its parent: a terminal's signals are for that one, and it does not
+    outlive it."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Reader, Source
-from ..data.loader import AUTO
+from ..config.schema import AUTO
+from ..data import Source
+from .loader import Reader
 
 
 class Batches:

@@ -1,113 +1,19 @@
-"""Batches read ahead by processes, latents drawn, and what a run takes from its data."""
+"""Batches of a source: latents drawn, and what a run takes from its data."""
 
-import os
-import signal
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import DataChoices
-from soflow_fast.data import Contents, Dataset, InMemory, Reader, Source, fitted
+from soflow_fast.data import Contents, Dataset, Source, fitted
 from soflow_fast.errors import DataError
-
-
-class Numbers(Dataset):
-    """Samples that are their own number, read with the number of the process; sample 13 cannot be read."""
-
-    def __init__(self, n: int, bad: int = -1) -> None:
-        self.contents, self.labels = Contents("numbers", ("a", "b")), torch.arange(n) % 2
-        self.shape, self.bad = (1, 1, 2), bad
-
-    def read(self, index: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
-        if self.bad in index.tolist():
-            raise DataError(f"--data x: {self.bad} is damaged")
-        values = torch.stack([index, torch.full_like(index, -1)], 1).float()[:, None, None]
-        return values if mirrored is None else torch.where(mirrored[:, None, None, None], values.flip(3), values)
-
-
-class Here(Numbers):
-    def read(self, index: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.full((len(index), 1), os.getpid())
+from tests.data.numbers import Numbers
 
 
 def source(dataset: Dataset, **settings: object) -> Source:
     return Source(dataset, seed=3, batch_size=6, **settings)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_workers_and_restarts_change_nothing(workers: int) -> None:
-    whole = source(Numbers(20), flip=True)
-    reader = Reader(whole, rank=1, world=2, workers=workers)
-    for step in (0, 1, 2, 3, 4, 9, 10, 5, 6):
-        for got, wanted in zip(reader.read(step), whole.raw(step, 1, 2), strict=True):
-            assert torch.equal(got, wanted)
-    reader.close()
-
-
-def test_samples_are_read_by_other_processes_unless_they_lie_in_memory() -> None:
-    found = Reader(source(Here(20))).read(0)[0]
-    assert int(found[0]) != os.getpid()
-    images = InMemory(torch.zeros(20, 1, 2, 2, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64))
-    assert Reader(source(images)).workers == 0
-
-
-def test_an_error_of_a_worker_is_the_line_that_it_is() -> None:
-    reader = Reader(source(Numbers(20, bad=13)), workers=2)
-    with pytest.raises(DataError) as error:
-        for step in range(4):
-            reader.read(step)
-    assert str(error.value) == "--data x: 13 is damaged"
-
-
-def test_a_worker_that_is_killed_is_told_in_one_line() -> None:
-    reader = Reader(source(Here(20), place="there"), workers=1)
-    pid = int(reader.read(0)[0][0])
-    os.kill(pid, signal.SIGINT)  # is for the process that trains
-    assert int(reader.read(1)[0][0]) == pid
-    os.kill(pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"^--data there: a process that reads it was killed") as error:
-        for step in range(2, 200):
-            reader.read(step)
-    assert "\n" not in str(error.value)
-
-
-def test_closing_ends_the_workers() -> None:
-    reader = Reader(source(Here(20)), workers=2)
-    pids = {int(reader.read(step)[0][0]) for step in range(4)}
-    reader.close()
-    for _ in range(200):
-        if not any(_alive(str(pid)) for pid in pids):
-            break
-        time.sleep(0.05)
-    assert pids and not any(_alive(str(pid)) for pid in pids)
-
-
-def test_workers_end_with_a_process_that_is_killed(tmp_path) -> None:
-    told = tmp_path / "pids"
-    pid = os.fork()
-    if pid == 0:
-        reader = Reader(source(Here(20)), workers=2)
-        told.write_text(" ".join(str(int(reader.read(step)[0][0])) for step in range(6)))
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(pid, 0)
-    workers = set(told.read_text().split())
-    for _ in range(200):
-        if not any(_alive(worker) for worker in workers):
-            break
-        time.sleep(0.05)
-    assert workers and not any(_alive(worker) for worker in workers)
-
-
-def _alive(pid: str) -> bool:
-    """Whether a process is there and no zombie, as nobody may wait for it here."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 class Distributions(Numbers):

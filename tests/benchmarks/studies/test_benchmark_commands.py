@@ -108,8 +108,8 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "ceilings", "digits", "distance", "gpu", "increments", "precision", "prediction", "quality_for_time", "sampling",
-    "soak", "step", "sweeps",
+    "ceilings", "digits", "distance", "gpu", "increments", "precision", "prediction", "quality_for_time", "reading",
+    "sampling", "soak", "step", "sweeps",
 )  # fmt: skip
 
 

@@ -1,9 +1,7 @@
 """Batches read ahead, in processes of their own where samples must be decoded."""
 
-import ctypes
 import multiprocessing
 import os
-import signal
 import warnings
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,14 +12,14 @@ import torch
 import torch.multiprocessing  # by which tensors come back in shared memory
 from torch import Tensor
 
+from ..config.schema import AUTO
+from ..data import Source
 from ..errors import DataError
-from .source import Source
+from . import signals
 
-AUTO = -1
 MOST_WORKERS = 8
 AHEAD = 2
 """Batches under way for each process."""
-PR_SET_PDEATHSIG = 1
 
 _source: Source
 """That of a process that reads."""
@@ -84,12 +82,7 @@ class Reader:
 def _begin_worker(source: Source, parent: int) -> None:
     global _source
     _source = source
-    for number in (signal.SIGINT, signal.SIGHUP):  # for the process that trains, which ends this one
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # as if that is killed nobody does
-    if os.getppid() != parent:
-        os._exit(1)
+    signals.serve(parent)
     torch.set_num_threads(1)
 
 
