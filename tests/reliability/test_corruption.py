@@ -22,7 +22,7 @@ def flip(path: Path, bit: int) -> None:
 def test_200_flipped_bits_in_all_files(run_dir: Path) -> None:
     newest, before = checkpoint.list_checkpoints(run_dir)
     chance, files = random.Random(4), sorted(newest.iterdir())
-    assert len(files) == 6
+    assert len(files) == 7
     noticed = 0
     for k in range(FLIPS):
         file = files[k % len(files)]

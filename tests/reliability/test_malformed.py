@@ -207,6 +207,7 @@ def test_data(case: str, refused: Any, tmp_path: Path, monkeypatch: Any) -> None
     make, named = DATA[case]
     make(Path("set"))
     small = ["--device", "cpu", "--set=model.input_size=8", "--set=model.hidden_size=16", "--set=model.depth=1"]
+    small.append("--set=model.num_classes=10")
     line = refused("train", "cifar10", *small, "--steps", "1", "--set=model.num_heads=2", "--data", "set")
     assert named in line and ("--data set" in line or "classes" in named), line
     assert not Path("runs").exists()

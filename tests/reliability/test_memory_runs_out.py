@@ -29,7 +29,7 @@ def test_one_line_with_advice(refused: Any, tiny: list[str], tmp_path: Path, mon
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(ON_CPU)])
 @pytest.mark.parametrize(
-    "where", ["soflow_fast.runs.checkpoint.load_with_config", "soflow_fast.flow.SolutionFlow.solution"]
+    "where", ["soflow_fast.runs.checkpoint.load_with_data", "soflow_fast.flow.SolutionFlow.solution"]
 )
 @pytest.mark.parametrize("module", ["sample", "evaluate"])
 def test_where_samples_are_drawn(

@@ -53,7 +53,7 @@ def test_three_processes_write_the_same_checkpoints(
     hashes = set()
     for k in range(3):
         found = files(checkpoint.directory(tmp_path / str(k)))
-        assert len(found) == 14
+        assert len(found) == 16
         tensors = [found[name] for name in sorted(found) if name.endswith(".safetensors")]
         hashes.add(hashlib.sha256(b"".join(tensors)).hexdigest())
     assert len(hashes) == 1
