@@ -23,6 +23,8 @@ from .errors import ConfigError, Diverged, StorageError, enough_memory, storage_
 MOST = 10**7
 """Images of one call: each is a file."""
 GRID = 1024
+SHOWN = 12
+"""Classes that are named in what is printed."""
 
 
 def parser() -> Parser:
@@ -90,6 +92,10 @@ def main(arguments: list[str] | None = None) -> None:
                 yield "grid.png", pictures.png(pictures.make_grid(torch.cat(first)))
 
         _write(out, files())
+    if labels and names:
+        drawn = dict.fromkeys([*names, "null"][label] for label in labels)
+        more = f" and {len(drawn) - SHOWN} more" if len(drawn) > SHOWN else ""
+        print(f"classes: {', '.join(list(drawn)[:SHOWN])}{more}")
     calls = f"of {nfe} network call{'s' if nfe > 1 else ''} each"
     if latents and decode is None:
         hint = f"--vae {data.space.vae}" if data is not None and data.space and data.space.vae else "--vae NAME"

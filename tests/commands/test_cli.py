@@ -374,7 +374,8 @@ def test_sample_writes_a_grid_and_the_images(
     monkeypatch.chdir(tmp_path)
     result = call("sample", finished.folder, "--out", "new/out", "--n", "10", "--nfe", "2")
     assert (result.code, result.err) == (0, "")
-    assert result.out == "10 images of 2 network calls each: new/out/grid.png\n"
+    classes = "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n"
+    assert result.out == f"{classes}10 images of 2 network calls each: new/out/grid.png\n"
     found = files(tmp_path / "new" / "out")
     assert set(found) == {"grid.png", *(f"{i:05d}.png" for i in range(10))}
     assert {png_size(content) for name, content in found.items() if name != "grid.png"} == {(8, 8)}

@@ -51,9 +51,9 @@ def test_a_run_takes_the_classes_of_its_data_and_draws_them_by_name(photos: Path
     kept = json.loads(Path("run/data.json").read_text())
     assert kept["classes"] == ["2", "10", "bee"] and kept["count"] == 12
     assert json.loads(Path("run/checkpoints/step-00000002/data.json").read_text()) == kept
-    for labels in ("bee", "10,null", "0,2"):
+    for labels, said in (("bee", "bee"), ("10,null", "10, null"), ("0,2", "2")):
         drawn = call("sample", "run", "--out", f"out {labels}", "--n", "2", "--labels", labels)
-        assert (drawn.code, drawn.err) == (0, "")
+        assert (drawn.code, drawn.err) == (0, "") and drawn.out.startswith(f"classes: {said}\n")
     wrong = call("sample", "run", "--out", "out", "--labels", "bees")
     assert wrong.code == 2 and "--labels bees: no class of this run (did you mean 'bee'?)" in wrong.err
 
