@@ -9,7 +9,7 @@ from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import DataChoices
 from soflow_fast.data import Contents, Dataset, Source, fitted
 from soflow_fast.errors import DataError
-from tests.data.numbers import Numbers
+from tests.data.numbered import Numbers
 
 
 def source(dataset: Dataset, **settings: object) -> Source:

@@ -11,7 +11,7 @@ import torch
 from soflow_fast.data import Dataset, InMemory, Source
 from soflow_fast.errors import DataError
 from soflow_fast.runs.loader import Reader
-from tests.data.numbers import Numbers
+from tests.data.numbered import Numbers
 
 
 class Here(Numbers):
