@@ -67,12 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
     batch_size = whole_number("--batch-size", values.batch_size or "32", 1, MOST_IMAGES)
 
     from .runs import encoding
+    from .runs.vae import load_vae
     from .training.precision import resolve_device
 
     device = resolve_device(values.device or "auto")
     with _naming("IMAGES"):
         images = encoding.open_images(values.places[0], size, print)
-        vae = encoding.load_vae(values.vae or VAE, device)
+        vae = load_vae(values.vae or VAE, device)
         encoding.encode(images, out, vae, size=size, flip=values.flip, batch_size=batch_size, device=device)
     print(f"{len(images)} images encoded: {out}")
 

@@ -7,6 +7,7 @@ Digits: the fraction classified as their label, the Frechet distance in pixel sp
 
 import json
 import sys
+from functools import partial
 
 from .commands import process
 from .commands.parser import MOST_CALLS, MOST_SEED, Parser, whole_number
@@ -22,6 +23,7 @@ def parser() -> Parser:
     p.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported directory")
     p.add_argument("--n", default="4000", metavar="N", help="samples (default: 4000)")
     p.add_argument("--nfe", default="1,2", metavar="N,...", help="network calls per image (default: 1,2)")
+    p.add_argument("--vae", metavar="NAME", help="of a model of latents: its VAE, if it lies elsewhere by now")
     p.add_argument("--seed", default="0", metavar="N", help="of the noise (default: 0)")
     p.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, ...")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
@@ -35,14 +37,23 @@ def main(arguments: list[str] | None = None) -> None:
     calls = dict.fromkeys(whole_number("--nfe", part.strip(), 1, MOST_CALLS) for part in values.nfe.split(","))
 
     from .evaluation import describe, measure_digits
-    from .runs.checkpoint import load_with_config
+    from .runs.checkpoint import load_with_data
+    from .runs.vae import load_vae
     from .training.precision import resolve_device
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer, or on another --device"):
-        flow, config = load_with_config(values.run, resolve_device(values.device))
-        if config.data.kind != "digits" or not config.model.num_classes:
+        device, decode = resolve_device(values.device), None
+        flow, config, data = load_with_data(values.run, device)
+        if not config.data.of_digits or not config.model.num_classes:
             raise ConfigError(f"{values.run}: only labelled digits can be evaluated in this version")
-        figures = {nfe: measure_digits(flow, n, nfe, seed) for nfe in calls}
+        if config.data.latent:
+            if data is None or data.space is None:
+                raise ConfigError(f"{values.run}: does not say which latents it was trained on")
+            vae = load_vae(values.vae or data.space.vae, device)
+            decode = partial(vae.decoded, space=data.space)
+        elif values.vae:
+            raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
+        figures = {nfe: measure_digits(flow, n, nfe, seed, decode) for nfe in calls}
     if values.json:
         print(json.dumps({"samples": n, "seed": seed, "nfe": {k: v._asdict() for k, v in figures.items()}}))
     else:

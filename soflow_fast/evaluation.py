@@ -1,5 +1,6 @@
 """The quality of samples. On the digits: are they their label, are they distributed like the data, are they copies."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -50,16 +51,18 @@ def digit_scores(x: Tensor, y: Tensor) -> DigitScores:
     return DigitScores(accuracy, frechet_distance(fake, real), float((nearest < 4).float().mean()))
 
 
-def measure_digits(flow: SolutionFlow, n: int, nfe: int, seed: int) -> DigitScores:
+def measure_digits(
+    flow: SolutionFlow, n: int, nfe: int, seed: int, decode: Callable[[Tensor], Tensor] | None = None
+) -> DigitScores:
     """The figures of n samples of a flow trained on the digits, labels 0..9 in turn, `nfe` network calls each.
 
-    Raises Diverged if the samples are not finite.
+    decode: makes images [n, 1, 8, 8] of samples that are latents. Raises Diverged if the samples are not finite.
     """
     labels = torch.arange(n) % 10
     samples = sample(flow, labels, nfe=nfe, seed=seed)
     if not torch.isfinite(samples).all():
         raise Diverged(f"samples of {nfe} network calls are not finite: there is nothing to evaluate")
-    return digit_scores(samples, labels)
+    return digit_scores(samples if decode is None else decode(samples), labels)
 
 
 def describe(nfe: int, scores: DigitScores) -> str:

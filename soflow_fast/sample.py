@@ -3,8 +3,8 @@
     python -m soflow_fast.sample runs/digits --out out --n 64 --nfe 1
     python -m soflow_fast.sample runs/digits --out out --labels 3,5 --seed 7
 
-Writes an image each, 00000.png and on, and grid.png of the first 1024; of latents without --vae NAME a .npy each. Image
-i depends on the seed, its label and i alone.
+Writes an image each, 00000.png and on, and grid.png of the first 1024. Latents are decoded by the VAE that made them,
+if it is on this machine, or by --vae NAME; without, a .npy each. Image i depends on the seed, its label and i alone.
 """
 
 import os
@@ -37,7 +37,7 @@ def parser() -> Parser:
     p.add_argument(
         "--labels", metavar="A,B,...", help="classes by number or name, or null, repeated in turn (default: all)"
     )
-    p.add_argument("--vae", metavar="NAME", help="of a model of latents: decode them by this AutoencoderKL")
+    p.add_argument("--vae", metavar="NAME", help="of a model of latents: decode them by this AutoencoderKL, or none")
     p.add_argument("--seed", default="0", metavar="N", help="of the noise (default: 0)")
     p.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, ...")
     return p
@@ -64,10 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
         model = config.model
         names = data.classes if data is not None and len(data.classes) == model.num_classes else ()
         labels = _labels(values.labels, model.num_classes, names, n)
-        latents = config.data.kind == "latents"
+        latents = config.data.latent
         if values.vae and not latents:
             raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
-        decode = _decoder(values.vae, data.space if data is not None else None, device) if values.vae else None
+        decode = _decoder(values.vae, data.space if data is not None else None, device) if latents else None
         shape = (n, model.in_channels, model.input_size, model.input_size)
         y = None if labels is None else torch.tensor(labels)
         batches = user_value(lambda: sampling.sample_batches(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
@@ -98,19 +98,31 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"classes: {', '.join(list(drawn)[:SHOWN])}{more}")
     calls = f"of {nfe} network call{'s' if nfe > 1 else ''} each"
     if latents and decode is None:
-        hint = f"--vae {data.space.vae}" if data is not None and data.space and data.space.vae else "--vae NAME"
+        name = data.space.vae if data is not None and data.space is not None else ""
+        hint = f"--vae {name or 'NAME'}"
         print(f"{n} latents {calls}, as .npy: {out}; {hint} decodes them")
     else:
         print(f"{n} images {calls}: {out / 'grid.png'}")
 
 
-def _decoder(name: str, space: Any, device: Any) -> Callable[[Any], Any]:
-    """What makes images of a model's latents. space: how they belong to those of the VAE, None: as its own say."""
-    from .data.dataset import LatentSpace
-    from .runs.encoding import load_vae
+def _decoder(name: str | None, space: Any, device: Any) -> Callable[[Any], Any] | None:
+    """What makes images of a model's latents; None: nothing does.
 
-    vae = load_vae(name, device)
-    return lambda x: vae.decoded(x, space or LatentSpace(name, vae.scale, vae.shift))
+    name: of the VAE, "none" for none; None: that of the latents, if it is on this machine. space: how a model's latents
+    belong to those of the VAE, None: as its own say.
+    """
+    from .data.dataset import LatentSpace
+    from .runs.vae import load_vae
+
+    if name == "none" or (name is None and not (space and space.vae)):
+        return None
+    try:
+        vae = load_vae(name or space.vae, device, local=name is None)
+    except ConfigError:
+        if name is None:
+            return None
+        raise
+    return lambda x: vae.decoded(x, space or LatentSpace(vae.name, vae.scale, vae.shift))
 
 
 def _labels(text: str | None, num_classes: int, names: Sequence[str], n: int) -> list[int] | None:

@@ -1,6 +1,7 @@
 """Train: `python -m soflow_fast.train [PRESET] [flags]`; without arguments, the handwritten digits.
 
     python -m soflow_fast.train                                   digits, about two minutes on two CPU cores
+    python -m soflow_fast.train digits --latent                   through a VAE, trained first
     python -m soflow_fast.train cifar10 --data cifar10-train.zip
     python -m soflow_fast.train imagenet256-xl2 --dry-run         what such a run needs
     python -m soflow_fast.train imagenet256-xl2 --dry-run --gpu h100    and how fast a step is predicted to be
@@ -50,6 +51,7 @@ def parser() -> Parser:
     groups = {title: p.add_argument_group(title) for title in (*FLAGS, "diagnosis")}
     run, diagnosis = groups["the run"], groups["diagnosis"]
     run.add_argument("preset", nargs="?", metavar="PRESET", help=f"{', '.join(PRESETS)} (default digits)")
+    run.add_argument("--latent", action="store_true", help="The digits as latents, of a VAE that is trained first")
     run.add_argument("--config", metavar="FILE", help="Start from a config.json instead of a preset")
     run.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="Set any other field of config.json"
@@ -76,7 +78,11 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, argparse.
         raise ConfigError(f"--gpu {values.gpu}: it is what --dry-run predicts for; give both")
     if values.config and values.preset:
         raise ConfigError(f"--config {values.config} and preset {values.preset}: give one of the two")
-    config = _read(values.config) if values.config else preset(values.preset or "digits")
+    name = values.preset or "digits"
+    if values.latent and (values.config or name not in ("digits", "digits-latent")):
+        given = f"--config {values.config}" if values.config else f"preset {name}"
+        raise ConfigError(f"--latent: is of the digits, not of {given}; python -m soflow_fast.encode makes latents")
+    config = _read(values.config) if values.config else preset("digits-latent" if values.latent else name)
     changes = {name: getattr(values, name) for name in SHORT_NAMES if getattr(values, name) is not None}
     for text in values.set:
         name, equals, value = text.partition("=")

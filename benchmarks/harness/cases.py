@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images and labels on the device: the digits themselves, random numbers in place of latents."""
-        if self.config.data.kind == "latents":
+        if self.config.data.latent:
             return random_batch(self.config, device)
         x0, y = open_source(self.config).batch(0)
         return x0.to(device), y.to(device)

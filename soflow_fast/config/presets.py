@@ -1,6 +1,7 @@
 """Presets: functions that return whole configurations. `preset(name)` is the way in."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError
@@ -34,6 +35,13 @@ def digits() -> Config:
         steps=3000,
         batch_size=64,
     )
+
+
+def digits_latent() -> Config:
+    """The digits as latents [4, 4, 4] of a VAE that is trained on them first; as many tokens as `digits`."""
+    config = digits()
+    model = replace(config.model, input_size=4, patch_size=2, in_channels=4)
+    return replace(config, preset="digits-latent", model=model, data=DataConfig(kind="digits-latent"))
 
 
 def cifar10() -> Config:
@@ -88,6 +96,7 @@ def preset(name: str, **changes: Any) -> Config:
 
 PRESETS: dict[str, Callable[[], Config]] = {
     "digits": digits,
+    "digits-latent": digits_latent,
     "cifar10": cifar10,
     "imagenet256-b4": lambda: imagenet256("B/4"),
     "imagenet256-b2": lambda: imagenet256("B/2"),

@@ -20,7 +20,7 @@ Coefficients = Literal["euler", "trig"]
 RSchedule = Literal["exponent", "cosine", "linear", "constant"]
 Teacher = Literal["student", "ema"]
 LRSchedule = Literal["constant", "cosine"]
-DataKind = Literal["digits", "images", "latents"]
+DataKind = Literal["digits", "digits-latent", "images", "latents"]
 OnNonfinite = Literal["stop", "skip"]
 OptimizerName = Literal["soflow", "torch", "apex"]
 Recompute = Literal["auto", "nothing", "none", "mlp", "block"]
@@ -143,8 +143,8 @@ class DataConfig:
     """The data set."""
 
     kind: DataKind = "digits"
-    """digits: the handwritten digits of scikit-learn; images: a folder or zip of images, CLASS/NAME; latents: VAE
-    latents."""
+    """digits: the handwritten digits of scikit-learn, digits-latent: their latents, by a VAE that is trained first;
+    images: a folder or zip of images, CLASS/NAME; latents: VAE latents."""
     path: str = ""
     """Folder or archive with the samples, which is recognised: images by class, known data sets, latents."""
     flip: bool = False
@@ -153,6 +153,16 @@ class DataConfig:
     """Scale both sides of images to the size of the model, in place of the centre crop."""
     skip_bad: bool = False
     """Leave out images that cannot be read, in place of ending the start at the first."""
+
+    @property
+    def latent(self) -> bool:
+        """Whether samples are latents and not pixels."""
+        return self.kind in ("latents", "digits-latent")
+
+    @property
+    def of_digits(self) -> bool:
+        """Whether samples are handwritten digits, or latents of them."""
+        return self.kind in ("digits", "digits-latent")
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ def changes(old: Identity, new: Identity) -> list[str]:
     elif old.counts != new.counts:
         each = zip(old.classes, old.counts, new.counts, strict=True)
         found.append("samples of " + _some([f"{name}: {a} -> {b}" for name, a, b in each if a != b]))
-    if old.space != new.space:
-        found.append("another VAE, scale or shift")
+    if (old.space and old.space[1:]) != (new.space and new.space[1:]):  # where the VAE lies is no part of it
+        found.append("another scale or shift of latents")
     if not found and old.checksum != new.checksum:
         found.append("other names, sizes or labels of samples")
     return found

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ def open_source(config: Config, say: Callable[[str], None] = lambda text: None) 
             )
             raise DataError(f"--data is missing: preset {config.preset} needs {what}")
         wanted = Wanted(model.input_size, model.in_channels, data.resize, data.flip, data.skip_bad, say)
-        dataset = open_dataset(data.path, data.kind, wanted)
+        path = str(Path(data.path, "latents")) if data.kind == "digits-latent" else data.path
+        dataset = open_dataset(path, "latents" if data.latent else "images", wanted)
     shape = (model.in_channels, model.input_size, model.input_size)
     if dataset.shape != shape:
         raise DataError(

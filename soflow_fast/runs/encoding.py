@@ -1,94 +1,30 @@
 """Making a folder of latents, of images by a VAE or of latents in another format. The same call resumes."""
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data import latents
-from ..data.dataset import Dataset, LatentSpace, Wanted
+from ..data.dataset import Dataset, Wanted
 from ..data.formats import open_dataset
-from ..data.latents.layout import Factor, Layout
+from ..data.latents.layout import Layout
 from ..data.latents.writer import Writer, shard_rows
 from ..errors import ConfigError, DataError, Interrupted, enough_memory, storage
 from .progress import Progress
+from .vae import VAE
 
 ROWS_AT_A_TIME = 256
 """Of a conversion."""
-DECODED = 16
-"""Latents that are decoded at a time."""
 
 
 def open_images(path: str, size: int, say: Callable[[str], None]) -> Dataset:
     """The images that are to be encoded, uint8 [3, size, size] each. Raises DataError."""
     return open_dataset(path, "images", Wanted(size, 3, say=say))
-
-
-@dataclass
-class VAE:
-    """An encoder, and how a model takes what it makes."""
-
-    name: str
-    model: Any
-    """diffusers' AutoencoderKL, in eval mode."""
-    scale: Factor
-    shift: Factor
-    weights: str
-    """SHA-256 of names and values of all weights."""
-
-    @torch.inference_mode()
-    def encoded(self, x: Tensor) -> Tensor:
-        """Mean || std of the posterior of images [n, 3, H, W] in [-1, 1]: float32 [n, 2C, h, w]."""
-        posterior = self.model.encode(x).latent_dist
-        return torch.cat([posterior.mean, posterior.std], 1)
-
-    @torch.inference_mode()
-    def decoded(self, x: Tensor, space: LatentSpace) -> Tensor:
-        """Images [n, 3, H, W] in about [-1, 1] of a model's latents [n, C, h, w], on the device of the VAE."""
-        weight = next(self.model.parameters())
-        scale, shift = (torch.tensor(value, device=weight.device).view(-1, 1, 1) for value in space[1:])
-        parts = [part.to(weight) / scale + shift for part in x.split(DECODED)]
-        return torch.cat([self.model.decode(part).sample for part in parts])
-
-
-def load_vae(name: str, device: torch.device, *, local: bool = False) -> VAE:
-    """An AutoencoderKL by its name on the hub or its folder, from safetensors. Raises ConfigError.
-
-    local: it must be on this machine.
-    """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise ConfigError(f"--vae {name}: needs diffusers: pip install 'soflow-fast[hub]'") from None
-    below = {"subfolder": "vae"} if (Path(name) / "vae" / "config.json").is_file() else {}
-    try:
-        model: Any = AutoencoderKL.from_pretrained(
-            name, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=local, **below
-        )
-    except Exception as error:  # diffusers, safetensors and the hub raise many kinds
-        text = " ".join(str(error).split())
-        raise ConfigError(f"--vae {name}: cannot be loaded ({type(error).__name__}: {text[:200]})") from None
-    config = model.config
-    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        scale, shift = tuple(scale / float(value) for value in std), tuple(map(float, mean))
-    weights = _digest(model)
-    return VAE(name, model.to(device).eval().requires_grad_(False), scale, shift, weights)
-
-
-def _digest(model: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + b"\0")
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def encode(

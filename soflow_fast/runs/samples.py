@@ -13,8 +13,8 @@ from ..evaluation import DigitScores, describe, measure_digits
 from ..files import write_file
 from ..sampling import sample
 from ..training.state import TrainState
-from .encoding import VAE, load_vae
 from .images import make_grid, npy, png, to_uint8
+from .vae import VAE, load_vae
 
 GRID = 100
 """Images in a sample grid."""
@@ -38,6 +38,10 @@ class Grids:
             except ConfigError as error:
                 say(f"samples are written as latents, in .npy: {str(error).removeprefix('--vae ')}")
 
+    def decoded(self, x: Tensor) -> Tensor:
+        """Images [n, C, H, W] of samples."""
+        return x if self.vae is None or self.space is None else self.vae.decoded(x, self.space)
+
     def draw(self) -> tuple[str, bytes, Tensor | None]:
         """The ending of a file, its content, and the grid in it, uint8 [H, W, C]; None: it is of latents,
         float32 [100, C, h, w]."""
@@ -48,17 +52,21 @@ class Grids:
         if self.space is not None:
             if self.vae is None:
                 return "npy", npy(x), None
-            x = self.vae.decoded(x, self.space)
+            x = self.decoded(x)
         grid = make_grid(to_uint8(x), columns=10)
         return "png", png(grid), grid
 
 
-def evaluate(state: TrainState, run_dir: Path, say: Callable[[str], None]) -> dict[int, DigitScores]:
-    """Print the figures of 4000 digits drawn with 1 and with 2 network calls, and keep them in evaluation.json."""
+def evaluate(
+    state: TrainState, run_dir: Path, say: Callable[[str], None], decode: Callable[[Tensor], Tensor] | None = None
+) -> dict[int, DigitScores]:
+    """Print the figures of 4000 digits drawn with 1 and with 2 network calls, and keep them in evaluation.json.
+
+    decode: makes images of samples that are latents."""
     figures = {}
     say(f"evaluating {EVALUATION_SAMPLES} samples")
     for nfe in (1, 2):
-        figures[nfe] = measure_digits(state.ema, EVALUATION_SAMPLES, nfe, seed=0)
+        figures[nfe] = measure_digits(state.ema, EVALUATION_SAMPLES, nfe, seed=0, decode=decode)
         say(describe(nfe, figures[nfe]))
     content = {"step": state.step, "samples": EVALUATION_SAMPLES, "nfe": {k: v._asdict() for k, v in figures.items()}}
     write_file(run_dir / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode(), synced=False)

@@ -51,6 +51,10 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
         progress = Progress(config.steps)
         if choices == NOTHING_LEFT:
             run_directory.check(run_dir, config)  # before what takes seconds; and again when it is taken
+        if config.data.kind == "digits-latent":
+            from .digit_latents import prepare
+
+            config = prepare(config, progress.say)
         source = open_source(config, progress.say)
         config = fitted(config, source, choices)
         progress.total = config.steps
@@ -199,8 +203,9 @@ def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress) -> 
         path = run_dir / "samples" / f"final.{kind}"
         write_file(path, content, synced=False)
         progress.say(f"trained {state.step} steps; samples: {path}")
-        if state.config.data.kind == "digits" and state.config.model.num_classes:
-            evaluate(state, run_dir, progress.say)
+        data = state.config.data
+        if data.of_digits and state.config.model.num_classes and (grids.vae is not None or not data.latent):
+            evaluate(state, run_dir, progress.say, grids.decoded)
 
 
 def step_in_memory(state: TrainState, x0: Tensor, y: Tensor | None, say: Callable[[str], None]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def png_size(content: bytes) -> tuple[int, int]:
 
 
 TRAIN = {
-    "the run": "config set epochs run-dir init steps seed device checkpoint-every keep on-nonfinite",
+    "the run": "latent config set epochs run-dir init steps seed device checkpoint-every keep on-nonfinite",
     "the data": "data resize no-resize skip-bad no-skip-bad batch-size",
     "learning": "teacher teacher-decay guidance-precision quotient quotient-precision",
     "speed and memory": "precision micro-batch recompute attention optimizer compile no-compile cuda-graph "
@@ -53,7 +53,7 @@ TRAIN = {
     [
         ("train", " ".join(TRAIN.values())),
         ("sample", "help out n nfe labels vae seed device"),
-        ("evaluate", "help n nfe seed device json"),
+        ("evaluate", "help n nfe vae seed device json"),
     ],
 )
 def test_the_flags_are_these_and_help_names_each(

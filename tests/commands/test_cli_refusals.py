@@ -62,7 +62,7 @@ def test_a_wrong_value_of_a_short_flag_is_refused_by_name(
 WRONG = [
     ("train", ["digit"], ["'digit'", "did you mean 'digits'?"]),
     ("train", ["imagenet-b4"], ["did you mean 'imagenet256-b4'?"]),
-    ("train", ["zzz"], ["'zzz'", "digits, cifar10"]),
+    ("train", ["zzz"], ["'zzz'", "digits, digits-latent, cifar10"]),
     ("train", ["--stepz", "5"], ["--stepz", "did you mean --steps?"]),
     ("train", ["--batchsize=5"], ["--batchsize", "did you mean --batch-size?"]),
     ("train", ["--step", "5"], ["--step ", "did you mean --steps?"]),

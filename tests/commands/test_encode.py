@@ -20,6 +20,7 @@ from soflow_fast.data.dataset import Contents, Dataset, Wanted
 from soflow_fast.data.latents import writer
 from soflow_fast.errors import DataError
 from soflow_fast.runs import encoding
+from soflow_fast.runs.vae import load_vae
 
 N, SIZE = 11, 16
 ANY = Wanted(0, 0)
@@ -134,7 +135,7 @@ def test_an_encoding_that_is_cut_short_goes_on_to_the_same_bytes(
         encoding.encode(
             Pixels(),
             again,
-            encoding.load_vae(str(vaes / "one"), torch.device("cpu")),
+            load_vae(str(vaes / "one"), torch.device("cpu")),
             size=SIZE,
             flip=True,
             batch_size=3,

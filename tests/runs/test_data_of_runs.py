@@ -176,7 +176,7 @@ def test_the_whole_way_of_latents(photos: Path, call: Call) -> None:
     assert (result.code, result.err) == (0, "") and "3 classes: 2 4, 10 4, bee 4" in result.out
     with Image.open("run/samples/final.png") as grid:
         assert grid.mode == "RGB"
-    drawn = call("sample", "run", "--out", "out", "--n", "2", "--labels", "bee")
+    drawn = call("sample", "run", "--out", "out", "--n", "2", "--labels", "bee", "--vae", "none")
     assert (drawn.code, drawn.err) == (0, "") and "2 latents" in drawn.out and "--vae vae decodes them" in drawn.out
     z = np.load("out/00001.npy")
     assert z.shape == (4, 4, 4) and not list(Path("out").glob("*.png"))
@@ -186,7 +186,12 @@ def test_the_whole_way_of_latents(photos: Path, call: Call) -> None:
         wanted = vae.eval().decode(torch.from_numpy(z)[None] / 0.5).sample[0].permute(1, 2, 0)
     with Image.open("shown/00001.png") as image:
         np.testing.assert_allclose(np.asarray(image), ((wanted + 1) * 127.5).clamp(0, 255).numpy(), atol=1)
+    for flags in ((), ("--vae", "vae")):
+        result = call("sample", "run", "--out", "same", "--n", "2", "--labels", "bee", *flags)
+        assert result.code == 0 and Path("same/00001.png").read_bytes() == Path("shown/00001.png").read_bytes()
     shutil.rmtree("vae")
+    drawn = call("sample", "run", "--out", "latents only", "--n", "1")
+    assert drawn.code == 0 and "--vae vae decodes them" in drawn.out and Path("latents only/00000.npy").exists()
     again = call(*run, "--steps", "4", "--data", "latents", "--run-dir", "run")
     assert again.code == 0 and "samples are written as latents" in again.out and Path("run/samples/final.npy").exists()
     wrong = call("train", *FLAGS, "--data", "latents", "--run-dir", "other")

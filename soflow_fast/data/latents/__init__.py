@@ -2,7 +2,7 @@
 
 from .layout import Latents, Layout
 from .manifest import Header
-from .reader import load, recognises
+from .reader import is_whole, load, recognises
 from .writer import Writer
 
-__all__ = ["Header", "Latents", "Layout", "Writer", "load", "recognises"]
+__all__ = ["Header", "Latents", "Layout", "Writer", "is_whole", "load", "recognises"]

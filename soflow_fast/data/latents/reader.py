@@ -24,6 +24,15 @@ def recognises(place: Path) -> bool:
         return False
 
 
+def is_whole(place: Path) -> bool:
+    """Whether a path is a folder with all the latents that its manifest promises; their content is not looked at."""
+    try:
+        header, shards = read_manifest(place)
+    except (OSError, ValueError):
+        return False
+    return sum(shard.count for shard in shards) == header.count
+
+
 def load(place: Path, wanted: Wanted) -> "MappedLatents":
     """The latents of a folder, all files checked. Raises DataError."""
     try:
