@@ -178,6 +178,8 @@ class RunConfig:
     workers: int = AUTO
     """Processes that read samples ahead; 0: none, -1: as many as there are processors beside the one that trains, at
     most eight, and none where the samples lie in memory."""
+    data_on_gpu: bool | None = None
+    """Hold the whole data set on the GPU; by default latents and arrays of pixels, where they fit beside a step."""
     log_every: int = 10
     sample_every: int = 500
     checkpoint_every: int = 500

@@ -21,6 +21,8 @@ BLOCK = 1024
 class Arrays(Dataset):
     """Images uint8 [N, C, H, W] with labels int64 [N]."""
 
+    copies = True
+
     def __init__(self, images: Tensor, labels: Tensor, contents: Contents) -> None:
         self.images, self.labels, self.contents = images, labels, contents
         channels, height, width = images.shape[1:]
@@ -29,9 +31,6 @@ class Arrays(Dataset):
     def read(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
         x = self.images[index]
         return x if mirrored is None else torch.where(mirrored[:, None, None, None], x.flip(3), x)
-
-    def whole(self) -> Tensor:
-        return self.images
 
 
 def array_set(

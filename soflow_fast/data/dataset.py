@@ -72,6 +72,8 @@ class Dataset(abc.ABC):
     """Channels, height and width of a sample as a model takes it."""
     mirrors = True
     """Whether samples can be read mirrored, left for right."""
+    copies = False
+    """Whether `read` does no more than copy, from memory or from mapped files."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,9 +93,9 @@ class Dataset(abc.ABC):
         """
         return raw.float() / 127.5 - 1 if raw.dtype == torch.uint8 else raw
 
-    def whole(self) -> Tensor | None:
-        """All that `read` could return without `mirrored`, [N, ...], if it lies in memory or in one mapped file."""
-        return None
+    def nbytes(self) -> int:
+        """Bytes of all that `read` returns without `mirrored`. Raises DataError if a sample cannot be read."""
+        return self.read(torch.tensor([0])).nbytes * len(self)
 
 
 class Files(Protocol):

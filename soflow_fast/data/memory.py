@@ -11,6 +11,8 @@ from .dataset import Contents, Dataset
 class InMemory(Dataset):
     """Images [N, C, H, W], uint8 in 0..255 or float already in [-1, 1], with labels int64 [N]."""
 
+    copies = True
+
     def __init__(self, images: Tensor, labels: Tensor, contents: Contents | None = None) -> None:
         self.images, self.labels = images, labels
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
@@ -24,9 +26,6 @@ class InMemory(Dataset):
     def read(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
         images = self.images[index]
         return images if mirrored is None else torch.where(mirrored[:, None, None, None], images.flip(3), images)
-
-    def whole(self) -> Tensor:
-        return self.images
 
 
 def _checksum(images: Tensor, labels: Tensor) -> str:

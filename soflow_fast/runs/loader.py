@@ -18,6 +18,8 @@ from ..errors import DataError
 from . import signals
 
 MOST_WORKERS = 8
+QUICK = 2**28
+"""Bytes of a data set whose pages are taken to stay in memory."""
 AHEAD = 2
 """Batches under way for each process."""
 
@@ -29,7 +31,7 @@ class Reader:
     """`Source.raw` of one step after the other for one rank.
 
     workers: processes that read ahead; 0: none, AUTO: as many as there are processors beside this one, at most eight,
-    and none where the samples lie in memory. A step that does not follow the last one is read anew from there.
+    and none for a small set that is copied from memory. A step that does not follow the last one is read anew.
 
     A process that is killed is found when its batch is asked for. torch's DataLoader would raise from a signal handler,
     in the midst of a step.
@@ -38,8 +40,8 @@ class Reader:
     def __init__(self, source: Source, rank: int = 0, world: int = 1, workers: int = AUTO) -> None:
         self.source, self.rank, self.world = source, rank, world
         if workers == AUTO:
-            in_memory = source.dataset.whole() is not None
-            workers = 0 if in_memory else max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
+            quick = source.dataset.copies and source.dataset.nbytes() <= QUICK
+            workers = 0 if quick else max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
         self.workers = workers
         self._pool: ProcessPoolExecutor | None = None
         self._ahead: deque[tuple[int, Future[Any]]] = deque()

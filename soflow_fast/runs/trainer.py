@@ -31,6 +31,7 @@ from . import checkpoint, run_directory, signals
 from .async_save import Saver
 from .metrics import MetricsLog, TensorBoard
 from .progress import Progress
+from .resident import on_device_bytes
 from .samples import Grids, evaluate
 from .upload import Batches
 
@@ -56,11 +57,11 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
 
             config = prepare(config, progress.say)
         source = open_source(config, progress.say)
+        found = identity.identify(source.dataset)
+        run_directory.check_data(run_dir, found)  # first: of other data the number of classes differs too, at times
         config = fitted(config, source, choices)
         progress.total = config.steps
         run_directory.check(run_dir, config)
-        found = identity.identify(source.dataset)
-        run_directory.check_data(run_dir, found)
         state = TrainState.build(config, weights=initial_weights(config, run_dir))
         state.data = identity.to_json(found)
         state.set_attention(resolve_attention(state))
@@ -143,7 +144,10 @@ def _loop(
     with storage(f"--run-dir {run_dir}"):
         log = MetricsLog(run_dir / "metrics.jsonl", first, progress.warn)
     optional = OptionalWrites(progress.warn)
-    batches = Batches(source, state.device, state.rank, state.world, config.run.workers)
+    held = bytes_to_hold(config, source, state.device)
+    if held:
+        progress.say(f"all samples lie on the GPU, {held / 1e9:.2f} GB")
+    batches = Batches(source, state.device, state.rank, state.world, config.run.workers, resident=held > 0)
     with (
         closing(batches),
         closing(progress),
@@ -160,7 +164,7 @@ def _loop(
                     with storage(f"--run-dir {run_dir}: cannot save the checkpoint of step {state.step}"):
                         saver.finish(state)
                 raise
-            metrics = step_in_memory(state, x0, y, progress.say)
+            metrics = step_in_memory(state, x0, y, progress.say, batches.give_up_memory)
             if state.step < config.steps:
                 batches.begin(state.step)  # while the GPU is busy
             if state.graph is not None and state.graph.fault is not None:
@@ -208,10 +212,17 @@ def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress) -> 
             evaluate(state, run_dir, progress.say, grids.decoded)
 
 
-def step_in_memory(state: TrainState, x0: Tensor, y: Tensor | None, say: Callable[[str], None]) -> dict[str, Tensor]:
+def step_in_memory(
+    state: TrainState,
+    x0: Tensor,
+    y: Tensor | None,
+    say: Callable[[str], None],
+    give_up: Callable[[], bool] = lambda: False,
+) -> dict[str, Tensor]:
     """The next step on a batch, in smaller micro-batches from now on where memory runs out.
 
-    A recording that runs out of memory is given up first. The step that ran out has changed nothing.
+    What `give_up` frees is given up first, which returns whether there was something, and then a recording that runs
+    out of memory. The step that ran out has changed nothing.
     Raises torch.OutOfMemoryError if one image does not fit.
     """
     while True:
@@ -220,13 +231,16 @@ def step_in_memory(state: TrainState, x0: Tensor, y: Tensor | None, say: Callabl
         try:
             return train_step(state, x0, y)
         except torch.OutOfMemoryError:
-            if size == 1:
+            given_up = give_up()
+            if size == 1 and not given_up:
                 raise
         # Outside of the handler: the exception holds on to everything that the step had made.
         state.optimizer.zero_grad(set_to_none=True)
         recorded, state.graph = state.graph, None  # a recording has its micro-batches in it
         said = f"out of memory at step {state.step + 1}: again, "
-        if recorded is not None and not recorded.left:  # beside the memory of the steps before, it needs its own
+        if given_up:
+            say(f"{said}with the samples in the memory of the host")
+        elif recorded is not None and not recorded.left:  # beside the memory of the steps before, it needs its own
             state.graphed = False
             say(f"{said}without a CUDA graph")
         else:
@@ -303,6 +317,23 @@ def recompute_in(config: Config, memory: int) -> str:
 
     kept = estimate_memory(replace(config, run=replace(config.run, recompute="nothing")))
     return "nothing" if kept.peak <= USABLE * memory else "none"
+
+
+def bytes_to_hold(config: Config, source: Source, device: torch.device) -> int:
+    """Bytes of all samples if they are to lie on the GPU, as the configuration says or where they have room beside a
+    step; else 0."""
+    wanted, size = config.run.data_on_gpu, on_device_bytes(source)
+    if device.type != "cuda" or size is None or wanted is False:
+        return 0
+    if wanted:
+        return size
+    from ..training.memory_estimate import USABLE, estimate_memory
+
+    free = USABLE * torch.cuda.mem_get_info(device)[0]
+    if size > free:
+        return 0
+    still_to_come = estimate_memory(config).peak - torch.cuda.memory_allocated(device)
+    return size if size <= free - max(still_to_come, 0) else 0
 
 
 def _micro_batch(config: Config, device: torch.device) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..config.schema import AUTO
 from ..data import Source
 from .loader import Reader
+from .resident import Resident
 
 
 class Batches:
@@ -19,9 +20,21 @@ class Batches:
     """
 
     def __init__(
-        self, source: Source, device: torch.device, rank: int = 0, world: int = 1, workers: int = AUTO
+        self,
+        source: Source,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = AUTO,
+        *,
+        resident: bool = False,
     ) -> None:
+        """resident: all samples are put on the device at once, and no batch is on its way any more.
+
+        Raises DataError, and torch.OutOfMemoryError if they have no room there.
+        """
         self.source, self.device, self.rank, self.world = source, device, rank, world
+        self._resident = Resident(source, device) if resident else None
         self._reader = Reader(source, rank, world, workers)
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._begun: tuple[int, tuple[Tensor, ...]] | None = None
@@ -31,7 +44,7 @@ class Batches:
 
     def begin(self, step: int) -> None:
         """Send the batch of a step on its way. On a CPU there is no way to go."""
-        if self._stream is None:
+        if self._stream is None or self._resident is not None:
             return
         self._begun = None
         values = [value.pin_memory() for value in self._reader.read(step)]
@@ -43,6 +56,9 @@ class Batches:
 
     def of(self, step: int) -> Any:
         """(samples, labels) of a step, the samples float32 as a model takes them. Raises DataError."""
+        if self._resident is not None:
+            raw, labels = self._resident.of(step, self.rank, self.world)
+            return self._decoded(raw, step), labels
         if self._stream is None:
             raw, labels = self._reader.read(step)
             return self._decoded(raw, step), labels
@@ -58,6 +74,11 @@ class Batches:
 
     def _decoded(self, raw: Tensor, step: int) -> Tensor:
         return self.source.decoded(raw, step, self.rank, self.world)
+
+    def give_up_memory(self) -> bool:
+        """Take the data set off the device; its batches come from the host from now on. Whether it was there."""
+        was, self._resident = self._resident is not None, None
+        return was
 
     def close(self) -> None:
         """End the processes that read ahead."""

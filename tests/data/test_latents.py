@@ -17,7 +17,7 @@ from torch import Tensor
 
 from soflow_fast import files as files_module
 from soflow_fast.data.dataset import Wanted
-from soflow_fast.data.latents import Header, Latents, Layout, Writer, load, manifest, reader, recognises, writer
+from soflow_fast.data.latents import Header, Latents, Layout, Writer, load, manifest, recognises, writer
 from soflow_fast.errors import DataError
 
 LAYOUT = Layout(4, 6, 6, True, 0.18215, 0.0, "a/vae")
@@ -115,14 +115,6 @@ def test_a_sample_is_drawn_on_the_device_of_the_rows(tmp_path: Path) -> None:
     x = found.decoded(found.read(torch.arange(2)).to("meta"), torch.zeros)
     assert x.device.type == "meta" and x.shape == (2, 4, 2, 2)
     assert found.decoded(found.read(torch.arange(2)), torch.zeros).device.type == "cpu"
-
-
-@pytest.mark.parametrize(("cheap", "rows"), [(0, 23), (2**28, 5), (0, 5)])
-def test_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cheap: int, rows: int) -> None:
-    monkeypatch.setattr(reader, "CHEAP", cheap)
-    a, _, _ = write(tmp_path / "set", Header(LAYOUT, 23, rows, True, ("a", "b")))
-    whole = load(tmp_path / "set", ANY).whole()
-    assert whole is None if cheap == 0 and rows == 5 else torch.equal(whole, a)
 
 
 def test_processes_read_for_themselves(folder: Path) -> None:

@@ -12,9 +12,6 @@ from ..dataset import Contents, Wanted
 from .layout import Latents, check_labels, check_wanted, damage
 from .manifest import MANIFEST, Header, Shard, checksum, file_name, read_manifest, verify
 
-CHEAP = 2**28
-"""Bytes of shards that are put together into one tensor."""
-
 
 def recognises(place: Path) -> bool:
     """Whether a path is a folder with a manifest of latents."""
@@ -53,6 +50,8 @@ def load(place: Path, wanted: Wanted) -> "MappedLatents":
 class MappedLatents(Latents):
     """Latents in mapped files: a batch costs the copy of its rows. Safe to be read in forked processes."""
 
+    copies = True
+
     def __init__(self, place: Path, header: Header, shards: list[Shard]) -> None:
         classes = len(header.classes)
         labels = torch.cat([_labels(place, header, number, shard) for number, shard in enumerate(shards)])
@@ -83,13 +82,6 @@ class MappedLatents(Latents):
         for i, (kind, number, row) in enumerate(zip(kinds, numbers, rows, strict=True)):
             out[i] = self._map(kind, number)[row]
         return torch.from_numpy(out)
-
-    def whole(self) -> Tensor | None:
-        """The one shard, mapped, or all of them if they are small; else None."""
-        if len(self._counts) > 1 and sum(self._marks["shard", n][0] for n in range(len(self._counts))) > CHEAP:
-            return None
-        parts = [torch.from_numpy(self._map("shard", number)) for number in range(len(self._counts))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _check(self, kind: str, number: int) -> None:
         """Raise DataError for a file that has changed: what is mapped of one that was cut off would end the process."""
