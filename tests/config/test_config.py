@@ -209,7 +209,7 @@ FREE = {
         "run.device",
         "optim.ema_warmup",
     ),
-    *("run.compile", "run.cuda_graph"),
+    *("run.compile", "run.cuda_graph", "run.data_on_gpu"),
 }
 
 
