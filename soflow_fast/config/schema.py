@@ -172,7 +172,7 @@ class RunConfig:
     run_dir: str = ""
     """Folder for everything that is written; by default runs/PRESET."""
     init: str = ""
-    """Run, checkpoint or exported directory whose averaged weights a new run begins with."""
+    """Run, checkpoint, exported directory or the authors' file, whose averaged weights a new run begins with."""
     device: str = "auto"
     """Device, such as cpu, cuda or cuda:1; auto: the GPU if there is one."""
     workers: int = AUTO

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import errors
 from ..config.schema import AUTO, NOTHING_LEFT, Config, DataChoices
 from ..data import Source, fitted, identity, open_source
-from ..errors import ConfigError, DataError, Diverged, Interrupted, storage
+from ..errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted, storage
 from ..files import OptionalWrites, write_file
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
@@ -87,6 +87,14 @@ def initial_weights(config: Config, run_dir: Path) -> dict[str, Tensor] | None:
     """The weights that `run.init` names; None: the run's own. A run that goes on has no use for them."""
     if not config.run.init or checkpoint.list_checkpoints(run_dir):
         return None
+    if Path(config.run.init).is_file():
+        from ..models.official import load_official
+
+        try:
+            flow = load_official(config.run.init, config.model, **vars(config.flow))
+        except CheckpointError as error:
+            raise CheckpointError(f"--init {error}") from None
+        return flow.state_dict()
     flow, other = checkpoint.load_with_config(config.run.init)
     for name in ("model", "flow"):
         mine, theirs = getattr(config, name), getattr(other, name)

@@ -117,6 +117,16 @@ def test_a_run_begins_with_the_weights_of_another(photos: Path, call: Call) -> N
 
     for a, b in zip(load("first").parameters(), load("second").parameters(), strict=True):
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=0, atol=1e-12)
+    # A file as the authors' trainer writes it, of wrapped modules and with an average.
+    weights = {f"module.{name}": value for name, value in load("first").state_dict().items()}
+    torch.save({"model": {name: value + 1 for name, value in weights.items()}, "ema": weights, "step": 4}, "theirs.pt")
+    assert call(*run, "--steps", "1", "--run-dir", "fourth", "--init", "theirs.pt", *settings).code == 0
+    for a, b in zip(load("first").parameters(), load("fourth").parameters(), strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=0, atol=1e-12)
+    wrong = call(*run, "--run-dir", "fifth", "--init", "theirs.pt", "--set=model.hidden_size=32")
+    assert wrong.code == 2 and "--init theirs.pt: network." in wrong.err and "the model's is" in wrong.err
+    wrong = call(*run, "--run-dir", "fifth", "--init", "photos/2/notes.txt")
+    assert wrong.code == 2 and "--init photos/2/notes.txt: not a checkpoint" in wrong.err
     wrong = call(*run, "--run-dir", "third", "--init", "first", "--set=model.depth=2")
     assert wrong.code == 2 and "--init first: of another network: model.depth differs" in wrong.err
 
