@@ -147,6 +147,8 @@ class DataConfig:
     images: a folder or zip of images, CLASS/NAME; latents: VAE latents."""
     path: str = ""
     """Folder or archive with the samples, which is recognised: images by class, known data sets, latents."""
+    vae: str = ""
+    """VAE that latents must be of, by the name that they bear; empty: any."""
     flip: bool = False
     """Mirror each sample with probability one half."""
     resize: bool = False
@@ -352,7 +354,7 @@ def difference(old: Config, new: Config) -> list[str]:
     `run` and the micro-batch do not count, nor where the data is and what was left out of it: its content does (see
     `data.identity`)."""
     before, after = flatten(old), flatten(new)
-    free = ("run.", "micro_batch", "data.path", "data.skip_bad")
+    free = ("run.", "micro_batch", "data.path", "data.vae", "data.skip_bad")
     changed = [name for name in before if before[name] != after[name] and not name.startswith(free)]
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]
 

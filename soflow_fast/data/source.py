@@ -91,7 +91,7 @@ def open_source(config: Config, say: Callable[[str], None] = lambda text: None) 
                 "a folder or zip of images, CLASS/NAME" if data.kind == "images" else "latents, as encode writes them"
             )
             raise DataError(f"--data is missing: preset {config.preset} needs {what}")
-        wanted = Wanted(model.input_size, model.in_channels, data.resize, data.flip, data.skip_bad, say)
+        wanted = Wanted(model.input_size, model.in_channels, data.resize, data.flip, data.skip_bad, say, data.vae)
         path = str(Path(data.path, "latents")) if data.kind == "digits-latent" else data.path
         dataset = open_dataset(path, "latents" if data.latent else "images", wanted)
     shape = (model.in_channels, model.input_size, model.input_size)

@@ -201,6 +201,7 @@ FREE = {
     *(
         "preset",
         "data.path",
+        "data.vae",
         "data.flip",
         "data.resize",
         "data.skip_bad",

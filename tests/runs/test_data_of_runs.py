@@ -204,6 +204,8 @@ def test_the_whole_way_of_latents(photos: Path, call: Call) -> None:
     assert drawn.code == 0 and "--vae vae decodes them" in drawn.out and Path("latents only/00000.npy").exists()
     again = call(*run, "--steps", "4", "--data", "latents", "--run-dir", "run")
     assert again.code == 0 and "samples are written as latents" in again.out and Path("run/samples/final.npy").exists()
+    wrong = call(*run, "--data", "latents", "--run-dir", "other", "--set=data.vae=a/vae")
+    assert wrong.code == 2 and "the latents are of the VAE vae, not of a/vae" in wrong.err
     wrong = call("train", *FLAGS, "--data", "latents", "--run-dir", "other")
     assert wrong.code == 2 and "these are latents: take a preset on latents" in wrong.err
     wrong = call("sample", "run", "--out", "x", "--n", "1", "--vae", "nowhere")
