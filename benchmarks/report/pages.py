@@ -197,6 +197,19 @@ def sampling(run: dict) -> str:
     return page(head, 3, lines, run, f"In turn, one run. `{run['command']}`.")
 
 
+def reading(run: dict) -> str:
+    """A record of benchmarks.reading as Markdown: a line per set, and how long a step waits for its batch."""
+    read = [row for row in run["rows"] if row["way"] == "read by one process"]
+    lines = [[row["case"], quartiles(row["seconds"], 1e-3), number(figures(row)["images_per_s"])] for row in read]
+    step, wait = (next(row for row in run["rows"] if row["way"] == way) for way in ("step", "wait for its batch"))
+    share = sum(wait["seconds"]) / sum(step["seconds"])
+    note = (
+        f"One process and thread, files in the page cache, random content. {step['case']}, batch {step['batch']}: "
+        f"{100 * share:.2f} % of a step's time is waiting for its batch. `{run['command']}`."
+    )
+    return page(["set", f"ms per {read[0]['batch']} (quartiles)", "samples/s"], 1, lines, run, note)
+
+
 def prediction(run: dict) -> str:
     """A record of benchmarks.prediction as Markdown: a line per network, batch and recipe."""
     lines = []
@@ -297,6 +310,7 @@ BLOCKS = {
     ),
     "prediction": Block("docs/performance.md", "prediction", prediction),
     "sampling": Block("docs/performance.md", "sampling", sampling),
+    "reading": Block("docs/data.md", "reading", reading),
     "digits": Block("docs/performance.md", "digits", digits),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
     "step-batch": Block("docs/performance.md", "step-batch", table),
