@@ -1,7 +1,7 @@
 """Encode images into latents of a VAE, or convert latents in another format: a folder that `train --data` takes.
 
     python -m soflow_fast.encode IMAGES OUT --vae stabilityai/sd-vae-ft-mse --size 256
-    python -m soflow_fast.encode IMAGES OUT --vae DIR --size 512 --flip
+    python -m soflow_fast.encode IMAGES OUT --vae DIR --size 512 --flip --device cuda:0,cuda:2 --workers 16
     python -m soflow_fast.encode --from imagenet_latent.hdf5 OUT
 
 IMAGES is a folder or a zip of images. Kept are mean and standard deviation of each image's posterior in float16; --flip
@@ -9,7 +9,8 @@ keeps those of its mirror image as well. --from takes the SoFlow authors' HDF5 (
 safetensors, EDM2's and REPA's .npy with dataset.json, MeanFlow ports' LMDB, MAR's .npz, .pt per image, and fast-DiT's
 .npy.
 
-The same command again goes on after a kill, at the last whole shard.
+Every GPU that is visible works on batches of its own, or those that --device names; the outcome is the same on however
+many of a kind. The same command again, with other devices too, goes on after a kill, at the last whole shard.
 """
 
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from .commands import process
 from .commands.parser import Parser, whole_number
+from .config.schema import AUTO
 from .errors import ConfigError, DataError
 
 VAE = "stabilityai/sd-vae-ft-mse"
@@ -26,6 +28,7 @@ MOST_PIXELS = 2**14
 MOST_CHANNELS = 2**15
 MOST_IMAGES = 2**16
 """Of a batch."""
+MOST_WORKERS = 256
 
 
 def parser() -> Parser:
@@ -41,7 +44,8 @@ def parser() -> Parser:
     p.add_argument("--size", metavar="N", help="height and width of the images (default 256)")
     p.add_argument("--flip", action="store_true", help="encode the mirror images as well")
     p.add_argument("--batch-size", metavar="N", help="images at a time (default 32)")
-    p.add_argument("--device", metavar="D", help="auto, cpu, cuda, ... (default auto)")
+    p.add_argument("--device", metavar="D", help="auto: every GPU, else the CPU; cpu; cuda:1; cuda:0,cuda:2; ...")
+    p.add_argument("--workers", metavar="N", help="processes that decode images ahead (default: by processors)")
     p.add_argument("--channels", metavar="N", help="with --from: of a latent, where the format leaves it open")
     return p
 
@@ -54,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError(f"give {' and '.join(names)}, got {len(values.places)} of {len(names)}")
     out = Path(values.places[-1])
     if values.source:
-        for flag in ("size", "batch_size", "device", "flip"):
+        for flag in ("size", "batch_size", "device", "workers", "flip"):
             if getattr(values, flag):
                 raise ConfigError(f"--{flag.replace('_', '-')}: is of no use with --from")
         _convert(
@@ -65,16 +69,19 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError("--channels: is of use with --from only")
     size = whole_number("--size", values.size or "256", 1, MOST_PIXELS)
     batch_size = whole_number("--batch-size", values.batch_size or "32", 1, MOST_IMAGES)
+    workers = whole_number("--workers", values.workers, 0, MOST_WORKERS) if values.workers else AUTO
 
     from .runs import encoding
     from .runs.vae import load_vae
-    from .training.precision import resolve_device
+    from .training.precision import resolve_devices
 
-    device = resolve_device(values.device or "auto")
+    devices = resolve_devices(values.device or "auto")
     with _naming("IMAGES"):
         images = encoding.open_images(values.places[0], size, print)
-        vae = load_vae(values.vae or VAE, device)
-        encoding.encode(images, out, vae, size=size, flip=values.flip, batch_size=batch_size, device=device)
+        vae = load_vae(values.vae or VAE, devices[0])
+        encoding.encode(
+            images, out, vae, size=size, flip=values.flip, batch_size=batch_size, devices=devices, workers=workers
+        )
     print(f"{len(images)} images encoded: {out}")
 
 

@@ -50,7 +50,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> Config:
             model = train_vae(config.seed, device, say)
             with storage(f"cannot write to {vae}"), whole_directory(vae) as folder:
                 model.save_pretrained(folder)
-        encode(digits(), latents, load_vae(str(vae), device), size=8, flip=False, batch_size=ENCODED, device=device)
+        encode(digits(), latents, load_vae(str(vae), device), size=8, flip=False, batch_size=ENCODED, devices=[device])
     return replace(config, data=replace(config.data, path=str(place)))
 
 

@@ -1,25 +1,32 @@
 """Making a folder of latents, of images by a VAE or of latents in another format. The same call resumes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import tee
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..config.schema import AUTO
 from ..data import latents
 from ..data.dataset import Dataset, Wanted
 from ..data.formats import open_dataset
 from ..data.latents.layout import Layout
 from ..data.latents.writer import Writer, shard_rows
 from ..errors import ConfigError, DataError, Interrupted, enough_memory, storage
+from ._devices import Devices
+from .loader import Ahead, workers_for
 from .progress import Progress
 from .vae import VAE
 
 ROWS_AT_A_TIME = 256
 """Of a conversion."""
+
+Latents = tuple[Tensor, ...]
+"""Those of a batch, and those of the twins if there are any."""
 
 
 def open_images(path: str, size: int, say: Callable[[str], None]) -> Dataset:
@@ -28,20 +35,40 @@ def open_images(path: str, size: int, say: Callable[[str], None]) -> Dataset:
 
 
 def encode(
-    images: Dataset, out: Path, vae: VAE, *, size: int, flip: bool, batch_size: int, device: torch.device
+    images: Dataset,
+    out: Path,
+    vae: VAE,
+    *,
+    size: int,
+    flip: bool,
+    batch_size: int,
+    devices: Sequence[torch.device],
+    workers: int = AUTO,
 ) -> None:
     """Write the posterior's mean and std of every image, in order, and with `flip` those of its mirror image.
 
     Batches begin anew with each shard, so that a run that was killed and goes on makes the same bytes as one that was
-    not. Raises DataError, ConfigError and StorageError.
+    not, on however many devices of a kind. workers: processes that read ahead, AUTO: see `loader.workers_for`. Raises
+    DataError, ConfigError and StorageError.
     """
 
-    def latents_of(index: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = images.decoded(images.read(index).to(device), _none)
-        return vae.encoded(x).cpu(), vae.encoded(x.flip(3)).cpu() if flip else None
+    def read(rows: range) -> Tensor:
+        return images.read(torch.arange(rows.start, rows.stop))
 
+    def work_on(device: torch.device) -> Callable[[Tensor], Latents]:
+        own = vae.on(device)
+
+        def latents_of(raw: Tensor) -> Latents:
+            x = images.decoded(raw, _none)
+            return (own.encoded(x), own.encoded(x.flip(3))) if flip else (own.encoded(x),)
+
+        return latents_of
+
+    workers = workers_for(images, workers, len(devices))
+    lost = f"--workers {workers}: one of them was killed, or lacks memory or room in /dev/shm; give fewer"
     with enough_memory(f"--batch-size {batch_size}: out of memory; give a smaller one"):
-        _, stored, height, width = latents_of(torch.tensor([0]))[0].shape
+        vae = vae.on(devices[0])
+        _, stored, height, width = work_on(devices[0])(read(range(1)).to(devices[0]))[0].shape
         layout = Layout(stored // 2, height, width, True, vae.scale, vae.shift, vae.name)
         wrong = layout.problem()
         if wrong:
@@ -57,7 +84,8 @@ def encode(
             contents.checksum,
             vae.weights,
         )
-        _fill(out, header, images.labels, latents_of, batch_size)
+        with Ahead(read, workers, lost) as ahead, Devices(devices, work_on) as several:
+            _fill(out, header, images.labels, lambda batches: several.results(ahead.results(batches)), batch_size)
 
 
 def convert(found: latents.Latents, out: Path, vae: str = "") -> None:
@@ -71,42 +99,45 @@ def convert(found: latents.Latents, out: Path, vae: str = "") -> None:
     contents = found.contents
     header = latents.Header(layout, len(found), rows, found.mirrors, contents.classes, 0, contents.checksum)
 
-    def latents_of(index: Tensor) -> tuple[Tensor, Tensor | None]:
-        twin = found.read(index, torch.ones(len(index), dtype=torch.bool)) if found.mirrors else None
-        return found.read(index), twin
+    def latents_of(rows: range) -> Latents:
+        index = torch.arange(rows.start, rows.stop)
+        twins = [found.read(index, torch.ones(len(index), dtype=torch.bool))] if found.mirrors else []
+        return found.read(index), *twins
 
-    _fill(out, header, found.labels, latents_of, ROWS_AT_A_TIME)
+    _fill(out, header, found.labels, lambda batches: map(latents_of, batches), ROWS_AT_A_TIME)
 
 
 def _none(shape: tuple[int, ...]) -> Tensor:
     raise AssertionError("images take no noise")
 
 
-Work = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""Latents of samples by their numbers, int64 [n], and those of the twins."""
-
-
-def _fill(out: Path, header: latents.Header, labels: Tensor, work: Work, batch_size: int) -> None:
-    """Write what is missing, batch by batch."""
+def _fill(
+    out: Path,
+    header: latents.Header,
+    labels: Tensor,
+    work: Callable[[Iterator[range]], Iterator[Latents]],
+    batch_size: int,
+) -> None:
+    """Write what is missing, batch by batch. work: gives the latents of batches, one after the other."""
     with _writing(out, header) as writer, _progress(header.count) as progress:
         first = writer.done
         if first:
             progress.say(f"{first} of {header.count} are there already")
         began = time.monotonic()
-        for index in _batches(first, header.count, writer.header.rows, batch_size):
-            made, twin = work(index)
+        batches, worked_on = tee(_batches(first, header.count, writer.header.rows, batch_size))
+        for rows, made in zip(batches, work(worked_on), strict=True):
             with storage(f"cannot write to {out}"):
-                writer.append(made, labels[index], twin)
-            done, now = int(index[-1]) + 1, time.monotonic()
-            progress.count(done, (done - first) / max(now - began, 1e-9), now)
+                writer.append(made[0], labels[rows.start : rows.stop], *made[1:])
+            now = time.monotonic()
+            progress.count(rows.stop, (rows.stop - first) / max(now - began, 1e-9), now)
 
 
-def _batches(first: int, count: int, rows: int, size: int) -> Iterator[Tensor]:
+def _batches(first: int, count: int, rows: int, size: int) -> Iterator[range]:
     """Numbers from `first` on, `size` at a time, but no batch across two shards."""
     for start in range(first, count, rows):
         end = min(start + rows, count)
         for at in range(start, end, size):
-            yield torch.arange(at, min(at + size, end))
+            yield range(at, min(at + size, end))
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """AutoencoderKL of diffusers: images to latents and back."""
 
+import copy
 import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ class VAE:
     shift: Factor
     weights: str
     """SHA-256 of names and values of all weights."""
+
+    def on(self, device: torch.device) -> "VAE":
+        """The same on a device: itself, or a copy."""
+        if next(self.model.parameters()).device == device:
+            return self
+        return replace(self, model=copy.deepcopy(self.model).to(device))
 
     @torch.inference_mode()
     def encoded(self, x: Tensor) -> Tensor:

@@ -27,6 +27,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def resolve_devices(names: str) -> list[torch.device]:
+    """ "auto" -> every GPU if there is one, else the CPU; else devices by name, with commas between them.
+
+    Raises ConfigError for one that is not there, one that is named twice, and for several kinds: they round apart.
+    """
+    if names == "auto" and torch.cuda.is_available():
+        names = ",".join(f"cuda:{k}" for k in range(torch.cuda.device_count()))
+    found = [resolve_device(name) for name in names.split(",")]
+    if len({device.type for device in found}) > 1:
+        raise ConfigError(f"--device {names}: give devices of one kind")
+    if len({device.index or 0 for device in found}) < len(found):
+        raise ConfigError(f"--device {names}: names a device twice")
+    return found
+
+
 def resolve_precision(name: str, device: torch.device) -> str:
     """ "auto" -> bf16 on a GPU that computes in it, else fp32. Raises ConfigError where the device lacks it."""
     if name == "auto":

@@ -139,7 +139,7 @@ def test_an_encoding_that_is_cut_short_goes_on_to_the_same_bytes(
             size=SIZE,
             flip=True,
             batch_size=3,
-            device=torch.device("cpu"),
+            devices=[torch.device("cpu")],
         )
     monkeypatch.setattr(writer.Writer, "append", real)
     result = call("encode", "images", again, *flags(vaes, "--flip"))
@@ -221,6 +221,9 @@ def test_what_is_refused(refused: Call, vaes: Path, tmp_path: Path) -> None:
     assert "give OUT, got 2 of 1" in refused("encode", "a", "b", "--from", "c")
     assert "--batch-size must be" in refused("encode", "images", out, "--batch-size", "0")
     assert "--size must be" in refused("encode", "images", out, "--size", "x")
+    assert "--workers must be a whole number from 0 to 256" in refused("encode", "images", out, "--workers", "-1")
+    assert "--device cpu,cpu: names a device twice" in refused("encode", "images", out, "--device", "cpu,cpu")
+    assert "--workers: is of no use with --from" in refused("encode", out, "--from", "x", "--workers", "0")
     assert "--flip: is of no use with --from" in refused("encode", out, "--from", "x", "--flip")
     assert "--channels: is of use with --from only" in refused("encode", "images", out, "--channels", "4")
     assert "--from x: no such file or folder" in refused("encode", out, "--from", "x")
@@ -297,5 +300,5 @@ def test_latents_of_others_are_converted(call: Call, refused: Call, tmp_path: Pa
 def test_the_flags() -> None:
     from soflow_fast import encode
 
-    names = ["--help", "--from", "--vae", "--size", "--flip", "--batch-size", "--device", "--channels"]
+    names = ["--help", "--from", "--vae", "--size", "--flip", "--batch-size", "--device", "--workers", "--channels"]
     assert encode.parser().flags() == names

@@ -10,7 +10,8 @@ import torch
 
 from soflow_fast.data import Dataset, InMemory, Source
 from soflow_fast.errors import DataError
-from soflow_fast.runs.loader import Reader
+from soflow_fast.runs import loader
+from soflow_fast.runs.loader import AHEAD, Ahead, Reader, workers_for
 from tests.data.numbered import Numbers
 
 
@@ -38,6 +39,36 @@ def test_samples_are_read_by_other_processes_unless_they_lie_in_memory() -> None
     assert int(found[0]) != os.getpid()
     images = InMemory(torch.zeros(20, 1, 2, 2, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64))
     assert Reader(source(images)).workers == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_read_ahead_has_an_end_and_a_bound(workers: int) -> None:
+    asked = []
+    ahead = Ahead(lambda k: k * k, workers, "lost")
+    assert ahead._pool is None
+    found = ahead.results(asked.append(k) or k for k in range(9))
+    for k in range(9):
+        assert next(found) == k * k and len(asked) <= k + max(AHEAD * workers, 1)
+    assert list(found) == [] and list(ahead.results([])) == [] and list(ahead.results([5])) == [25]
+    ahead.close()
+
+
+def test_how_many_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: set(range(20)))
+    numbers = Numbers(20)
+    assert [workers_for(numbers, devices=n) for n in (1, 2, 3)] == [8, 16, 19]
+    assert workers_for(numbers, 5, devices=2) == 5 and workers_for(numbers, 0) == 0
+
+
+def test_a_worker_without_shared_memory_is_told_in_one_line() -> None:
+    def read(text: str) -> None:
+        raise RuntimeError(text)
+
+    with Ahead(read, 1, "lost") as ahead:
+        with pytest.raises(DataError, match=r"^lost$"):
+            list(ahead.results(["unable to allocate shared memory(shm) for file </torch_1>: No space left on device"]))
+        with pytest.raises(RuntimeError, match=r"^another$"):
+            list(ahead.results(["another"]))
 
 
 def test_an_error_of_a_worker_is_the_line_that_it_is() -> None:
