@@ -96,6 +96,10 @@ class Dataset(abc.ABC):
         return None
 
 
+class Unreadable(OSError):
+    """What is wrong with a sample's file, in words that follow its name."""
+
+
 class Files(Protocol):
     """Encoded samples by number: the files of a folder, the members of an archive."""
 

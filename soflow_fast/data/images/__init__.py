@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import DataError, printable
-from ..dataset import Dataset, Wanted
+from ..dataset import Dataset, Unreadable, Wanted
 from .folder import Folder
 from .image_set import image_set
 from .labels import classes_of
 from .listing import BEGINNING, IMAGES, OTHERS, begins_like_an_image, ending, is_nobodys
-from .pixels import Unreadable
 from .zips import Zip
 
 __all__ = ["Unreadable", "image_set", "load", "recognises"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ...files import read_file
+from ..dataset import Unreadable
 from .listing import BEGINNING, LARGEST_TEXT, Listing, is_nobodys
-from .pixels import Unreadable
 
 NO_FILE = (0, -(2**63))
 """Size and time of what has an image's name and is none."""

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ...errors import printable
-from ..dataset import Wanted
+from ..dataset import Unreadable, Wanted
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
 """The formats that are read, whatever a file is called: for some others Pillow starts a program (EPS)."""
@@ -36,10 +36,6 @@ UPRIGHT = {
 GRAYS = {"L;2": 85, "L;4": 17, "1": 255}
 """By how much Pillow multiplies grays of fewer bits than 8, though not the one that is transparent."""
 COLOUR_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
-
-
-class Unreadable(OSError):
-    """What is wrong with a sample's file, in words that follow its name."""
 
 
 def reason(error: Exception) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import DataError, printable
+from ..dataset import Unreadable
 from .listing import BEGINNING, LABELS, LARGEST_FILE, LARGEST_TEXT, Listing, is_nobodys
-from .pixels import Unreadable
 from .zip_directory import Member, exactly, members
 
 HEADER = struct.Struct("<4s22xHH")
