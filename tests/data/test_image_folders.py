@@ -46,6 +46,15 @@ def test_folder_and_zip_are_the_same_set(tmp_path: Path) -> None:
         assert other.contents.checksum != one.contents.checksum
 
 
+@pytest.mark.parametrize("names", [["a/x.png", "b/x.png"], ["x.png", "y.png", "dataset.json"]])
+def test_a_wrapper_is_no_part_of_the_identity(made: Any, tmp_path: Path, names: list[str]) -> None:
+    labels = b'{"labels": [["x.png", 0], ["y.png", 1]]}'
+    files = {name: picture(i) if name.endswith("png") else labels for i, name in enumerate(names)}
+    plain = load(folder(tmp_path / "plain", files), WANTED)
+    wrapped = load(made({f"outer/v1/{name}": content for name, content in files.items()}), WANTED)
+    assert wrapped.contents.checksum == plain.contents.checksum and wrapped.contents.classes == plain.contents.classes
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_channels_and_mirrored_samples(made: Any, channels: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
@@ -206,6 +215,11 @@ def test_many_bad_images(made: Any) -> None:
     )
     place = made({"a/x.png": b"junk"} | {f"a/{i:03}.png": b"junk" for i in range(100)})
     assert refusal(place, WANTED._replace(skip_bad=True)) == "holds no image that can be read"
+
+
+def test_a_class_whose_images_are_all_bad(made: Any) -> None:
+    place = made({"a/x.png": picture(), "b/x.png": b"junk", "b/y.png": b"junk", "c/x.png": picture()})
+    assert refusal(place, WANTED._replace(skip_bad=True)) == "b is a class without an image that can be read"
 
 
 def test_transparency_and_animations_are_said_once(made: Any) -> None:

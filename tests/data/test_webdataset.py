@@ -113,24 +113,24 @@ def test_shards_are_read_in_the_order_of_their_numbers(folder: Path) -> None:
     assert values(data) == [20 * i + 10 for i in range(12)]
     assert data.labels.tolist() == [i % 3 for i in range(12)] and data.labels.dtype == torch.int64
     assert data.contents.classes == ("0", "1", "2") and data.contents.kind == "WebDataset in 12 tar shards"
-    one = webdataset.load(folder / "shard-10.tar", WANTED)
-    assert values(one) == [210] and one.labels.tolist() == [1] and one.contents.kind == "WebDataset in 1 tar shard"
+    one = webdataset.load(folder / "shard-9.tar", WANTED)
+    assert values(one) == [190] and one.labels.tolist() == [0] and one.contents.kind == "WebDataset in 1 tar shard"
     assert values(one, mirrored=torch.tensor([True])) == [0]
 
 
 def test_members_of_one_name_are_a_sample(tmp_path: Path) -> None:
     members = {
-        "./a/1.cls": b" 7\n",
+        "./a/1.cls": b" 3\n",
         "./a/1.JPEG": picture(10, "JPEG"),
         "b/1.png": picture(20),
-        "b/1.json": json.dumps({"label": 3, "caption": "x"}).encode(),
+        "b/1.json": json.dumps({"label": 1, "caption": "x"}).encode(),
         "b/1.seg.png": picture(99),
         "b/1.txt": b"text",
-        "b/2.json": b'{"class": 4}',
+        "b/2.json": b'{"class": 0}',
         "c.webp": picture(40, "WEBP"),
         "c.d.e.cls": b"9",
         "b/2.png": picture(30, "JPEG"),
-        "c.json": b'{"cls": 5, "label": null}',
+        "c.json": b'{"cls": 2, "label": null}',
         "d.json": b'{"label": 1}',
         "b/._1.png": b"x",
         ".hidden": b"x",
@@ -138,7 +138,7 @@ def test_members_of_one_name_are_a_sample(tmp_path: Path) -> None:
     }
     data = webdataset.load(shard(tmp_path / "x.tar", members), WANTED)
     assert [round(value, -1) for value in values(data)] == [10, 20, 30, 40]
-    assert data.labels.tolist() == [7, 3, 4, 5] and len(data.contents.classes) == 8
+    assert data.labels.tolist() == [3, 1, 0, 2] and len(data.contents.classes) == 4
     left_out = {"hidden": 2, ".png": 1, ".txt": 1, ".cls": 1, "no suffix": 1, "without an image": 1}
     assert data.contents.left_out == left_out
 
@@ -158,6 +158,11 @@ def test_without_labels_there_are_no_classes(tmp_path: Path) -> None:
     assert data.contents.notes == ["no sample has a label"]
     place = shard(tmp_path / "y.tar", {"a.png": picture(10), "a.cls": b"0", "b.png": picture(20)})
     assert "y.tar/b.png has no label, others have one" in message(place)
+
+
+def test_numbers_of_classes_have_no_gaps(tmp_path: Path) -> None:
+    place = shard(tmp_path / "x.tar", {"a.png": picture(10), "a.cls": b"0", "b.png": picture(20), "b.cls": b"3"})
+    assert message(place).endswith(": 1 is a class without an image (2 of 4 classes are)")
 
 
 def test_a_checksum_is_of_names_sizes_and_labels(folder: Path, tmp_path: Path) -> None:

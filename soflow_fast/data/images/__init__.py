@@ -73,6 +73,6 @@ def load(place: Path, wanted: Wanted) -> Dataset:
     except Exception as error:  # of the disk, or of a zip's directory, of which zipfile raises many kinds
         text = printable(" ".join(str(error).split()))
         raise DataError(f"--data {place}: cannot be read ({text or type(error).__name__})") from None
-    labels, classes = classes_of(found, str(place))
-    about = {"kind": found.kind, "left_out": found.left_out, "notes": [], "where": str(place)}
+    labels, classes, root = classes_of(found, str(place))
+    about = {"kind": found.kind, "left_out": found.left_out, "notes": [], "where": str(place), "wrapper": root}
     return image_set(found, labels, classes, wanted, **about, stamp=found.stamp)

@@ -28,8 +28,11 @@ class _NotUnderstood(Exception):
     """What is wrong with a labels file, in words that follow its name."""
 
 
-def classes_of(found: Listing, where: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels, int64 [N], and the classes' names. Raises DataError, with `where` in it, for what cannot be told."""
+def classes_of(found: Listing, where: str) -> tuple[Tensor, tuple[str, ...], str]:
+    """Labels, int64 [N], the classes' names, and the folder that all lies in: "" or a wrapper.
+
+    Raises DataError, with `where` in it, for what cannot be told.
+    """
     images_in = Counter(name.rpartition("/")[0] for name in found.names)
     if not images_in:
         raise DataError(f"--data {where}: holds no images ({', '.join(sorted(IMAGES))})")
@@ -52,9 +55,9 @@ def classes_of(found: Listing, where: str) -> tuple[Tensor, tuple[str, ...]]:
     found.left_out[".json"] += sum(file not in files for file in found.labels)
     found.left_out += Counter()  # without those that are 0
     if files:
-        return _labelled(found, files[0], where)
+        return *_labelled(found, files[0], where), root
     if not folders:
-        return torch.zeros(len(found.names), dtype=torch.int64), ()
+        return torch.zeros(len(found.names), dtype=torch.int64), (), root
     if images_in[root]:
         beside = next(name for name in found.names if name.rpartition("/")[0] == root)
         raise DataError(f"--data {where}: {printable(beside)} lies beside the classes' folders, in none of them")
@@ -63,7 +66,7 @@ def classes_of(found: Listing, where: str) -> tuple[Tensor, tuple[str, ...]]:
     start = len(root) + 1 if root else 0
     ends = ((name, name.index("/", start)) for name in found.names)
     labels = torch.tensor([classes[name[:end]] for name, end in ends], dtype=torch.int64)
-    return labels, tuple(map(_last, classes))
+    return labels, tuple(map(_last, classes)), root
 
 
 def _last(name: str) -> str:
