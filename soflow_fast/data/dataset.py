@@ -44,6 +44,10 @@ class LatentSpace(NamedTuple):
     shift: float | tuple[float, ...]
 
 
+BAD = "bad: "
+"""Begins the reasons of `Contents.left_out` that name a sample."""
+
+
 @dataclass
 class Contents:
     """What was found at a path."""
@@ -60,6 +64,10 @@ class Contents:
     """Of names, sizes and labels, or of a manifest; the path is no part of it."""
     space: LatentSpace | None = None
     """Of latents."""
+
+    def bad(self) -> list[str]:
+        """What is wrong with each sample that was left out because it cannot be read, after its name."""
+        return [reason.removeprefix(BAD) for reason in self.left_out if reason.startswith(BAD)]
 
 
 class Dataset(abc.ABC):

@@ -60,6 +60,9 @@ def test_forked_processes_read_the_same(made: Any) -> None:
         worker.join()
 
 
+INFINITE = b'{"bad": {}, "transparent": 1e999, "animated": 0}'
+
+
 def test_a_second_start_is_quick(made: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that leaves out bad images; and whatever lies in the cache folder, the outcome is right."""
     files = {f"a/{i:03}.png": picture(i % 200, mode="RGBA" if i < 3 else "RGB") for i in range(300)}
@@ -73,9 +76,21 @@ def test_a_second_start_is_quick(made: Any, cache: Path, monkeypatch: pytest.Mon
     found = load(place, skipping)
     assert len(found) == 299 and any("3 transparent" in note for note in found.contents.notes)
     monkeypatch.setattr(check, "examine", examined)
-    for junk in (b"", b"[]", b"{}", b"\xff", b"[" * 10_000, b'{"bad": 3}', b'{"bad": {"x": "y"}, "transparent": 0}'):
+    for junk in (
+        b"",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b"[" * 10_000,
+        b'{"bad": 3}',
+        b'{"bad": {"x": "y"}, "transparent": 0}',
+        INFINITE,
+    ):
         kept.write_bytes(junk)
         assert load(place, skipping).contents == found.contents
+    kept.unlink()
+    os.mkfifo(kept)  # is not waited for
+    assert load(place, skipping).contents == found.contents
     if not place.suffix:
         (place / "a/200.png").write_bytes(files["a/200.png"])
         assert len(load(place, WANTED)) == 300

@@ -13,10 +13,10 @@ import numpy as np
 import PIL
 import torch
 
-from ...files import cache_folder, write_file
+from ...files import cache_folder, read_file, write_file
 from ...version import __version__
 from ..dataset import Files, Wanted, checksum
-from .listing import LARGEST_FILE
+from .listing import LARGEST_FILE, LARGEST_TEXT
 from .pixels import examine, quiet, reason
 
 SECONDS = 5
@@ -51,8 +51,8 @@ def checked(files: Files, stamp: str, wanted: Wanted) -> Outcome:
     digest = hashlib.sha256(repr((__version__, PIL.__version__, stamp)).encode())
     digest.update(checksum(files.names, np.asarray(files.sizes), torch.empty(0, dtype=torch.int64)).encode())
     path = cache_folder() / "images" / f"{digest.hexdigest()}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        kept = json.loads(path.read_bytes())
+    with contextlib.suppress(OSError, ArithmeticError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        kept = json.loads(read_file(path, LARGEST_TEXT, follow=True))
         bad = {int(number): str(text) for number, text in kept["bad"].items()}
         if all(0 <= number < count for number in bad):
             return Outcome(bad, int(kept["transparent"]), int(kept["animated"]))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError, printable
-from ..dataset import Contents, Dataset, Files, Wanted, checksum
+from ..dataset import BAD, Contents, Dataset, Files, Wanted, checksum
 from .check import checked
 from .pixels import decode, quiet, reason
 
@@ -52,7 +52,7 @@ def image_set(
     _refuse_empty(labels, classes, where, " that can be read")
     if bad:
         named = [f"{printable(files.names[number])} {bad[number]}" for number in sorted(bad)]
-        contents.left_out.update(f"bad: {text}" for text in named)
+        contents.left_out.update(BAD + text for text in named)
         contents.notes.append(
             f"{len(bad)} bad {'images are' if len(bad) > 1 else 'image is'} left out: "
             + "; ".join(named[:NAMED])
