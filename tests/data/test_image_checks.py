@@ -1,8 +1,10 @@
 """Sets of images before and during a run: the check of all images, damage, files that change, processes."""
 
+import logging
 import multiprocessing
 import os
 import random
+import struct
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -163,6 +165,22 @@ def test_no_warning_reaches_anybody(made: Any) -> None:
         assert caught == []
         warnings.warn("still heard", stacklevel=1)
     assert len(caught) == 1
+
+
+def test_no_error_of_libtiff_and_no_line_of_pillows_log_reaches_anybody(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """libtiff's own handler writes to the process's stderr; it is there again afterwards."""
+    tiff = picture(1, "TIFF", size=(64, 64), compression="tiff_lzw")
+    seven = bytearray(picture(1, "TIFF"))
+    at = seven.index(struct.pack("<HHL", 277, 3, 1)) + 8
+    seven[at : at + 2] = struct.pack("<H", 7)  # samples a pixel, of which Pillow decodes six
+    files = {"a/x.tif": tiff[:8] + bytes(20) + tiff[28:], "a/y.tif": bytes(seven), "a/z.png": picture()}
+    found = load(folder(tmp_path / "set", files), WANTED._replace(skip_bad=True))
+    assert len(found) == 1 and capfd.readouterr() == ("", "")
+    with pytest.raises(OSError, match="decoder error"):
+        check.examine(files["a/x.tif"])
+    assert capfd.readouterr().err and logging.getLogger("PIL").level == logging.NOTSET
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:

@@ -17,7 +17,8 @@ from ...files import cache_folder, read_file, write_file
 from ...version import __version__
 from ..dataset import Files, Wanted, checksum
 from .listing import LARGEST_FILE, LARGEST_TEXT
-from .pixels import examine, quiet, reason
+from .pixels import examine, reason
+from .quiet import quiet
 
 SECONDS = 5
 """Between two lines about a check that takes long."""

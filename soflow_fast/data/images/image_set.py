@@ -9,7 +9,8 @@ from torch import Tensor
 from ...errors import DataError, printable
 from ..dataset import BAD, Contents, Dataset, Files, Wanted, checksum
 from .check import checked
-from .pixels import decode, quiet, reason
+from .pixels import decode, reason
+from .quiet import quiet
 
 NAMED = 3
 """How many of many bad images a line names."""
