@@ -32,6 +32,10 @@ def each(labels: Any, names: list[str] = NAMES) -> bytes:
     return edm(*zip(names, labels, strict=True))
 
 
+def _rows(*labels: str) -> list[str]:
+    return [f"{name},{label}" for name, label in zip(NAMES, labels, strict=True)]
+
+
 DOTTED = [f"{i},./{name}" for i, name in enumerate(NAMES)]
 TEXTS = [f'{name},"a, b",{label}' for name, label in zip(NAMES, "yxy", strict=True)]
 PETS = jsonl(text=["x"] * 3, file_name=NAMES, label=["dog", "cat", "dog"])
@@ -46,6 +50,9 @@ LABELLED: dict[str, tuple[str, bytes, str, list[int]]] = {
     "numbers as names": ("metadata.jsonl", jsonl(file_name=NAMES, labels=["10", "9", "10"]), "9 10", [1, 0, 1]),
     "CSV": ("metadata.csv", table("file_name,label", *(f"{n},{i}" for i, n in enumerate(NAMES))), "0 1 2", [0, 1, 2]),
     "CSV of names": ("metadata.csv", table("\ufefffile_name,text,class", *TEXTS, end="\r\n"), "x y", [1, 0, 1]),
+    "CSV with spaces": ("metadata.csv", table("file_name,label", *_rows(" 1", "0 ", "1")), "0 1", [1, 0, 1]),
+    "CSV of names with spaces": ("metadata.csv", table("file_name,label", *_rows(" a", "a", "-1")), "-1 a", [1, 1, 0]),
+    "capitals": ("DATASET.JSON", each((1, 0, 2)), "0 1 2", [1, 0, 2]),
     "CSV with dots": ("metadata.csv", table("labels,file_name", *DOTTED), "0 1 2", [0, 1, 2]),
 }
 
@@ -99,6 +106,10 @@ WRONG_LABELS: dict[str, tuple[str, bytes, str]] = {
     "short rows": ("metadata.csv", b"file_name,label\n00000/a.png\n", "the label of 00000/a.png is None"),
     "quotes": ("metadata.csv", b'file_name,label\n"x', "metadata.csv is not understood (Error"),
     "zeros": ("metadata.csv", bytes(100), "metadata.csv is not understood"),
+    "negative, CSV": ("metadata.csv", table("file_name,label", *_rows("-1", "2", "2")), "a.png is '-1', which is"),
+    "whole, CSV": ("metadata.csv", table("file_name,label", *_rows("1.0", "0", "2.0")), "a.png is '1.0', which is"),
+    "long rows": ("metadata.csv", table("file_name,label", *_rows("0", "1,5", "2")), "line 3 has more fields than"),
+    "two columns": ("metadata.csv", table("file_name,label,label", *_rows("0,1", "1,1", "2,1")), "two columns label"),
     "an empty table": ("metadata.csv", b"", "metadata.csv is not understood: it has the columns []"),
 }  # fmt: skip
 

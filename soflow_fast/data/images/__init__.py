@@ -59,12 +59,21 @@ def _last_names(place: Path) -> Iterator[str]:
         yield entry[42 : 42 + int.from_bytes(entry[24:26], "little")].decode("utf-8", "replace")
 
 
+def _what(file: Path) -> str:
+    with file.open("rb") as opened:
+        if begins_like_an_image(opened.read(BEGINNING)):
+            return "is one image: name the folder that it lies in"
+    return "is empty, or no kind of file that is read (docs/data.md lists them)"
+
+
 def load(place: Path, wanted: Wanted) -> Dataset:
     """The images of a folder or zip, checked: each was decoded once. Raises DataError."""
     try:
         mode = place.stat().st_mode
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):  # the opening of a pipe waits for a writer
             raise DataError(f"--data {place}: cannot be read (neither a folder nor a file)")
+        if stat.S_ISREG(mode) and place.suffix.lower() != ".zip" and not zipfile.is_zipfile(place):
+            raise DataError(f"--data {place}: {_what(place)}")
         found = Folder(place) if stat.S_ISDIR(mode) else Zip(place)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"--data {place}: no such file or folder") from None

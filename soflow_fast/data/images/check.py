@@ -19,6 +19,7 @@ from ..dataset import Files, Wanted, checksum
 from .listing import LARGEST_FILE, LARGEST_TEXT
 from .pixels import examine, reason
 from .quiet import quiet
+from .zips import Zip
 
 SECONDS = 5
 """Between two lines about a check that takes long."""
@@ -81,7 +82,11 @@ def _check(files: Files, wanted: Wanted) -> Outcome:
             if start is None:
                 return
             numbers = range(start, min(start + TOGETHER, count))
-            outcomes = [_examined(files, number) for number in numbers]
+            outcomes = []
+            for number in numbers:
+                if stopped.is_set():  # an image of many pixels takes seconds
+                    return
+                outcomes.append(_examined(files, number))
             with lock:
                 bad.update((number, fault) for number, (fault, _) in zip(numbers, outcomes, strict=True) if fault)
                 seen.update(word for _, words in outcomes for word in words)
@@ -104,7 +109,8 @@ def _examined(files: Files, number: int) -> tuple[str, list[str]]:
     """What is wrong with an image, and the words under which it is counted."""
     size = int(files.sizes[number])
     if size > LARGEST_FILE:
-        return f"unpacks to {size >> 20} MiB ({size} bytes), and at most {LARGEST_FILE >> 20} MiB are read", []
+        verb = "unpacks to" if isinstance(files, Zip) else "has"
+        return f"{verb} {size >> 20} MiB ({size} bytes), and at most {LARGEST_FILE >> 20} MiB are read", []
     try:
         content = files.read(number)
     except Exception as error:

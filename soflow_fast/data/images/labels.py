@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +18,8 @@ from .listing import IMAGES, LABELS, Listing
 SPLITS = {"train", "val", "valid", "validation", "test"}
 COLUMNS = ("label", "labels", "class")
 MOST_CLASSES = 2**20
+NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?", re.IGNORECASE)
+"""In a CSV, where all is text; as in JSON, a column of numbers holds those of classes."""
 LONGEST_NUMBER = 1000
 """Digits of a class's name beyond which it is sorted as a text: Python reads no longer numbers than 4300."""
 
@@ -47,7 +50,7 @@ def classes_of(found: Listing, where: str) -> tuple[Tensor, tuple[str, ...], str
         hint = "a zip of one of them is needed" if found.kind.startswith("zip") else f"name one, --data {where}/{first}"
         raise DataError(f"--data {where}: holds {first} and {second} side by side: {hint}")
     files = [file for file in sorted(found.labels) if file.rpartition("/")[0] == root]
-    lost = [file for file in found.labels if file not in files and _last(file) != "dataset.json"]
+    lost = [file for file in found.labels if file not in files and _last(file).lower() != "dataset.json"]
     if len(files) > 1:
         raise DataError(f"--data {where}: both {printable(files[0])} and {printable(files[1])} say the classes")
     if lost:
@@ -103,7 +106,7 @@ def _refuse_empty(folders: Iterable[str], images_in: Counter[str], where: str) -
 
 def _labelled(found: Listing, file: str, where: str) -> tuple[Tensor, tuple[str, ...]]:
     try:
-        said = READERS[_last(file)](found.text(file))
+        said = READERS[_last(file).lower()](found.text(file))
     except _NotUnderstood as error:
         raise DataError(f"--data {where}: {printable(file)} is not understood: {error}") from None
     except Exception as error:  # of the disk, the zip, JSON or CSV
@@ -178,10 +181,22 @@ def _jsonl(content: bytes) -> Labels:
 def _csv(content: bytes) -> Labels:
     """Hugging Face's: the columns file_name and a label, with a header."""
     table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
-    column = _column(table.fieldnames or ())
-    pairs = [(row["file_name"], row[column]) for row in table]
-    numbers = all(label and label.isascii() and label.isdigit() and len(label) < 20 for _, label in pairs)
-    return _checked((name, int(label) if numbers else label) for name, label in pairs)
+    header = list(table.fieldnames or ())
+    column = _column(header)
+    for name in ("file_name", column):
+        if header.count(name) > 1:
+            raise _NotUnderstood(f"it has two columns {name}")
+    pairs: list[tuple[str, Any]] = []
+    for row in table:
+        if None in row:
+            raise _NotUnderstood(f"line {table.line_num} has more fields than the header")
+        pairs.append((row["file_name"], row[column] and row[column].strip()))
+    if not all(label and NUMBER.fullmatch(label) for _, label in pairs):
+        return _checked(pairs)
+    for name, label in pairs:
+        if not label.isdigit():
+            raise _NotUnderstood(f"the label of {printable(name)} is {_short(label)}, which is no number of a class")
+    return _checked((name, int(label)) for name, label in pairs)
 
 
 def _column(names: Iterable[str]) -> str:
