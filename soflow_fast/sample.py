@@ -132,19 +132,18 @@ def _labels(text: str | None, num_classes: int, names: Sequence[str], n: int) ->
             raise ConfigError(f"--labels {text}: the model has no classes")
         return None
     chosen = (
-        list(range(num_classes))
-        if text is None
-        else [_label(part.strip(), num_classes, names) for part in text.split(",")]
+        list(range(num_classes)) if text is None else [_label(part, num_classes, names) for part in text.split(",")]
     )
     return [chosen[i % len(chosen)] for i in range(n)]
 
 
 def _label(text: str, num_classes: int, names: Sequence[str]) -> int:
-    """A class by its name, its number, or "null". A name that is a number counts as a name."""
-    if text in names:
-        return names.index(text)
+    """A class by its name, its number, or "null", which is never a name. A name that is a number counts as a name."""
+    text = text if text in names else text.strip()
     if text == "null":
         return num_classes
+    if text in names:
+        return names.index(text)
     if names and not text.lstrip("-").isdigit():
         raise ConfigError(f"--labels {text}: no class of this run{nearest(text, names)}")
     return whole_number("--labels", text, 0, num_classes - 1)

@@ -1,7 +1,9 @@
 """Data sets that are arrays of pixels: fitted to the model's size and channels once, and held in memory as uint8."""
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,6 +90,16 @@ def fit(images: np.ndarray, wanted: Wanted, where: str) -> np.ndarray:
         fitted = images.transpose(0, 3, 1, 2)
     fitted = np.ascontiguousarray(fitted if fitted.shape[1] == wanted.channels else fitted.repeat(wanted.channels, 1))
     return fitted if fitted.flags.writeable else fitted.copy()  # torch takes no view of bytes
+
+
+def looked_through(place: Path, names: Collection[str]) -> Path:
+    """The innermost of folders that each hold one folder only, of one of these names; what else is in them is files."""
+    while place.is_dir():
+        folders = [Path(entry) for entry in os.scandir(place) if entry.is_dir() and entry.name[0] != "."]
+        if len(folders) != 1 or folders[0].name not in names:
+            break
+        place = folders[0]
+    return place
 
 
 def reason(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import DataError, printable
 from ..files import read_file
-from ._arrays import array_set, reason
+from ._arrays import array_set, looked_through, reason
 from ._pickled import read_pickle
 from .dataset import Dataset, Wanted
 
@@ -69,11 +69,13 @@ LAYOUTS = (
     Layout("CIFAR-100", True, CIFAR100, "cifar-100-python", ("train",), "test", "meta"),
 )
 
+FOLDERS = {layout.folder for layout in LAYOUTS}
+
 
 def recognises(place: Path) -> bool:
     """Whether it is a folder of such batches, one of them, or the authors' archive."""
     try:
-        return _layout_of(place) is not None
+        return _layout_of(looked_through(place, FOLDERS)) is not None
     except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError):
         return False
 
@@ -85,6 +87,7 @@ def load(place: Path, wanted: Wanted) -> Dataset:
     """
     where = f"--data {place}"
     try:
+        place = looked_through(place, FOLDERS)
         layout = _layout_of(place)
     except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{where}: cannot be read ({reason(error)})") from None

@@ -44,6 +44,10 @@ class LatentSpace(NamedTuple):
     shift: float | tuple[float, ...]
 
 
+BAD = "bad: "
+"""Begins the reasons of `Contents.left_out` that name a sample."""
+
+
 @dataclass
 class Contents:
     """What was found at a path."""
@@ -60,6 +64,10 @@ class Contents:
     """Of names, sizes and labels, or of a manifest; the path is no part of it."""
     space: LatentSpace | None = None
     """Of latents."""
+
+    def bad(self) -> list[str]:
+        """What is wrong with each sample that was left out because it cannot be read, after its name."""
+        return [reason.removeprefix(BAD) for reason in self.left_out if reason.startswith(BAD)]
 
 
 class Dataset(abc.ABC):
@@ -96,6 +104,10 @@ class Dataset(abc.ABC):
     def nbytes(self) -> int:
         """Bytes of all that `read` returns without `mirrored`. Raises DataError if a sample cannot be read."""
         return self.read(torch.tensor([0])).nbytes * len(self)
+
+
+class Unreadable(OSError):
+    """What is wrong with a sample's file, in words that follow its name."""
 
 
 class Files(Protocol):

@@ -65,7 +65,7 @@ def from_json(text: str | bytes) -> Identity:
             values["checksum"],
             None if values.get("space") is None else _space(values["space"]),
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"no identity of a data set: {type(error).__name__}: {error}") from None
 
 
@@ -96,8 +96,11 @@ def changes(old: Identity, new: Identity) -> list[str]:
     return found
 
 
-def describe(dataset: Dataset, identity: Identity, place: str) -> list[str]:
-    """The block that is printed before a training: what there is, what was left out and why, and the identity."""
+def describe(dataset: Dataset, identity: Identity, place: str, listed: str = "") -> list[str]:
+    """The block that is printed before a training: what there is, what was left out and why, and the identity.
+
+    listed: the file that names every bad sample, if there is one.
+    """
     where = f" at {place}" if place else ""
     lines = [f"data: {identity.kind}{where}, {identity.count} samples of {_shape(identity)}"]
     if identity.classes:
@@ -109,6 +112,8 @@ def describe(dataset: Dataset, identity: Identity, place: str) -> list[str]:
         reasons = [f"{count} {reason}" for reason, count in left_out.most_common()]
         lines.append(f"  left out: {_some(reasons)}")
     lines += [f"  {note}" for note in dataset.contents.notes]
+    if listed and dataset.contents.bad():
+        lines.append(f"  all that are bad: {listed}")
     return [*lines, f"  identity: {identity.checksum[:16]}"]
 
 

@@ -15,18 +15,21 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, printable
-from ._arrays import array_set, reason
+from ._arrays import array_set, looked_through, reason
 from .dataset import Dataset, Wanted
 
 LARGEST = 2**30
 """Bytes that a file may unpack to."""
 DIGITS = tuple("0123456789")
+FOLDERS = {"MNIST", "FashionMNIST", "raw"}
+"""As torchvision calls them, one in the other."""
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 def recognises(place: Path) -> bool:
     """Whether it is a folder with a file of images, or one such file, or the labels of one."""
     try:
+        place = looked_through(place, FOLDERS)
         if place.is_dir():
             return any(file.is_file() for part in ("train", "t10k") for file in _candidates(place, part, "images", 3))
         if not place.is_file():
@@ -44,7 +47,7 @@ def load(place: Path, wanted: Wanted) -> Dataset:
     """
     where = f"--data {place}"
     try:
-        images, labels, notes = _files(place, where)
+        images, labels, notes = _files(looked_through(place, FOLDERS), where)
         pixels, numbers = _array(images, 3, where), _array(labels, 1, where)
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({reason(error)})") from None

@@ -4,13 +4,11 @@ The convention is that of https://github.com/webdataset/webdataset; tar is POSIX
 are read out of the shards by their place in them, so nothing is unpacked and memory holds an index only.
 """
 
-import gzip
 import json
 import os
 import re
 import tarfile
 import weakref
-import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,10 +20,11 @@ import torch
 
 from ..errors import DataError, printable
 from ._arrays import reason
-from .dataset import Dataset, Wanted
+from ._shards import folders_of_shards, is_tar, shards_of, tars_in
+from .dataset import Dataset, Unreadable, Wanted
+from .images import image_set
+from .images.listing import IMAGES, is_nobodys
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-"""What an image's name ends in; which format it is in says its content."""
 LABELS = ("label", "class", "cls")
 """Under which of these a .json holds the label."""
 LARGEST_MEMBER = 64 * 2**20
@@ -67,9 +66,17 @@ class TarFiles:
     """
 
     def __init__(
-        self, shards: list[Path], shard: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, names: Sequence[str]
+        self,
+        shards: list[Path],
+        states: list[tuple[int, int]],
+        shard: np.ndarray,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        names: Sequence[str],
     ) -> None:
-        self.shards, self.shard, self.offsets, self.sizes, self.names = shards, shard, offsets, sizes, names
+        """states: bytes and time of each shard, when its members were found."""
+        self.shards, self.states = shards, states
+        self.shard, self.offsets, self.sizes, self.names = shard, offsets, sizes, names
         self._opened: dict[int, int] = {}
         weakref.finalize(self, _close, self._opened)
 
@@ -81,8 +88,10 @@ class TarFiles:
         weakref.finalize(self, _close, self._opened)
 
     def read(self, number: int) -> bytes:
-        """Raises OSError for a shard that is gone or has become shorter."""
+        """Raises OSError for a shard that is gone or has changed."""
         shard = int(self.shard[number])
+        if _state(os.stat(self.shards[shard])) != self.states[shard]:
+            raise Unreadable("cannot be read: the shard has changed since it was opened")
         handle, kept = self._handle(shard)
         try:
             content = _piece(handle, int(self.offsets[number]), int(self.sizes[number]))
@@ -90,7 +99,7 @@ class TarFiles:
             if not kept:
                 os.close(handle)
         if len(content) < int(self.sizes[number]):
-            raise OSError(f"{self.shards[shard].name} is cut off")
+            raise Unreadable("cannot be read: the shard is cut off")
         return content
 
     def _handle(self, shard: int) -> tuple[int, bool]:
@@ -110,16 +119,11 @@ def _close(opened: dict[int, int]) -> None:
 
 
 def recognises(place: Path) -> bool:
-    """Whether it is a tar, or a folder of tars that holds no folders."""
+    """Whether it is a tar, a folder of tars that holds no folders, or a folder of such folders."""
     try:
         if place.is_file():
-            return _is_tar(place)
-        if not place.is_dir():
-            return False
-        with os.scandir(place) as entries:
-            if any(entry.is_dir() and entry.name[0] != "." for entry in entries):
-                return False
-        return any(_is_tar(shard) for shard in _shards(place))
+            return is_tar(place)
+        return any(is_tar(shard) for folder in folders_of_shards(place) for shard in tars_in(folder))
     except (OSError, ValueError):
         return False
 
@@ -131,36 +135,32 @@ def load(place: Path, wanted: Wanted) -> Dataset:
     for shards that are damaged, cut off or compressed, for members that are no files or lie outside of the shard, and
     for a sample without a label where others have one.
     """
-    from .images import image_set
-
     where = f"--data {place}"
+    left_out: Counter[str] = Counter()
     try:
-        shards = [place] if place.is_file() else _shards(place)
+        shards, left_out = ([place], left_out) if place.is_file() else shards_of(place, where)
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({reason(error)})") from None
     if not shards:
         raise DataError(f"{where}: holds no .tar files")
-    left_out: Counter[str] = Counter()
-    found = _Index()
+    found, states = _Index(), []
     told = 0
     for number, shard in enumerate(shards):
         inside = where if shard == place else f"{where}: {printable(shard.name)}"
-        found.add(number, shard.name, _members(shard, inside, left_out))
+        samples, state = _members(shard, inside, left_out)
+        states.append(state)
+        found.add(number, shard.name, samples)
         if len(found.sizes) >= told + TELL_EVERY:
             told = len(found.sizes)
             wanted.say(f"{told} samples in {number + 1} of {len(shards)} shards")
-    files = TarFiles(shards, *found.arrays())
+    files = TarFiles(shards, states, *found.arrays())
     if not len(files.sizes):
-        raise DataError(f"{where}: holds no images ({', '.join(IMAGES)})")
+        raise DataError(f"{where}: holds no images ({', '.join(sorted(IMAGES))})")
     labels = torch.from_numpy(np.array(found.labels, np.int64))
     missing = (labels == NONE).nonzero().flatten()
     if 0 < len(missing) < len(labels):
         raise DataError(f"{where}: {printable(files.names[int(missing[0])])} has no label, others have one")
     classes = () if len(missing) else tuple(map(str, range(int(labels.max()) + 1)))
-    try:
-        stamp = repr([(shard.name, (about := shard.stat()).st_size, about.st_mtime_ns) for shard in shards])
-    except OSError as error:
-        raise DataError(f"{where}: cannot be read ({reason(error)})") from None
     many = "1 tar shard" if len(shards) == 1 else f"{len(shards)} tar shards"
     return image_set(
         files,
@@ -171,7 +171,7 @@ def load(place: Path, wanted: Wanted) -> Dataset:
         left_out=left_out,
         notes=[] if classes else ["no sample has a label"],
         where=str(place),
-        stamp=stamp,
+        stamp=repr([(shard.name, *state) for shard, state in zip(shards, states, strict=True)]),
     )
 
 
@@ -205,14 +205,19 @@ class _Index:
         return shard, offsets, sizes, Names(bytes(self.texts), ends)
 
 
-def _members(shard: Path, inside: str, left_out: Counter[str]) -> dict[str, _Sample]:
-    """The samples of a shard that have an image, by their keys in the order of the shard."""
+def _state(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _members(shard: Path, inside: str, left_out: Counter[str]) -> tuple[dict[str, _Sample], tuple[int, int]]:
+    """The samples of a shard that have an image, by their keys in the order of the shard, and the shard's state."""
     samples: dict[str, _Sample] = {}
     try:
         handle = os.open(shard, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise DataError(f"{inside}: cannot be read ({reason(error)})") from None
     try:
+        state = _state(os.fstat(handle))
         for member in _Walk(handle, inside):
             _add(samples, member, handle, inside, left_out)
     except OSError as error:
@@ -223,7 +228,7 @@ def _members(shard: Path, inside: str, left_out: Counter[str]) -> dict[str, _Sam
     for key in without:
         left_out["without an image"] += 1
         del samples[key]
-    return samples
+    return samples, state
 
 
 class _Member(NamedTuple):
@@ -236,7 +241,7 @@ def _add(samples: dict[str, _Sample], member: _Member, handle: int, inside: str,
     folder, _, base = member.name.rpartition("/")
     stem, dot, rest = base.partition(".")
     suffix = (dot + rest).lower()
-    if not stem:
+    if not stem or any(map(is_nobodys, member.name.split("/"))):
         left_out["hidden"] += 1
         return
     if suffix not in (*IMAGES, ".cls", ".json"):
@@ -365,25 +370,3 @@ def _piece(handle: int, offset: int, size: int) -> bytes:
     while len(content) < size and (more := os.pread(handle, size - len(content), offset + len(content))):
         content += more
     return content
-
-
-def _shards(folder: Path) -> list[Path]:
-    def by_number(file: Path) -> list[Any]:
-        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", file.name)]
-
-    found = (file for file in folder.iterdir() if re.search(r"(\.tar(\.gz)?|\.tgz)$", file.name.lower()))
-    return sorted((file for file in found if file.is_file() and file.name[0] != "."), key=by_number)
-
-
-def _is_tar(file: Path) -> bool:
-    """Whether a file begins with the header of a tar, compressed by gzip or not."""
-    with file.open("rb") as opened:
-        head = opened.read(tarfile.BLOCKSIZE)
-    try:
-        if head[:2] == b"\x1f\x8b":
-            with gzip.open(file) as unpacked:
-                head = unpacked.read(tarfile.BLOCKSIZE)
-        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
-    except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError):
-        return False
-    return True

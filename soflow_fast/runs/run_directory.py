@@ -2,6 +2,7 @@
 
 config.json       the configuration, every "auto" replaced
 data.json         which data it learns from
+left-out.txt      the samples that --skip-bad left out, one a line
 checkpoints/      see checkpoint.py
 metrics.jsonl     see metrics.py; tensorboard/ has the same
 samples/          grids of samples
@@ -12,7 +13,7 @@ evaluation.json   the figures of the finished run
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ..files import TEXT, make_folder, read_file, set_aside, write_file
 
 LOCK = ".lock"
 DATA = "data.json"
+LEFT_OUT = "left-out.txt"
 
 
 def check(run_dir: Path, config: Config) -> None:
@@ -63,14 +65,21 @@ def check_data(run_dir: Path, found: Identity) -> None:
         )
 
 
-def prepare(run_dir: Path, config: Config, data: str, resumed: bool, warn: Callable[[str], None]) -> None:
-    """Write config.json and data.json and make what the training writes to. Raises StorageError.
+def prepare(
+    run_dir: Path, config: Config, data: str, resumed: bool, warn: Callable[[str], None], bad: Sequence[str] = ()
+) -> None:
+    """Write config.json, data.json and left-out.txt and make what the training writes to. Raises StorageError.
 
-    Removes partial files of a start that was killed. A log without a checkpoint to go on from is set aside.
+    bad: what is wrong with each sample that is left out. Removes partial files of a start that was killed. A log
+    without a checkpoint to go on from is set aside.
     """
     with storage(f"--run-dir {run_dir}"):
         write_file(run_dir / "config.json", to_json(config).encode())
         write_file(run_dir / DATA, data.encode())
+        if bad:
+            write_file(run_dir / LEFT_OUT, "".join(f"{text}\n" for text in bad).encode("utf-8", "backslashreplace"))
+        else:
+            (run_dir / LEFT_OUT).unlink(missing_ok=True)
         (run_dir / "samples").mkdir(exist_ok=True)
         for stale in run_dir.rglob(".*.partial-*"):
             if stale.is_file():

@@ -76,7 +76,8 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
                 progress.say(mlp.said)
             grids = Grids(state, found.space, progress.say)
             if state.step < config.steps:
-                for line in identity.describe(source.dataset, found, config.data.path):
+                listed = str(run_dir / run_directory.LEFT_OUT)
+                for line in identity.describe(source.dataset, found, config.data.path, listed):
                     progress.say(line)
                 _train(state, source, grids, run_dir, progress)
             _end(state, grids, run_dir, progress)
@@ -109,7 +110,7 @@ def _begin(state: TrainState, source: Source, run_dir: Path, progress: Progress)
     config = state.config
     before = run_directory.configuration(run_dir)
     resumed = checkpoint.resume(run_dir, state, progress.warn)
-    run_directory.prepare(run_dir, config, state.data, resumed, progress.warn)
+    run_directory.prepare(run_dir, config, state.data, resumed, progress.warn, source.dataset.contents.bad())
     if resumed:
         if before is not None and before.steps < config.steps:
             progress.say(f"finished at step {before.steps}, goes on: all schedules now end at step {config.steps}")

@@ -135,6 +135,18 @@ def message(load: Callable[..., Dataset], place: Path, wanted: Wanted = COLOUR) 
     return line
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_around_the_authors_own_is_looked_through(form: str, tmp_path: Path) -> None:
+    """As torchvision leaves it, beside the archive; but not where another folder lies beside it."""
+    outer = tmp_path / "root"
+    outer.mkdir()
+    expected = cifar.load(written(outer / form, FORMS[form]), COLOUR)
+    packed(outer / "archive.tar.gz", form, FORMS[form])
+    assert cifar.recognises(outer) and cifar.load(outer, COLOUR).contents == expected.contents
+    (outer / "cats").mkdir()
+    assert not cifar.recognises(outer)
+
+
 @pytest.mark.parametrize("archived", [False, True], ids=["folder", "archive"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_cifar_gives_the_same_images(form: str, archived: bool, tmp_path: Path) -> None:
@@ -445,6 +457,9 @@ def test_fashion_mnist_is_known_by_its_folder(tmp_path: Path) -> None:
         for chosen in (place, place / "train-images-idx3-ubyte"):
             data = mnist.load(chosen, GRAY)
             assert data.contents.classes[-1] == "Ankle boot" and data.contents.kind == "Fashion-MNIST in idx files"
+    written(tmp_path / "root", {}).joinpath("FashionMNIST").symlink_to(tmp_path / "FashionMNIST")
+    for outer in (tmp_path / "FashionMNIST", tmp_path / "root"):
+        assert mnist.recognises(outer) and mnist.load(outer, GRAY).contents.checksum == data.contents.checksum
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])

@@ -253,8 +253,8 @@ def test_labels_of_other_kinds(fake: Fake, tmp_path: Path) -> None:
         fake.features = {"image": fake.features["image"], column: feature}
         return huggingface.load(place, WANTED)
 
-    data = load([3, 0, 1, 0])
-    assert data.contents.classes == ("0", "1", "2", "3") and data.labels.tolist() == [3, 0, 1, 0]
+    data = load([2, 0, 1, 0])
+    assert data.contents.classes == ("0", "1", "2") and data.labels.tolist() == [2, 0, 1, 0]
     data = load(["b", "10", "9", "b"])
     assert data.contents.classes == ("9", "10", "b") and data.labels.tolist() == [2, 1, 0, 2]
     data = load([1, 0, 0, 0], ClassLabel(["cat", "dog"]), "fine_label")
@@ -267,6 +267,7 @@ def test_labels_of_other_kinds(fake: Fake, tmp_path: Path) -> None:
     for labels, feature, said in (
         ([0, 1, None, 0], None, "row 2 has no label, others have one"),
         ([0, 1, 2, 0], ClassLabel(["cat", "dog"]), "row 2 has the label 2, not one of 0..1"),
+        ([0, 0, 0, 0], ClassLabel(["cat", "dog"]), "dog is a class without an image"),
         ([0, 1, -2, 0], None, "row 2 has the label -2, not one of 0..99999"),
         ([0, 10**6, 0, 0], None, "row 1 has the label 1000000, not one of"),
         ([0, 1.5, 0, 0], None, "row 1 has the label 1.5, not one of"),

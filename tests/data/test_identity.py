@@ -8,7 +8,7 @@ import torch
 from soflow_fast.data import Contents, InMemory, identity
 
 IMAGES = torch.arange(24, dtype=torch.uint8).reshape(6, 1, 2, 2)
-DEEP = "[" * 9999
+INFINITE = '{"kind": "x", "checksum": "y", "shape": [1, 2, 3], "count": 1e400}'
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2])
 
 
@@ -58,12 +58,14 @@ def test_the_block_before_a_training() -> None:
         "  2 animations: the first frame is taken",
         f"  identity: {found.checksum[:16]}",
     ]
+    data.contents.left_out.update({f"bad: a/{i}.png is cut off": 1 for i in range(20)})
+    assert "  all that are bad: run/left-out.txt" in identity.describe(data, found, "set", "run/left-out.txt")
     many = InMemory(IMAGES, LABELS, Contents("x", tuple(f"c{k}" for k in range(20))))
     assert identity.describe(many, identity.identify(many), "")[1].endswith("c11 0 and 8 more, of 0 to 3")
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"kind": 1}', '{"kind": "x", "checksum": "y", "shape": [1]}', "[" * 9999]
+    "text", ["", "[]", "{}", '{"kind": 1}', '{"kind": "x", "checksum": "y", "shape": [1]}', INFINITE, "[" * 9999]
 )
 def test_damaged_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no identity of a data set"):

@@ -1,8 +1,10 @@
 """Sets of images before and during a run: the check of all images, damage, files that change, processes."""
 
+import logging
 import multiprocessing
 import os
 import random
+import struct
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -60,6 +62,9 @@ def test_forked_processes_read_the_same(made: Any) -> None:
         worker.join()
 
 
+INFINITE = b'{"bad": {}, "transparent": 1e999, "animated": 0}'
+
+
 def test_a_second_start_is_quick(made: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that leaves out bad images; and whatever lies in the cache folder, the outcome is right."""
     files = {f"a/{i:03}.png": picture(i % 200, mode="RGBA" if i < 3 else "RGB") for i in range(300)}
@@ -73,9 +78,21 @@ def test_a_second_start_is_quick(made: Any, cache: Path, monkeypatch: pytest.Mon
     found = load(place, skipping)
     assert len(found) == 299 and any("3 transparent" in note for note in found.contents.notes)
     monkeypatch.setattr(check, "examine", examined)
-    for junk in (b"", b"[]", b"{}", b"\xff", b"[" * 10_000, b'{"bad": 3}', b'{"bad": {"x": "y"}, "transparent": 0}'):
+    for junk in (
+        b"",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b"[" * 10_000,
+        b'{"bad": 3}',
+        b'{"bad": {"x": "y"}, "transparent": 0}',
+        INFINITE,
+    ):
         kept.write_bytes(junk)
         assert load(place, skipping).contents == found.contents
+    kept.unlink()
+    os.mkfifo(kept)  # is not waited for
+    assert load(place, skipping).contents == found.contents
     if not place.suffix:
         (place / "a/200.png").write_bytes(files["a/200.png"])
         assert len(load(place, WANTED)) == 300
@@ -121,14 +138,13 @@ def test_an_interrupted_check_ends(made: Any, monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     monkeypatch.setattr(check, "SECONDS", 0.001)
-    monkeypatch.setattr(check, "TOGETHER", 1)
     big = picture(1, "JPEG", size=(1500, 1500))
     count = Counter[str]()
     examined = check.examine
     monkeypatch.setattr(check, "examine", lambda content: (count.update(["seen"]), examined(content))[1])
     with pytest.raises(KeyboardInterrupt):
         load(made({f"a/{i:03}.jpg": big for i in range(200)}), WANTED._replace(say=interrupt))
-    assert count["seen"] < 200
+    assert count["seen"] < check.TOGETHER, "the images that were begun, not all that a thread took"
 
 
 def test_no_warning_reaches_anybody(made: Any) -> None:
@@ -148,6 +164,22 @@ def test_no_warning_reaches_anybody(made: Any) -> None:
         assert caught == []
         warnings.warn("still heard", stacklevel=1)
     assert len(caught) == 1
+
+
+def test_no_error_of_libtiff_and_no_line_of_pillows_log_reaches_anybody(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """libtiff's own handler writes to the process's stderr; it is there again afterwards."""
+    tiff = picture(1, "TIFF", size=(64, 64), compression="tiff_lzw")
+    seven = bytearray(picture(1, "TIFF"))
+    at = seven.index(struct.pack("<HHL", 277, 3, 1)) + 8
+    seven[at : at + 2] = struct.pack("<H", 7)  # samples a pixel, of which Pillow decodes six
+    files = {"a/x.tif": tiff[:8] + bytes(20) + tiff[28:], "a/y.tif": bytes(seven), "a/z.png": picture()}
+    found = load(folder(tmp_path / "set", files), WANTED._replace(skip_bad=True))
+    assert len(found) == 1 and capfd.readouterr() == ("", "")
+    with pytest.raises(OSError, match="decoder error"):
+        check.examine(files["a/x.tif"])
+    assert capfd.readouterr().err and logging.getLogger("PIL").level == logging.NOTSET
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:

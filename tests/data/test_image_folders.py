@@ -46,6 +46,15 @@ def test_folder_and_zip_are_the_same_set(tmp_path: Path) -> None:
         assert other.contents.checksum != one.contents.checksum
 
 
+@pytest.mark.parametrize("names", [["a/x.png", "b/x.png"], ["x.png", "y.png", "dataset.json"]])
+def test_a_wrapper_is_no_part_of_the_identity(made: Any, tmp_path: Path, names: list[str]) -> None:
+    labels = b'{"labels": [["x.png", 0], ["y.png", 1]]}'
+    files = {name: picture(i) if name.endswith("png") else labels for i, name in enumerate(names)}
+    plain = load(folder(tmp_path / "plain", files), WANTED)
+    wrapped = load(made({f"outer/v1/{name}": content for name, content in files.items()}), WANTED)
+    assert wrapped.contents.checksum == plain.contents.checksum and wrapped.contents.classes == plain.contents.classes
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_channels_and_mirrored_samples(made: Any, channels: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
@@ -176,7 +185,7 @@ BAD: dict[str, tuple[bytes, str]] = {
         picture(1, size=(2**14, 2**13), mode="1"),
         "has 16384 x 8192 pixels, and at most 67108864 are read",
     ),
-    "too long": (bytes(LARGEST_FILE + 1), "unpacks to 64 MiB (67108865 bytes), and at most 64 MiB are read"),
+    "too long": (bytes(LARGEST_FILE + 1), " 64 MiB (67108865 bytes), and at most 64 MiB are read"),
 }
 
 
@@ -185,6 +194,8 @@ def test_a_bad_image_is_named_or_left_out(made: Any, case: str, tmp_path: Path) 
     content, said = BAD[case]
     place = made({"a/bad.png": content, "a/good.png": picture(7), "b/x.png": picture(8)})
     text = refusal(place)
+    if case == "too long":
+        said = ("unpacks to" if place.suffix else "has") + said
     assert text.startswith(f"a/bad.png {said}"), text
     found = load(place, WANTED._replace(skip_bad=True))
     assert values(found) == [7, 8] and found.labels.tolist() == [0, 1] and len(found) == 2
@@ -206,6 +217,11 @@ def test_many_bad_images(made: Any) -> None:
     )
     place = made({"a/x.png": b"junk"} | {f"a/{i:03}.png": b"junk" for i in range(100)})
     assert refusal(place, WANTED._replace(skip_bad=True)) == "holds no image that can be read"
+
+
+def test_a_class_whose_images_are_all_bad(made: Any) -> None:
+    place = made({"a/x.png": picture(), "b/x.png": b"junk", "b/y.png": b"junk", "c/x.png": picture()})
+    assert refusal(place, WANTED._replace(skip_bad=True)) == "b is a class without an image that can be read"
 
 
 def test_transparency_and_animations_are_said_once(made: Any) -> None:
@@ -265,7 +281,46 @@ def test_places_that_are_nothing(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert refusal(tmp_path / "pipe") == "cannot be read (neither a folder nor a file)"
     (tmp_path / "file").write_bytes(picture())
-    assert refusal(tmp_path / "file").startswith("cannot be read (")
+    assert refusal(tmp_path / "file") == "is one image: name the folder that it lies in"
+    (tmp_path / "empty.tar").write_bytes(bytes(10240))
+    assert refusal(tmp_path / "empty.tar") == "is empty, or no kind of file that is read (docs/data.md lists them)"
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    assert refusal(tmp_path / "x.zip").startswith("cannot be read (it is no zip, or its end is missing")
+
+
+@pytest.mark.parametrize("wrapper", ["", "w/"])
+def test_links_to_other_classes_do_not_multiply_images(tmp_path: Path, wrapper: str) -> None:
+    """A folder is entered once for each class, by its own name rather than by a link; two classes may be one folder."""
+    count = 6
+    place = folder(tmp_path / "set", {f"{wrapper}c{i}/sub/x.png": picture(i) for i in range(count)})
+    for i in range(count):
+        for j in range(count):
+            (place / f"{wrapper}c{i}/l{j}").symlink_to(f"../c{j}")
+    (place / f"{wrapper}again").symlink_to("c0")
+    found = load(place, WANTED)
+    assert found.contents.classes == ("again", *(f"c{i}" for i in range(count)))
+    assert found.labels.bincount().tolist() == [count] * (count + 1)
+    assert values(found)[count : 2 * count] == [*range(1, count), 0]
+
+
+def test_a_path_that_is_too_long_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = folder(tmp_path / "set", {"a/x.png": picture(), "b/x.png": picture()})
+    monkeypatch.chdir(place / "a")
+    for _ in range(45):
+        os.mkdir("x" * 100)
+        os.chdir("x" * 100)
+    Path("y.png").write_bytes(picture())
+    assert "File name too long" in refusal(place)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read all")
+@pytest.mark.parametrize("closed", ["a", "."])
+def test_a_folder_that_may_not_be_searched_is_said(tmp_path: Path, closed: str) -> None:
+    place = folder(tmp_path / "set", {"a/x.png": picture(), "b/x.png": picture()})
+    (place / closed).chmod(0o444)
+    said = refusal(place)
+    (place / closed).chmod(0o755)
+    assert "Permission denied" in said
 
 
 class Given:

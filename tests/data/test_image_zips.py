@@ -1,14 +1,16 @@
 """Zips of images: memory, damage, and the kinds of zips."""
 
 import io
+import json
 import struct
 import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pictures import WANTED, archive, picture, refusal, values
+from pictures import WANTED, archive, folder, picture, refusal, values
 
 from soflow_fast.data import images
 from soflow_fast.data.images import load, recognises
@@ -88,6 +90,54 @@ def test_damage_of_a_zips_member(tmp_path: Path) -> None:
             assert refusal(place).startswith(f"{name} is no readable image ("), (i, at)
             assert len(load(place, WANTED._replace(skip_bad=True))) == 3
         place.write_bytes(whole)
+
+
+def without_flag(place: Path, names: dict[bytes, str], **others: str) -> Path:
+    """A zip whose names lack the flag of UTF-8, as Info-ZIP, macOS and others write it: bytes, and what they mean.
+
+    The meaning, if there is one, is in Info-ZIP's extra."""
+    with zipfile.ZipFile(place, "w") as file:
+        for i, (name, meant) in enumerate(names.items()):
+            info = zipfile.ZipInfo(str(i) * len(name))
+            field = b"\1" + struct.pack("<L", zlib.crc32(name)) + meant.encode()
+            info.extra = b"yy\1\0x" + (struct.pack("<HH", 0x7075, len(field)) + field if meant else b"")
+            file.writestr(info, picture(i))
+        for other, text in others.items():
+            file.writestr(other, text)
+    content = place.read_bytes()
+    for i, name in enumerate(names):
+        content = content.replace(str(i).encode() * len(name), name)
+    place.write_bytes(content)
+    return place
+
+
+LETTERS = ["z/ascii.png", "ü/a.png", "ü/é.png", "日本/x.png"]
+
+
+@pytest.mark.parametrize("raw", ["UTF-8", "UTF-8 and the extra", "escaped"])
+def test_names_without_the_flag_of_utf8(tmp_path: Path, raw: str) -> None:
+    """They are those of the folder, in its order."""
+    written = [name.encode("ascii", "backslashreplace") if raw == "escaped" else name.encode() for name in LETTERS]
+    meant = [""] * 4 if raw == "UTF-8" else LETTERS
+    found = load(without_flag(tmp_path / "set.zip", dict(zip(written, meant, strict=True))), WANTED)
+    expected = load(folder(tmp_path / "set", {name: picture(i) for i, name in enumerate(LETTERS)}), WANTED)
+    assert found.contents.classes == expected.contents.classes == ("z", "ü", "日本")
+    assert values(found) == values(expected) and found.contents.checksum == expected.contents.checksum
+
+
+def test_a_name_of_dos_and_an_extra_of_another_name(tmp_path: Path) -> None:
+    names = {"é/longname.png".encode("cp437"): ""}
+    place = without_flag(tmp_path / "set.zip", names)
+    assert load(place, WANTED).contents.classes == ("é",)
+    content = without_flag(place, {b"a/longname.png": "b/x.png"}).read_bytes()
+    place.write_bytes(content.replace(struct.pack("<L", zlib.crc32(b"a/longname.png")), bytes(4)))
+    assert load(place, WANTED).contents.classes == ("a",)
+
+
+def test_an_image_with_another_letter_finds_its_label(tmp_path: Path) -> None:
+    labels = json.dumps({"labels": [["é.png", 1], ["b.png", 0]]}, ensure_ascii=False)
+    place = without_flag(tmp_path / "set.zip", {"é.png".encode(): "", b"b.png": ""}, **{"dataset.json": labels})
+    assert load(place, WANTED).labels.tolist() == [0, 1]
 
 
 def of_64_bits(file: zipfile.ZipFile) -> None:

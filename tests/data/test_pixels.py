@@ -79,6 +79,12 @@ def test_a_strip_needs_little_memory(shape: tuple[int, int]) -> None:
     assert (shown(encoded(Image.new("RGB", shape, RED)), 256) == RED).all()
 
 
+@pytest.mark.parametrize("shape", [(3000, 20), (7, 1001), (1, 4000), (2001, 2)])
+def test_a_strip_is_cropped_as_adm_does(shape: tuple[int, int]) -> None:
+    image = photograph(*shape)
+    assert np.abs(shown(encoded(image), 16).astype(int) - adm(image, 16)).max() <= 1
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_photographs_are_upright(kind: str, orientation: int) -> None:
@@ -176,6 +182,11 @@ MEANINGS: dict[str, tuple[bytes, tuple[int, ...], bool]] = {
         WHITE,
         True,
     ),
+    "a transparent colour of 16 bits, beside it": (
+        png(16, 2, sixteen(*(c * 257 for c in RED)), transparent=struct.pack(">3H", *(c * 257 + 1 for c in RED))),
+        RED,
+        False,
+    ),
     "a transparent gray": (png(8, 0, b"\x5a" * 64, transparent=b"\0\x5a"), WHITE, True),
     "a transparent gray of 4 bits": (png(4, 0, b"\x66" * 32, transparent=b"\0\x06"), WHITE, True),
     "a transparent gray of 2 bits": (png(2, 0, b"\x55" * 16, transparent=b"\0\x01"), WHITE, True),
@@ -260,6 +271,20 @@ def test_colours_of_srgb_are_left_alone_and_so_are_those_of_a_damaged_profile() 
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for known in (srgb, b"junk", ADOBE[:200], ADOBE.replace(b"RGB XYZ ", b"CMYKXYZ ")):
         assert np.array_equal(shown(encoded(image, icc_profile=known), 16), np.array(image))
+
+
+SRGB = [(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141)]
+
+
+def test_a_profile_is_judged_by_what_it_does() -> None:
+    """Linear light is converted, though its description says sRGB; sRGB itself is left alone, whatever it is called."""
+    linear = profile(1.0, SRGB).replace(b"wide\0", b"sRGB\0")
+    light = (np.array(RED) / 255) ** (1 / 2.4) * 1.055 - 0.055
+    assert np.abs(shown(encoded(flat(RED), icc_profile=linear)) - 255 * light).max() <= 2
+    image = photograph(16, 16)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    renamed = srgb.replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be"))
+    assert renamed != srgb and np.array_equal(shown(encoded(image, icc_profile=renamed), 16), np.array(image))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])

@@ -92,6 +92,7 @@ def message(place: Path) -> str:
     return line
 
 
+GOOD = {"a.png": picture(10), "a.cls": b"0"}
 TEN = {f"shard-{i}.tar": {f"{i:03}.png": picture(20 * i + 10), f"{i:03}.cls": b"%d" % (i % 3)} for i in range(12)}
 
 
@@ -112,24 +113,24 @@ def test_shards_are_read_in_the_order_of_their_numbers(folder: Path) -> None:
     assert values(data) == [20 * i + 10 for i in range(12)]
     assert data.labels.tolist() == [i % 3 for i in range(12)] and data.labels.dtype == torch.int64
     assert data.contents.classes == ("0", "1", "2") and data.contents.kind == "WebDataset in 12 tar shards"
-    one = webdataset.load(folder / "shard-10.tar", WANTED)
-    assert values(one) == [210] and one.labels.tolist() == [1] and one.contents.kind == "WebDataset in 1 tar shard"
+    one = webdataset.load(folder / "shard-9.tar", WANTED)
+    assert values(one) == [190] and one.labels.tolist() == [0] and one.contents.kind == "WebDataset in 1 tar shard"
     assert values(one, mirrored=torch.tensor([True])) == [0]
 
 
 def test_members_of_one_name_are_a_sample(tmp_path: Path) -> None:
     members = {
-        "./a/1.cls": b" 7\n",
+        "./a/1.cls": b" 3\n",
         "./a/1.JPEG": picture(10, "JPEG"),
         "b/1.png": picture(20),
-        "b/1.json": json.dumps({"label": 3, "caption": "x"}).encode(),
+        "b/1.json": json.dumps({"label": 1, "caption": "x"}).encode(),
         "b/1.seg.png": picture(99),
         "b/1.txt": b"text",
-        "b/2.json": b'{"class": 4}',
+        "b/2.json": b'{"class": 0}',
         "c.webp": picture(40, "WEBP"),
         "c.d.e.cls": b"9",
         "b/2.png": picture(30, "JPEG"),
-        "c.json": b'{"cls": 5, "label": null}',
+        "c.json": b'{"cls": 2, "label": null}',
         "d.json": b'{"label": 1}',
         "b/._1.png": b"x",
         ".hidden": b"x",
@@ -137,7 +138,7 @@ def test_members_of_one_name_are_a_sample(tmp_path: Path) -> None:
     }
     data = webdataset.load(shard(tmp_path / "x.tar", members), WANTED)
     assert [round(value, -1) for value in values(data)] == [10, 20, 30, 40]
-    assert data.labels.tolist() == [7, 3, 4, 5] and len(data.contents.classes) == 8
+    assert data.labels.tolist() == [3, 1, 0, 2] and len(data.contents.classes) == 4
     left_out = {"hidden": 2, ".png": 1, ".txt": 1, ".cls": 1, "no suffix": 1, "without an image": 1}
     assert data.contents.left_out == left_out
 
@@ -159,12 +160,21 @@ def test_without_labels_there_are_no_classes(tmp_path: Path) -> None:
     assert "y.tar/b.png has no label, others have one" in message(place)
 
 
+def test_numbers_of_classes_have_no_gaps(tmp_path: Path) -> None:
+    place = shard(tmp_path / "x.tar", {"a.png": picture(10), "a.cls": b"0", "b.png": picture(20), "b.cls": b"3"})
+    assert message(place).endswith(": 1 is a class without an image (2 of 4 classes are)")
+
+
 def test_a_checksum_is_of_names_sizes_and_labels(folder: Path, tmp_path: Path) -> None:
     first = webdataset.load(folder, WANTED).contents.checksum
     folder.rename(tmp_path / "elsewhere")
     assert webdataset.load(tmp_path / "elsewhere", WANTED).contents.checksum == first
     shard(tmp_path / "elsewhere" / "shard-3.tar", {"003.png": picture(70), "003.cls": b"1"})
     assert webdataset.load(tmp_path / "elsewhere", WANTED).contents.checksum != first
+
+
+def states_of(shards: list[Path]) -> list[tuple[int, int]]:
+    return [((status := path.stat()).st_size, status.st_mtime_ns) for path in shards]
 
 
 @pytest.fixture
@@ -178,7 +188,7 @@ def files(folder: Path) -> TarFiles:
     offsets, sizes = (np.array([getattr(info, name) for info in infos]) for name in ("offset_data", "size"))
     texts = [info.name.encode() for info in infos]
     names = Names(b"".join(texts), np.cumsum([len(text) for text in texts]))
-    return TarFiles(shards, np.arange(12), offsets, sizes, names)
+    return TarFiles(shards, states_of(shards), np.arange(12), offsets, sizes, names)
 
 
 def _read(given: tuple[TarFiles, int]) -> bytes:
@@ -209,7 +219,7 @@ def test_files_are_read_in_forked_processes_threads_and_others(
     os.close(reader)
     os.close(writer)
     monkeypatch.setattr(webdataset, "HANDLES", 3)
-    few = TarFiles(files.shards, files.shard, files.offsets, files.sizes, files.names)
+    few = TarFiles(files.shards, files.states, files.shard, files.offsets, files.sizes, files.names)
     assert [few.read(i) for i in range(12)] == expected
     kept = list(few._opened.values())
     assert len(kept) == 3 and all(os.fstat(handle) for handle in kept)
@@ -227,11 +237,83 @@ def test_files_are_read_in_a_spawned_process(files: TarFiles) -> None:
 
 def test_a_shard_that_is_cut_off_or_gone_later_is_named(files: TarFiles) -> None:
     os.truncate(files.shards[3], 520)
-    with pytest.raises(OSError, match=r"shard-3\.tar is cut off"):
+    with pytest.raises(OSError, match=r"the shard has changed since it was opened"):
+        files.read(3)
+    files.states[3] = states_of(files.shards)[3]
+    with pytest.raises(OSError, match=r"the shard is cut off"):
         files.read(3)
     files.shards[4].unlink()
     with pytest.raises(OSError, match=r"shard-4\.tar"):
         files.read(4)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_shard_with_other_pixels_later_is_named(replaced: bool, folder: Path) -> None:
+    """Written over in its place, or another file of the same length in its place, while its handle is open."""
+    data = webdataset.load(folder, WANTED)
+    values(data)
+    one = folder / "shard-1.tar"
+    content = one.read_bytes().replace(picture(30), picture(31))
+    assert len(content) == one.stat().st_size and content != one.read_bytes()
+    time = one.stat().st_mtime_ns + 10**9
+    aside = folder / "aside" if replaced else one
+    aside.write_bytes(content)
+    os.utime(aside, ns=(time, time))
+    os.replace(aside, one)
+    said = f"^--data {folder}: shard-1.tar/001.png cannot be read: the shard has changed since it was opened$"
+    with pytest.raises(DataError, match=said):
+        values(data)
+
+
+def test_what_lies_beside_shards_is_counted(folder: Path) -> None:
+    for name in ("a.png", "b.PNG", "notes.md", ".DS_Store", "README", "Thumbs.db"):
+        (folder / name).write_bytes(picture(1))
+    (folder / "@eaDir").mkdir()
+    assert webdataset.recognises(folder)
+    left_out = webdataset.load(folder, WANTED).contents.left_out
+    assert left_out == {".png": 2, ".md": 1, "hidden": 3, "no ending": 1}
+
+
+def test_members_are_images_by_the_rules_of_folders(tmp_path: Path) -> None:
+    """The same endings, and what a computer made for itself is nobody's."""
+    kinds = {"jfif": "JPEG", "jpe": "JPEG", "tif": "TIFF", "tiff": "TIFF", "bmp": "BMP", "gif": "GIF", "png": "JPEG"}
+    members = {f"{i}.{ending}": picture(100, kind) for i, (ending, kind) in enumerate(kinds.items())}
+    members |= {"@eaDir/0.jpg": picture(9), "__MACOSX/a/1.png": picture(9), "a/.b/2.png": picture(9)}
+    data = webdataset.load(shard(tmp_path / "x.tar", members), WANTED)
+    assert [round(value, -1) for value in values(data)] == [100] * 7 and data.contents.left_out == {"hidden": 3}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("train-000.tar", "val-000.tar", "holds train-000.tar and val-000.tar side by side"),
+        ("x-train-0.tar", "x-validation-0.tar", "holds x-train-0.tar and x-validation-0.tar side by side"),
+        ("train/0.tar", "val/0.tar", "holds shards in train and val: name one of them, --data {place}/train"),
+        ("w/train/0.tar", "w/test/0.tar", "in w/test and w/train: name one of them, --data {place}/w/test"),
+        ("00000/0.tar", "00001/0.tar", "holds shards in 00000 and 00001: name one of them"),
+    ],
+)
+def test_splits_of_shards_are_not_put_together(first: str, second: str, said: str, tmp_path: Path) -> None:
+    place = tmp_path / "set"
+    for name in (first, second):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shard(place / name, GOOD)
+    assert webdataset.recognises(place) and said.format(place=place) in message(place)
+
+
+def test_a_folder_around_shards_is_looked_through(folder: Path, tmp_path: Path) -> None:
+    expected = webdataset.load(folder, WANTED).contents
+    (tmp_path / "outer" / "__MACOSX").mkdir(parents=True)
+    folder.rename(tmp_path / "outer" / "inner")
+    assert webdataset.recognises(tmp_path / "outer")
+    assert webdataset.load(tmp_path / "outer", WANTED).contents == expected
+
+
+def test_classes_with_an_archive_in_them_are_no_shards(tmp_path: Path) -> None:
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    shard(tmp_path / "set" / "cat" / "backup.tar", GOOD)
+    (tmp_path / "set" / "cat" / "1.png").write_bytes(picture(1))
+    assert not webdataset.recognises(tmp_path / "set")
 
 
 def special(name: str, kind: bytes, target: str = "") -> Callable[[tarfile.TarFile], None]:
@@ -241,9 +323,6 @@ def special(name: str, kind: bytes, target: str = "") -> Callable[[tarfile.TarFi
         archive.addfile(info)
 
     return add
-
-
-GOOD = {"a.png": picture(10), "a.cls": b"0"}
 
 
 @pytest.mark.parametrize(
@@ -287,8 +366,8 @@ def test_members_that_are_no_files_or_lie_elsewhere(name: str, kind: bytes, said
         ([("a.json", b"[" * 100000)], "a.json is no JSON"),
         ([("a.json", b"\xff\xfe")], "a.json is no JSON"),
         ([("a.json", bytes(2**20 + 1))], "a.json has 1048577 bytes"),
-        ([("a.txt", b"text")], "holds no images (.jpg"),
-        ([("n01440764.tar", b"text")], "holds no images (.jpg"),
+        ([("a.txt", b"text")], "holds no images (.apng"),
+        ([("n01440764.tar", b"text")], "holds no images (.apng"),
         ([("a\n.png", picture(1)), ("a\n.png", picture(1))], "a\\n has two images"),
     ],
 )

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from soflow_fast.sample import _labels
+
 Call = Any
 SIZES = ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.patch_size=4", "model.input_size=8"]
 QUIET = ["run.sample_every=0", "run.log_every=1", "run.check_quotient_every=0"]
@@ -56,6 +58,30 @@ def test_a_run_takes_the_classes_of_its_data_and_draws_them_by_name(photos: Path
         assert (drawn.code, drawn.err) == (0, "") and drawn.out.startswith(f"classes: {said}\n")
     wrong = call("sample", "run", "--out", "out", "--labels", "bees")
     assert wrong.code == 2 and "--labels bees: no class of this run (did you mean 'bee'?)" in wrong.err
+
+
+def test_all_that_is_bad_is_listed_in_the_run(photos: Path, call: Call) -> None:
+    for k in range(30):
+        (photos / "bee" / f"bad{k:02}.png").write_bytes(b"junk")
+    run = ["train", *FLAGS, "--steps", "2", "--data", photos, "--run-dir", "run"]
+    assert call(*run).code == 2
+    result = call(*run, "--skip-bad")
+    assert (result.code, result.err) == (0, "") and "all that are bad: run/left-out.txt" in result.out
+    lines = Path("run/left-out.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [f"bee/bad{k:02}.png" for k in range(30)]
+    assert all("is no readable image" in line for line in lines)
+    for bad in (photos / "bee").glob("bad*"):
+        bad.unlink()
+    assert call(*run[:-6], "--steps", "3", *run[-4:]).code == 0 and not Path("run/left-out.txt").exists()
+
+
+def test_null_is_the_null_label_and_names_may_begin_with_a_space() -> None:
+    """A class that is called null is reached by its number."""
+    names = ("10", " bee ", "null", "2")
+    for text, label in (("null", 4), (" null", 4), (" bee ", 1), ("10", 0), (" 10 ", 0), ("2", 3), ("1", 1)):
+        assert _labels(text, 4, names, 1) == [label], text
+    assert _labels("2, bee ,null", 4, names, 3) == [3, 1, 4]
+    assert _labels("2,null", 3, names[:3], 2) == [2, 3]
 
 
 def test_labels_by_name_are_those_by_number(photos: Path, call: Call) -> None:

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import DataError, printable
-from ..dataset import Dataset, Wanted
+from ..dataset import Dataset, Unreadable, Wanted
 from .folder import Folder
 from .image_set import image_set
 from .labels import classes_of
 from .listing import BEGINNING, IMAGES, OTHERS, begins_like_an_image, ending, is_nobodys
-from .pixels import Unreadable
 from .zips import Zip
 
 __all__ = ["Unreadable", "image_set", "load", "recognises"]
@@ -60,12 +59,21 @@ def _last_names(place: Path) -> Iterator[str]:
         yield entry[42 : 42 + int.from_bytes(entry[24:26], "little")].decode("utf-8", "replace")
 
 
+def _what(file: Path) -> str:
+    with file.open("rb") as opened:
+        if begins_like_an_image(opened.read(BEGINNING)):
+            return "is one image: name the folder that it lies in"
+    return "is empty, or no kind of file that is read (docs/data.md lists them)"
+
+
 def load(place: Path, wanted: Wanted) -> Dataset:
     """The images of a folder or zip, checked: each was decoded once. Raises DataError."""
     try:
         mode = place.stat().st_mode
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):  # the opening of a pipe waits for a writer
             raise DataError(f"--data {place}: cannot be read (neither a folder nor a file)")
+        if stat.S_ISREG(mode) and place.suffix.lower() != ".zip" and not zipfile.is_zipfile(place):
+            raise DataError(f"--data {place}: {_what(place)}")
         found = Folder(place) if stat.S_ISDIR(mode) else Zip(place)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"--data {place}: no such file or folder") from None
@@ -74,6 +82,6 @@ def load(place: Path, wanted: Wanted) -> Dataset:
     except Exception as error:  # of the disk, or of a zip's directory, of which zipfile raises many kinds
         text = printable(" ".join(str(error).split()))
         raise DataError(f"--data {place}: cannot be read ({text or type(error).__name__})") from None
-    labels, classes = classes_of(found, str(place))
-    about = {"kind": found.kind, "left_out": found.left_out, "notes": [], "where": str(place)}
+    labels, classes, root = classes_of(found, str(place))
+    about = {"kind": found.kind, "left_out": found.left_out, "notes": [], "where": str(place), "wrapper": root}
     return image_set(found, labels, classes, wanted, **about, stamp=found.stamp)

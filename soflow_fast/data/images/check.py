@@ -13,11 +13,13 @@ import numpy as np
 import PIL
 import torch
 
-from ...files import cache_folder, write_file
+from ...files import cache_folder, read_file, write_file
 from ...version import __version__
 from ..dataset import Files, Wanted, checksum
-from .listing import LARGEST_FILE
-from .pixels import examine, quiet, reason
+from .listing import LARGEST_FILE, LARGEST_TEXT
+from .pixels import examine, reason
+from .quiet import quiet
+from .zips import Zip
 
 SECONDS = 5
 """Between two lines about a check that takes long."""
@@ -51,8 +53,8 @@ def checked(files: Files, stamp: str, wanted: Wanted) -> Outcome:
     digest = hashlib.sha256(repr((__version__, PIL.__version__, stamp)).encode())
     digest.update(checksum(files.names, np.asarray(files.sizes), torch.empty(0, dtype=torch.int64)).encode())
     path = cache_folder() / "images" / f"{digest.hexdigest()}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        kept = json.loads(path.read_bytes())
+    with contextlib.suppress(OSError, ArithmeticError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        kept = json.loads(read_file(path, LARGEST_TEXT, follow=True))
         bad = {int(number): str(text) for number, text in kept["bad"].items()}
         if all(0 <= number < count for number in bad):
             return Outcome(bad, int(kept["transparent"]), int(kept["animated"]))
@@ -80,7 +82,11 @@ def _check(files: Files, wanted: Wanted) -> Outcome:
             if start is None:
                 return
             numbers = range(start, min(start + TOGETHER, count))
-            outcomes = [_examined(files, number) for number in numbers]
+            outcomes = []
+            for number in numbers:
+                if stopped.is_set():  # an image of many pixels takes seconds
+                    return
+                outcomes.append(_examined(files, number))
             with lock:
                 bad.update((number, fault) for number, (fault, _) in zip(numbers, outcomes, strict=True) if fault)
                 seen.update(word for _, words in outcomes for word in words)
@@ -103,7 +109,8 @@ def _examined(files: Files, number: int) -> tuple[str, list[str]]:
     """What is wrong with an image, and the words under which it is counted."""
     size = int(files.sizes[number])
     if size > LARGEST_FILE:
-        return f"unpacks to {size >> 20} MiB ({size} bytes), and at most {LARGEST_FILE >> 20} MiB are read", []
+        verb = "unpacks to" if isinstance(files, Zip) else "has"
+        return f"{verb} {size >> 20} MiB ({size} bytes), and at most {LARGEST_FILE >> 20} MiB are read", []
     try:
         content = files.read(number)
     except Exception as error:

@@ -1,24 +1,26 @@
 """Folders of images. What is kept of a file is its name and two numbers."""
 
+import errno
 import hashlib
 import os
 import stat
 from array import array
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ...files import read_file
+from ..dataset import Unreadable
 from .listing import BEGINNING, LARGEST_TEXT, Listing, is_nobodys
-from .pixels import Unreadable
 
 NO_FILE = (0, -(2**63))
 """Size and time of what has an image's name and is none."""
 
 
 class Folder(Listing):
-    """Links are followed, but not back into a folder that they are in."""
+    """Links are followed, but not to a folder that was seen in the same class."""
 
     kind = "folder of images"
 
@@ -35,10 +37,14 @@ class Folder(Listing):
         self.stamp = hashlib.sha256(self._times.tobytes()).hexdigest()
 
     def _walk(self) -> Iterator[tuple[str, os.stat_result | None]]:
-        """All files, by their paths in the folder; None: a link to nothing."""
-        waiting: list[tuple[str, frozenset[tuple[int, int]], bool]] = [("", frozenset(), False)]
+        """All files, by their paths in the folder; None: a link to nothing.
+
+        A folder is entered once for each class: `seen` is the class's own below what is `around` the classes.
+        """
+        seen: set[tuple[int, int]] = set()
+        waiting = deque([("", seen, False, True)])
         while waiting:
-            folder, within, hidden = waiting.pop()
+            folder, seen, hidden, around = waiting.pop()
             path = os.path.join(self.place, folder)
             try:
                 known = os.stat(path)
@@ -48,24 +54,32 @@ class Folder(Listing):
                 if hidden:
                     continue
                 raise
-            if (known.st_dev, known.st_ino) in within:  # a link back up
+            if (known.st_dev, known.st_ino) in seen:  # a link back up, or to another folder of the class
                 continue
-            within = within | {(known.st_dev, known.st_ino)}
+            seen.add((known.st_dev, known.st_ino))
+            inner = []
             if not hidden:
                 self._add_folder(folder)
             for entry in entries:
                 name, nobodys = f"{folder}/{entry.name}".lstrip("/"), hidden or is_nobodys(entry.name)
                 try:
                     status = entry.stat()
-                except OSError:
+                except OSError as error:
+                    if not nobodys and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                        raise
                     status = None
                 if status and stat.S_ISDIR(status.st_mode):
                     if not (nobodys and entry.is_symlink()):
-                        waiting.append((name, within, nobodys))
+                        inner.append((name, nobodys, entry.is_symlink()))
                 elif nobodys:
                     self.left_out["hidden"] += 1
                 else:
                     yield name, status
+            classes = around and sum(not nobodys for _, nobodys, _ in inner) > 1
+            for name, nobodys, link in inner:
+                # Links wait until all that is no link was seen.
+                add = waiting.appendleft if link else waiting.append
+                add((name, set(seen) if classes else seen, nobodys, around and not classes))
 
     def _beginning(self, name: str) -> bytes:
         with open(os.path.join(self.place, name), "rb", buffering=0) as file:

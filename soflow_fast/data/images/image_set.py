@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError, printable
-from ..dataset import Contents, Dataset, Files, Wanted, checksum
+from ..dataset import BAD, Contents, Dataset, Files, Wanted, checksum
 from .check import checked
-from .pixels import decode, quiet, reason
+from .pixels import decode, reason
+from .quiet import quiet
 
 NAMED = 3
 """How many of many bad images a line names."""
@@ -26,16 +27,19 @@ def image_set(
     notes: list[str],
     where: str,
     stamp: str = "",
+    wrapper: str = "",
 ) -> Dataset:
     """A data set of encoded images, checked.
 
     files: read by several threads at once; an Unreadable that it raises says in words what is wrong with a file.
     labels: int64 [N]. where: the path in errors. stamp: is another one when a file has changed, so that the outcome of
-    the check can be kept in the user's cache folder; "": it is not kept. Raises DataError for an image that cannot be
-    decoded, unless `wanted.skip_bad`, and for a number of channels other than 1 and 3.
+    the check can be kept in the user's cache folder; "": it is not kept. wrapper: the folder that all names begin
+    with, which is no part of the identity. Raises DataError for an image that cannot be decoded, unless
+    `wanted.skip_bad`, for a class without an image and for a number of channels other than 1 and 3.
     """
     if wanted.channels not in (1, 3):
         raise DataError(f"--data {where}: images have 1 or 3 channels, not {wanted.channels}: set model.in_channels")
+    _refuse_empty(labels, classes, where)
     bad, transparent, animated, _ = checked(files, stamp, wanted)
     if bad and not wanted.skip_bad:
         first = min(bad)
@@ -45,9 +49,11 @@ def image_set(
         raise DataError(f"--data {where}: holds no image that can be read")
     contents = Contents(kind, classes, Counter(left_out), list(notes))
     numbers = np.delete(np.arange(len(labels)), sorted(bad))
+    labels = labels[torch.from_numpy(numbers)]
+    _refuse_empty(labels, classes, where, " that can be read")
     if bad:
         named = [f"{printable(files.names[number])} {bad[number]}" for number in sorted(bad)]
-        contents.left_out.update(f"bad: {text}" for text in named)
+        contents.left_out.update(BAD + text for text in named)
         contents.notes.append(
             f"{len(bad)} bad {'images are' if len(bad) > 1 else 'image is'} left out: "
             + "; ".join(named[:NAMED])
@@ -57,9 +63,17 @@ def image_set(
         contents.notes.append(f"{transparent} transparent {'images' if transparent > 1 else 'image'}: laid over white")
     if animated:
         contents.notes.append(f"{animated} {'animations' if animated > 1 else 'animation'}: the first frame is taken")
-    labels = labels[torch.from_numpy(numbers)]
-    contents.checksum = checksum((files.names[i] for i in numbers), np.asarray(files.sizes)[numbers], labels)
+    start = len(wrapper) + 1 if wrapper else 0
+    contents.checksum = checksum((files.names[i][start:] for i in numbers), np.asarray(files.sizes)[numbers], labels)
     return ImageSet(files, numbers, labels, contents, wanted, where)
+
+
+def _refuse_empty(labels: Tensor, classes: tuple[str, ...], where: str, what: str = "") -> None:
+    empty = (torch.bincount(labels, minlength=len(classes)) == 0).nonzero()
+    if classes and len(empty):
+        name = printable(classes[int(empty[0])])
+        more = f" ({len(empty)} of {len(classes)} classes are)" if len(empty) > 1 else ""
+        raise DataError(f"--data {where}: {name} is a class without an image{what}{more}")
 
 
 class ImageSet(Dataset):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +18,8 @@ from .listing import IMAGES, LABELS, Listing
 SPLITS = {"train", "val", "valid", "validation", "test"}
 COLUMNS = ("label", "labels", "class")
 MOST_CLASSES = 2**20
+NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?", re.IGNORECASE)
+"""In a CSV, where all is text; as in JSON, a column of numbers holds those of classes."""
 LONGEST_NUMBER = 1000
 """Digits of a class's name beyond which it is sorted as a text: Python reads no longer numbers than 4300."""
 
@@ -28,8 +31,11 @@ class _NotUnderstood(Exception):
     """What is wrong with a labels file, in words that follow its name."""
 
 
-def classes_of(found: Listing, where: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels, int64 [N], and the classes' names. Raises DataError, with `where` in it, for what cannot be told."""
+def classes_of(found: Listing, where: str) -> tuple[Tensor, tuple[str, ...], str]:
+    """Labels, int64 [N], the classes' names, and the folder that all lies in: "" or a wrapper.
+
+    Raises DataError, with `where` in it, for what cannot be told.
+    """
     images_in = Counter(name.rpartition("/")[0] for name in found.names)
     if not images_in:
         raise DataError(f"--data {where}: holds no images ({', '.join(sorted(IMAGES))})")
@@ -44,7 +50,7 @@ def classes_of(found: Listing, where: str) -> tuple[Tensor, tuple[str, ...]]:
         hint = "a zip of one of them is needed" if found.kind.startswith("zip") else f"name one, --data {where}/{first}"
         raise DataError(f"--data {where}: holds {first} and {second} side by side: {hint}")
     files = [file for file in sorted(found.labels) if file.rpartition("/")[0] == root]
-    lost = [file for file in found.labels if file not in files and _last(file) != "dataset.json"]
+    lost = [file for file in found.labels if file not in files and _last(file).lower() != "dataset.json"]
     if len(files) > 1:
         raise DataError(f"--data {where}: both {printable(files[0])} and {printable(files[1])} say the classes")
     if lost:
@@ -52,9 +58,9 @@ def classes_of(found: Listing, where: str) -> tuple[Tensor, tuple[str, ...]]:
     found.left_out[".json"] += sum(file not in files for file in found.labels)
     found.left_out += Counter()  # without those that are 0
     if files:
-        return _labelled(found, files[0], where)
+        return *_labelled(found, files[0], where), root
     if not folders:
-        return torch.zeros(len(found.names), dtype=torch.int64), ()
+        return torch.zeros(len(found.names), dtype=torch.int64), (), root
     if images_in[root]:
         beside = next(name for name in found.names if name.rpartition("/")[0] == root)
         raise DataError(f"--data {where}: {printable(beside)} lies beside the classes' folders, in none of them")
@@ -63,7 +69,7 @@ def classes_of(found: Listing, where: str) -> tuple[Tensor, tuple[str, ...]]:
     start = len(root) + 1 if root else 0
     ends = ((name, name.index("/", start)) for name in found.names)
     labels = torch.tensor([classes[name[:end]] for name, end in ends], dtype=torch.int64)
-    return labels, tuple(map(_last, classes))
+    return labels, tuple(map(_last, classes)), root
 
 
 def _last(name: str) -> str:
@@ -100,7 +106,7 @@ def _refuse_empty(folders: Iterable[str], images_in: Counter[str], where: str) -
 
 def _labelled(found: Listing, file: str, where: str) -> tuple[Tensor, tuple[str, ...]]:
     try:
-        said = READERS[_last(file)](found.text(file))
+        said = READERS[_last(file).lower()](found.text(file))
     except _NotUnderstood as error:
         raise DataError(f"--data {where}: {printable(file)} is not understood: {error}") from None
     except Exception as error:  # of the disk, the zip, JSON or CSV
@@ -175,10 +181,22 @@ def _jsonl(content: bytes) -> Labels:
 def _csv(content: bytes) -> Labels:
     """Hugging Face's: the columns file_name and a label, with a header."""
     table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
-    column = _column(table.fieldnames or ())
-    pairs = [(row["file_name"], row[column]) for row in table]
-    numbers = all(label and label.isascii() and label.isdigit() and len(label) < 20 for _, label in pairs)
-    return _checked((name, int(label) if numbers else label) for name, label in pairs)
+    header = list(table.fieldnames or ())
+    column = _column(header)
+    for name in ("file_name", column):
+        if header.count(name) > 1:
+            raise _NotUnderstood(f"it has two columns {name}")
+    pairs: list[tuple[str, Any]] = []
+    for row in table:
+        if None in row:
+            raise _NotUnderstood(f"line {table.line_num} has more fields than the header")
+        pairs.append((row["file_name"], row[column] and row[column].strip()))
+    if not all(label and NUMBER.fullmatch(label) for _, label in pairs):
+        return _checked(pairs)
+    for name, label in pairs:
+        if not label.isdigit():
+            raise _NotUnderstood(f"the label of {printable(name)} is {_short(label)}, which is no number of a class")
+    return _checked((name, int(label)) for name, label in pairs)
 
 
 def _column(names: Iterable[str]) -> str:

@@ -104,7 +104,7 @@ class Listing(abc.ABC):
         kind = ending(name)
         if kind in IMAGES:
             return True
-        if name.rpartition("/")[2] in LABELS:
+        if name.rpartition("/")[2].lower() in LABELS:
             self.labels.append(name)
             return False
         try:

@@ -1,26 +1,25 @@
 """From an image file's bytes to pixels of a size: uint8, in the colours that people see."""
 
-import contextlib
 import functools
 import io
 import os
 import re
-import threading
-import warnings
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ...errors import printable
-from ..dataset import Wanted
+from ..dataset import Unreadable, Wanted
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
 """The formats that are read, whatever a file is called: for some others Pillow starts a program (EPS)."""
 MOST_PIXELS = 2**26
 """Of an image as it is stored, 8192 x 8192: Pillow needs 4 bytes for each."""
 LONGEST = 64
-"""How many times as long as wide an image may be when it is scaled for the crop; the ends of longer ones go before."""
+"""How many times as long as wide an image may be to be scaled as a whole before it is cropped."""
+LIKE_SRGB = 2
+"""Levels by which the colours of a profile may differ from sRGB to be left as they are."""
 EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -35,11 +34,9 @@ UPRIGHT = {
 """What sets an image upright, by its orientation in EXIF."""
 GRAYS = {"L;2": 85, "L;4": 17, "1": 255}
 """By how much Pillow multiplies grays of fewer bits than 8, though not the one that is transparent."""
+HIGH, LOW = "RGB;16B", "RGB;16L"
+"""How Pillow is told to take the higher or the lower byte of colours of 16 bits in a PNG."""
 COLOUR_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
-
-
-class Unreadable(OSError):
-    """What is wrong with a sample's file, in words that follow its name."""
 
 
 def reason(error: Exception) -> str:
@@ -51,29 +48,6 @@ def reason(error: Exception) -> str:
     kind, text = type(error).__name__, printable(" ".join(str(error).split()))
     named = isinstance(error, UnidentifiedImageError) or not text
     return f"is no readable image ({kind})" if named else f"is no readable image ({kind}: {text[:200]})"
-
-
-class _Quiet(contextlib.ContextDecorator):
-    """Within it no warning reaches anybody: the first thread in silences them for all, the last one out ends it."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._filters = threading.Lock(), 0, contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._filters.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")
-            self._inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._filters.close()
-
-
-quiet = _Quiet()
 
 
 def decode(content: bytes, wanted: Wanted) -> np.ndarray:
@@ -113,17 +87,21 @@ def _colours(opened: Image.Image) -> tuple[Image.Image, bool]:
     """The first frame upright, in mode L or RGB and sRGB, over white; and whether some of it was transparent."""
     tile = getattr(opened, "tile", None)
     stored = tile[0][3] if tile else ""
+    clear = opened.info.get("transparency")
+    low = _low_bytes(opened) if isinstance(clear, tuple) and stored == HIGH else None
     opened.load()
     info, image = opened.info, opened
     profile, clear = info.get("icc_profile"), info.get("transparency")
     alpha: Image.Image | None = None
     if image.mode[0] in "IF":
         image, alpha = _levels(image, clear)
+    elif low is not None:
+        clears = np.array(clear)
+        same = (np.asarray(image) == clears >> 8) & (low == clears & 255)
+        alpha = Image.fromarray(np.where(same.all(2), 0, 255).astype(np.uint8))
     else:
         if isinstance(clear, int) and isinstance(stored, str) and image.mode in ("1", "L"):
             info["transparency"] = clear * GRAYS.get(stored, 1)
-        if isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, as Pillow drops the lower 8 of pixels
-            info["transparency"] = tuple(value >> 8 for value in clear)
         if image.mode == "1":
             image = image.convert("L")
         if image.has_transparency_data:
@@ -145,6 +123,14 @@ def _colours(opened: Image.Image) -> tuple[Image.Image, bool]:
         over.paste(image, mask=alpha)
         image = over
     return _upright(image, opened), transparent
+
+
+def _low_bytes(opened: Image.Image) -> np.ndarray:
+    """The lower bytes of colours of 16 bits, uint8 [H, W, 3]: Pillow drops them."""
+    again: Any = _opened(opened.fp.getvalue())  # type: ignore[attr-defined]
+    again.tile = [(*tile[:3], LOW) for tile in again.tile]
+    again.info.pop("transparency")
+    return np.array(again)
 
 
 def _levels(image: Image.Image, clear: Any) -> tuple[Image.Image, Image.Image | None]:
@@ -178,12 +164,22 @@ def _to_srgb(profile: bytes, mode: str) -> Any:
     """The transform from a profile's colours to sRGB; None, if it is sRGB, of other colours or damaged."""
     try:
         known: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        other = known.profile.xcolor_space.strip() != COLOUR_SPACES[mode]
-        if other or "srgb" in ImageCms.getProfileDescription(known).lower():
+        if known.profile.xcolor_space.strip() != COLOUR_SPACES[mode]:
             return None
-        return ImageCms.buildTransform(known, ImageCms.createProfile("sRGB"), mode, "RGB")
+        transform = ImageCms.buildTransform(known, ImageCms.createProfile("sRGB"), mode, "RGB")
+        return None if mode != "CMYK" and _changes_little(transform, mode) else transform
     except Exception:  # viewers show such an image without it
         return None
+
+
+def _changes_little(transform: Any, mode: str) -> bool:
+    """Whether it leaves colours all over a cube, or grays, about as they are."""
+    levels = np.linspace(0, 255, 9 if mode == "RGB" else 256).astype(np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 9, 3) if mode == "RGB" else levels[None]
+    before = Image.fromarray(cube)
+    after: Any = ImageCms.applyTransform(before, transform)
+    difference = np.asarray(after, np.int64) - np.asarray(before.convert("RGB"), np.int64)
+    return bool(np.abs(difference).max() <= LIKE_SRGB)
 
 
 def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
@@ -206,10 +202,13 @@ def _fitted(image: Image.Image, wanted: Wanted) -> Image.Image:
         return image.resize((size, size), Image.Resampling.BICUBIC)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    if max(image.size) > LONGEST * min(image.size):
-        image = _centre(image, *(min(side, LONGEST * min(image.size)) for side in image.size))
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
+    if max(image.size) > LONGEST * min(image.size):  # the centre alone, a level off at most, as the box has 32 bits
+        left, top = (width - size) // 2, (height - size) // 2
+        x, y, high = image.width / width, image.height / height, image.height
+        image = image.resize((size, high), Image.Resampling.BICUBIC, (left * x, 0, (left + size) * x, high))
+        return image.resize((size, size), Image.Resampling.BICUBIC, (0, top * y, size, (top + size) * y))
     if image.width > image.height:  # Pillow scales along the rows first, and of the rest only the centre is needed
         image = _centre(image.resize((width, image.height), Image.Resampling.BICUBIC), size, image.height)
         width = size

@@ -18,6 +18,10 @@ ENTRY = struct.Struct("<4s4xHH4xLLLHHH8xL")
 PIECE = 2**20
 LARGE = 2**32 - 1
 """Stands for a number that is in the extras, in 64 bits."""
+UTF8 = 0x800
+"""The flag of a name in UTF-8."""
+NUMBERS, NAME = 1, 0x7075
+"""Kinds of extras: numbers in 64 bits, and Info-ZIP's name in UTF-8."""
 
 
 class Member(NamedTuple):
@@ -61,7 +65,7 @@ def members(handle: int, length: int) -> Iterator[tuple[str, Member]]:
         extras = content[at + ENTRY.size + lengths[0] : stop - lengths[2]]
         size, packed, offset = _in_64_bits(extras, size, packed, offset)
         # What follows a zero is no part of a name, as other programs take it.
-        text = name.decode("utf-8" if flags & 0x800 else "cp437").partition("\0")[0]
+        text = _text(name, extras, bool(flags & UTF8)).partition("\0")[0]
         yield text, Member(offset + before, packed, size, crc, method, flags, zlib.crc32(name))
         at = stop
 
@@ -84,16 +88,33 @@ def _directory(handle: int, length: int) -> tuple[int, int, int]:
     return end - size, end, end - size - offset
 
 
+def _text(name: bytes, extras: bytes, utf8: bool) -> str:
+    """A name in the letters that were meant: many programs write UTF-8 without its flag."""
+    if utf8:
+        return name.decode()
+    field = _extra(extras, NAME)
+    if len(field) > 5 and field[0] == 1 and int.from_bytes(field[1:5], "little") == zlib.crc32(name):
+        return field[5:].decode()
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return name.decode("cp437")
+
+
 def _in_64_bits(extras: bytes, *numbers: int) -> tuple[int, ...]:
     """The numbers, those that are LARGE by what the extras say."""
-    if LARGE not in numbers:
+    if LARGE not in numbers or not (field := _extra(extras, NUMBERS)):
         return numbers
+    given = iter(struct.unpack(f"<{len(field) // 8}Q", field[: len(field) // 8 * 8]))
+    return tuple(min(next(given, LARGE), 2**62) if number == LARGE else number for number in numbers)
+
+
+def _extra(extras: bytes, wanted: int) -> bytes:
+    """The extra of a kind; nothing, if there is none."""
     at = 0
     while at + 4 <= len(extras):
         kind, length = struct.unpack_from("<HH", extras, at)
-        if kind == 1:
-            field = extras[at + 4 : at + 4 + length]
-            given = iter(struct.unpack(f"<{len(field) // 8}Q", field[: len(field) // 8 * 8]))
-            return tuple(min(next(given, LARGE), 2**62) if number == LARGE else number for number in numbers)
+        if kind == wanted:
+            return extras[at + 4 : at + 4 + length]
         at += 4 + length
-    return numbers
+    return b""

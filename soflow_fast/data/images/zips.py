@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import DataError, printable
+from ..dataset import Unreadable
 from .listing import BEGINNING, LABELS, LARGEST_FILE, LARGEST_TEXT, Listing, is_nobodys
-from .pixels import Unreadable
 from .zip_directory import Member, exactly, members
 
 HEADER = struct.Struct("<4s22xHH")
@@ -48,7 +48,7 @@ class Zip(Listing):
                         raise DataError(f"--data {place}: {told!r} points out of the zip")
                     names.append(name)
                     rows.extend(member)
-                elif parts[-1:] and parts[-1] in LABELS:
+                elif parts[-1:] and parts[-1].lower() in LABELS:
                     self._labels[name] = member
         for one, next_one in itertools.pairwise(sorted(self.labels)):
             if one == next_one:
