@@ -47,7 +47,7 @@ RANDOM = np.random.RandomState(0)
 MEAN, TWIN = RANDOM.randn(2, N, 4, 6, 6).astype(np.float32)
 LOGVAR = (RANDOM.randn(N, 4, 6, 6) * 3 - 4).astype(np.float32)
 LOGVAR[0, 0, 0, 0], LOGVAR[1, 0, 0, 0] = -40, 25  # are clipped
-STD = np.exp(0.5 * LOGVAR.clip(-30, 20))
+STD = np.exp(0.5 * LOGVAR.astype(np.float64).clip(-30, 20)).astype(np.float32)
 MOMENTS, MOMENTS_FLIP = (np.concatenate([m, LOGVAR], 1) for m in (MEAN, TWIN))
 ROWS, TWINS = (np.concatenate([m, STD], 1) for m in (MEAN, TWIN))
 LABELS = [3, 0, 1, 2, 3, 3, 1, 0, 2, 2, 0, 1]
@@ -502,10 +502,10 @@ def test_latents_of_many_channels_without_std(place: Path) -> None:
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_bytes(npy(np.random.RandomState(i).randn(768, 4, 4).astype(np.float16)))
     (place / "dataset.json").write_text('{"labels": null}')
+    assert "has a std below 0" in outcome(place, Wanted(4, 384))  # they are mean || std if that is said
     for wanted in (ANY, Wanted(4, 768)):
         found = latent_formats.load(place, wanted)
         assert found.shape == (768, 4, 4) and not found.layout.std and found.layout.scale == 1.0
-    assert latent_formats.load(place, Wanted(4, 384)).layout.std  # as told
 
 
 # LMDB
@@ -520,7 +520,7 @@ def test_an_lmdb_that_is_cut_off_is_refused(place: Path) -> None:
         assert outcome(made.place).startswith("data.mdb cannot be read")
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_pickles_of_every_version(place: Path, protocol: int) -> None:
     made = lmdb_of(place, meanflow_entries(protocol))
     assert torch.equal(latent_formats.load(made, ANY).read(torch.arange(N)), half(ROWS))
@@ -593,7 +593,7 @@ def test_nothing_in_a_pickle_is_run(place: Path, tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()  # as it would have been
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_pickles_are_described_as_they_are(protocol: int) -> None:
     values = {
         "numbers": [0, 255, 65535, -1, 2**31, 2**70, -(2**70), 0.5, None, True, False],
@@ -638,7 +638,7 @@ def test_wrong_files_are_named(place: Path) -> None:
     path = place / "n0" / "7.pt"
     for value, said in (
         ({"latent": torch.zeros(4, 6, 7)}, "is 4 x 6 x 7, not 4 x 6 x 6"),
-        ({"x": torch.zeros(4, 6, 6)}, "cannot be read (KeyError: 'latent')"),
+        ({"x": torch.zeros(4, 6, 6)}, "cannot be read (ValueError: holds no latent, n0/1.pt one)"),
         ({"latent": "text"}, "holds str in place of numbers"),
         (torch.zeros(6), "no latent [C, H, W]"),
         ([1], "'latent'"),
