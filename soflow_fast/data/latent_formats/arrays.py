@@ -16,7 +16,9 @@ LOGVAR = (-30.0, 20.0)
 
 
 def with_std(moments: np.ndarray) -> np.ndarray:
-    """mean || std of mean || log-variance, [2C, H, W]."""
+    """mean || std of mean || log-variance, [2C, H, W]. Raises ValueError."""
+    if len(moments) % 2:
+        raise ValueError(f"holds {len(moments)} channels, no mean || log-variance")
     mean, logvar = np.split(moments, 2)
     return np.concatenate([mean, std_of(logvar)])
 

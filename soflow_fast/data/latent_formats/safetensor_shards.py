@@ -131,7 +131,10 @@ def _statistics(place: Path, channels: int) -> tuple[Factor, Factor]:
         raise DataError(f"--data {place}: {STATISTICS} is missing: its mean and std scale the channels")
     with damage(place, STATISTICS):
         values = from_torch(read_file(path, TEXT, follow=True))
-        mean, std = (values[name].double().flatten() for name in ("mean", "std"))
+        mean, std = (values[name].flatten() for name in ("mean", "std"))
+        if mean.is_complex() or std.is_complex():
+            raise ValueError("its numbers are complex")
+        mean, std = mean.double(), std.double()
         if len(mean) != channels or len(std) != channels:
             raise ValueError(f"is of {len(mean)} channels, the latents of {channels}")
         if not all(torch.isfinite(part.half()).all() for part in (mean, std, 1 / std)) or (std <= 0).any():
