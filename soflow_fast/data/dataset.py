@@ -61,7 +61,9 @@ class Contents:
     notes: list[str] = field(default_factory=list)
     """What is to be said once: "3 animations: the first frame is taken"."""
     checksum: str = ""
-    """Of names, sizes and labels, or of a manifest; the path is no part of it."""
+    """Of names, sizes and labels, of a manifest, or of latents and labels; the path is no part of it."""
+    source: str = ""
+    """That of what these latents were converted from, "" if it is not known."""
     space: LatentSpace | None = None
     """Of latents."""
 

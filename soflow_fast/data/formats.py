@@ -32,6 +32,8 @@ def open_dataset(path: str, kind: str, wanted: Wanted) -> Dataset:
         module = cast(Format, importlib.import_module(f".{name}", __package__))
         if name == OF_IMAGES[-1] or module.recognises(place):
             if (name in OF_LATENTS) != (kind == "latents"):
+                if kind == "latents" and not module.recognises(place):
+                    raise DataError(f"--data {path}: holds no latents in a known format (docs/data.md lists them)")
                 raise DataError(f"--data {path}: {HINTS[kind]}")
             return module.load(place, wanted)
     raise AssertionError("the last format takes all")

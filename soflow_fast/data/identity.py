@@ -32,15 +32,16 @@ class Identity:
     checksum: str
     space: LatentSpace | None = None
     """Of latents."""
+    source: str = ""
+    """The checksum of what latents were converted from, which are the same data; "": it is not known."""
 
 
 def identify(dataset: Dataset) -> Identity:
     """The identity of a data set."""
     contents, classes = dataset.contents, dataset.contents.classes
     counts = torch.bincount(dataset.labels, minlength=len(classes)).tolist() if classes else []
-    return Identity(
-        contents.kind, len(dataset), dataset.shape, classes, tuple(counts), contents.checksum, contents.space
-    )
+    samples = (contents.kind, len(dataset), dataset.shape, classes, tuple(counts))
+    return Identity(*samples, contents.checksum, contents.space, contents.source)
 
 
 def to_json(identity: Identity) -> str:
@@ -64,6 +65,7 @@ def from_json(text: str | bytes) -> Identity:
             tuple(map(int, values["counts"])),
             values["checksum"],
             None if values.get("space") is None else _space(values["space"]),
+            str(values.get("source", "")),
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"no identity of a data set: {type(error).__name__}: {error}") from None
@@ -91,9 +93,15 @@ def changes(old: Identity, new: Identity) -> list[str]:
         found.append("samples of " + _some([f"{name}: {a} -> {b}" for name, a, b in each if a != b]))
     if (old.space and old.space[1:]) != (new.space and new.space[1:]):  # where the VAE lies is no part of it
         found.append("another scale or shift of latents")
-    if not found and old.checksum != new.checksum:
-        found.append("other names, sizes or labels of samples")
+    if not found and not _same_samples(old, new):
+        found.append("other latents or labels" if new.space else "other names, sizes or labels of samples")
     return found
+
+
+def _same_samples(old: Identity, new: Identity) -> bool:
+    """Whether the checksums agree, or one is of latents that the other was converted from."""
+    converted = {(old.checksum, new.source), (new.checksum, old.source)}
+    return old.checksum == new.checksum or any(a == b != "" for a, b in converted)
 
 
 def describe(dataset: Dataset, identity: Identity, place: str, listed: str = "") -> list[str]:

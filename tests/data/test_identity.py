@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from soflow_fast.data import Contents, InMemory, identity
+from soflow_fast.data.dataset import LatentSpace
 
 IMAGES = torch.arange(24, dtype=torch.uint8).reshape(6, 1, 2, 2)
 INFINITE = '{"kind": "x", "checksum": "y", "shape": [1, 2, 3], "count": 1e400}'
@@ -39,6 +40,21 @@ def test_the_same_content_is_the_same_whatever_it_lies_in() -> None:
 def test_what_differs_is_said(change: dict, said: list[str]) -> None:
     found = identity.identify(dataset())
     assert identity.changes(found, replace(found, **change)) == said
+
+
+def test_latents_are_the_same_data_as_what_they_were_converted_from() -> None:
+    space = LatentSpace("a/vae", 0.5, 0.0)
+    foreign = replace(identity.identify(dataset()), checksum="theirs", space=space)
+    ours = replace(foreign, checksum="ours", source="theirs")
+    assert identity.from_json(identity.to_json(ours)) == ours
+    assert identity.changes(foreign, ours) == identity.changes(ours, foreign) == []
+    for other in (replace(ours, source="another"), replace(ours, source="")):
+        assert identity.changes(foreign, other) == identity.changes(other, foreign) == ["other latents or labels"]
+    assert identity.changes(ours, replace(ours, checksum="of another VAE")) == ["other latents or labels"]
+    assert identity.changes(replace(foreign, checksum=""), replace(ours, source="")) == ["other latents or labels"]
+    assert identity.changes(foreign, replace(ours, count=7)) == ["6 samples -> 7"]
+    text = identity.to_json(foreign).replace('"source": ""', '"later": 1')  # as it was written before
+    assert identity.from_json(text) == foreign
 
 
 def test_the_checksum_is_of_samples_and_labels() -> None:

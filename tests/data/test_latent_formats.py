@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -16,9 +17,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from soflow_fast.data import latent_formats
+from soflow_fast.data import identity, latent_formats
 from soflow_fast.data.dataset import Wanted
+from soflow_fast.data.formats import open_dataset
 from soflow_fast.data.latent_formats import pickled
+from soflow_fast.data.latent_formats.arrays import std_of
+from soflow_fast.data.latent_formats.files import by_path
+from soflow_fast.data.latent_formats.foreign import Foreign
 from soflow_fast.data.latents import load as load_ours
 from soflow_fast.errors import DataError
 from soflow_fast.runs import encoding
@@ -47,7 +52,7 @@ RANDOM = np.random.RandomState(0)
 MEAN, TWIN = RANDOM.randn(2, N, 4, 6, 6).astype(np.float32)
 LOGVAR = (RANDOM.randn(N, 4, 6, 6) * 3 - 4).astype(np.float32)
 LOGVAR[0, 0, 0, 0], LOGVAR[1, 0, 0, 0] = -40, 25  # are clipped
-STD = np.exp(0.5 * LOGVAR.clip(-30, 20))
+STD = np.exp(0.5 * LOGVAR.astype(np.float64).clip(-30, 20)).astype(np.float32)
 MOMENTS, MOMENTS_FLIP = (np.concatenate([m, LOGVAR], 1) for m in (MEAN, TWIN))
 ROWS, TWINS = (np.concatenate([m, STD], 1) for m in (MEAN, TWIN))
 LABELS = [3, 0, 1, 2, 3, 3, 1, 0, 2, 2, 0, 1]
@@ -282,6 +287,129 @@ def test_processes_read_for_themselves(made: Made) -> None:
     assert torch.equal(again.read(torch.arange(N)), half(made.rows))
 
 
+@pytest.mark.parametrize("change", ["cut off", "touched", "replaced", "gone"])
+def test_a_file_that_changes_after_it_was_found_is_refused(made: Made, change: str) -> None:
+    found = latent_formats.load(made.place, ANY)
+    found.read(torch.arange(N))  # opens what there is to be opened
+    assert isinstance(found, Foreign)
+    path = found._files.path(found.file(5))
+    status = path.stat()
+    if change == "cut off":
+        os.truncate(path, status.st_size // 2)
+    elif change == "touched":
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    elif change == "replaced":
+        path.with_name("new").write_bytes(path.read_bytes())
+        path.with_name("new").replace(path)
+    else:
+        path.unlink()
+    said = f"{path.name} cannot be read (FileNotFoundError" if change == "gone" else "has changed during the run"
+    with pytest.raises(DataError, match=re.escape(said)) as error:
+        found.read(torch.arange(N))
+    assert path.name in str(error.value)
+
+
+@pytest.mark.parametrize("maker", [hdf5, lightningdit, edm2, edm2_zip, fast_dit, mar_npz])
+def test_a_file_that_is_cut_off_while_it_is_read_is_refused(
+    place: Path, maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = latent_formats.load(maker(place).place, ANY)
+    assert isinstance(found, Foreign)
+    plain, path = found.row, found._files.path(found.file(5))
+
+    def row(number: int, mirrored: bool) -> np.ndarray:
+        if path.stat().st_size > 100:
+            os.truncate(path, 100)
+        return plain(number, mirrored)
+
+    monkeypatch.setattr(found, "row", row)
+    with pytest.raises(DataError, match=path.name):
+        found.read(torch.tensor([5]))
+
+
+def test_the_same_content_has_the_same_checksum_elsewhere_and_when_converted(made: Made, tmp_path: Path) -> None:
+    found = identity.identify(latent_formats.load(made.place, ANY))
+    if made.place.is_dir():
+        moved = made.place.rename(tmp_path / "moved")
+    else:
+        moved = made.place.rename(tmp_path / f"moved{made.place.suffix}")
+    elsewhere = latent_formats.load(moved, ANY)
+    assert identity.identify(elsewhere) == found
+    encoding.convert(elsewhere, tmp_path / "ours")
+    ours = identity.identify(load_ours(tmp_path / "ours", ANY))
+    assert ours.checksum != found.checksum
+    assert identity.changes(found, ours) == identity.changes(ours, found) == []
+
+
+def checksums(*places: Path) -> list[str]:
+    return [latent_formats.load(place, ANY).contents.checksum for place in places]
+
+
+def test_the_checksum_is_of_content_alone(place: Path) -> None:
+    for name in ("a", "b", "c", "h", "p"):
+        (place / name).mkdir()
+    edm2(place / "a")
+    zipped = edm2_zip(place / "b").place
+    hdf5(place / "h")
+    hdf5_parts(place / "p")
+    same = checksums(place / "a", zipped, place / "h", place / "p")
+    assert same == same[:1] * 4
+    row, label = ROWS.copy(), [*LABELS[:-1], 2]
+    row[5, 0, 0, 0] += 1
+    for rows, labels in ((row, LABELS), (ROWS, label)):
+        h5(place / "c" / "imagenet_latent.hdf5", rows, labels)
+        assert checksums(place / "c") != same[:1]
+
+
+def test_the_checksum_is_of_rows_from_the_first_to_the_last(place: Path) -> None:
+    rows = np.random.RandomState(1).rand(1000, 8, 2, 2).astype(np.float32)
+    found = []
+    for changed in (None, 0, 999, 1):
+        other = rows.copy()
+        if changed is not None:
+            other[changed] += 1
+        h5(place / "imagenet_latent.hdf5", other, np.arange(1000) % 7)
+        found += checksums(place)
+    assert len(set(found)) == 3 and found[0] == found[3]  # the second is none of the 64
+
+
+def test_the_std_of_a_log_variance_is_rounded_once() -> None:
+    """In float32 processors differ in the last place of exp, which float16 would round up or down."""
+    std = std_of(LOGVAR)
+    assert std.dtype == np.float64 and np.array_equal(std.astype(np.float16), STD.astype(np.float16))
+
+
+@pytest.mark.parametrize("order", ["abcd", "dcba", "bdac"])
+def test_names_of_one_stem_have_an_order(place: Path, order: str) -> None:
+    for name in order:
+        (place / f"v1.{name}").mkdir()
+        for suffix in (".pt", ".b.pt"):
+            torch.save(torch.full((4, 2, 2), float(ord(name))), place / f"v1.{name}" / f"0{suffix}")
+    found = latent_formats.load(place, ANY)
+    assert found.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert found.read(torch.arange(8))[:, 0, 0, 0].tolist() == [97, 97, 98, 98, 99, 99, 100, 100]
+    names = ["a.x/0.pt", "a.y/0.npz", "a.y/0.pt", "a.y/1.pt", "a.y/10.pt", "a.z/0.pt", "x.pt"]
+    for seed in range(20):
+        assert sorted(np.random.RandomState(seed).permutation(names).tolist(), key=by_path) == names
+
+
+def test_numbers_as_names_have_one_order_in_folder_and_zip(place: Path) -> None:
+    names = [f"{i // 3}/{i}.npy" for i in range(N)]
+    (place / "folder").mkdir()
+    with zipfile.ZipFile(place / "set.zip", "w") as archive:
+        for name, row in zip(names, ROWS, strict=True):
+            (place / "folder" / name).parent.mkdir(exist_ok=True)
+            (place / "folder" / name).write_bytes(npy(row))
+            archive.writestr(name, npy(row))
+        archive.writestr("__MACOSX/0/._0.npy", b"of the Finder")
+        (place / "folder" / "dataset.json").write_text(json.dumps({"labels": list(zip(names, LABELS, strict=True))}))
+        archive.write(place / "folder" / "dataset.json", "dataset.json")
+    both = [latent_formats.load(place / name, ANY) for name in ("folder", "set.zip")]
+    for found in both:
+        assert found.labels.tolist() == LABELS and torch.equal(found.read(torch.arange(N)), half(ROWS))
+    assert identity.identify(both[0]) == identity.identify(both[1])
+
+
 def test_the_wrong_shape_is_refused_with_both(made: Made) -> None:
     with pytest.raises(DataError) as error:
         latent_formats.load(made.place, Wanted(64, 7))
@@ -407,6 +535,35 @@ def test_a_missing_package_is_named(place: Path, package: str, monkeypatch: pyte
     assert f"needs {package}: pip install 'soflow-fast[latents]'" in outcome(made.place)
 
 
+def test_parts_bear_numbers_with_zeros_before_them(place: Path) -> None:
+    for rank in range(N):
+        h5(place / f"imagenet_latent_part_{rank:02}.hdf5", ROWS[rank : rank + 1], LABELS[rank : rank + 1])
+    assert torch.equal(latent_formats.load(place, ANY).read(torch.arange(N)), half(ROWS))
+    shutil.copy(place / "imagenet_latent_part_03.hdf5", place / "imagenet_latent_part_3.hdf5")
+    assert outcome(place) == "imagenet_latent_part_03.hdf5 and imagenet_latent_part_3.hdf5 are the same part"
+
+
+def test_what_hdf5_says_of_itself_is_a_number_of_its_own(place: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    hdf5(place)
+    path = place / "imagenet_latent.hdf5"
+    shutil.copy(path, place / "other")
+    for value, said in (
+        (12.7, "says amount 12.7, its latents 12"),
+        ([12], "says amount (1,), its latents 12"),
+        ("12", "amount are no numbers of this file"),
+        (h5py.ExternalLink(str(place / "other"), "/amount"), "holds no amount"),
+        (h5py.SoftLink("/latent_size"), "holds no amount"),
+    ):
+        with h5py.File(path, "a") as file:
+            del file["amount"]
+            file["amount"] = value
+        assert said in outcome(place)
+    with h5py.File(path, "a") as file:
+        del file["amount"]
+    assert outcome(place) == ""
+
+
 # Safetensors
 
 
@@ -419,6 +576,8 @@ def test_wrong_safetensors_are_named(place: Path) -> None:
         ({"latents_flip": torch.zeros(5, 8, 6, 7)}, "holds latents"),
         ({"latents": torch.zeros(5, 8, 36), "latents_flip": torch.zeros(5, 8, 36)}, "holds latents"),
         ({"labels": torch.zeros(5)}, "its labels are no whole numbers"),
+        ({"labels": torch.ones(5, dtype=torch.bool)}, "its labels are no whole numbers"),
+        ({"latents": torch.zeros(5, 8, 6, 6).to(torch.int32)}, "holds latents in I32"),
         ({"labels": torch.full((5,), -2)}, "latent 0, has label -2, not 0 to"),
         ({"latents": torch.full((5, 8, 6, 6), 1e9)}, "latent 0, is not finite in float16"),
     ):
@@ -427,7 +586,22 @@ def test_wrong_safetensors_are_named(place: Path) -> None:
     save_file({"latents": good["latents"]}, shard)
     assert "holds no labels" in outcome(place)
     save_file({k: v for k, v in good.items() if k != "latents_flip"}, shard)
-    assert not latent_formats.load(place, ANY).mirrors
+    found = latent_formats.load(place, ANY)
+    assert not found.mirrors and found.contents.notes == [f"flipped latents are not used: {shard.name} has none"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_safetensors_of_other_floats(place: Path, dtype: torch.dtype) -> None:
+    latents = torch.tensor(MEAN).to(dtype)
+    save_file({"labels": torch.tensor(LABELS), "latents": latents}, place / "a.safetensors", {"made": "by a test"})
+    for path in (place, place / "a.safetensors"):
+        assert torch.equal(latent_formats.load(path, ANY).read(torch.arange(N)), latents.float().half())
+
+
+def test_a_shard_without_labels_is_said_to_be_one(place: Path) -> None:
+    save_file({"latents": torch.zeros(5, 4, 6, 6)}, place / "a.safetensors")
+    with pytest.raises(DataError, match=r"a\.safetensors cannot be read \(ValueError: holds no labels\)"):
+        open_dataset(str(place), "latents", ANY)
 
 
 def test_statistics_of_channels_are_needed_and_checked(place: Path) -> None:
@@ -436,6 +610,10 @@ def test_statistics_of_channels_are_needed_and_checked(place: Path) -> None:
     ones = torch.ones(1, 8, 1, 1)
     for change, said in (
         ({"std": 0 * ones}, "make no sense"),
+        ({"std": 1e-300 * ones.double()}, "make no sense"),
+        ({"std": 1e30 * ones}, "make no sense"),
+        ({"mean": 1e30 * ones}, "make no sense"),
+        ({"mean": ones + 1j}, "its numbers are complex"),
         ({"mean": ones * float("nan")}, "make no sense"),
         ({"mean": torch.ones(4)}, "is of 4 channels, the latents of 8"),
         ({"std": "x"}, "cannot be read"),
@@ -458,6 +636,8 @@ def test_statistics_of_channels_are_needed_and_checked(place: Path) -> None:
         ([[name, 0.5] for name in edm2_names()], "has labels that are no whole numbers"),
         ([[name, -1] for name in edm2_names()], "00000/img-mean-std-00000000.npy has label -1"),
         ([[name, 2**70] for name in edm2_names()], "has labels that are no whole numbers"),
+        ([[name, 0] for name in edm2_names()] + [[edm2_names()[2], 0]], ""),
+        ([[name, 0] for name in edm2_names()] + [[edm2_names()[2], 1]], "img-mean-std-00000002.npy the labels 0 and 1"),
         (5, "dataset.json cannot be read"),
     ],
 )
@@ -497,15 +677,37 @@ def test_a_zip_whose_checksum_is_wrong(place: Path) -> None:
     )
 
 
+def test_a_zip_that_holds_a_name_twice(place: Path) -> None:
+    made = edm2_zip(place)
+    with zipfile.ZipFile(made.place, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(edm2_names()[3], npy(ROWS[0]))
+    assert f"holds {edm2_names()[3]} twice" in outcome(made.place)
+
+
+def test_damaged_npy_are_not_said_to_be_images(place: Path) -> None:
+    made = edm2_zip(place)
+    os.truncate(made.place, made.place.stat().st_size // 2)
+    with pytest.raises(DataError, match=r"the zip cannot be read \(BadZipFile"):
+        open_dataset(str(made.place), "latents", ANY)
+    path = place / "folder" / edm2_names()[3]
+    path.unlink()
+    path.symlink_to(path.name)
+    with pytest.raises(DataError, match=r"the folder cannot be read \(OSError.*symbolic links.*00000003\.npy"):
+        open_dataset(str(place / "folder"), "latents", ANY)
+    (place / "folder" / "dataset.json").unlink()
+    with pytest.raises(DataError, match="holds no latents in a known format"):
+        open_dataset(str(place / "folder"), "latents", ANY)
+
+
 def test_latents_of_many_channels_without_std(place: Path) -> None:
     for i, name in enumerate(edm2_names()):
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_bytes(npy(np.random.RandomState(i).randn(768, 4, 4).astype(np.float16)))
     (place / "dataset.json").write_text('{"labels": null}')
+    assert "has a std below 0" in outcome(place, Wanted(4, 384))  # they are mean || std if that is said
     for wanted in (ANY, Wanted(4, 768)):
         found = latent_formats.load(place, wanted)
         assert found.shape == (768, 4, 4) and not found.layout.std and found.layout.scale == 1.0
-    assert latent_formats.load(place, Wanted(4, 384)).layout.std  # as told
 
 
 # LMDB
@@ -520,7 +722,7 @@ def test_an_lmdb_that_is_cut_off_is_refused(place: Path) -> None:
         assert outcome(made.place).startswith("data.mdb cannot be read")
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_pickles_of_every_version(place: Path, protocol: int) -> None:
     made = lmdb_of(place, meanflow_entries(protocol))
     assert torch.equal(latent_formats.load(made, ANY).read(torch.arange(N)), half(ROWS))
@@ -536,7 +738,14 @@ def test_pickles_of_every_version(place: Path, protocol: int) -> None:
         ({"4": b"nonsense"}, "entry 4 cannot be read"),
         ({"4": pickle.dumps([1, 2])}, "entry 4 cannot be read (ValueError: holds no moments and label)"),
         ({"4": pickle.dumps({"moments": 1, "label": -4})}, "entry 4 has label -4, not 0 to"),
+        (
+            {"4": pickle.dumps({"moments": 1, "label": np.float32(1.5)})},
+            "entry 4 cannot be read (ValueError: has the la",
+        ),
+        ({"4": pickle.dumps({"moments": 1, "label": True})}, "has the label 'True', which is no whole number"),
+        ({"4": pickle.dumps({"moments": 1, "label": "1"})}, "has the label '1', which is no whole number"),
         ({"4": pickle.dumps({"moments": 1, "label": 0})}, "holds '1', which is no array of numbers"),
+        ({"0": pickle.dumps({"moments": MOMENTS[0, :7], "label": 0})}, "holds 7 channels, no mean || log-variance"),
         ({"4": pickle.dumps({"moments": MOMENTS[0, :4], "label": 0})}, "entry 4 is 4 x 6 x 6, not 8 x 6 x 6"),
         ({"4": pickle.dumps({"moments": MOMENTS[0].astype(object), "label": 0})}, "entry 4 cannot be read"),
     ],
@@ -544,6 +753,19 @@ def test_pickles_of_every_version(place: Path, protocol: int) -> None:
 def test_wrong_entries_are_named(place: Path, change: dict, said: str) -> None:
     entries = {key: value for key, value in (meanflow_entries() | change).items() if value is not None}
     assert said in outcome(lmdb_of(place, entries))
+
+
+def test_labels_of_numpy_are_taken(place: Path) -> None:
+    entries = meanflow_entries() | {"0": pickle.dumps({"moments": MOMENTS[0], "label": np.int64(LABELS[0])})}
+    found = latent_formats.load(lmdb_of(place, entries), ANY)
+    assert found.labels.tolist() == LABELS
+    assert not found.mirrors and found.contents.notes == ["flipped latents are not used: entry 0 has none"]
+
+
+@pytest.mark.parametrize("label", [b"1_0", b" 1", b"1.0", b"", b"0" * 20 + b"1"])
+def test_labels_as_text_are_whole_numbers(place: Path, label: bytes) -> None:
+    entries = {"z-0": MOMENTS[0].tobytes(), "y-0": label, "length": b"1"}
+    assert "entry z-0 cannot be read (ValueError: has b'" in outcome(lmdb_of(place, entries))
 
 
 def test_bytes_of_another_length_are_named(place: Path) -> None:
@@ -593,7 +815,7 @@ def test_nothing_in_a_pickle_is_run(place: Path, tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()  # as it would have been
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_pickles_are_described_as_they_are(protocol: int) -> None:
     values = {
         "numbers": [0, 255, 65535, -1, 2**31, 2**70, -(2**70), 0.5, None, True, False],
@@ -633,13 +855,64 @@ def test_moments_that_are_samples_are_told_by_the_channels(place: Path) -> None:
     assert torch.equal(found.read(torch.arange(N)), half(MEAN[ORDER]))
 
 
+def test_a_log_variance_is_taken_as_one(place: Path) -> None:
+    def write(path: Path, i: int) -> None:
+        torch.save({"mean": torch.tensor(MEAN[i]), "logvar": torch.tensor(LOGVAR[i])}, path)
+
+    each(place, ".pt", write)
+    found = latent_formats.load(place, Wanted(6, 4))
+    assert found.layout.std and found.layout.scale == 0.18215
+    assert torch.equal(found.read(torch.arange(N)), half(ROWS[ORDER]))
+
+
+@pytest.mark.parametrize("twin", [True, False])
+def test_twins_have_a_std_of_their_own(place: Path, twin: bool) -> None:
+    def write(path: Path, i: int) -> None:
+        own = {"std_flip": torch.tensor(STD[i] + 1)} if twin else {}
+        parts = {"latent": MEAN[i], "std": STD[i], "latent_flip": TWIN[i]}
+        torch.save({name: torch.tensor(part) for name, part in parts.items()} | own, path)
+
+    each(place, ".pt", write)
+    found = latent_formats.load(place, ANY)
+    assert found.mirrors == twin
+    assert ("flipped latents are not used: n0/1.pt has no std_flip" in found.contents.notes) == (not twin)
+    if twin:
+        rows = half(np.concatenate([TWIN, STD + 1], 1)[ORDER])
+        assert torch.equal(found.read(torch.arange(N), torch.ones(N, dtype=torch.bool)), rows)
+
+
+def test_what_some_files_hold_and_others_lack_is_named(place: Path) -> None:
+    whole = {"latent": torch.tensor(MEAN[0]), "latent_flip": torch.tensor(TWIN[0]), "label": 1}
+    for name in ("label", "latent_flip"):
+        less = {key: value for key, value in whole.items() if key != name}
+        for first, other, said in ((whole, less, f"no {name}, 0.pt one"), (less, whole, f"a {name}, 0.pt none")):
+            for i in range(3):
+                torch.save(other if i == 1 else first, place / f"{i}.pt")
+            with pytest.raises(DataError, match=rf"1\.pt cannot be read \(ValueError: holds {said}\)"):
+                latent_formats.load(place, ANY)
+
+
+def test_a_folder_whose_only_file_is_no_file(place: Path) -> None:
+    (place / "a.pt").symlink_to("nothing")
+    assert outcome(place) == "holds no file of latents"
+
+
+def test_what_is_not_run_is_named_without_torchs_advice(place: Path, tmp_path: Path) -> None:
+    pt_sample(place)
+    torch.save({"latent": Command(tmp_path / "ran")}, place / "n0" / "1.pt")
+    said = "n0/1.pt cannot be read (ValueError: calls posix.mkdir, which is not run)"
+    assert outcome(place) == said and not (tmp_path / "ran").exists()
+
+
 def test_wrong_files_are_named(place: Path) -> None:
     pt_sample(place)
     path = place / "n0" / "7.pt"
     for value, said in (
         ({"latent": torch.zeros(4, 6, 7)}, "is 4 x 6 x 7, not 4 x 6 x 6"),
-        ({"x": torch.zeros(4, 6, 6)}, "cannot be read (KeyError: 'latent')"),
+        ({"x": torch.zeros(4, 6, 6)}, "cannot be read (ValueError: holds no latent, n0/1.pt one)"),
         ({"latent": "text"}, "holds str in place of numbers"),
+        ({"latent": torch.zeros(4, 6, 6, dtype=torch.complex64)}, "holds torch.complex64 in place of numbers"),
+        ({"latent": torch.zeros(4, 6, 6).int()}, "holds torch.int32 in place of numbers"),
         (torch.zeros(6), "no latent [C, H, W]"),
         ([1], "'latent'"),
         ({"latent": torch.full((4, 6, 6), float("inf"))}, "is not finite in float16"),
@@ -650,7 +923,9 @@ def test_wrong_files_are_named(place: Path) -> None:
     assert outcome(place) == "n0/1.pt holds none of moments, latent, latents, mean"
 
 
-@pytest.mark.parametrize("label", ["x", -1, torch.zeros(2), 2**70, None])
+@pytest.mark.parametrize(
+    "label", ["x", "1", -1, 1.5, torch.tensor(1.5), True, torch.tensor(True), torch.zeros(2).int(), 2**70, None]
+)
 def test_wrong_labels_of_files_are_refused(place: Path, label: Any) -> None:
     pt_with_labels(place)
     torch.save({"latent": torch.tensor(MEAN[3]), "label": label}, place / "3.pt")

@@ -2,6 +2,7 @@
 weights to begin with, and data that goes bad on the way."""
 
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from soflow_fast.sample import _labels
 
@@ -186,6 +188,77 @@ LATENTS = [
     "model.input_size=4",
     "model.num_classes=3",
 ]
+
+
+ON_LATENTS = [
+    *("train", "imagenet256-b2", "--device", "cpu", "--precision", "fp32", "--batch-size", "4"),
+    *(f"--set={setting}" for setting in [*LATENTS, *QUIET]),
+]
+
+
+def hdf5(path: str, count: int = 40, **rows: float) -> None:
+    """Latents as the authors keep them. rows: r39=0.5 fills row 39 with that."""
+    h5py = pytest.importorskip("h5py")
+    latents = np.random.default_rng(0).random((count, 8, 4, 4), np.float32)
+    for name, value in rows.items():
+        latents[int(name[1:])] = value
+    with h5py.File(path, "w") as file:
+        file["latents"], file["labels"] = latents, np.arange(count) % 3
+
+
+def safetensors(path: str) -> None:
+    save_file({"latents": torch.rand(40, 4, 4, 4), "labels": torch.arange(40) % 3}, path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("write", [hdf5, safetensors])
+def test_latents_of_others_that_are_cut_off_end_the_run_with_all_saved(
+    write: Call, workers: int, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from soflow_fast.runs import trainer
+
+    place = f"a.{write.__name__}"
+    write(place)
+    plain = trainer.step_in_memory
+
+    def damaging(state: Any, *given: Any) -> Any:
+        if state.step == 2:
+            os.truncate(place, 3000)
+        return plain(state, *given)
+
+    monkeypatch.setattr(trainer, "step_in_memory", damaging)
+    settings = ["--steps", "50", "--checkpoint-every", "1000", f"--set=run.workers={workers}"]
+    result = call(*ON_LATENTS, *settings, "--data", place, "--run-dir", "run")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert f"--data {place}: {place} has changed during the run" in result.err
+    saved = sorted(path.name for path in Path("run/checkpoints").iterdir())
+    assert len(saved) == 1 and 3 <= int(saved[0][-8:]) < 10
+
+
+def test_latents_that_are_not_finite_end_the_run_with_all_saved(call: Call) -> None:
+    looked_at = set((torch.arange(64) * 65 // 63).tolist())
+    bad = next(row for row in range(66) if row not in looked_at)  # by the identity, at the start
+    hdf5("a.hdf5", 66, **{f"r{bad}": float("nan")})
+    settings = ["--steps", "50", "--checkpoint-every", "1000", "--set=run.workers=0"]
+    result = call(*ON_LATENTS, *settings, "--data", "a.hdf5", "--run-dir", "run")
+    assert result.code == 2 and f"a.hdf5, latent {bad}, is not finite in float16" in result.err
+    saved = sorted(path.name for path in Path("run/checkpoints").iterdir())
+    assert len(saved) == 1 and 0 < int(saved[0][-8:]) < 17
+
+
+def test_a_run_goes_on_with_the_same_latents_converted_and_with_no_others(call: Call) -> None:
+    hdf5("a.hdf5")
+    run = [*ON_LATENTS, "--run-dir", "run"]
+    assert call(*run, "--steps", "2", "--data", "a.hdf5").code == 0
+    assert call("encode", "--from", "a.hdf5", "ours").code == 0
+    Path("a.hdf5").rename("b.hdf5")
+    for step, place in ((4, "ours"), (6, "b.hdf5")):
+        result = call(*run, "--steps", str(step), "--data", place)
+        assert (result.code, result.err) == (0, "") and f"resuming run at step {step - 2} of {step}" in result.out
+    Path("a").mkdir()
+    hdf5("a/a.hdf5", r39=0.5)
+    refused = call(*run, "--steps", "8", "--data", "a/a.hdf5")
+    assert refused.code == 2 and "(other latents or labels)" in refused.err
 
 
 def test_the_whole_way_of_latents(photos: Path, call: Call) -> None:

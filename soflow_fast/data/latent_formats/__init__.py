@@ -10,6 +10,7 @@ from ...errors import DataError
 from ..dataset import Format, Wanted
 from ..latents import Latents
 from . import dataset_json, fast_dit, hdf5, lmdb_entries, one_file_each, safetensor_shards
+from .foreign import checksum_of
 
 FORMATS: tuple[Format, ...] = (hdf5, safetensor_shards, dataset_json, lmdb_entries, fast_dit, one_file_each)
 
@@ -29,5 +30,6 @@ def load(place: Path, wanted: Wanted) -> Latents:
         if form.recognises(place):
             found = form.load(place, wanted)
             assert isinstance(found, Latents)
+            found.contents.checksum = checksum_of(found)
             return found
     raise DataError(f"--data {place}: holds no latents in a known format")

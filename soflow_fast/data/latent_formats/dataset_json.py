@@ -9,6 +9,7 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +19,9 @@ from ...errors import DataError
 from ...files import read_file
 from ..dataset import Contents, Wanted
 from ..latents.layout import damage
-from .foreign import (
-    LARGEST_FILE,
-    LARGEST_JSON,
-    Foreign,
-    checksum_of,
-    files_below,
-    from_npy,
-    has_std,
-    layout_of,
-    numbered,
-    said_of,
-    starts_with,
-    three_axes,
-)
+from .arrays import from_npy, numbered, three_axes
+from .files import Files, by_path, files_below, is_hidden, names_below, starts_with
+from .foreign import LARGEST_FILE, LARGEST_JSON, Foreign, has_std, layout_of, said_of
 
 LABELS = "dataset.json"
 REPA = "vae-sd"
@@ -42,14 +32,24 @@ def recognises(place: Path) -> bool:
     try:
         if place.is_dir():
             root = _root(place)
-            return (root / LABELS).is_file() and bool(files_below(root, (".npy",), most=2000))
+            return (root / LABELS).is_file() and bool(names_below(root, (".npy",)))
         if not starts_with(place, b"PK"):
             return False
-        with zipfile.ZipFile(place) as archive:
-            names = archive.namelist()
+        try:
+            with zipfile.ZipFile(place) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile:
+            return _first_name(place).endswith(b".npy")
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
         return False
     return LABELS in names and any(name.endswith(".npy") for name in names[:100])
+
+
+def _first_name(place: Path) -> bytes:
+    """The name that the beginning of a zip tells, where its directory cannot be read."""
+    with place.open("rb") as file:
+        header = file.read(30)
+        return file.read(int.from_bytes(header[26:28], "little"))
 
 
 def _root(place: Path) -> Path:
@@ -63,54 +63,70 @@ def load(place: Path, wanted: Wanted) -> "NpyLatents":
         with damage(place, LABELS):
             text = read_file(root / LABELS, LARGEST_JSON, follow=True)
         with damage(place, "the folder"):
-            return NpyLatents(place, root, files_below(root, (".npy",)), None, text, wanted)
-    with damage(place, "the zip"), zipfile.ZipFile(place) as archive:
-        infos = sorted((i for i in archive.infolist() if i.filename.endswith(".npy")), key=lambda i: i.filename)
-        if archive.getinfo(LABELS).file_size > LARGEST_JSON:
-            raise ValueError(f"{LABELS} has {archive.getinfo(LABELS).file_size} bytes")
-        text = archive.read(LABELS)
-        names = [(info.filename, info.file_size) for info in infos]
-        return NpyLatents(place, place, names, infos, text, wanted)
+            files = files_below(root, (".npy",))
+        return NpyLatents(place, files, None, text, wanted)
+    with damage(place, "the zip"):
+        files = Files(place.parent, [place.name])
+        with zipfile.ZipFile(place) as archive:
+            members, text = _members(archive)
+    return NpyLatents(place, files, members, text, wanted)
+
+
+def _members(archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.ZipInfo], bytes]:
+    """The .npy of a zip by their names, in the order of those of a folder, and what dataset.json holds."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        if info.filename in found:
+            raise ValueError(f"holds {info.filename} twice")
+        if info.filename.endswith(".npy") and not is_hidden(info.filename):
+            found[info.filename] = info
+    size = archive.getinfo(LABELS).file_size
+    if size > LARGEST_JSON:
+        raise ValueError(f"{LABELS} has {size} bytes")
+    return {name: found[name] for name in sorted(found, key=by_path)}, archive.read(LABELS)
 
 
 class NpyLatents(Foreign):
     """Latents in .npy files of a folder, or in members of a zip, which any process may read at once."""
 
     def __init__(
-        self,
-        place: Path,
-        root: Path,
-        files: list[tuple[str, int]],
-        members: list[zipfile.ZipInfo] | None,
-        text: bytes,
-        wanted: Wanted,
+        self, place: Path, files: Files, members: dict[str, zipfile.ZipInfo] | None, text: bytes, wanted: Wanted
     ) -> None:
-        self.place, self._root, self._files, self._members = place, root, files, members
-        if not files:
+        """files: those of the folder, or the zip with its members."""
+        self.place, self._files = place, files
+        self._names = files.names if members is None else list(members)
+        self._members = None if members is None else list(members.values())
+        if not self._names:
             raise DataError(f"--data {place}: holds no .npy file")
         with damage(place, LABELS):
-            labels = _labels(json.loads(text), [name for name, _ in files])
+            labels = _labels(json.loads(text), self._names)
         with damage(place, self.name(0)):
             first = self.row(0, False)
         layout = layout_of(first.shape, has_std(first, wanted))
         contents = Contents("latents in .npy with dataset.json", notes=said_of(layout))
         super().__init__(place, layout, labels, contents, wanted, mirrors=False)
-        contents.checksum = checksum_of(files, labels)
 
     def row(self, number: int, mirrored: bool) -> np.ndarray:
+        path = self._files.path(self.file(number))
         if self._members is not None:
-            return three_axes(from_npy(_member(self._root, self._members[number])))
-        return three_axes(from_npy(read_file(self._root / self._files[number][0], LARGEST_FILE, follow=True)))
+            return three_axes(from_npy(_member(path, self._members[number])))
+        return three_axes(from_npy(read_file(path, LARGEST_FILE, follow=True)))
+
+    def file(self, number: int) -> int:
+        return number if self._members is None else 0
 
     def name(self, number: int) -> str:
-        return self._files[number][0]
+        return self._names[number]
 
 
-def _labels(values: dict, names: list[str]) -> torch.Tensor:
+def _labels(values: dict, names: Sequence[str]) -> torch.Tensor:
     """Labels of files by their names, int64 [n]; 0 of all where there are none. Raises ValueError."""
     if values["labels"] is None:
         return torch.zeros(len(names), dtype=torch.int64)
-    known = {name: label for name, label in values["labels"]}
+    known: dict[str, int] = {}
+    for name, label in values["labels"]:
+        if known.setdefault(name, label) != label:
+            raise ValueError(f"gives {name} the labels {known[name]} and {label}")
     for name in names:
         if name not in known:
             raise ValueError(f"has no label of {name}")

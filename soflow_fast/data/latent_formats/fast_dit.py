@@ -12,7 +12,9 @@ from ...errors import DataError
 from ...files import read_file
 from ..dataset import Contents, Wanted
 from ..latents.layout import damage
-from .foreign import LARGEST_FILE, Foreign, checksum_of, files_below, from_npy, layout_of, numbered, three_axes
+from .arrays import from_npy, numbered, three_axes
+from .files import files_below
+from .foreign import LARGEST_FILE, Foreign, layout_of
 
 FEATURES, LABELS = "_features", "_labels"
 SAID_EVERY = 100_000
@@ -45,10 +47,10 @@ class PairedLatents(Foreign):
         self.place, self._folder = place, f"{stem}{FEATURES}"
         with damage(place, self._folder):
             self._files = files_below(place / self._folder, (".npy",))
-        if not self._files:
+        if not len(self._files):
             raise DataError(f"--data {place}: {self._folder} holds no .npy file")
         values = []
-        for name, _ in self._files:
+        for name in self._files.names:
             with damage(place, f"{stem}{LABELS}/{name}"):
                 found = from_npy(read_file(place / f"{stem}{LABELS}" / name, 4096, follow=True))
                 if found.size != 1 or found.dtype.kind not in "iu":
@@ -62,11 +64,9 @@ class PairedLatents(Foreign):
         with damage(place, f"{stem}{LABELS}"):
             labels = numbered(values)
         super().__init__(place, layout_of(shape, False, 1.0), labels, contents, wanted, mirrors=False)
-        contents.checksum = checksum_of(self._files, labels)
 
     def row(self, number: int, mirrored: bool) -> np.ndarray:
-        path = self.place / self._folder / self._files[number][0]
-        return three_axes(from_npy(read_file(path, LARGEST_FILE, follow=True)))
+        return three_axes(from_npy(read_file(self._files.path(number), LARGEST_FILE, follow=True)))
 
     def name(self, number: int) -> str:
-        return f"{self._folder}/{self._files[number][0]}"
+        return f"{self._folder}/{self._files.names[number]}"

@@ -1,9 +1,8 @@
-"""What formats share: rows that are read one by one and checked, a scale where no file says it, .npy in memory."""
+"""What formats share: rows that are read one by one and checked, a checksum, a scale where no file says it."""
 
 import abc
-import ast
-import math
-import os
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,18 +11,21 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
-from ..dataset import Contents, Wanted, by_name, checksum
+from ..dataset import Contents, Wanted
 from ..latents.layout import SD_SCALE, Factor, Latents, Layout, check_labels, check_wanted, damage, in_words
+from .files import Files
 
 LARGEST_FILE = 64 * 2**20
 """Bytes of one latent, unpacked."""
 LARGEST_JSON = 2**29
-LOGVAR = (-30.0, 20.0)
-"""To what a log-variance is clipped, as in diffusers' and latent-diffusion's DiagonalGaussianDistribution."""
+ROWS_OF_CHECKSUM = 64
+"""Spread evenly over all."""
 
 
 class Foreign(Latents):
     """Latents that a subclass reads by number."""
+
+    _files: Files
 
     def __init__(
         self, place: Path, layout: Layout, labels: Tensor, contents: Contents, wanted: Wanted, *, mirrors: bool
@@ -46,13 +48,19 @@ class Foreign(Latents):
     def name(self, number: int) -> str:
         """What a message calls it."""
 
+    def file(self, number: int) -> int:
+        """In which of the files it lies."""
+        return number
+
     def read(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """float16 [n, 2C, H, W] or [n, C, H, W]. Raises DataError that names what is damaged."""
+        """float16 [n, 2C, H, W] or [n, C, H, W]. Raises DataError that names what is damaged, or has changed."""
         out = np.empty((len(index), *self.layout.row()), np.float16)
         flags = mirrored.tolist() if mirrored is not None else [False] * len(index)
         if not self.mirrors and any(flags):
             raise DataError(f"--data {self.place}: there are no latents of mirrored images")
         numbers = index.tolist()
+        files = sorted(set(map(self.file, numbers)))
+        self._check_files(files)
         for at in sorted(range(len(numbers)), key=numbers.__getitem__):  # in the order of the files
             with damage(self.place, self.name(numbers[at])), np.errstate(over="ignore"):
                 row = self.row(numbers[at], flags[at])
@@ -60,10 +68,18 @@ class Foreign(Latents):
                     got, wanted = in_words(row.shape), in_words(out.shape[1:])
                     raise DataError(f"--data {self.place}: {self.name(numbers[at])} is {got}, not {wanted}")
                 out[at] = row
-        self._check(numbers, torch.from_numpy(out))
+        self._check_files(files)  # HDF5 reads zeros where a file was cut off meanwhile
+        self._check_rows(numbers, torch.from_numpy(out))
         return torch.from_numpy(out)
 
-    def _check(self, numbers: list[int], rows: Tensor) -> None:
+    def _check_files(self, files: Iterable[int]) -> None:
+        for number in files:
+            name = self._files.names[number]
+            with damage(self.place, name):
+                if self._files.changed(number):
+                    raise DataError(f"--data {self.place}: {name} has changed during the run")
+
+    def _check_rows(self, numbers: list[int], rows: Tensor) -> None:
         finite = torch.isfinite(rows).flatten(1).all(1)
         if not finite.all():
             number = numbers[int(finite.logical_not().nonzero()[0])]
@@ -73,6 +89,39 @@ class Foreign(Latents):
             if negative.any():
                 number = numbers[int(negative.nonzero()[0])]
                 raise DataError(f"--data {self.place}: {self.name(number)} has a std below 0: is it a log-variance?")
+
+
+class Sharded(Foreign):
+    """Latents in files one after the other."""
+
+    _starts: np.ndarray
+    """The number of the first latent of each file, and that of all."""
+
+    def file(self, number: int) -> int:
+        return int(np.searchsorted(self._starts, number, side="right")) - 1
+
+    def _row_of(self, number: int) -> int:
+        return int(number - self._starts[self.file(number)])
+
+    def name(self, number: int) -> str:
+        return f"{self._files.names[self.file(number)]}, latent {self._row_of(number)},"
+
+
+def checksum_of(found: Latents) -> str:
+    """SHA-256 of count, shape, scale, shift, classes, all labels, and some rows in float16 with their twins.
+
+    Names and bytes of files are no part of it: the same latents are the same in another format. Raises DataError.
+    """
+    count, layout = len(found), found.layout
+    some = min(count, ROWS_OF_CHECKSUM)
+    index = torch.arange(some) * (count - 1) // max(some - 1, 1)
+    twins = [found.read(index, torch.ones(some, dtype=torch.bool))] if found.mirrors else []
+    text = json.dumps([count, layout.row(), layout.scale, layout.shift, found.contents.classes])
+    digest = hashlib.sha256(text.encode())
+    digest.update(found.labels.numpy().astype("<i8").tobytes())
+    for rows in (found.read(index), *twins):
+        digest.update(rows.numpy().astype("<f2").tobytes())
+    return digest.hexdigest()
 
 
 def layout_of(shape: Sequence[int], std: bool, scale: Factor | None = None, shift: Factor = 0.0) -> Layout:
@@ -94,85 +143,3 @@ def has_std(first: np.ndarray, wanted: Wanted) -> bool:
     if wanted.channels:
         return len(first) == 2 * wanted.channels
     return len(first) % 2 == 0 and bool((first[len(first) // 2 :] >= 0).all())
-
-
-def with_std(moments: np.ndarray) -> np.ndarray:
-    """mean || std of mean || log-variance, [2C, H, W]."""
-    mean, logvar = np.split(moments.astype(np.float32), 2)
-    return np.concatenate([mean, np.exp(0.5 * logvar.clip(*LOGVAR))])
-
-
-def three_axes(row: np.ndarray) -> np.ndarray:
-    """[2C, H, W] of it with any number of axes of length 1 before. Raises ValueError."""
-    while row.ndim > 3 and row.shape[0] == 1:
-        row = row[0]
-    if row.ndim != 3 or row.dtype.kind != "f":
-        raise ValueError(f"holds {row.dtype} {row.shape}, no latent [C, H, W]")
-    return row
-
-
-def from_npy(content: bytes) -> np.ndarray:
-    """The array of a .npy file, whose length must be what its header says. Raises ValueError."""
-    if content[:6] != b"\x93NUMPY" or len(content) < 12:
-        raise ValueError("is no .npy file")
-    wide = content[6] > 1
-    start = 12 if wide else 10
-    stop = start + int.from_bytes(content[8:start], "little")
-    try:
-        header = ast.literal_eval(content[start : min(stop, 10_000)].decode("latin1"))
-        dtype, shape, fortran = np.dtype(header["descr"]), header["shape"], header["fortran_order"]
-        right = dtype.kind in "fiu" and all(type(size) is int and size >= 0 for size in shape)
-    except (SyntaxError, ValueError, TypeError, KeyError, MemoryError, RecursionError):
-        raise ValueError("has a damaged .npy header") from None
-    if not right or len(content) - stop != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"has {len(content)} bytes, which is not {dtype} {shape}")
-    return np.frombuffer(content, dtype, offset=stop).reshape(shape, order="F" if fortran else "C")
-
-
-def numbered(labels: Iterable[int]) -> Tensor:
-    """Labels as int64 [n]. Raises ValueError if they are no whole numbers."""
-    values = list(labels)
-    if not all(type(value) is int and -(2**62) < value < 2**62 for value in values):
-        raise ValueError("has labels that are no whole numbers")
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def files_below(place: Path, suffixes: tuple[str, ...], most: int | None = None) -> list[tuple[str, int]]:
-    """Names, with / between folders, and bytes of the files below a folder with one of some suffixes, by their names.
-
-    Names that are numbers are in the order of the numbers. most: is no more looked at than so many entries. Raises
-    OSError.
-    """
-    found: list[tuple[str, int]] = []
-    waiting, seen = [""], 0
-    while waiting and (most is None or seen < most):
-        inside = waiting.pop()
-        with os.scandir(place / inside) as entries:
-            for entry in entries:
-                seen += 1
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(f"{inside}{entry.name}/")
-                elif entry.name.endswith(suffixes) and entry.is_file():
-                    found.append((f"{inside}{entry.name}", entry.stat().st_size))
-                if most is not None and seen >= most:
-                    break
-    return sorted(found, key=lambda item: [by_name(part.rpartition(".")[0] or part) for part in item[0].split("/")])
-
-
-def checksum_of(names: Iterable[tuple[str, int]], labels: Tensor) -> str:
-    """Of files, names and bytes, and labels."""
-    pairs = list(names)
-    return checksum((name for name, _ in pairs), np.array([size for _, size in pairs], np.int64), labels)
-
-
-def starts_with(path: Path, magic: bytes) -> bool:
-    """Whether a file begins with some bytes."""
-    try:
-        if not path.is_file():  # the opening of a pipe waits for a writer
-            return False
-        with path.open("rb") as file:
-            return file.read(len(magic)) == magic
-    except (OSError, ValueError):
-        return False

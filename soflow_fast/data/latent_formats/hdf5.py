@@ -16,7 +16,8 @@ import torch
 from ...errors import DataError
 from ..dataset import Contents, Wanted
 from ..latents.layout import damage
-from .foreign import Foreign, checksum_of, layout_of, starts_with
+from .files import Files, starts_with
+from .foreign import Sharded, layout_of
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 MERGED = "imagenet_latent.hdf5"
@@ -39,38 +40,38 @@ def load(place: Path, wanted: Wanted) -> "Hdf5Latents":
         import h5py  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError(f"--data {place}: HDF5 needs h5py: pip install 'soflow-fast[latents]'") from None
-    return Hdf5Latents(place, _files(place), wanted)
+    with damage(place, "the folder" if place.is_dir() else place.name):
+        files = Files(place, _names(place)) if place.is_dir() else Files(place.parent, [place.name])
+    return Hdf5Latents(place, files, wanted)
 
 
-def _files(place: Path) -> list[Path]:
-    if not place.is_dir():
-        return [place]
-    with damage(place, "the folder"):
-        names = os.listdir(place)
-    parts = sorted(int(found[1]) for found in map(PART.fullmatch, names) if found)
+def _names(place: Path) -> list[str]:
+    names = os.listdir(place)
+    parts = sorted((int(found[1]), found[0]) for found in map(PART.fullmatch, names) if found)
     if MERGED in names:
         if parts:
-            left = f"imagenet_latent_part_{parts[0]}.hdf5"
-            raise DataError(f"--data {place}: {left} lies beside {MERGED}: the merge was not finished")
-        return [place / MERGED]
-    missing = sorted(set(range(parts[-1] + 1)) - set(parts))
-    if missing:
-        raise DataError(f"--data {place}: imagenet_latent_part_{missing[0]}.hdf5 is missing")
-    return [place / f"imagenet_latent_part_{number}.hdf5" for number in parts]
+            raise DataError(f"--data {place}: {parts[0][1]} lies beside {MERGED}: the merge was not finished")
+        return [MERGED]
+    for place_of, (number, name) in enumerate(parts):
+        if number > place_of:
+            raise DataError(f"--data {place}: imagenet_latent_part_{place_of}.hdf5 is missing")
+        if number < place_of:
+            raise DataError(f"--data {place}: {parts[place_of - 1][1]} and {name} are the same part")
+    return [name for _, name in parts]
 
 
-class Hdf5Latents(Foreign):
+class Hdf5Latents(Sharded):
     """Latents in HDF5 files one after the other. Each process opens them for itself: h5py does not survive a fork."""
 
-    def __init__(self, place: Path, paths: list[Path], wanted: Wanted) -> None:
-        self._paths = paths
+    def __init__(self, place: Path, files: Files, wanted: Wanted) -> None:
+        self._files = files
         self._opened: tuple[int, list[Any]] = (0, [])
         counts, labels, shape = [], [], None
-        for path in paths:
-            with damage(place, path.name):
-                latents, found = _datasets(path)
+        for number, name in enumerate(files.names):
+            with damage(place, name):
+                latents, found = _datasets(files.path(number))
                 if shape not in (None, latents.shape[1:]):
-                    raise ValueError(f"latents are {latents.shape[1:]}, those of {paths[0].name} {shape}")
+                    raise ValueError(f"latents are {latents.shape[1:]}, those of {files.names[0]} {shape}")
                 if not np.any(latents[-1]):
                     raise ValueError("its last latent is all 0: the encoding was not finished")
                 shape = latents.shape[1:]
@@ -80,20 +81,12 @@ class Hdf5Latents(Foreign):
         self._starts = np.cumsum([0, *counts])
         assert shape is not None
         layout = layout_of(shape, std=True)
-        contents = Contents("latents in HDF5")
-        super().__init__(place, layout, torch.cat(labels), contents, wanted, mirrors=False)
-        sizes = [(path.name, path.stat().st_size) for path in paths]
-        contents.checksum = checksum_of(sizes, self.labels)
+        super().__init__(place, layout, torch.cat(labels), Contents("latents in HDF5"), wanted, mirrors=False)
 
     def row(self, number: int, mirrored: bool) -> np.ndarray:
         if self._opened[0] != os.getpid():
-            self._opened = os.getpid(), [_datasets(path)[0] for path in self._paths]
-        file = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._opened[1][file][number - self._starts[file]]
-
-    def name(self, number: int) -> str:
-        file = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return f"{self._paths[file].name}, latent {number - self._starts[file]},"
+            self._opened = os.getpid(), [_datasets(self._files.path(i))[0] for i in range(len(self._files))]
+        return self._opened[1][self.file(number)][self._row_of(number)]
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_opened": (0, [])}
@@ -105,20 +98,23 @@ def _datasets(path: Path) -> tuple[Any, Any]:
 
     file: Any = h5py.File(path, "r")
     found: list[Any] = []
-    for name, kinds in (("latents", "f"), ("labels", "iu")):
-        if not isinstance(file.get(name, getlink=True), h5py.HardLink):  # another link leads to another file
+    for name, kinds in (("latents", "f"), ("labels", "iu"), ("amount", "fiu"), ("latent_size", "fiu")):
+        link = file.get(name, getlink=True)
+        if link is None and name in ("amount", "latent_size"):
+            found.append(None)
+            continue
+        if not isinstance(link, h5py.HardLink):  # another link leads to another file
             raise ValueError(f"holds no {name}")
         data = file[name]
         if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual or data.dtype.kind not in kinds:
             raise ValueError(f"{name} are no numbers of this file")
         found.append(data)
-    latents, labels = found
+    latents, labels, *said = found
     if latents.ndim != 4 or not len(latents) or latents.shape[1] % 2:
         raise ValueError(f"latents are {latents.shape}, not [N, 2C, S, S]")
     if labels.shape != latents.shape[:1]:
         raise ValueError(f"has {labels.shape} labels for {len(latents)} latents")
-    for name, size in (("amount", len(latents)), ("latent_size", latents.shape[3])):
-        said = file[name][()] if name in file else size
-        if np.shape(said) or int(said) != size:
-            raise ValueError(f"says {name} {said}, its latents {size}")
+    for data, size in zip(said, (len(latents), latents.shape[3]), strict=True):
+        if data is not None and (data.shape or data[()] != size):
+            raise ValueError(f"says {data.name[1:]} {data.shape or data[()]}, its latents {size}")
     return latents, labels

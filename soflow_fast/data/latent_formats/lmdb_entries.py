@@ -10,6 +10,7 @@ github.com/Anima-Lab/MaskDiT, `extract_latent.py`: the bytes of such moments und
 
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,10 @@ from torch import Tensor
 from ...errors import DataError
 from ..dataset import Contents, Wanted
 from ..latents.layout import damage
-from .foreign import Foreign, checksum_of, layout_of, numbered, three_axes, with_std
-from .pickled import array, described
+from .arrays import numbered, three_axes, whole_number, with_std
+from .files import Files
+from .foreign import Foreign, layout_of
+from .pickled import Call, array, described
 
 SAID_EVERY = 100_000
 
@@ -58,8 +61,10 @@ class LmdbLatents(Foreign):
         self._file = place / "data.mdb" if place.is_dir() else place
         self._env: Any = None
         self._stored, self._bytes = 0, False
-        with damage(place, self._file.name), self._opened():
-            self._find(place, wanted)
+        with damage(place, self._file.name):
+            self._files = Files(self._file.parent, [self._file.name])
+            with self._opened():
+                self._find(place, wanted)
 
     def _find(self, place: Path, wanted: Wanted) -> None:
         with damage(place, self._file.name):
@@ -68,22 +73,25 @@ class LmdbLatents(Foreign):
             if self._bytes:
                 length = len(self._need("z-0"))
                 self._stored = 2 * next((c for c in likely if self._side(length, 2 * c)), likely[0])
-        labels = []
+        labels, without = [], []
         for number in range(count):
             with damage(place, self.name(number)):
-                labels.append(self._label(number))
+                label, twin = self._label(number)
+                labels.append(label)
+                without += [] if twin else [number]
             if len(labels) % SAID_EVERY == 0:
                 wanted.say(f"{len(labels)} of {count} labels read; --from of the encode command saves that")
         with damage(place, self.name(0)):
             first = self.row(0, False)
-            mirrors = not self._bytes and "moments_flip" in self._entry(0)
         with damage(place, "labels"):
             numbers = numbered(labels)
         contents = Contents("latents in LMDB")
-        super().__init__(place, layout_of(first.shape, std=True), numbers, contents, wanted, mirrors=mirrors)
-        contents.checksum = checksum_of([(self._file.name, self._file.stat().st_size)], numbers)
+        if 0 < len(without) < count:
+            contents.notes.append(f"flipped latents are not used: {self.name(without[0])} has none")
+        super().__init__(place, layout_of(first.shape, std=True), numbers, contents, wanted, mirrors=not without)
 
     def read(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        self._check_files([0])
         with damage(self.place, self._file.name), self._opened():
             return super().read(index, mirrored)
 
@@ -92,17 +100,19 @@ class LmdbLatents(Foreign):
         for key in ("num_samples", "length"):
             said = self._get(key)
             if said is not None:
-                count = int(bytes(said[:20]))
+                count = _whole(said)
                 if not 0 < count <= self._env.stat()["entries"]:
                     raise ValueError(f"says {key} {count} with {self._env.stat()['entries']} entries")
                 return count, key == "length"
         raise ValueError("has neither num_samples nor length")
 
-    def _label(self, number: int) -> int:
+    def _label(self, number: int) -> tuple[int, bool]:
+        """The label of an entry, and whether there is a twin. Raises ValueError."""
         if self._bytes:
-            return int(bytes(self._need(f"y-{number}")[:20]))
-        label = self._entry(number)["label"]
-        return label if type(label) is int else int(array(label).reshape(()))
+            return _whole(self._need(f"y-{number}")), False
+        entry = self._entry(number)
+        label = entry["label"]
+        return whole_number(array(label) if isinstance(label, Call) else label), "moments_flip" in entry
 
     def _entry(self, number: int) -> dict[str, Any]:
         found = described(self._need(str(number)))
@@ -124,6 +134,9 @@ class LmdbLatents(Foreign):
         """Height of so many squares of float32 of some bytes; 0, if they are of another length."""
         side = math.isqrt(length // (4 * stored))
         return side if length == 4 * stored * side * side else 0
+
+    def file(self, number: int) -> int:
+        return 0
 
     def name(self, number: int) -> str:
         return f"entry {'z-' if self._bytes else ''}{number}"
@@ -150,3 +163,10 @@ class LmdbLatents(Foreign):
                     raise ValueError(f"has {self._file.stat().st_size} bytes of {length}")
                 yield
             self._env = None
+
+
+def _whole(text: bytes) -> int:
+    """The number that a text is. Raises ValueError."""
+    if not re.fullmatch(rb"-?[0-9]{1,19}", text):
+        raise ValueError(f"has {text[:20]!r} in place of a whole number")
+    return int(text)

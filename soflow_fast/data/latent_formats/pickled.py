@@ -136,12 +136,23 @@ class _Reader:
             stack.append(Name(_is(module, str), _is(name, str)))
         elif code == ord("R"):
             arguments, function = stack.pop(), stack.pop()
-            stack.append(Call(function, arguments))
+            call = Call(function, arguments)
+            content = _bytes(call)
+            stack.append(call if content is None else content)
         elif code == ord("b"):
             state = stack.pop()
             _is(stack[-1], Call).state = state
         else:
             raise ValueError(f"is a pickle with the instruction {code:#04x}, which numbers do not need")
+
+
+def _bytes(call: Call) -> bytes | None:
+    """The bytes that a call stands for in version 2, which has no instruction for them; None: it is another."""
+    if call == Call(Name("__builtin__", "bytes"), ()):
+        return b""
+    if call.function == Name("_codecs", "encode") and len(call.arguments) == 2 and call.arguments[1] == "latin1":
+        return _is(call.arguments[0], str).encode("latin1")
+    return None
 
 
 def _is(value: Any, kind: type) -> Any:

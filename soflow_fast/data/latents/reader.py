@@ -56,7 +56,7 @@ class MappedLatents(Latents):
         classes = len(header.classes)
         labels = torch.cat([_labels(place, header, number, shard) for number, shard in enumerate(shards)])
         check_labels(place, lambda i: f"latent {i}", labels, classes or 1)
-        contents = Contents("latents", header.classes, checksum=checksum(header, shards))
+        contents = Contents("latents", header.classes, checksum=checksum(header, shards), source=header.source)
         if header.layout.vae:
             contents.notes.append(f"latents of the VAE {header.layout.vae}")
         super().__init__(place, header.layout, labels, contents, mirrors=header.flipped)
