@@ -96,7 +96,7 @@ DATA: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing": (lambda p: None, "no such file"),
     "empty folder": (lambda p: p.mkdir(), "no images"),
     "no images": (lambda p: (p.mkdir(), (p / "x.txt").write_text("x")), "no images"),
-    "empty file": (lambda p: p.write_bytes(b""), "cannot be read"),
+    "empty file": (lambda p: p.write_bytes(b""), "is empty"),
     "empty zip": (zipped, "no images"),
     "zip of texts": (lambda p: zipped(p, "a.txt"), "no images"),
     "zip cut off": (lambda p: changed(zipped(p, "a/x.png"), lambda c: c[:-10]), "cannot be read"),
