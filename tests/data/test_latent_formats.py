@@ -738,10 +738,7 @@ def test_pickles_of_every_version(place: Path, protocol: int) -> None:
         ({"4": b"nonsense"}, "entry 4 cannot be read"),
         ({"4": pickle.dumps([1, 2])}, "entry 4 cannot be read (ValueError: holds no moments and label)"),
         ({"4": pickle.dumps({"moments": 1, "label": -4})}, "entry 4 has label -4, not 0 to"),
-        (
-            {"4": pickle.dumps({"moments": 1, "label": np.float32(1.5)})},
-            "entry 4 cannot be read (ValueError: has the la",
-        ),
+        ({"4": pickle.dumps({"moments": 1, "label": np.float32(1.5)})}, "has the label '1.5', which is no whole"),
         ({"4": pickle.dumps({"moments": 1, "label": True})}, "has the label 'True', which is no whole number"),
         ({"4": pickle.dumps({"moments": 1, "label": "1"})}, "has the label '1', which is no whole number"),
         ({"4": pickle.dumps({"moments": 1, "label": 0})}, "holds '1', which is no array of numbers"),
