@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from soflow_fast import files as files_module
 from soflow_fast.data import latents
 from soflow_fast.data.dataset import Contents, Dataset, Wanted
 from soflow_fast.data.latents import writer
@@ -188,7 +189,7 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bytes(
         err = p.stderr.read()
         assert p.wait() == code and "Traceback" not in err
     if number != signal.SIGKILL:
-        assert not [*again.glob(".*")] and "of 11 are kept, and the same command goes on" in err
+        assert not [*again.glob(".*.partial*")] and "of 11 are kept, and the same command goes on" in err
     assert not (again / "shard-00002.npy").exists()
     assert call("encode", "images", again, *flags(vaes)).code == 0
     assert files(again) == files(whole)
@@ -205,6 +206,8 @@ def test_other_content_or_another_vae_is_not_gone_on_with(
     assert "is begun with flipped False, not True" in refused("encode", "images", out, *flags(vaes, "--flip"))
     said = refused("encode", "images", out, *flags(vaes), "--vae", vaes / "two")
     assert f"is begun with vae {vaes / 'one'}, not {vaes / 'two'}" in said
+    for same in (f"{vaes / 'one'}/", vaes / "two" / ".." / "one"):
+        assert call("encode", "images", out, *flags(vaes), "--vae", same).code == 0
     (vaes / "one").rename(vaes / "kept")
     (vaes / "two").rename(vaes / "one")
     try:
@@ -212,6 +215,88 @@ def test_other_content_or_another_vae_is_not_gone_on_with(
     finally:
         (vaes / "one").rename(vaes / "two")
         (vaes / "kept").rename(vaes / "one")
+
+
+@pytest.mark.parametrize(("stored", "other"), [(N, 0), (N, N // 2), (N, N - 1), (8, 4), (8, 7)])
+def test_other_pixels_under_the_same_names_are_seen(
+    refused: Call, call: Call, vaes: Path, tmp_path: Path, images: dict[str, Pixels], stored: int, other: int
+) -> None:
+    """One image of those that are compared is enough, whether there is something left to encode or not."""
+    out = tmp_path / "out"
+    assert call("encode", "images", out, *flags(vaes, "--flip")).code == 0
+    if stored < N:
+        text = json.loads((out / "latents.json").read_text())
+        (out / "latents.json").write_text(json.dumps(text | {"shards": text["shards"][: stored // 4]}))
+    pixels = images["images"].pixels
+    images["images"].pixels = pixels.clone()
+    images["images"].pixels[other] = pixels[other].flip(1)
+    said = refused("encode", "images", out, *flags(vaes, "--flip"))
+    assert f"{out}: is encoded from other content; give another folder, or remove this one" in said
+    images["images"].pixels = pixels
+    assert call("encode", "images", out, *flags(vaes, "--flip")).code == 0
+
+
+def test_another_device_rounds_in_another_way(
+    call: Call, vaes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TF32 does, by 2^-11 of each number that goes into a product."""
+    assert call("encode", "images", tmp_path / "out", *flags(vaes)).code == 0
+    real = torch.nn.functional.conv2d
+
+    def conv2d(x: Tensor, weight: Tensor, *more: Any) -> Tensor:
+        return real(*(part + part * 2**-11 * torch.randn_like(part) for part in (x, weight)), *more)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    result = call("encode", "images", tmp_path / "out", *flags(vaes))
+    assert result.code == 0 and "11 of 11 are there already" in result.out
+
+
+@pytest.mark.parametrize("name", ["shard-00001.npy", "labels-00001.npy", "mirrored-00001.npy"])
+@pytest.mark.parametrize("how", ["missing", "short", "damaged"])
+def test_what_is_missing_or_damaged_is_encoded_anew(
+    call: Call, vaes: Path, tmp_path: Path, files: Call, damage: Call, name: str, how: str
+) -> None:
+    out = tmp_path / "out"
+    assert call("encode", "images", out, *flags(vaes, "--flip")).code == 0
+    whole = files(out)
+    if how == "missing":
+        (out / name).unlink()
+    elif how == "short":
+        (out / name).write_bytes((out / name).read_bytes()[:-3])
+    else:
+        damage(out / name)
+    result = call("encode", "images", out, *flags(vaes, "--flip"))
+    assert result.code == 0 and "4 of 11 are there already" in result.out
+    assert f"{out}: {name}" in result.out and "; it and what follows it are written anew" in result.out
+    assert files(out) == whole
+
+
+def test_of_two_that_write_to_a_folder_the_second_is_refused(
+    refused: Call, call: Call, vaes: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    with files_module.locked(tmp_path / "out", "", pytest.fail):
+        said = refused("encode", "images", tmp_path / "out", *flags(vaes))
+    assert f"{tmp_path / 'out'}: another process writes to it" in said
+    assert call("encode", "images", tmp_path / "out", *flags(vaes)).code == 0
+
+
+def test_what_a_kill_leaves_of_the_first_manifest_is_removed(call: Call, vaes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".latents.json.partial-123", ".shard-00000.npy.partial"):
+        (out / name).write_text("{")
+    assert call("encode", "images", out, *flags(vaes)).code == 0
+    assert sorted(path.name for path in out.glob(".*")) == [".lock"]
+
+
+def test_a_folder_of_something_else_is_left_alone(refused: Call, vaes: Path, tmp_path: Path) -> None:
+    for name in ("thesis.txt", ".thesis.txt.partial-1"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("x")
+        assert "holds other files" in refused("encode", "images", out, *flags(vaes))
+        assert [path.name for path in out.iterdir()] == [name]
 
 
 def test_what_is_refused(refused: Call, vaes: Path, tmp_path: Path) -> None:

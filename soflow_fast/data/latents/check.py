@@ -12,7 +12,7 @@ import torch
 from ...errors import DataError
 from ...files import cache_folder, read_file, write_file
 from .layout import Layout, damage
-from .manifest import LARGEST, File, Shard, file_name
+from .manifest import LARGEST, Shard, file_name
 
 REMEMBERED = 20_000
 """Files whose check is remembered."""
