@@ -1,4 +1,4 @@
-"""Files that others may have made or may use: read with limits, written for good, kept aside; folders that are locked."""
+"""Files that others may have made or may use: read with limits, written for good, kept aside, locked."""
 
 import errno
 import fcntl

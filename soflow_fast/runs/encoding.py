@@ -75,6 +75,7 @@ def encode(
     lost = f"--workers {workers}: one of them was killed, or lacks memory or room in /dev/shm; give fewer"
     with enough_memory(f"--batch-size {batch_size}: out of memory; give a smaller one"):
         vae = vae.on(devices[0])
+        vae.check_images(images.shape[0], size)
         first = work_on(devices[0])
         _, stored, height, width = again(torch.tensor([0]))[0].shape
         layout = Layout(stored // 2, height, width, True, vae.scale, vae.shift, vae.name)

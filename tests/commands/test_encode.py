@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -328,6 +329,104 @@ def test_a_vae_in_a_pickle_is_not_loaded(refused: Call, vaes: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def altered(vaes: Path, place: Path, **config: object) -> Path:
+    """A copy of a VAE with another configuration."""
+    shutil.copytree(vaes / "one", place)
+    known = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(known | config))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"scaling_factor": "abc"}, "scaling_factor of its configuration makes no sense: abc"),
+        ({"scaling_factor": [1, 2]}, "scaling_factor of its configuration makes no sense: [1, 2]"),
+        ({"scaling_factor": 0.0}, "scaling_factor of its configuration makes no sense: 0.0"),
+        ({"scaling_factor": 10**400}, "scaling_factor of its configuration makes no sense: 1000"),
+        ({"shift_factor": "q"}, "shift_factor of its configuration makes no sense: q"),
+        ({"shift_factor": float("nan")}, "shift_factor of its configuration makes no sense: nan"),
+        ({"latents_mean": [0] * 4, "latents_std": [1, 1, 0, 1]}, "latents_std of its configuration makes no sense: 0"),
+        ({"latents_mean": ["a"] * 4, "latents_std": [1] * 4}, "latents_mean of its configuration makes no sense: a"),
+        ({"latents_mean": 1.0, "latents_std": 2.0}, "latents_std of its configuration is no list of 4 numbers"),
+        ({"latents_mean": [0] * 3, "latents_std": [1] * 4}, "latents_mean of its configuration is no list of 4"),
+        ({"_class_name": "VQModel"}, "is of the class VQModel, not AutoencoderKL"),
+        ({"use_quant_conv": False}, "the configuration has no place for quant_conv.bias, quant_conv.weight\n"),
+    ],
+)
+def test_a_vae_whose_configuration_is_wrong(
+    refused: Call, vaes: Path, tmp_path: Path, config: dict[str, object], said: str
+) -> None:
+    vae = altered(vaes, tmp_path / "vae", **config)
+    line = refused("encode", "images", tmp_path / "out", *flags(vaes, "--vae", vae))
+    assert f"--vae {vae}: {said}" in line and not (tmp_path / "out").exists()
+
+
+def test_a_vae_whose_configuration_is_none(refused: Call, vaes: Path, tmp_path: Path) -> None:
+    vae = altered(vaes, tmp_path / "vae")
+    for text in ("[]", "null", "3", "{"):
+        (vae / "config.json").write_text(text)
+        assert f"--vae {vae}: " in refused("encode", "images", tmp_path / "out", *flags(vaes, "--vae", vae))
+
+
+def test_a_vae_whose_file_lacks_weights(refused: Call, vaes: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    vae = altered(vaes, tmp_path / "vae")
+    file = vae / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["encoder.conv_in.weight"]
+    save_file(weights, file, {"format": "pt"})
+    line = refused("encode", "images", tmp_path / "out", *flags(vaes, "--vae", vae))
+    assert f"--vae {vae}: the file lacks encoder.conv_in.weight\n" in line
+    save_file({name: value for name, value in weights.items() if "norm" not in name}, file, {"format": "pt"})
+    line = refused("encode", "images", tmp_path / "out", *flags(vaes, "--vae", vae))
+    assert "the file lacks decoder.conv_norm_out.bias, decoder.conv_norm_out.weight, decoder.mid_block" in line
+    assert " more\n" in line and not (tmp_path / "out").exists()
+
+
+def test_a_vae_with_the_names_of_weights_that_once_were(vaes: Path, tmp_path: Path) -> None:
+    """As in files of Stable Diffusion's first VAEs."""
+    from safetensors.torch import load_file, save_file
+
+    vae = altered(vaes, tmp_path / "vae")
+    file = vae / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(file)
+    for now, once in names.items():
+        for name in [name for name in weights if f".{now}." in name]:
+            weights[name.replace(now, once)] = weights.pop(name)
+    assert any("proj_attn" in name for name in weights)
+    save_file(weights, file, {"format": "pt"})
+    cpu = torch.device("cpu")
+    assert load_vae(str(vae), cpu).weights == load_vae(str(vaes / "one"), cpu).weights
+
+
+def test_images_that_a_vae_does_not_take(refused: Call, vaes: Path, tmp_path: Path, images: dict[str, Dataset]) -> None:
+    images |= {"dots": Pixels(size=1), "gray": Pixels()}
+    images["gray"].shape = (1, SIZE, SIZE)
+    said = refused("encode", "dots", tmp_path / "out", *flags(vaes), "--size", "1")
+    assert f"--size 1: --vae {vaes / 'one'} takes images of 2 x 2 pixels or more" in said
+    said = refused("encode", "gray", tmp_path / "out", *flags(vaes))
+    assert f"--vae {vaes / 'one'}: takes images of 3 channels, these have 1" in said
+
+
+def test_what_is_written_lies_apart_from_what_is_read(
+    refused: Call, call: Call, vaes: Path, tmp_path: Path, images: dict[str, Dataset]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (tmp_path / "link").symlink_to(photos)
+    images[str(photos)] = Pixels()
+    for out in (photos, photos / "a" / "out", tmp_path / "link" / "out", photos / ".." / "photos" / "out"):
+        said = refused("encode", photos, out, *flags(vaes))
+        assert f"OUT {out}: lies in {photos}, which is read; give a folder elsewhere" in said
+    assert not [*photos.iterdir()] and call("encode", photos, tmp_path / "photos-out", *flags(vaes)).code == 0
+    fast_dit(tmp_path / "theirs")
+    said = refused("encode", "--from", tmp_path / "theirs", tmp_path / "theirs" / "out")
+    assert f"lies in {tmp_path / 'theirs'}, which is read" in said and not (tmp_path / "theirs" / "out").exists()
+
+
 def test_a_vae_in_a_pipeline_with_statistics_of_channels(call: Call, vaes: Path, tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "vae").symlink_to(vaes / "one")
@@ -376,7 +475,7 @@ def test_latents_of_others_are_converted(call: Call, refused: Call, tmp_path: Pa
     said = refused("encode", "--from", tmp_path / "out", tmp_path / "again")
     assert "is in our format already" in said
     said = refused("encode", "--from", tmp_path / "theirs", tmp_path / "again", "--channels", "16")
-    assert f"--from {tmp_path / 'theirs'}: the latents are 4 x 8 x 8, the model takes 16 x" in said
+    assert f"--from {tmp_path / 'theirs'}: the latents are 4 x 8 x 8, --channels says 16\n" in said
     np.save(tmp_path / "theirs" / "imagenet256_features" / "10.npy", np.zeros(3))
     said = refused("encode", "--from", tmp_path / "theirs", tmp_path / "again")
     assert f"--from {tmp_path / 'theirs'}: imagenet256_features/10.npy cannot be read" in said

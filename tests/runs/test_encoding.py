@@ -46,7 +46,7 @@ class Model(torch.nn.Module):
 
     def __init__(self, before: Callable[[Tensor], object]) -> None:
         super().__init__()
-        self.before = before
+        self.before, self.config = before, SimpleNamespace(in_channels=3, block_out_channels=(8, 8))
         generator = torch.Generator().manual_seed(0)
         self.weight = torch.nn.Parameter(torch.randn(8, 3, 2, 2, generator=generator), requires_grad=False)
 
@@ -129,9 +129,8 @@ def test_others_go_on_to_the_same_bytes(
     monkeypatch.setattr(writer.Writer, "append", real)
     assert files(encode("again", 3, 1)) == whole
     begun = []
-    assert (
-        files(encode("again", 3, 1, vae(begun.append))) == whole and len(begun) == 4
-    )  # of the first image, and of a few that are there, with their twins
+    assert files(encode("again", 3, 1, vae(begun.append))) == whole
+    assert len(begun) == 4  # of the first image and of a few that are there, with their twins
 
 
 def test_memory_that_runs_out_on_one_device_ends_all(encode: Call, tmp_path: Path, files: Call) -> None:
