@@ -13,6 +13,7 @@ Every GPU that is visible works on batches of its own, or those that --device na
 many of a kind. The same command again, with other devices too, goes on after a kill, at the last whole shard.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     from .runs.vae import load_vae
     from .training.precision import resolve_devices
 
+    _check_apart(values.places[0], out)
     devices = resolve_devices(values.device or "auto")
     with _naming("IMAGES"):
         images = encoding.open_images(values.places[0], size, print)
@@ -96,12 +98,19 @@ def _convert(source: str, out: Path, vae: str, channels: int) -> None:
         raise DataError(f"--from {source}: no such file or folder")
     if recognises(place):
         raise DataError(f"--from {source}: is in our format already; train --data takes it as it is")
+    _check_apart(source, out)
     with _naming("--from"):
         found = latent_formats.load(place, Wanted(0, channels, say=print))
         for note in found.contents.notes:
             print(note)
         encoding.convert(found, out, vae)
     print(f"{len(found)} latents converted: {out}")
+
+
+def _check_apart(source: str, out: Path) -> None:
+    """Raise ConfigError if OUT lies in the folder that is read: the next time it would be read as well."""
+    if os.path.isdir(source) and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
+        raise ConfigError(f"OUT {out}: lies in {source}, which is read; give a folder elsewhere")
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         if config.data.latent:
             if data is None or data.space is None:
                 raise ConfigError(f"{values.run}: does not say which latents it was trained on")
-            vae = load_vae(values.vae or data.space.vae, device)
+            vae = load_vae(values.vae or data.space.vae, device, channels=config.model.in_channels)
             decode = partial(vae.decoded, space=data.space)
         elif values.vae:
             raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")

@@ -1,15 +1,20 @@
-"""Files that others may have made or may use: read with limits, written for good, kept aside."""
+"""Files that others may have made or may use: read with limits, written for good, kept aside, locked."""
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from .errors import ConfigError
 
 TEXT = 2**20
 """Bytes that a configuration or a list of files may have."""
+LOCK = ".lock"
+"""The file in a folder that is held by the process which writes there."""
 
 
 def read_file(path: Path, most: int, *, follow: bool = False) -> bytes:
@@ -104,6 +109,31 @@ def set_aside(path: Path) -> Path:
         k, aside = k + 1, path.with_name(f"{path.name}.aside-{k + 1}")
     os.rename(path, aside)
     return aside
+
+
+@contextmanager
+def locked(folder: Path, refusal: str, warn: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a folder; it goes with the process, however that ends. Reading takes no lock.
+
+    Raises ConfigError with `refusal` if another process holds it, OSError if the folder cannot be written to. Some
+    network file systems have no locks: `warn` is told, and nothing is held.
+    """
+    with ExitStack() as held:
+        # Not for writing: a file that is open so would keep its disk from being made read-only. But NFS wants it.
+        for mode in (os.O_RDONLY, os.O_RDWR):
+            handle = os.open(folder / LOCK, mode | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            held.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # closing would wait for processes that are forked
+                break
+            except BlockingIOError:
+                raise ConfigError(refusal) from None
+            except OSError as error:
+                if error.errno == errno.EBADF and mode == os.O_RDONLY:
+                    continue
+                warn(f"{folder / LOCK}: cannot be locked ({error.strerror}); let no second process write there")
+        yield
 
 
 class OptionalWrites:

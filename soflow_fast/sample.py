@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
         latents = config.data.latent
         if values.vae and not latents:
             raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
-        decode = _decoder(values.vae, data.space if data is not None else None, device) if latents else None
+        space = data.space if data is not None else None
+        decode = _decoder(values.vae, space, device, model.in_channels) if latents else None
         shape = (n, model.in_channels, model.input_size, model.input_size)
         y = None if labels is None else torch.tensor(labels)
         batches = user_value(lambda: sampling.sample_batches(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
@@ -105,11 +106,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{n} images {calls}: {out / 'grid.png'}")
 
 
-def _decoder(name: str | None, space: Any, device: Any) -> Callable[[Any], Any] | None:
+def _decoder(name: str | None, space: Any, device: Any, channels: int) -> Callable[[Any], Any] | None:
     """What makes images of a model's latents; None: nothing does.
 
     name: of the VAE, "none" for none; None: that of the latents, if it is on this machine. space: how a model's latents
-    belong to those of the VAE, None: as its own say.
+    belong to those of the VAE, None: as its own say. channels: of the latents.
     """
     from .data.dataset import LatentSpace
     from .runs.vae import load_vae
@@ -117,9 +118,10 @@ def _decoder(name: str | None, space: Any, device: Any) -> Callable[[Any], Any] 
     if name == "none" or (name is None and not (space and space.vae)):
         return None
     try:
-        vae = load_vae(name or space.vae, device, local=name is None)
-    except ConfigError:
+        vae = load_vae(name or space.vae, device, local=name is None, channels=channels)
+    except ConfigError as error:
         if name is None:
+            print(f"samples are written as latents, in .npy: {str(error).removeprefix('--vae ')}")
             return None
         raise
     return lambda x: vae.decoded(x, space or LatentSpace(vae.name, vae.scale, vae.shift))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import tee
 from pathlib import Path
@@ -15,8 +15,9 @@ from ..data import latents
 from ..data.dataset import Dataset, Wanted
 from ..data.formats import open_dataset
 from ..data.latents.layout import Layout
-from ..data.latents.writer import Writer, shard_rows
+from ..data.latents.writer import Writer, check_free, shard_rows
 from ..errors import ConfigError, DataError, Interrupted, enough_memory, storage
+from ..files import locked, make_folder
 from ._devices import Devices
 from .loader import Ahead, workers_for
 from .progress import Progress
@@ -24,6 +25,9 @@ from .vae import VAE
 
 ROWS_AT_A_TIME = 256
 """Of a conversion."""
+SAME = 0.02
+"""By how much a mean that is encoded again may differ from the one that is kept, as a part of its root mean square.
+Another device's rounding (TF32 has 11 bits) is some thousandths, the mean of another image differs by about 1."""
 
 Latents = tuple[Tensor, ...]
 """Those of a batch, and those of the twins if there are any."""
@@ -55,6 +59,9 @@ def encode(
     def read(rows: range) -> Tensor:
         return images.read(torch.arange(rows.start, rows.stop))
 
+    def again(numbers: Tensor) -> Latents:
+        return first(images.read(numbers).to(devices[0]))
+
     def work_on(device: torch.device) -> Callable[[Tensor], Latents]:
         own = vae.on(device)
 
@@ -68,7 +75,9 @@ def encode(
     lost = f"--workers {workers}: one of them was killed, or lacks memory or room in /dev/shm; give fewer"
     with enough_memory(f"--batch-size {batch_size}: out of memory; give a smaller one"):
         vae = vae.on(devices[0])
-        _, stored, height, width = work_on(devices[0])(read(range(1)).to(devices[0]))[0].shape
+        vae.check_images(images.shape[0], size)
+        first = work_on(devices[0])
+        _, stored, height, width = again(torch.tensor([0]))[0].shape
         layout = Layout(stored // 2, height, width, True, vae.scale, vae.shift, vae.name)
         wrong = layout.problem()
         if wrong:
@@ -85,7 +94,8 @@ def encode(
             vae.weights,
         )
         with Ahead(read, workers, lost) as ahead, Devices(devices, work_on) as several:
-            _fill(out, header, images.labels, lambda batches: several.results(ahead.results(batches)), batch_size)
+            work = lambda batches: several.results(ahead.results(batches))  # noqa: E731
+            _fill(out, header, images.labels, work, batch_size, again)
 
 
 def convert(found: latents.Latents, out: Path, vae: str = "") -> None:
@@ -117,10 +127,17 @@ def _fill(
     labels: Tensor,
     work: Callable[[Iterator[range]], Iterator[Latents]],
     batch_size: int,
+    again: Callable[[Tensor], Latents] | None = None,
 ) -> None:
-    """Write what is missing, batch by batch. work: gives the latents of batches, one after the other."""
-    with _writing(out, header) as writer, _progress(header.count) as progress:
+    """Write what is missing, batch by batch. work: gives the latents of batches, one after the other.
+
+    again: gives those of some numbers, int64 [n], by which the ones that are there already are compared with the
+    source; None: its checksum is of all that it holds.
+    """
+    with _progress(header.count) as progress, _writing(out, header, progress.say) as writer:
         first = writer.done
+        if first and again is not None:
+            _check_kept(writer, again)
         if first:
             progress.say(f"{first} of {header.count} are there already")
         began = time.monotonic()
@@ -132,6 +149,19 @@ def _fill(
             progress.count(rows.stop, (rows.stop - first) / max(now - began, 1e-9), now)
 
 
+def _check_kept(writer: Writer, again: Callable[[Tensor], Latents]) -> None:
+    """Raise DataError if a few of the latents that are kept, the first and the last among them, are of other images.
+
+    The checksum of files is of their names and sizes alone.
+    """
+    numbers, channels = sorted({0, writer.done // 2, writer.done - 1}), writer.header.layout.channels
+    for each in zip(writer.kept(numbers), again(torch.tensor(numbers)), strict=True):
+        kept, made = (rows[:, :channels].flatten(1).cpu().float() for rows in each)
+        if ((kept - made).norm(dim=1) > SAME * kept.norm(dim=1)).any():
+            text = "is encoded from other content; give another folder, or remove this one"
+            raise DataError(f"{writer.folder}: {text}")
+
+
 def _batches(first: int, count: int, rows: int, size: int) -> Iterator[range]:
     """Numbers from `first` on, `size` at a time, but no batch across two shards."""
     for start in range(first, count, rows):
@@ -141,18 +171,20 @@ def _batches(first: int, count: int, rows: int, size: int) -> Iterator[range]:
 
 
 @contextmanager
-def _writing(out: Path, header: latents.Header) -> Iterator[Writer]:
-    with storage(f"cannot write to {out}"):
-        if out.exists() and not out.is_dir():
-            raise DataError(f"{out}: is a file")
-        writer = Writer(out, header)
-    try:
-        yield writer
-    except Interrupted as error:
-        text = f"interrupted; {writer.done} of {header.count} are kept, and the same command goes on"
-        raise Interrupted(error.exit_code - 128, text) from None
-    finally:
-        writer.close()
+def _writing(out: Path, header: latents.Header, say: Callable[[str], None]) -> Iterator[Writer]:
+    with ExitStack() as held:
+        with storage(f"cannot write to {out}"):
+            check_free(out)  # before there is a lock in it
+            make_folder(out)
+            held.enter_context(locked(out, f"{out}: another process writes to it", say))
+            writer = Writer(out, header, say)
+        try:
+            yield writer
+        except Interrupted as error:
+            text = f"interrupted; {writer.done} of {header.count} are kept, and the same command goes on"
+            raise Interrupted(error.exit_code - 128, text) from None
+        finally:
+            writer.close()
 
 
 @contextmanager

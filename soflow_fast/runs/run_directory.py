@@ -10,20 +10,17 @@ evaluation.json   the figures of the finished run
 .lock             held by the process that trains
 """
 
-import errno
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from ..config.schema import Config, disagreement, from_json, to_json
 from ..data import identity
 from ..data.identity import Identity
 from ..errors import ConfigError, DataError, storage, storage_error
-from ..files import TEXT, make_folder, read_file, set_aside, write_file
+from ..files import LOCK, TEXT, locked, make_folder, read_file, set_aside, write_file
 
-LOCK = ".lock"
 DATA = "data.json"
 LEFT_OUT = "left-out.txt"
 
@@ -90,29 +87,9 @@ def prepare(
             warn(f"{log} has lines but there is no checkpoint: from step 0 again; kept as {kept.name}")
 
 
-@contextmanager
-def lock(run_dir: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a run directory; it goes with the process, however that ends. Reading takes no lock.
-
-    Raises ConfigError if another process holds it, OSError if the directory cannot be written to. Some network file
-    systems have no locks: `warn` is told, and nothing is held.
-    """
-    with ExitStack() as held:
-        # Not for writing: a file that is open so would keep its disk from being made read-only. But NFS wants it.
-        for mode in (os.O_RDONLY, os.O_RDWR):
-            handle = os.open(run_dir / LOCK, mode | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-            held.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                raise ConfigError(f"--run-dir {run_dir}: another process is training in it") from None
-            except OSError as error:
-                if error.errno == errno.EBADF and mode == os.O_RDONLY:
-                    continue
-                name = run_dir / LOCK
-                warn(f"{name}: cannot be locked ({error.strerror}); start no second training in this directory")
-        yield
+def lock(run_dir: Path, warn: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Hold the lock of a run directory, as `files.locked` does."""
+    return locked(run_dir, f"--run-dir {run_dir}: another process is training in it", warn)
 
 
 def configuration(run_dir: Path) -> Config | None:

@@ -24,8 +24,8 @@ EVALUATION_SAMPLES = 4000
 class Grids:
     """The grids of a run: one-step samples of the EMA weights, of the same noise and labels every time.
 
-    Latents are decoded by their VAE where it is on this machine, and else kept as they are, in .npy: they are no
-    colours.
+    Latents are decoded by their VAE where it is on this machine and fits them, and else kept as they are, in .npy:
+    they are no colours.
     """
 
     def __init__(self, state: TrainState, space: LatentSpace | None, say: Callable[[str], None]) -> None:
@@ -34,7 +34,7 @@ class Grids:
         self.vae: VAE | None = None
         if space is not None and space.vae:
             try:
-                self.vae = load_vae(space.vae, state.device, local=True)
+                self.vae = load_vae(space.vae, state.device, local=True, channels=state.config.model.in_channels)
             except ConfigError as error:
                 say(f"samples are written as latents, in .npy: {str(error).removeprefix('--vae ')}")
 

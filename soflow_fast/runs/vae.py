@@ -19,6 +19,9 @@ from ..errors import ConfigError
 
 DECODED = 16
 """Latents that are decoded at a time."""
+LARGEST = torch.finfo(torch.float32).max
+SHOWN = 3
+"""Names of weights that an error has room for."""
 
 
 @dataclass
@@ -39,6 +42,14 @@ class VAE:
             return self
         return replace(self, model=copy.deepcopy(self.model).to(device))
 
+    def check_images(self, channels: int, size: int) -> None:
+        """Raise ConfigError if it does not take images of a number of channels, `size` pixels high and wide."""
+        takes, pixels = self.model.config.in_channels, 2 ** (len(self.model.config.block_out_channels) - 1)
+        if takes != channels:
+            raise ConfigError(f"--vae {self.name}: takes images of {takes} channels, these have {channels}")
+        if size < pixels:
+            raise ConfigError(f"--size {size}: --vae {self.name} takes images of {pixels} x {pixels} pixels or more")
+
     @torch.inference_mode()
     def encoded(self, x: Tensor) -> Tensor:
         """Mean || std of the posterior of images [n, C, H, W] in [-1, 1]: float32 [n, 2C, h, w]."""
@@ -54,28 +65,69 @@ class VAE:
         return torch.cat([self.model.decode(part).sample for part in parts])
 
 
-def load_vae(name: str, device: torch.device, *, local: bool = False) -> VAE:
+def load_vae(name: str, device: torch.device, *, local: bool = False, channels: int = 0) -> VAE:
     """An AutoencoderKL by its name on the hub or its folder, from safetensors. Raises ConfigError.
 
-    local: it must be on this machine.
+    local: it must be on this machine. channels: those of the latents that it is to decode, 0: any.
     """
-    kind = autoencoder_kl(f"--vae {name}")
-    below = {"subfolder": "vae"} if (Path(name) / "vae" / "config.json").is_file() else {}
+    flag = f"--vae {name}"
+    kind = autoencoder_kl(flag)
+    where: dict[str, Any] = {"local_files_only": local}
+    if (Path(name) / "vae" / "config.json").is_file():
+        where["subfolder"] = "vae"
+    with _loading(flag):
+        config: Any = kind.load_config(name, **where)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{flag}: its config.json is no configuration")
+    if config.get("_class_name", kind.__name__) != kind.__name__:
+        raise ConfigError(f"{flag}: is of the class {str(config['_class_name'])[:40]}, not {kind.__name__}")
+    with _loading(flag):
+        model, found = kind.from_pretrained(
+            name, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **where
+        )
+    for what, key in (("the file lacks", "missing_keys"), ("the configuration has no place for", "unexpected_keys")):
+        if names := sorted(found[key]):
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise ConfigError(f"{flag}: {what} {', '.join(names[:SHOWN])}{more}")
+    config = model.config
+    if channels not in (0, config.latent_channels):
+        raise ConfigError(f"{flag}: is of latents of {config.latent_channels} channels, not {channels}")
+    scale, shift = _factors(flag, config)
+    return VAE(name, model.to(device).eval().requires_grad_(False), scale, shift, _digest(model))
+
+
+@contextmanager
+def _loading(flag: str) -> Iterator[None]:
+    """Raise ConfigError in one line for whatever is raised inside."""
     try:
         with _quiet():
-            model: Any = kind.from_pretrained(
-                name, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=local, **below
-            )
+            yield
     except Exception as error:  # diffusers, safetensors and the hub raise many kinds
         text = " ".join(str(error).split())
-        raise ConfigError(f"--vae {name}: cannot be loaded ({type(error).__name__}: {text[:200]})") from None
-    config = model.config
-    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        scale, shift = tuple(scale / float(value) for value in std), tuple(map(float, mean))
-    weights = _digest(model)
-    return VAE(name, model.to(device).eval().requires_grad_(False), scale, shift, weights)
+        raise ConfigError(f"{flag}: cannot be loaded ({type(error).__name__}: {text[:200]})") from None
+
+
+def _factors(flag: str, config: Any) -> tuple[Factor, Factor]:
+    """Scale and shift of latents, by a VAE's configuration. Raises ConfigError."""
+
+    def number(field: str, value: Any, zero: bool = True) -> float:
+        if type(value) not in (int, float) or not abs(value) <= LARGEST or not (zero or value):
+            raise ConfigError(f"{flag}: {field} of its configuration makes no sense: {str(value)[:40]}")
+        return float(value)
+
+    def numbers(field: str, zero: bool = True) -> tuple[float, ...]:
+        values = config[field]
+        if not isinstance(values, list | tuple) or len(values) != config.latent_channels:
+            raise ConfigError(f"{flag}: {field} of its configuration is no list of {config.latent_channels} numbers")
+        return tuple(number(field, value, zero) for value in values)
+
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    scale = 1.0 if scale is None else number("scaling_factor", scale, zero=False)
+    if (
+        config.get("latents_mean") is None or config.get("latents_std") is None
+    ):  # one alone is not used, as in diffusers
+        return scale, 0.0 if shift is None else number("shift_factor", shift)
+    return tuple(scale / value for value in numbers("latents_std", zero=False)), numbers("latents_mean")
 
 
 def autoencoder_kl(flag: str) -> Any:

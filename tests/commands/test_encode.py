@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from soflow_fast import files as files_module
 from soflow_fast.data import latents
 from soflow_fast.data.dataset import Contents, Dataset, Wanted
 from soflow_fast.data.latents import writer
@@ -189,7 +191,7 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bytes(
         err = p.stderr.read()
         assert p.wait() == code and "Traceback" not in err
     if number != signal.SIGKILL:
-        assert not [*again.glob(".*")] and "of 11 are kept, and the same command goes on" in err
+        assert not [*again.glob(".*.partial*")] and "of 11 are kept, and the same command goes on" in err
     assert not (again / "shard-00002.npy").exists()
     assert call("encode", "images", again, *flags(vaes)).code == 0
     assert files(again) == files(whole)
@@ -206,6 +208,8 @@ def test_other_content_or_another_vae_is_not_gone_on_with(
     assert "is begun with flipped False, not True" in refused("encode", "images", out, *flags(vaes, "--flip"))
     said = refused("encode", "images", out, *flags(vaes), "--vae", vaes / "two")
     assert f"is begun with vae {vaes / 'one'}, not {vaes / 'two'}" in said
+    for same in (f"{vaes / 'one'}/", vaes / "two" / ".." / "one"):
+        assert call("encode", "images", out, *flags(vaes), "--vae", same).code == 0
     (vaes / "one").rename(vaes / "kept")
     (vaes / "two").rename(vaes / "one")
     try:
@@ -213,6 +217,88 @@ def test_other_content_or_another_vae_is_not_gone_on_with(
     finally:
         (vaes / "one").rename(vaes / "two")
         (vaes / "kept").rename(vaes / "one")
+
+
+@pytest.mark.parametrize(("stored", "other"), [(N, 0), (N, N // 2), (N, N - 1), (8, 4), (8, 7)])
+def test_other_pixels_under_the_same_names_are_seen(
+    refused: Call, call: Call, vaes: Path, tmp_path: Path, images: dict[str, Pixels], stored: int, other: int
+) -> None:
+    """One image of those that are compared is enough, whether there is something left to encode or not."""
+    out = tmp_path / "out"
+    assert call("encode", "images", out, *flags(vaes, "--flip")).code == 0
+    if stored < N:
+        text = json.loads((out / "latents.json").read_text())
+        (out / "latents.json").write_text(json.dumps(text | {"shards": text["shards"][: stored // 4]}))
+    pixels = images["images"].pixels
+    images["images"].pixels = pixels.clone()
+    images["images"].pixels[other] = pixels[other].flip(1)
+    said = refused("encode", "images", out, *flags(vaes, "--flip"))
+    assert f"{out}: is encoded from other content; give another folder, or remove this one" in said
+    images["images"].pixels = pixels
+    assert call("encode", "images", out, *flags(vaes, "--flip")).code == 0
+
+
+def test_another_device_rounds_in_another_way(
+    call: Call, vaes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TF32 does, by 2^-11 of each number that goes into a product."""
+    assert call("encode", "images", tmp_path / "out", *flags(vaes)).code == 0
+    real = torch.nn.functional.conv2d
+
+    def conv2d(x: Tensor, weight: Tensor, *more: Any) -> Tensor:
+        return real(*(part + part * 2**-11 * torch.randn_like(part) for part in (x, weight)), *more)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    result = call("encode", "images", tmp_path / "out", *flags(vaes))
+    assert result.code == 0 and "11 of 11 are there already" in result.out
+
+
+@pytest.mark.parametrize("name", ["shard-00001.npy", "labels-00001.npy", "mirrored-00001.npy"])
+@pytest.mark.parametrize("how", ["missing", "short", "damaged"])
+def test_what_is_missing_or_damaged_is_encoded_anew(
+    call: Call, vaes: Path, tmp_path: Path, files: Call, damage: Call, name: str, how: str
+) -> None:
+    out = tmp_path / "out"
+    assert call("encode", "images", out, *flags(vaes, "--flip")).code == 0
+    whole = files(out)
+    if how == "missing":
+        (out / name).unlink()
+    elif how == "short":
+        (out / name).write_bytes((out / name).read_bytes()[:-3])
+    else:
+        damage(out / name)
+    result = call("encode", "images", out, *flags(vaes, "--flip"))
+    assert result.code == 0 and "4 of 11 are there already" in result.out
+    assert f"{out}: {name}" in result.out and "; it and what follows it are written anew" in result.out
+    assert files(out) == whole
+
+
+def test_of_two_that_write_to_a_folder_the_second_is_refused(
+    refused: Call, call: Call, vaes: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    with files_module.locked(tmp_path / "out", "", pytest.fail):
+        said = refused("encode", "images", tmp_path / "out", *flags(vaes))
+    assert f"{tmp_path / 'out'}: another process writes to it" in said
+    assert call("encode", "images", tmp_path / "out", *flags(vaes)).code == 0
+
+
+def test_what_a_kill_leaves_of_the_first_manifest_is_removed(call: Call, vaes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".latents.json.partial-123", ".shard-00000.npy.partial"):
+        (out / name).write_text("{")
+    assert call("encode", "images", out, *flags(vaes)).code == 0
+    assert sorted(path.name for path in out.glob(".*")) == [".lock"]
+
+
+def test_a_folder_of_something_else_is_left_alone(refused: Call, vaes: Path, tmp_path: Path) -> None:
+    for name in ("thesis.txt", ".thesis.txt.partial-1"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("x")
+        assert "holds other files" in refused("encode", "images", out, *flags(vaes))
+        assert [path.name for path in out.iterdir()] == [name]
 
 
 def test_what_is_refused(refused: Call, vaes: Path, tmp_path: Path) -> None:
@@ -242,6 +328,104 @@ def test_a_vae_in_a_pickle_is_not_loaded(refused: Call, vaes: Path, tmp_path: Pa
     diffusers.AutoencoderKL.from_pretrained(vaes / "one").save_pretrained(tmp_path / "vae", safe_serialization=False)
     assert "--vae" in refused("encode", "images", tmp_path / "out", *flags(vaes), "--vae", tmp_path / "vae")
     assert not (tmp_path / "out").exists()
+
+
+def altered(vaes: Path, place: Path, **config: object) -> Path:
+    """A copy of a VAE with another configuration."""
+    shutil.copytree(vaes / "one", place)
+    known = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(known | config))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"scaling_factor": "abc"}, "scaling_factor of its configuration makes no sense: abc"),
+        ({"scaling_factor": [1, 2]}, "scaling_factor of its configuration makes no sense: [1, 2]"),
+        ({"scaling_factor": 0.0}, "scaling_factor of its configuration makes no sense: 0.0"),
+        ({"scaling_factor": 10**400}, "scaling_factor of its configuration makes no sense: 1000"),
+        ({"shift_factor": "q"}, "shift_factor of its configuration makes no sense: q"),
+        ({"shift_factor": float("nan")}, "shift_factor of its configuration makes no sense: nan"),
+        ({"latents_mean": [0] * 4, "latents_std": [1, 1, 0, 1]}, "latents_std of its configuration makes no sense: 0"),
+        ({"latents_mean": ["a"] * 4, "latents_std": [1] * 4}, "latents_mean of its configuration makes no sense: a"),
+        ({"latents_mean": 1.0, "latents_std": 2.0}, "latents_std of its configuration is no list of 4 numbers"),
+        ({"latents_mean": [0] * 3, "latents_std": [1] * 4}, "latents_mean of its configuration is no list of 4"),
+        ({"_class_name": "VQModel"}, "is of the class VQModel, not AutoencoderKL"),
+        ({"use_quant_conv": False}, "the configuration has no place for quant_conv.bias, quant_conv.weight\n"),
+    ],
+)
+def test_a_vae_whose_configuration_is_wrong(
+    refused: Call, vaes: Path, tmp_path: Path, config: dict[str, object], said: str
+) -> None:
+    vae = altered(vaes, tmp_path / "vae", **config)
+    line = refused("encode", "images", tmp_path / "out", *flags(vaes, "--vae", vae))
+    assert f"--vae {vae}: {said}" in line and not (tmp_path / "out").exists()
+
+
+def test_a_vae_whose_configuration_is_none(refused: Call, vaes: Path, tmp_path: Path) -> None:
+    vae = altered(vaes, tmp_path / "vae")
+    for text in ("[]", "null", "3", "{"):
+        (vae / "config.json").write_text(text)
+        assert f"--vae {vae}: " in refused("encode", "images", tmp_path / "out", *flags(vaes, "--vae", vae))
+
+
+def test_a_vae_whose_file_lacks_weights(refused: Call, vaes: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    vae = altered(vaes, tmp_path / "vae")
+    file = vae / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["encoder.conv_in.weight"]
+    save_file(weights, file, {"format": "pt"})
+    line = refused("encode", "images", tmp_path / "out", *flags(vaes, "--vae", vae))
+    assert f"--vae {vae}: the file lacks encoder.conv_in.weight\n" in line
+    save_file({name: value for name, value in weights.items() if "norm" not in name}, file, {"format": "pt"})
+    line = refused("encode", "images", tmp_path / "out", *flags(vaes, "--vae", vae))
+    assert "the file lacks decoder.conv_norm_out.bias, decoder.conv_norm_out.weight, decoder.mid_block" in line
+    assert " more\n" in line and not (tmp_path / "out").exists()
+
+
+def test_a_vae_with_the_names_of_weights_that_once_were(vaes: Path, tmp_path: Path) -> None:
+    """As in files of Stable Diffusion's first VAEs."""
+    from safetensors.torch import load_file, save_file
+
+    vae = altered(vaes, tmp_path / "vae")
+    file = vae / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(file)
+    for now, once in names.items():
+        for name in [name for name in weights if f".{now}." in name]:
+            weights[name.replace(now, once)] = weights.pop(name)
+    assert any("proj_attn" in name for name in weights)
+    save_file(weights, file, {"format": "pt"})
+    cpu = torch.device("cpu")
+    assert load_vae(str(vae), cpu).weights == load_vae(str(vaes / "one"), cpu).weights
+
+
+def test_images_that_a_vae_does_not_take(refused: Call, vaes: Path, tmp_path: Path, images: dict[str, Dataset]) -> None:
+    images |= {"dots": Pixels(size=1), "gray": Pixels()}
+    images["gray"].shape = (1, SIZE, SIZE)
+    said = refused("encode", "dots", tmp_path / "out", *flags(vaes), "--size", "1")
+    assert f"--size 1: --vae {vaes / 'one'} takes images of 2 x 2 pixels or more" in said
+    said = refused("encode", "gray", tmp_path / "out", *flags(vaes))
+    assert f"--vae {vaes / 'one'}: takes images of 3 channels, these have 1" in said
+
+
+def test_what_is_written_lies_apart_from_what_is_read(
+    refused: Call, call: Call, vaes: Path, tmp_path: Path, images: dict[str, Dataset]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (tmp_path / "link").symlink_to(photos)
+    images[str(photos)] = Pixels()
+    for out in (photos, photos / "a" / "out", tmp_path / "link" / "out", photos / ".." / "photos" / "out"):
+        said = refused("encode", photos, out, *flags(vaes))
+        assert f"OUT {out}: lies in {photos}, which is read; give a folder elsewhere" in said
+    assert not [*photos.iterdir()] and call("encode", photos, tmp_path / "photos-out", *flags(vaes)).code == 0
+    fast_dit(tmp_path / "theirs")
+    said = refused("encode", "--from", tmp_path / "theirs", tmp_path / "theirs" / "out")
+    assert f"lies in {tmp_path / 'theirs'}, which is read" in said and not (tmp_path / "theirs" / "out").exists()
 
 
 def test_a_vae_in_a_pipeline_with_statistics_of_channels(call: Call, vaes: Path, tmp_path: Path) -> None:
@@ -292,7 +476,7 @@ def test_latents_of_others_are_converted(call: Call, refused: Call, tmp_path: Pa
     said = refused("encode", "--from", tmp_path / "out", tmp_path / "again")
     assert "is in our format already" in said
     said = refused("encode", "--from", tmp_path / "theirs", tmp_path / "again", "--channels", "16")
-    assert f"--from {tmp_path / 'theirs'}: the latents are 4 x 8 x 8, the model takes 16 x" in said
+    assert f"--from {tmp_path / 'theirs'}: the latents are 4 x 8 x 8, --channels says 16\n" in said
     np.save(tmp_path / "theirs" / "imagenet256_features" / "10.npy", np.zeros(3))
     said = refused("encode", "--from", tmp_path / "theirs", tmp_path / "again")
     assert f"--from {tmp_path / 'theirs'}: imagenet256_features/10.npy cannot be read" in said

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from soflow_fast import files as files_module
 from soflow_fast.data.dataset import Wanted
-from soflow_fast.data.latents import Header, Latents, Layout, Writer, load, manifest, recognises, writer
+from soflow_fast.data.latents import Header, Latents, Layout, Writer, check, load, recognises, writer
 from soflow_fast.errors import DataError
 
 LAYOUT = Layout(4, 6, 6, True, 0.18215, 0.0, "a/vae")
@@ -226,8 +226,8 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage) -> None:
 
 def test_a_check_is_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     read: list[str] = []
-    real = manifest.sha256
-    monkeypatch.setattr(manifest, "sha256", lambda path: (read.append(path.name), real(path))[1])
+    real = check.sha256
+    monkeypatch.setattr(check, "sha256", lambda path: (read.append(path.name), real(path))[1])
     said: list[str] = []
     load(folder, Wanted(6, 4, say=said.append))
     assert len(read) == 15 and len(said) == 1
@@ -304,9 +304,45 @@ def test_wrong_arrays_are_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("place", "value", "what"),
+    [
+        ((1, 0, 0, 0), np.nan, "latent 1 of it is not finite"),
+        ((4, 7, 5, 5), np.inf, "latent 4 of it is not finite"),
+        ((2, 3, 0, 0), -np.inf, "latent 2 of it is not finite"),
+        ((3, 4, 0, 0), -1e-7, "latent 3 of it has a negative std"),
+    ],
+)
+def test_numbers_that_no_posterior_has_are_named(folder: Path, place: tuple[int, ...], value: float, what: str) -> None:
+    whole = np.load(folder / "mirrored-00001.npy")
+    whole[0, 0, 0, 0], whole[0, 7, 0, 0] = -3.0, -0.0  # which are right
+    put(folder, "mirrored-00001.npy", whole)
+    load(folder, ANY)
+    whole[place] = value
+    put(folder, "mirrored-00001.npy", whole)
+    assert refusal(folder) == f"mirrored-00001.npy: {what}"
+
+
+def test_a_check_of_less_is_not_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an earlier version has left it."""
+    whole = np.load(folder / "shard-00001.npy")
+    whole[1, 0, 0, 0] = np.nan
+    put(folder, "shard-00001.npy", whole)
+    monkeypatch.setattr(check, "CHECK", 1)
+    monkeypatch.setattr(check, "_check_numbers", lambda *_: None)
+    load(folder, ANY)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+    assert refusal(folder) == "shard-00001.npy: latent 1 of it is not finite"
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"format": 2}, "latents.json is of format 2; this version reads up to 1, use a later one"),
+        *[
+            ({"format": value}, f"latents.json is damaged: format is {str(value)!r}")
+            for value in (None, "x", 0, 1.5, [])
+        ],
         ({"kind": "x"}, "latents.json is no manifest of soflow-fast latents"),
         ({"count": -1}, "latents.json is damaged: count is '-1'"),
         ({"count": True}, "latents.json is damaged: count is 'True'"),
@@ -316,6 +352,8 @@ def test_wrong_arrays_are_named(folder: Path) -> None:
         ({"scale": [1.0, 2.0]}, "latents.json scale has 2 numbers, the latents 4 channels"),
         ({"scale": float("nan")}, "latents.json scale nan makes no sense"),
         ({"shift": "x"}, "latents.json is damaged: shift is 'x'"),
+        ({"shift": 10**400}, "latents.json is damaged (OverflowError: int too large to convert to float)"),
+        ({"scale": [1, 1, 1, 10**400]}, "latents.json is damaged (OverflowError: int too large to convert to float)"),
         ({"classes": [1]}, "latents.json is damaged: classes is '[1]'"),
         ({"shards": 5}, "latents.json is damaged (TypeError: 'int' object is not iterable)"),
         ({"shards": [{}]}, "latents.json is damaged (KeyError: 'files')"),
@@ -326,6 +364,18 @@ def test_a_damaged_manifest_is_named(folder: Path, change: dict, said: str) -> N
     values = json.loads((folder / "latents.json").read_text())
     (folder / "latents.json").write_text(json.dumps(values | change))
     assert refusal(folder) == said
+
+
+@pytest.mark.parametrize("value", [float("inf"), 5.0, "5", True, None, -1])
+def test_a_number_of_a_shard_is_whole(folder: Path, value: object) -> None:
+    for name in ("count", "bytes"):
+        values = json.loads((folder / "latents.json").read_text())
+        entry = values["shards"][0]
+        (entry if name == "count" else entry["files"]["labels"])[name] = value
+        other = folder.parent / name
+        shutil.copytree(folder, other)
+        (other / "latents.json").write_text(json.dumps(values))
+        assert refusal(other) == f"latents.json is damaged: {name} is {str(value)!r}"
 
 
 def test_a_manifest_that_is_no_json(folder: Path) -> None:

@@ -265,12 +265,16 @@ def test_the_whole_way_of_latents(photos: Path, call: Call) -> None:
     """Photographs, a small VAE, latents, a training on them, and samples as pictures."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=4, sample_size=8, scaling_factor=0.5,
+    vae, wide = (
+        diffusers.AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=channels, norm_num_groups=4, sample_size=8, scaling_factor=0.5,
+        )
+        for channels in (4, 8)
     )  # fmt: skip
     vae.save_pretrained("vae")
+    wide.save_pretrained("wide")
     encoded = call("encode", photos, "latents", "--vae", "vae", "--size", "8", "--flip", "--device", "cpu")
     assert (encoded.code, encoded.err) == (0, "")
     sizes = [f"--set={setting}" for setting in LATENTS]
@@ -298,6 +302,15 @@ def test_the_whole_way_of_latents(photos: Path, call: Call) -> None:
     for flags in ((), ("--vae", "vae")):
         result = call("sample", "run", "--out", "same", "--n", "2", "--labels", "bee", *flags)
         assert result.code == 0 and Path("same/00001.png").read_bytes() == Path("shown/00001.png").read_bytes()
+    wide = call("sample", "run", "--out", "x", "--n", "1", "--vae", "wide")
+    assert wide.code == 2 and "--vae wide: is of latents of 8 channels, not 4" in wide.err
+    shutil.rmtree("vae")
+    shutil.copytree("wide", "vae")
+    drawn = call("sample", "run", "--out", "latents only", "--n", "1")
+    assert drawn.code == 0 and "samples are written as latents, in .npy: vae: is of latents of 8 channels" in drawn.out
+    again = call(*run, "--steps", "2", "--data", "latents", "--run-dir", "wide-run")
+    assert again.code == 0 and "samples are written as latents, in .npy: vae: is of latents of 8" in again.out
+    assert Path("wide-run/samples/final.npy").exists()
     shutil.rmtree("vae")
     drawn = call("sample", "run", "--out", "latents only", "--n", "1")
     assert drawn.code == 0 and "--vae vae decodes them" in drawn.out and Path("latents only/00000.npy").exists()

@@ -92,8 +92,9 @@ def check_wanted(place: Path, layout: Layout, wanted: Wanted) -> None:
     """Raise DataError, with both, if latents are of another shape or VAE than wanted; a size of 0 takes any."""
     got, asked = (layout.channels, layout.height, layout.width), (wanted.channels, wanted.size, wanted.size)
     if any(a not in (0, g) for g, a in zip(got, asked, strict=True)):
-        hint = "set model.in_channels and model.input_size"
-        raise DataError(f"--data {place}: the latents are {in_words(got)}, the model takes {in_words(asked)}: {hint}")
+        hint = f"the model takes {in_words(asked)}: set model.in_channels and model.input_size"
+        hint = hint if wanted.size else f"--channels says {wanted.channels}"  # of a conversion, where there is no model
+        raise DataError(f"--data {place}: the latents are {in_words(got)}, {hint}")
     if wanted.vae and layout.vae and wanted.vae != layout.vae:
         raise DataError(f"--data {place}: the latents are of the VAE {layout.vae}, not of {wanted.vae}")
 

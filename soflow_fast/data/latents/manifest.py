@@ -1,4 +1,4 @@
-"""The manifest of a folder of latents, `latents.json`, and the check of the files that it names.
+"""The manifest of a folder of latents, `latents.json`.
 
     {"kind": "soflow-fast latents", "format": 1, "count": 1281167, "channels": 4, ..., "shards": [
         {"count": 10010, "files": {"shard": {"sha256": ..., "bytes": ...}, "labels": {...}, "mirrored": {...}}}, ...]}
@@ -10,13 +10,11 @@ have the same n. Each is a .npy file, so that anything can map it.
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import DataError
-from ...files import cache_folder, read_file, write_file
+from ...files import read_file
 from .layout import Layout, in_line
 
 MANIFEST = "latents.json"
@@ -24,8 +22,6 @@ KIND = "soflow-fast latents"
 FORMAT = 1
 LARGEST = 2**26
 """Bytes that a manifest may have: the names of classes are the most of it."""
-REMEMBERED = 20_000
-"""Files whose check is remembered."""
 
 
 class File(NamedTuple):
@@ -83,13 +79,13 @@ def read_manifest(folder: Path) -> tuple[Header, list[Shard]]:
         values = json.loads(read_file(folder / MANIFEST, LARGEST, follow=True))
         if values["kind"] != KIND:
             raise ValueError(f"is no manifest of {KIND}")
-        if type(values["format"]) is int and values["format"] > FORMAT:
+        if _whole("format", values["format"], 1) > FORMAT:
             raise ValueError(f"is of format {values['format']}; this version reads up to {FORMAT}, use a later one")
         layout = Layout(**{f.name: _value(f.name, values[f.name]) for f in fields(Layout)})
         rest = {f.name: _value(f.name, values[f.name]) for f in fields(Header) if f.name != "layout"}
         header = Header(layout, **rest)
         shards = [_shard(header, entry) for entry in values["shards"]]
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"is damaged ({in_line(error)})") from None
     wrong = layout.problem()
     if wrong or header.rows < 1 or header.count < 1 or len(shards) > -(-header.count // header.rows):
@@ -112,17 +108,24 @@ def _value(name: str, value: Any) -> Any:
         right = type(value) is list and all(type(text) is str for text in value)
         value = tuple(value) if right else value
     else:
-        right = type(value) is known and (known is not int or 0 <= value < 2**48)
+        right = type(value) is known
+        value = _whole(name, value) if known is int else value
     if not right:
         raise ValueError(f"is damaged: {name} is {str(value)[:40]!r}")
     return value
 
 
+def _whole(name: str, value: Any, least: int = 0) -> int:
+    """A whole number of the manifest. Raises ValueError."""
+    if type(value) is not int or not least <= value < 2**48:
+        raise ValueError(f"is damaged: {name} is {str(value)[:40]!r}")
+    return value
+
+
 def _shard(header: Header, entry: dict[str, Any]) -> Shard:
-    files = {
-        kind: File(str(entry["files"][kind]["sha256"]), int(entry["files"][kind]["bytes"])) for kind in header.kinds()
-    }
-    return Shard(int(entry["count"]), files)
+    each = {kind: entry["files"][kind] for kind in header.kinds()}
+    files = {kind: File(str(file["sha256"]), _whole("bytes", file["bytes"])) for kind, file in each.items()}
+    return Shard(_whole("count", entry["count"]), files)
 
 
 def checksum(header: Header, shards: list[Shard]) -> str:
@@ -131,60 +134,3 @@ def checksum(header: Header, shards: list[Shard]) -> str:
     hashes = [[shard.count, {kind: file.sha256 for kind, file in shard.files.items()}] for shard in shards]
     text = json.dumps([layout, header.count, header.flipped, header.classes, hashes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def verify(folder: Path, shards: list[Shard], say: Callable[[str], None]) -> None:
-    """Check size and SHA-256 of every file of every shard. Raises DataError that names the file.
-
-    A file that was right once is not read again as long as path, size and time of change stay the same: the user's
-    cache folder remembers them.
-    """
-    memory = cache_folder() / "checked.json"
-    known, news = _remembered(memory), {}
-    names = [(file_name(kind, n), file) for n, shard in enumerate(shards) for kind, file in shard.files.items()]
-    for done, (name, wanted) in enumerate(names):
-        path = folder / name
-        try:
-            status = path.stat()
-            mark = [status.st_size, status.st_mtime_ns, wanted.sha256]
-            if status.st_size != wanted.bytes:
-                raise DataError(f"--data {folder}: {name} has {status.st_size} bytes, not {wanted.bytes}")
-            if known.get(str(path.resolve())) != mark:
-                if not news:
-                    say(f"checking {len(names)} files of {folder}, once")
-                if sha256(path) != wanted.sha256:
-                    raise DataError(f"--data {folder}: {name} is damaged, its SHA-256 is not the manifest's")
-                news[str(path.resolve())] = mark
-                if done % 50 == 49:
-                    say(f"{done + 1} of {len(names)} files checked")
-        except OSError as error:
-            raise DataError(f"--data {folder}: {name}: {error.strerror or error}") from None
-    if news:
-        _remember(memory, known, news)
-
-
-def _remembered(memory: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(read_file(memory, LARGEST))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _remember(memory: Path, known: dict[str, Any], news: dict[str, Any]) -> None:
-    """Put what was checked into a file, if it can be written; else the next start checks again."""
-    kept = dict([*(item for item in known.items() if item[0] not in news), *news.items()][-REMEMBERED:])
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_file(memory, json.dumps(kept).encode(), synced=False)
-    except OSError:
-        pass
-
-
-def sha256(path: Path) -> str:
-    """Of a file, which is not held in memory as a whole. Raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**22):
-            digest.update(part)
-    return digest.hexdigest()

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ...errors import DataError
 from ..dataset import Contents, Wanted
+from .check import mapped, verify
 from .layout import Latents, check_labels, check_wanted, damage
-from .manifest import MANIFEST, Header, Shard, checksum, file_name, read_manifest, verify
+from .manifest import MANIFEST, Header, Shard, checksum, file_name, read_manifest
 
 
 def recognises(place: Path) -> bool:
@@ -43,7 +44,7 @@ def load(place: Path, wanted: Wanted) -> "MappedLatents":
         again = "give the command that encodes them again, it goes on"
         raise DataError(f"--data {place}: only {done} of {header.count} images are encoded; {again}")
     check_wanted(place, header.layout, wanted)
-    verify(place, shards, wanted.say)
+    verify(place, header.layout, shards, wanted.say)
     return MappedLatents(place, header, shards)
 
 
@@ -94,17 +95,10 @@ class MappedLatents(Latents):
             raise DataError(f"--data {self.place}: {name} has changed during the run")
 
     def _map(self, kind: str, number: int) -> np.ndarray:
-        """A shard, float16 [n, 2C, H, W]; copied on writing, since torch knows no tensor that cannot be written."""
-        found = self._maps.get((kind, number))
-        if found is None:
+        if (kind, number) not in self._maps:
             name = file_name(kind, number)
-            with damage(self.place, name):
-                found = np.load(self.place / name, mmap_mode="c", allow_pickle=False)
-            shape = (self._counts[number], *self.layout.row())
-            if found.shape != shape or found.dtype != np.float16:
-                raise DataError(f"--data {self.place}: {name} is {found.dtype} {found.shape}, not float16 {shape}")
-            self._maps[kind, number] = found
-        return found
+            self._maps[kind, number] = mapped(self.place, name, self.layout, self._counts[number])
+        return self._maps[kind, number]
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_maps": {}}

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -11,12 +13,15 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
-from ...files import make_folder, sync, write_file
+from ...files import LOCK, make_folder, sync, write_file
+from .check import first_wrong, mapped
 from .manifest import MANIFEST, File, Header, Shard, file_name, read_manifest, to_text
 
 SHARD_BYTES = 2**26
 MOST_SHARDS = 128
 """Of each kind: a reader holds a file for each."""
+PARTIAL = re.compile(rf"\.({re.escape(MANIFEST)}\.partial-\d+|[a-z]+-\d{{5}}\.npy\.partial)")
+"""Names of what a kill may leave."""
 
 
 def shard_rows(count: int, row: tuple[int, ...]) -> int:
@@ -28,11 +33,13 @@ class Writer:
     """Appends latents to a folder, or goes on with one that was begun with the same header.
 
     A shard is written under a temporary name, synced, renamed, and only then named by the manifest. What is not named
-    there is written anew. Methods raise OSError where the disk refuses, and DataError.
+    there is written anew, and so is everything from the first shard on that is missing or damaged. Nobody else may
+    write to the folder. Methods raise OSError where the disk refuses, and DataError.
     """
 
-    def __init__(self, folder: Path, header: Header) -> None:
+    def __init__(self, folder: Path, header: Header, say: Callable[[str], None] = lambda text: None) -> None:
         """Raises DataError if the folder holds something else, and says what differs."""
+        check_free(folder)
         self.folder, self.header = folder, header
         self.shards: list[Shard] = []
         self._open: dict[str, _Stream] = {}
@@ -45,15 +52,31 @@ class Writer:
                 raise DataError(f"{folder}: {MANIFEST} {error}") from None
             _check_same(folder, begun, header)
             self.header = begun  # with the shards' sizes
-        elif any(folder.iterdir()):
-            raise DataError(f"{folder}: holds other files; give an empty folder, or one that does not exist")
-        else:
+            wrong = first_wrong(folder, begun.layout, self.shards, say)
+            if wrong is not None:
+                say(f"{str(wrong[1]).removeprefix('--data ')}; it and what follows it are written anew")
+                self.shards = self.shards[: wrong[0]]
+        for path in folder.iterdir():
+            if PARTIAL.fullmatch(path.name):
+                path.unlink()
+        if not self.shards:
             self._write_manifest()
 
     @property
     def done(self) -> int:
         """How many latents are kept for good."""
         return sum(shard.count for shard in self.shards)
+
+    def kept(self, numbers: Sequence[int]) -> tuple[Tensor, ...]:
+        """Latents that are kept for good, by their numbers, float16 [n, 2C, H, W] or [n, C, H, W]; and the twins'."""
+
+        def row(kind: str, number: int) -> Tensor:
+            shard, place = divmod(number, self.header.rows)
+            found = mapped(self.folder, file_name(kind, shard), self.header.layout, self.shards[shard].count)
+            return torch.from_numpy(found[place])
+
+        kinds = [kind for kind in self.header.kinds() if kind != "labels"]
+        return tuple(torch.stack([row(kind, number) for number in numbers]) for kind in kinds)
 
     def append(self, latents: Tensor, labels: Tensor, mirrored: Tensor | None = None) -> None:
         """Add the next latents, [n, 2C, H, W] or [n, C, H, W], their labels [n], and the twins' latents of a flip."""
@@ -134,9 +157,23 @@ class _Stream:
         self._aside.unlink(missing_ok=True)
 
 
+def check_free(folder: Path) -> None:
+    """Raise DataError if latents cannot be written to a path since something else is there."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: is a file")
+    ours = folder.exists() and (folder / MANIFEST).exists()
+    if folder.exists() and not ours and any(not _is_ours(path.name) for path in folder.iterdir()):
+        raise DataError(f"{folder}: holds other files; give an empty folder, or one that does not exist")
+
+
+def _is_ours(name: str) -> bool:
+    return name == LOCK or PARTIAL.fullmatch(name) is not None
+
+
 def _check_same(folder: Path, begun: Header, header: Header) -> None:
     """Raise DataError with the first thing in which a folder that was begun differs."""
     was, now = (asdict(h.layout) | asdict(h) for h in (begun, header))
+    was["vae"], now["vae"] = (os.path.normpath(name) if name else "" for name in (was["vae"], now["vae"]))
     words = {"source": "encoded from other content", "weights": "encoded with other weights of the VAE"}
     for name in [name for name in was if name not in ("layout", "rows")]:
         if was[name] != now[name]:
