@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     batch_size = whole_number("--batch-size", values.batch_size or "32", 1, MOST_IMAGES)
     workers = whole_number("--workers", values.workers, 0, MOST_WORKERS) if values.workers else AUTO
 
-    from .runs import encoding
-    from .runs.vae import load_vae
+    from .runs.latents import encoding
+    from .runs.latents.vae import load_vae
     from .training.precision import resolve_devices
 
     _check_apart(values.places[0], out)
@@ -91,7 +91,7 @@ def _convert(source: str, out: Path, vae: str, channels: int) -> None:
     from .data import latent_formats
     from .data.dataset import Wanted
     from .data.latents import recognises
-    from .runs import encoding
+    from .runs.latents import encoding
 
     place = Path(source)
     if not place.exists():

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from .evaluation import describe, measure_digits
     from .runs.checkpoint import load_with_data
-    from .runs.vae import load_vae
+    from .runs.latents.vae import load_vae
     from .training.precision import resolve_device
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer, or on another --device"):

@@ -113,7 +113,7 @@ def _decoder(name: str | None, space: Any, device: Any, channels: int) -> Callab
     belong to those of the VAE, None: as its own say. channels: of the latents.
     """
     from .data.dataset import LatentSpace
-    from .runs.vae import load_vae
+    from .runs.latents.vae import load_vae
 
     if name == "none" or (name is None and not (space and space.vae)):
         return None

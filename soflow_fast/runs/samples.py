@@ -14,7 +14,7 @@ from ..files import write_file
 from ..sampling import sample
 from ..training.state import TrainState
 from .images import make_grid, npy, png, to_uint8
-from .vae import VAE, load_vae
+from .latents.vae import VAE, load_vae
 
 GRID = 100
 """Images in a sample grid."""

@@ -53,7 +53,7 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
         if choices == NOTHING_LEFT:
             run_directory.check(run_dir, config)  # before what takes seconds; and again when it is taken
         if config.data.kind == "digits-latent":
-            from .digit_latents import prepare
+            from .latents.digits import prepare
 
             config = prepare(config, progress.say)
         source = open_source(config, progress.say)

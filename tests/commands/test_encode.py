@@ -21,8 +21,8 @@ from soflow_fast.data import latents
 from soflow_fast.data.dataset import Contents, Dataset, Wanted
 from soflow_fast.data.latents import writer
 from soflow_fast.errors import DataError
-from soflow_fast.runs import encoding
-from soflow_fast.runs.vae import load_vae
+from soflow_fast.runs.latents import encoding
+from soflow_fast.runs.latents.vae import load_vae
 
 N, SIZE = 11, 16
 ANY = Wanted(0, 0)
@@ -157,7 +157,7 @@ sys.path.insert(0, {tests!r})
 from test_encode import Pixels
 from soflow_fast import encode
 from soflow_fast.commands import process
-from soflow_fast.runs import encoding
+from soflow_fast.runs.latents import encoding
 
 class Slow(Pixels):
     def read(self, index, mirrored=None):

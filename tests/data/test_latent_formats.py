@@ -26,7 +26,7 @@ from soflow_fast.data.latent_formats.files import by_path
 from soflow_fast.data.latent_formats.foreign import Foreign
 from soflow_fast.data.latents import load as load_ours
 from soflow_fast.errors import DataError
-from soflow_fast.runs import encoding
+from soflow_fast.runs.latents import encoding
 
 N = 12
 ANY = Wanted(0, 0)

@@ -15,8 +15,8 @@ from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import Config
 from soflow_fast.data.digits import load_digits
 from soflow_fast.evaluation import frechet_distance
-from soflow_fast.runs import digit_latents
-from soflow_fast.runs.vae import load_vae
+from soflow_fast.runs.latents import digits as digit_latents
+from soflow_fast.runs.latents.vae import load_vae
 
 Call = Any
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from torch import Tensor
 from soflow_fast.data.dataset import Contents, Dataset
 from soflow_fast.data.latents import writer
 from soflow_fast.errors import ConfigError, DataError, Interrupted
-from soflow_fast.runs import encoding
+from soflow_fast.runs.latents import encoding
 
 CPU = torch.device("cpu")
 N, SIZE = 26, 8

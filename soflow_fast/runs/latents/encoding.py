@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config.schema import AUTO
-from ..data import latents
-from ..data.dataset import Dataset, Wanted
-from ..data.formats import open_dataset
-from ..data.latents.layout import Layout
-from ..data.latents.writer import Writer, check_free, shard_rows
-from ..errors import ConfigError, DataError, Interrupted, enough_memory, storage
-from ..files import locked, make_folder
-from ._devices import Devices
-from .loader import Ahead, workers_for
-from .progress import Progress
+from ...config.schema import AUTO
+from ...data import latents
+from ...data.dataset import Dataset, Wanted
+from ...data.formats import open_dataset
+from ...data.latents.layout import Layout
+from ...data.latents.writer import Writer, check_free, shard_rows
+from ...errors import ConfigError, DataError, Interrupted, enough_memory, storage
+from ...files import locked, make_folder
+from ..loader import Ahead, workers_for
+from ..progress import Progress
+from .devices import Devices
 from .vae import VAE
 
 ROWS_AT_A_TIME = 256

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.dataset import LatentSpace
-from ..data.latents.layout import Factor
-from ..errors import ConfigError
+from ...data.dataset import LatentSpace
+from ...data.latents.layout import Factor
+from ...errors import ConfigError
 
 DECODED = 16
 """Latents that are decoded at a time."""

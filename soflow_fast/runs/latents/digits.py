@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import Config
-from ..data.digits import digits
-from ..data.latents import is_whole
-from ..errors import storage
-from ..rng import generator
-from ..training.precision import resolve_device
-from .checkpoint import whole_directory
+from ...config.schema import Config
+from ...data.digits import digits
+from ...data.latents import is_whole
+from ...errors import storage
+from ...rng import generator
+from ...training.precision import resolve_device
+from ..checkpoint import whole_directory
 from .encoding import encode
 from .vae import autoencoder_kl, load_vae
 

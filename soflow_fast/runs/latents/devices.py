@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Interrupted
+from ...errors import Interrupted
 
 IN_FLIGHT = 4
 """Batches that a device may have been handed before the first of them is asked for: enough to go on with while a shard
