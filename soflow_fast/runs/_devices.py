@@ -37,12 +37,12 @@ class Devices:
         self._begun: list[tuple[ThreadPoolExecutor, Work]] = []
 
     def results(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """What is made of each batch, on the host, in order. Raises what the work raises."""
+        """What is made of each batch, on the host, in order, soon after it is there. Raises what the work raises."""
         handed: deque[Future[_Made]] = deque()
         for number, batch in enumerate(batches):
-            if len(handed) == IN_FLIGHT * len(self._devices):
-                yield _arrived(handed.popleft())
             handed.append(self._hand(number % len(self._devices), batch))
+            while len(handed) == IN_FLIGHT * len(self._devices) or (handed and _is_there(handed[0])):
+                yield _arrived(handed.popleft())
         while handed:
             yield _arrived(handed.popleft())
 
@@ -74,6 +74,13 @@ def _made(work: Work, device: torch.device, batch: Tensor) -> _Made:
     host = tuple(value.to("cpu", non_blocking=True) for value in found)  # pinned, as that is not to block
     event = torch.cuda.Event(blocking=True)  # the one who waits leaves its processor to those that decode
     return host, torch.cuda.current_stream(device).record_event(event)
+
+
+def _is_there(future: Future[_Made]) -> bool:
+    if not future.done():
+        return False
+    event = None if future.exception() else future.result()[1]
+    return event is None or event.query()
 
 
 def _arrived(future: Future[_Made]) -> tuple[Tensor, ...]:

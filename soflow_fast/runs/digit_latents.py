@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.schema import Config
 from ..data.digits import digits
@@ -83,9 +83,8 @@ def train_vae(seed: int, device: torch.device, say: Callable[[str], None], steps
 
 def _network(seed: int) -> Any:
     kind = autoencoder_kl("digits --latent")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return kind(
+    with torch.device("meta"):
+        model = kind(
             in_channels=1,
             out_channels=1,
             sample_size=8,
@@ -98,6 +97,15 @@ def _network(seed: int) -> Any:
             norm_num_groups=8,
             mid_block_add_attention=False,
         )
+    model, source = model.to_empty(device="cpu"), generator(seed, 0, 0, "digits vae initialisation")
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):  # as they do it by themselves, but from a generator
+            bound = 1 / math.sqrt(layer.weight[0].numel())
+            for value in layer.parameters():
+                nn.init.uniform_(value, -bound, bound, generator=source)
+        elif isinstance(layer, nn.GroupNorm):
+            layer.reset_parameters()
+    return model
 
 
 @torch.no_grad()

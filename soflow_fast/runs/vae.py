@@ -92,7 +92,7 @@ def autoencoder_kl(flag: str) -> Any:
 def _quiet() -> Iterator[None]:
     """No log line and no warning of diffusers and of what it imports: those of torchao are of no use to anybody."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # what is an error is raised as well
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

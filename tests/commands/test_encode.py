@@ -159,7 +159,7 @@ from soflow_fast.runs import encoding
 
 class Slow(Pixels):
     def read(self, index, mirrored=None):
-        time.sleep(0.2)
+        time.sleep(0.5)
         return super().read(index)
 
 encoding.open_images = lambda path, size, say: Slow()
@@ -176,13 +176,14 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bytes(
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert call("encode", "images", whole, *flags(vaes)).code == 0
     script = KILLED.format(tests=str(Path(__file__).parent))
-    arguments = [sys.executable, "-c", script, "images", str(again), *map(str, flags(vaes))]
+    arguments = [sys.executable, "-c", script, "images", str(again), *map(str, flags(vaes, "--workers", 1))]
     with subprocess.Popen(
         arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as p:
         assert p.stderr
         begun = time.monotonic()
-        while not (again / "shard-00000.npy").exists() and time.monotonic() - begun < 100:
+        manifest = again / "latents.json"
+        while not (manifest.exists() and '"sha256"' in manifest.read_text()) and time.monotonic() - begun < 100:
             time.sleep(0.01)
         os.kill(p.pid, number)
         err = p.stderr.read()

@@ -1,7 +1,10 @@
 """Batches handed round devices: in order, in bounds, in threads that end."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from typing import Any
 
 import pytest
 import torch
@@ -66,11 +69,31 @@ def test_nothing_begins_before_its_first_batch() -> None:
 
 def test_what_is_in_flight_is_bounded() -> None:
     asked = []
-    work_on, _ = doing()
+    work_on, _ = doing(lambda batch: time.sleep(0.005))
     with Devices([CPU] * 2, work_on) as devices:
         for k, _ in enumerate(devices.results(asked.append(1) or batch for batch in numbered(50))):
-            assert len(asked) <= k + 2 * IN_FLIGHT + 1
+            assert k < len(asked) <= k + 2 * IN_FLIGHT
     assert len(asked) == 50
+
+
+def test_what_is_there_is_not_kept_until_the_devices_are_full() -> None:
+    handed, found = [], []
+
+    class Seen(Devices):
+        def _hand(self, k: int, batch: Tensor) -> Future[Any]:
+            handed.append(super()._hand(k, batch))
+            return handed[-1]
+
+    def batches() -> Iterator[Tensor]:
+        for batch in numbered(5):
+            yield batch
+            assert len(found) >= int(batch)
+            wait(handed)
+
+    with Seen([CPU] * 2, doing()[0]) as devices:
+        for values in devices.results(batches()):
+            found.append(int(values[0]))
+    assert found == [0, 1, 2, 3, 4]
 
 
 def test_an_error_ends_all_and_drops_what_waits() -> None:
@@ -88,10 +111,14 @@ def test_who_is_interrupted_waits_for_no_thread() -> None:
     go_on = threading.Event()
     work_on, done = doing(lambda batch: go_on.wait(60))
     with pytest.raises(Interrupted) as error, Devices([CPU] * 2, work_on) as devices:
-        devices._hand(0, torch.tensor([0]))
+        for batch in numbered(3):
+            devices._hand(0, batch)
         raise Interrupted(15)
     assert error.value.at_once and not done
     go_on.set()
+    while running():
+        time.sleep(0.001)
+    assert [batch for batch, _ in done] in ([], [0])  # what waited is dropped
 
 
 def test_devices_of_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def configuration(run_dir: Path, **changes: Any) -> Config:
     return preset("digits", **{**FIELDS, "run_dir": str(run_dir), **changes})
 
 
-def fingerprint(flow: SolutionFlow, n: int, nfe: int, seed: int) -> DigitScores:
+def fingerprint(flow: SolutionFlow, n: int, nfe: int, seed: int, decode: object) -> DigitScores:
     """In the place of the evaluation, which tests/commands/test_cli.py sees: a number that depends on every weight."""
     return DigitScores(float(sum(p.double().sum() for p in flow.parameters())), n, nfe)
 

@@ -59,10 +59,14 @@ def _last_names(place: Path) -> Iterator[str]:
         yield entry[42 : 42 + int.from_bytes(entry[24:26], "little")].decode("utf-8", "replace")
 
 
-def _what(file: Path) -> str:
+def _what_else(file: Path) -> str:
+    """What is wrong with a file that is no zip; "" for a zip, a damaged one too."""
     with file.open("rb") as opened:
-        if begins_like_an_image(opened.read(BEGINNING)):
-            return "is one image: name the folder that it lies in"
+        beginning = opened.read(BEGINNING)
+    if file.suffix.lower() == ".zip" or beginning.startswith(b"PK") or zipfile.is_zipfile(file):
+        return ""
+    if begins_like_an_image(beginning):
+        return "is one image: name the folder that it lies in"
     return "is empty, or no kind of file that is read (docs/data.md lists them)"
 
 
@@ -72,8 +76,8 @@ def load(place: Path, wanted: Wanted) -> Dataset:
         mode = place.stat().st_mode
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):  # the opening of a pipe waits for a writer
             raise DataError(f"--data {place}: cannot be read (neither a folder nor a file)")
-        if stat.S_ISREG(mode) and place.suffix.lower() != ".zip" and not zipfile.is_zipfile(place):
-            raise DataError(f"--data {place}: {_what(place)}")
+        if stat.S_ISREG(mode) and (other := _what_else(place)):
+            raise DataError(f"--data {place}: {other}")
         found = Folder(place) if stat.S_ISDIR(mode) else Zip(place)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"--data {place}: no such file or folder") from None
