@@ -19,7 +19,7 @@ PACKAGES = {"soflow_fast": ROOT / "soflow_fast", "soflow_kernels": ROOT / "kerne
 BENCHMARKS = {"benchmarks": ROOT / "benchmarks"}
 
 FLOORS = (
-    {"errors", "rng", "version"},
+    {"errors", "ranks", "rng", "version"},
     {"config", "files"},
     {"data", "flow"},
     {"objective"},

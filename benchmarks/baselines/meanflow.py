@@ -45,7 +45,7 @@ from soflow_fast.objective import Objective, with_null
 from soflow_fast.rng import generator
 from soflow_fast.training.precision import matmul_precision, resolve_device
 from soflow_fast.training.state import TrainState
-from soflow_fast.training.step import split
+from soflow_fast.training.step import flow_matching_samples
 
 STEP = 1e-3
 """h of the finite difference, in float32: where truncation, h/2 |d2u/dt2|, meets the forwards' rounding over h."""
@@ -109,12 +109,12 @@ def draw(state: TrainState, shape: torch.Size, settings: Settings) -> Draws:
     x1 = torch.randn(shape, generator=source("noise"), device=state.device)
     times = source("time")
     if settings.time is None:
-        n = split(B, config.objective.fm_fraction, 0, B)
+        n = flow_matching_samples(B, config.objective.fm_fraction)
         t_equal = objective.flow_matching_times(n, times)
         t, r = objective.consistency_times(B - n, times)
         t, r = torch.cat([t_equal, t]), torch.cat([t_equal, r])
     else:
-        n = split(B, settings.equal, 0, B)
+        n = flow_matching_samples(B, settings.equal)
         mean, deviation = settings.time
         both = torch.sigmoid(mean + deviation * torch.randn(2, B, generator=times, device=state.device))
         t, r = both.amax(0), both.amin(0)

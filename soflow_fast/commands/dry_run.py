@@ -25,7 +25,7 @@ from ..runs.trainer import (
 )
 from ..training.memory_estimate import USABLE, MemoryEstimate, estimate_memory, summary
 from ..training.state import TrainState
-from ..training.step import split, train_step
+from ..training.step import flow_matching_samples, train_step
 from ..training.time_estimate import estimate_time, table
 
 CPU_FLOPS_PER_STEP = 0.25e12
@@ -52,7 +52,7 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
     where the value at t is not the student's own output).
     """
     objective = state.objective
-    consistency = 1 - split(config.batch_size, config.objective.fm_fraction, 0, config.batch_size) / config.batch_size
+    consistency = 1 - flow_matching_samples(config.batch_size, config.objective.fm_fraction) / config.batch_size
     guided = objective.guided and config.model.num_classes > 0
     guidance = guided * (1 + consistency * objective.mixed)
     target = state.target

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config.schema import Config, DataChoices
 from ..errors import DataError
+from ..ranks import share
 from ..rng import generator
 from .dataset import Dataset, Wanted
 from .formats import open_dataset
@@ -19,9 +20,13 @@ class Source:
     """The batches of a run.
 
     Each epoch is a fresh permutation of the whole set, and step k takes its positions k * batch_size and on; rank r of
-    W takes the r-th slice of them. What a sample is, mirrored or not, with its noise, belongs to its place in the whole
-    batch. So nothing depends on W, on who reads a batch, or on what was read before.
+    W takes the r-th slice of them, or where `dealt_first` is set, of so many first places and of the others. What a
+    sample is, mirrored or not, with its noise, belongs to its place in the whole batch. So nothing depends on W, on who
+    reads a batch, or on what was read before.
     """
+
+    dealt_first: int = 0
+    """How many places of a batch are dealt to the ranks before the others are, see `ranks.share`."""
 
     def __init__(self, dataset: Dataset, *, seed: int, batch_size: int, flip: bool = False, place: str = "") -> None:
         """place: where the data set is, for messages."""
@@ -34,16 +39,16 @@ class Source:
     def _order_of(self, epoch: int) -> Tensor:
         return torch.randperm(len(self), generator=generator(self.seed, epoch, 0, "data order"))
 
-    def _places(self, rank: int, world: int) -> slice:
-        start, stop = (self.batch_size * r // world for r in (rank, rank + 1))
-        return slice(start, stop)
+    def _places(self, rank: int, world: int) -> Tensor:
+        return share(self.batch_size, self.dealt_first, rank, world)
 
     def indices(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """Which samples rank `rank` of `world` takes at `step`, int64 [batch_size / world]."""
-        places = self._places(rank, world)
-        position = torch.arange(places.start, places.stop) + step * self.batch_size
-        epoch = position // len(self)
-        return torch.cat([self._order(int(e))[position[epoch == e] % len(self)] for e in epoch.unique()])
+        position = self._places(rank, world) + step * self.batch_size
+        epoch, found = position // len(self), torch.empty_like(position)
+        for e in epoch.unique().tolist():
+            found[epoch == e] = self._order(e)[position[epoch == e] % len(self)]
+        return found
 
     def mirrored(self, step: int, rank: int = 0, world: int = 1) -> Tensor | None:
         """Which of them are mirrored, bool [batch_size / world]; None: no sample ever is."""
@@ -63,7 +68,7 @@ class Source:
         def noise(shape: tuple[int, ...]) -> Tensor:
             source = generator(self.seed, step, 0, "latent noise", raw.device)
             whole = torch.randn(self.batch_size, *shape[1:], generator=source, device=raw.device)
-            return whole[self._places(rank, world)]
+            return whole if world == 1 else whole[self._places(rank, world).to(raw.device)]
 
         return self.dataset.decoded(raw, noise)
 

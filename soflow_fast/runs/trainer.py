@@ -26,7 +26,7 @@ from ..training.cuda_graph import record_graph, why_not_graphed
 from ..training.nonfinite import GIVE_UP
 from ..training.precision import matmul_precision, resolve_device, resolve_precision
 from ..training.state import TrainState
-from ..training.step import train_step
+from ..training.step import flow_matching_samples, train_step
 from . import checkpoint, run_directory, signals
 from .async_save import Saver
 from .metrics import MetricsLog, TensorBoard
@@ -156,6 +156,7 @@ def _loop(
     held = bytes_to_hold(config, source, state.device)
     if held:
         progress.say(f"all samples lie on the GPU, {held / 1e9:.2f} GB")
+    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
     batches = Batches(source, state.device, state.rank, state.world, config.run.workers, resident=held > 0)
     with (
         closing(batches),

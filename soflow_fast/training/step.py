@@ -22,6 +22,7 @@ from soflow_kernels import AdamWEMA, clip_scale, on_gpu
 from ..models.dit import TapedOutputs
 from ..models.float8 import is_twin
 from ..objective import ConsistencyPoints, LossTerm, with_null
+from ..ranks import share, share_of_first
 from ..rng import generator
 from .consistency_target import CHECKED_SAMPLES, quotient_cosine, value_and_increment
 from .cuda_graph import GraphedFunction
@@ -44,36 +45,40 @@ class Draws(NamedTuple):
     n_fm: int
 
 
-def split(batch_size: int, fraction: float, start: int, stop: int) -> int:
-    """The number of samples in [start, stop) of a global batch that take the flow-matching loss.
-
-    Over any partition of the batch into ranges the counts add up to exactly round(fraction * batch_size).
-    """
-    total = math.floor(fraction * batch_size + 0.5)
-    return total * stop // batch_size - total * start // batch_size
+def flow_matching_samples(batch_size: int, fraction: float) -> int:
+    """How many samples of a whole batch take the flow-matching loss: its first ones."""
+    return math.floor(fraction * batch_size + 0.5)
 
 
 def _n_fm(state: TrainState, B: int) -> int:
     """The number of this rank's B samples that take the flow-matching loss."""
-    first = B * state.rank
-    return split(B * state.world, state.config.objective.fm_fraction, first, first + B)
+    whole = B * state.world
+    first = flow_matching_samples(whole, state.config.objective.fm_fraction)
+    return share_of_first(whole, first, state.rank, state.world)
 
 
 def draw(state: TrainState, shape: torch.Size) -> Draws:
-    """The noise, times and dropped labels of the next step on this rank, for a batch of `shape` [B, C, H, W]."""
-    config, objective, B = state.config, state.objective, shape[0]
+    """The noise, times and dropped labels of the next step on this rank, for a batch of `shape` [B, C, H, W].
+
+    They are drawn for the whole batch of all ranks, of which this one takes its share (`ranks.share`).
+    """
+    config, objective, whole = state.config, state.objective, shape[0] * state.world
 
     def source(purpose: str) -> torch.Generator:
-        return generator(config.seed, state.step, state.rank, purpose, state.device)
+        return generator(config.seed, state.step, 0, purpose, state.device)
 
-    n_fm = _n_fm(state, B)
-    x1 = torch.randn(shape, generator=source("noise"), device=state.device)
+    n_fm = flow_matching_samples(whole, config.objective.fm_fraction)
+    x1 = torch.randn(whole, *shape[1:], generator=source("noise"), device=state.device)
     times = source("time")
     t_fm = objective.flow_matching_times(n_fm, times)
-    t_sc, s_sc = objective.consistency_times(B - n_fm, times)
+    t_sc, s_sc = objective.consistency_times(whole - n_fm, times)
     l_sc = objective.middle_time(t_sc, s_sc, state.step, config.steps)
-    dropped = torch.rand(B, generator=source("label drop"), device=state.device) < config.objective.label_drop
-    return Draws(x1, torch.cat([t_fm, t_sc]), torch.cat([t_fm, l_sc]), torch.cat([t_fm, s_sc]), dropped, n_fm)
+    dropped = torch.rand(whole, generator=source("label drop"), device=state.device) < config.objective.label_drop
+    drawn = x1, torch.cat([t_fm, t_sc]), torch.cat([t_fm, l_sc]), torch.cat([t_fm, s_sc]), dropped
+    if state.world == 1:
+        return Draws(*drawn, n_fm)
+    mine = share(whole, n_fm, state.rank, state.world).to(state.device)
+    return Draws._make([*(values[mine] for values in drawn), _n_fm(state, shape[0])])
 
 
 class Samples(NamedTuple):
@@ -218,10 +223,7 @@ def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) ->
     """
     if parts == 1:
         return None, n_fm
-    start, stop = B * k // parts, B * (k + 1) // parts
-    a, b = n_fm * start // B, n_fm * stop // B
-    flow_matching = torch.arange(a, b, device=device)
-    return torch.cat([flow_matching, torch.arange(n_fm + start - a, n_fm + stop - b, device=device)]), b - a
+    return share(B, n_fm, k, parts).to(device), share_of_first(B, n_fm, k, parts)
 
 
 def _samples(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws, index: Tensor | None, n_fm: int) -> Samples:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from itertools import pairwise
 
 import pytest
 import torch
@@ -11,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from soflow_fast import ObjectiveConfig, TrainState, preset, train_step
 from soflow_fast.commands.dry_run import forward_flops, forwards_per_image
 from soflow_fast.config.schema import DiTConfig
+from soflow_fast.data import InMemory, Source
 from soflow_fast.models.attention import flop_counter
 from soflow_fast.objective import Objective
+from soflow_fast.ranks import share, share_of_first
 from soflow_fast.training.consistency_target import quotient_cosine
-from soflow_fast.training.step import _micro_batch, draw, ema_decay, gradient_norm, learning_rate, split
+from soflow_fast.training.step import _micro_batch, draw, ema_decay, flow_matching_samples, gradient_norm, learning_rate
 
 TINY = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
 
@@ -142,13 +143,59 @@ def test_micro_batches_give_the_gradient_of_the_whole(micro):
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 1 / 3, 0.5, 0.75, 0.9, 1.0])
-def test_split_is_exact_over_ranks(fraction):
+def test_both_losses_are_dealt_to_all_ranks(fraction):
     for B in (1, 2, 5, 8, 255, 256, 1000):
+        first = flow_matching_samples(B, fraction)
+        assert first == int(fraction * B + 0.5)
         for world in (1, 2, 3, 7, 8):
-            edges = [B * r // world for r in range(world + 1)]
-            counts = [split(B, fraction, a, b) for a, b in pairwise(edges)]
-            assert sum(counts) == int(fraction * B + 0.5)
-            assert all(0 <= n <= b - a for n, (a, b) in zip(counts, pairwise(edges), strict=True))
+            parts = [share(B, first, rank, world) for rank in range(world)]
+            assert torch.equal(torch.cat(parts).sort().values, torch.arange(B))
+            for rank, part in enumerate(parts):
+                n = share_of_first(B, first, rank, world)
+                assert (part[:n] < first).all() and (part[n:] >= first).all() and part.diff().gt(0).all()
+                assert len(part) == B * (rank + 1) // world - B * rank // world
+                assert abs(n - first / world) < 2 and abs(len(part) - n - (B - first) / world) < 2
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("fraction", [0.25, 0.75])
+def test_draws_belong_to_the_places_in_the_whole_batch(world, fraction):
+    config = dataclasses.replace(build(batch_size=12).config, objective=ObjectiveConfig(fm_fraction=fraction))
+    whole, shape = draw(TrainState.build(config), torch.Size((12, 1, 8, 8))), torch.Size((12 // world, 1, 8, 8))
+    taken, n_fm = [], 0
+    for rank in range(world):
+        found, places = (
+            draw(TrainState.build(config, rank=rank, world=world), shape),
+            share(12, whole.n_fm, rank, world),
+        )
+        for got, wanted in zip(found[:5], whole[:5], strict=True):
+            assert torch.equal(got, wanted[places])
+        taken, n_fm = [*taken, *places.tolist()], n_fm + found.n_fm
+    assert sorted(taken) == list(range(12)) and n_fm == whole.n_fm
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("micro", [0, 1, 2])
+def test_the_gradients_of_ranks_average_to_those_of_one(world, micro):
+    config = dataclasses.replace(build(batch_size=8).config, precision="fp32")
+    source = Source(InMemory(*batch(8)), seed=5, batch_size=8, flip=True)
+    source.dealt_first = flow_matching_samples(8, config.objective.fm_fraction)
+
+    def gradients(rank, world, micro):
+        state = off_zero(TrainState.build(dataclasses.replace(config, micro_batch=micro), rank=rank, world=world))
+        found = []
+
+        def observe(name, **values):
+            if name == "update":
+                found.extend(p.grad.clone() for p in state.flow.parameters())
+
+        train_step(state, *source.batch(3, rank, world), observe=observe)
+        return found
+
+    wanted, each = gradients(0, 1, 0), [gradients(rank, world, micro) for rank in range(world)]
+    for k, value in enumerate(wanted):
+        mean = sum(found[k] for found in each) / world
+        torch.testing.assert_close(mean, value, rtol=0, atol=5e-5 * float(value.abs().max()))
 
 
 def test_draws_depend_on_seed_step_and_rank_alone():
@@ -156,8 +203,10 @@ def test_draws_depend_on_seed_step_and_rank_alone():
     torch.manual_seed(123)
     shape = torch.Size((8, 1, 8, 8))
     assert all(torch.equal(a, b) for a, b in zip(draw(state, shape)[:5], draw(other, shape)[:5], strict=True))
+    state.world = other.world = 2
     other.rank = 1
     assert not torch.equal(draw(state, shape).x1, draw(other, shape).x1)
+    state.world = other.world = 1
     other.rank, other.step = 0, 1
     assert not torch.equal(draw(state, shape).t, draw(other, shape).t)
     d = draw(state, shape)

@@ -1,0 +1,26 @@
+"""Which samples of a batch a rank takes.
+
+What a sample is, with its noise, times and loss, belongs to its place in the whole batch, so that a run is the same on
+any number of ranks. Places are dealt so that each rank has its share of both losses: the first places of a batch take
+the flow-matching loss, and rank r of W takes the r-th part of them and the r-th part of the others.
+"""
+
+import torch
+from torch import Tensor
+
+
+def share(size: int, first: int, part: int, parts: int) -> Tensor:
+    """The places in a batch of `size` that part `part` of `parts` takes, int64 [size / parts], rounded either way.
+
+    first: how many places are dealt before the others are. A part has its share of them in front. Over all parts
+    every place comes once.
+    """
+    start, stop = size * part // parts, size * (part + 1) // parts
+    a, b = first * start // size, first * stop // size
+    return torch.cat([torch.arange(a, b), torch.arange(first + start - a, first + stop - b)])
+
+
+def share_of_first(size: int, first: int, part: int, parts: int) -> int:
+    """How many of the `first` places are in a part."""
+    start, stop = size * part // parts, size * (part + 1) // parts
+    return first * stop // size - first * start // size
