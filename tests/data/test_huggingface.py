@@ -4,46 +4,20 @@ import io
 import json
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from soflow_fast.data import huggingface, images
-from soflow_fast.data.dataset import Contents, Dataset, Files, Wanted, checksum
+from soflow_fast.data import huggingface
+from soflow_fast.data.dataset import Dataset, Wanted
 from soflow_fast.data.huggingface import Rows
 from soflow_fast.errors import DataError
 
 WANTED = Wanted(size=4, channels=3)
-
-
-class Decoded(Dataset):
-    """Of encoded images that have the wanted size."""
-
-    def __init__(self, files: Files, labels: torch.Tensor, contents: Contents) -> None:
-        self.files, self.labels, self.contents, self.shape = files, labels, contents, (3, 4, 4)
-
-    def read(self, index: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
-        found = [np.asarray(Image.open(io.BytesIO(self.files.read(i))).convert("RGB")) for i in index.tolist()]
-        return torch.from_numpy(np.stack(found).transpose(0, 3, 1, 2).copy())
-
-
-def decoded(files: Files, labels: torch.Tensor, classes: tuple[str, ...], wanted: Wanted, **about: Any) -> Dataset:
-    sums = checksum(files.names, files.sizes, labels)
-    return Decoded(
-        files, labels, Contents(about["kind"], classes, Counter(about["left_out"]), list(about["notes"]), sums)
-    )
-
-
-@pytest.fixture(autouse=True)
-def _decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(images, "image_set"):
-        monkeypatch.setattr(images, "image_set", decoded, raising=False)
 
 
 def picture(value: int) -> bytes:

@@ -8,7 +8,6 @@ import os
 import pickle
 import tarfile
 import tracemalloc
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,43 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from soflow_fast.data import images, webdataset
-from soflow_fast.data.dataset import Contents, Dataset, Files, Wanted, checksum
+from soflow_fast.data import webdataset
+from soflow_fast.data.dataset import Dataset, Wanted
 from soflow_fast.data.webdataset import Names, TarFiles
 from soflow_fast.errors import DataError
 
 WANTED = Wanted(size=4, channels=3)
-
-
-class Decoded(Dataset):
-    """Of encoded images that have the wanted size."""
-
-    def __init__(self, files: Files, labels: torch.Tensor, contents: Contents, where: str) -> None:
-        self.files, self.labels, self.contents, self.where = files, labels, contents, where
-        self.shape = (3, 4, 4)
-
-    def read(self, index: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
-        found = []
-        for number in index.tolist():
-            try:
-                image = Image.open(io.BytesIO(self.files.read(number))).convert("RGB").resize((4, 4))
-            except Exception:
-                raise DataError(f"--data {self.where}: {self.files.names[number]!r} is no readable image") from None
-            found.append(torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()))
-        x = torch.stack(found)
-        return x if mirrored is None else torch.where(mirrored[:, None, None, None], x.flip(3), x)
-
-
-def decoded(files: Files, labels: torch.Tensor, classes: tuple[str, ...], wanted: Wanted, **about: Any) -> Dataset:
-    sums = checksum(files.names, files.sizes, labels)
-    contents = Contents(about["kind"], classes, Counter(about["left_out"]), list(about["notes"]), sums)
-    return Decoded(files, labels, contents, about["where"])
-
-
-@pytest.fixture(autouse=True)
-def _decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(images, "image_set"):
-        monkeypatch.setattr(images, "image_set", decoded, raising=False)
 
 
 def picture(value: int, kind: str = "PNG") -> bytes:
