@@ -320,10 +320,10 @@ def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return package.Dataset.from_dict({"image": rows, "label": [1, 0, 1, 0]}, features=features)
 
 
-REAL = "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+REAL = "ignore::Warning"  # of the package, and of those that it stands on
 
 
-@pytest.mark.filterwarnings(*REAL)
+@pytest.mark.filterwarnings(REAL)
 def test_the_package_itself(real: Any, tmp_path: Path) -> None:
     package = sys.modules["datasets"]
     real.save_to_disk(str(tmp_path / "set"))
@@ -344,7 +344,7 @@ def test_the_package_itself(real: Any, tmp_path: Path) -> None:
     assert changed.labels.tolist() == [0, 0, 1, 0], "the cache is of a file that was changed"
 
 
-@pytest.mark.filterwarnings(*REAL)
+@pytest.mark.filterwarnings(REAL)
 def test_files_of_the_package_that_are_damaged_end_in_one_line_or_in_images(real: Any, tmp_path: Path) -> None:
     place = tmp_path / "set"
     real.save_to_disk(str(place))
