@@ -77,7 +77,8 @@ def latent_folder(place: Path, n: int) -> Path:
     source = torch.Generator().manual_seed(0)
     for first in range(0, n, BATCH):
         count = min(BATCH, n - first)
-        writer.append(torch.randn(count, 8, 32, 32, generator=source), torch.arange(first, first + count) % 10)
+        mean, std = (make(count, 4, 32, 32, generator=source) for make in (torch.randn, torch.rand))
+        writer.append(torch.cat([mean, std], 1), torch.arange(first, first + count) % 10)
     writer.close()
     return path
 
