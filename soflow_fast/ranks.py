@@ -15,12 +15,17 @@ def share(size: int, first: int, part: int, parts: int) -> Tensor:
     first: how many places are dealt before the others are. A part has its share of them in front. Over all parts
     every place comes once.
     """
-    start, stop = size * part // parts, size * (part + 1) // parts
-    a, b = first * start // size, first * stop // size
+    start, stop, a, b = _bounds(size, first, part, parts)
     return torch.cat([torch.arange(a, b), torch.arange(first + start - a, first + stop - b)])
 
 
 def share_of_first(size: int, first: int, part: int, parts: int) -> int:
     """How many of the `first` places are in a part."""
+    _, _, a, b = _bounds(size, first, part, parts)
+    return b - a
+
+
+def _bounds(size: int, first: int, part: int, parts: int) -> tuple[int, int, int, int]:
+    """Where a part begins and ends in a batch, and in the first places of it."""
     start, stop = size * part // parts, size * (part + 1) // parts
-    return first * stop // size - first * start // size
+    return start, stop, first * start // size, first * stop // size

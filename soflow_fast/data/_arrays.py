@@ -8,31 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..errors import DataError, printable
-from .dataset import Contents, Dataset, Wanted, checksum
+from .dataset import Contents, Wanted, checksum
+from .memory import InMemory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 BLOCK = 1024
 """Images that are hashed at a time."""
-
-
-class Arrays(Dataset):
-    """Images uint8 [N, C, H, W] with labels int64 [N]."""
-
-    copies = True
-
-    def __init__(self, images: Tensor, labels: Tensor, contents: Contents) -> None:
-        self.images, self.labels, self.contents = images, labels, contents
-        channels, height, width = images.shape[1:]
-        self.shape = (channels, height, width)
-
-    def read(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        x = self.images[index]
-        return x if mirrored is None else torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
 def array_set(
@@ -44,7 +29,7 @@ def array_set(
     kind: str,
     notes: list[str],
     where: str,
-) -> Arrays:
+) -> InMemory:
     """The data set of images, uint8 [N, H, W, C], and labels [N].
 
     where: what an error begins with, `--data PATH`. Raises DataError for counts that disagree, for labels without a
@@ -64,7 +49,7 @@ def array_set(
     label = torch.from_numpy(labels.astype(np.int64))
     sums = checksum([f"pixels {_sha256(images)}"], np.array([images.nbytes]), label)
     fitted = torch.from_numpy(fit(images, wanted, where))
-    return Arrays(fitted, label, Contents(kind, classes, notes=notes, checksum=sums))
+    return InMemory(fitted, label, Contents(kind, classes, notes=notes, checksum=sums))
 
 
 def fit(images: np.ndarray, wanted: Wanted, where: str) -> np.ndarray:

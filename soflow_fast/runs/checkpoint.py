@@ -29,7 +29,7 @@ from ..config.validation import validate
 from ..data import identity
 from ..data.identity import Identity
 from ..errors import CheckpointError, Diverged, printable
-from ..files import TEXT, make_folder, read_file, remove, set_aside, sync
+from ..files import TEXT, make_folder, read_file, remove, set_aside, sha256, sync
 from ..flow import SolutionFlow
 from ..training.state import TrainState, build_flow
 
@@ -401,7 +401,7 @@ def whole_directory(final: Path, proceed: Callable[[], None] = lambda: None) -> 
         digests: dict[str, str] = {}
         for file in sorted(temporary.iterdir()):
             proceed()
-            digests[file.name] = _digest(file)
+            digests[file.name] = sha256(file)
         (temporary / MANIFEST).write_text(json.dumps({"sha256": digests}, indent=2) + "\n")
         for file in temporary.iterdir():
             proceed()
@@ -413,15 +413,6 @@ def whole_directory(final: Path, proceed: Callable[[], None] = lambda: None) -> 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _digest(path: Path) -> str:
-    """The SHA-256 of a file, which is not held in memory as a whole."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**22):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -332,11 +332,10 @@ def recompute_in(config: Config, memory: int) -> str:
 def bytes_to_hold(config: Config, source: Source, device: torch.device) -> int:
     """Bytes of all samples if they are to lie on the GPU, as the configuration says or where they have room beside a
     step; else 0."""
-    wanted, size = config.run.data_on_gpu, on_device_bytes(source)
-    if device.type != "cuda" or size is None or wanted is False:
-        return 0
-    if wanted:
-        return size
+    wanted = config.run.data_on_gpu
+    size = on_device_bytes(source) if device.type == "cuda" and wanted is not False else None
+    if size is None or wanted:
+        return size or 0
     from ..training.memory_estimate import USABLE, estimate_memory
 
     free = USABLE * torch.cuda.mem_get_info(device)[0]

@@ -1,6 +1,5 @@
 """The check of the files that a manifest names: size, SHA-256 and numbers, once for each file."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from ...errors import DataError
-from ...files import cache_folder, read_file, write_file
+from ...files import cache_folder, read_file, sha256, write_file
 from .layout import Layout, damage
 from .manifest import LARGEST, Shard, file_name
 
@@ -109,12 +108,3 @@ def _remember(memory: Path, known: dict[str, Any], news: dict[str, Any]) -> None
         write_file(memory, json.dumps(kept).encode(), synced=False)
     except OSError:
         pass
-
-
-def sha256(path: Path) -> str:
-    """Of a file, which is not held in memory as a whole. Raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**22):
-            digest.update(part)
-    return digest.hexdigest()
