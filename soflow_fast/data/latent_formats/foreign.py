@@ -61,6 +61,16 @@ class Foreign(Latents):
         numbers = index.tolist()
         files = sorted(set(map(self.file, numbers)))
         self._check_files(files)
+        try:
+            self._fill(out, numbers, flags)
+        except DataError:
+            self._check_files(files)  # the cause, where a file was cut off while it was read
+            raise
+        self._check_files(files)  # HDF5 reads zeros where a file was cut off meanwhile
+        self._check_rows(numbers, torch.from_numpy(out))
+        return torch.from_numpy(out)
+
+    def _fill(self, out: np.ndarray, numbers: list[int], flags: list[bool]) -> None:
         for at in sorted(range(len(numbers)), key=numbers.__getitem__):  # in the order of the files
             with damage(self.place, self.name(numbers[at])), np.errstate(over="ignore"):
                 row = self.row(numbers[at], flags[at])
@@ -68,9 +78,6 @@ class Foreign(Latents):
                     got, wanted = in_words(row.shape), in_words(out.shape[1:])
                     raise DataError(f"--data {self.place}: {self.name(numbers[at])} is {got}, not {wanted}")
                 out[at] = row
-        self._check_files(files)  # HDF5 reads zeros where a file was cut off meanwhile
-        self._check_rows(numbers, torch.from_numpy(out))
-        return torch.from_numpy(out)
 
     def _check_files(self, files: Iterable[int]) -> None:
         for number in files:
