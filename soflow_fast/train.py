@@ -35,7 +35,7 @@ FLAGS = {
     "the run": "run_dir init steps seed device checkpoint_every keep on_nonfinite",
     "the data": "data resize skip_bad batch_size",
     "learning": "teacher teacher_decay guidance_precision quotient quotient_precision",
-    "speed and memory": "precision micro_batch recompute attention optimizer compile cuda_graph",
+    "speed and memory": "precision micro_batch recompute attention optimizer compile cuda_graph parallel",
 }
 """The flags that set a field, by the heading under which --help shows them."""
 

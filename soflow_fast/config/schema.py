@@ -28,6 +28,8 @@ AttentionBackend = Literal[
     "auto", "flash4", "flash3", "flash2", "xformers", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math", "sdpa"
 ]
 MLPProducts = Literal["auto", "kernels", "quack"]
+Parallelism = Literal["ddp", "fsdp", "hsdp"]
+ReduceDtype = Literal["fp32", "bf16"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
 GuidancePrecision = Literal["step", "fp8"]
 QuotientKind = Literal["auto", "increments", "pair"]
@@ -212,6 +214,15 @@ class RunConfig:
     them, auto: the faster as measured.
 
     In bf16 steps that are not compiled, on GPUs of compute capability 9.0 or more; elsewhere auto is kernels."""
+    parallel: Parallelism = "ddp"
+    """Share of the state that each of several processes holds; ddp: all of it, fsdp: one part of as many as there are
+    processes, hsdp: as fsdp within a node, and the same in every node."""
+    shard_ranks: int = 0
+    """Processes that a copy of the state is cut over with hsdp; 0: those of a node."""
+    reduce_dtype: ReduceDtype = "fp32"
+    """Precision in which gradients of several processes are added up."""
+    hang_seconds: int = 20
+    """Seconds without progress, beyond ten usual steps, after which a process counts as hanging; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +294,7 @@ SHORT_NAMES = {
     "cuda_graph": "run.cuda_graph",
     "recompute": "run.recompute",
     "attention": "run.attention",
+    "parallel": "run.parallel",
     "checkpoint_every": "run.checkpoint_every",
     "keep": "run.keep",
     "on_nonfinite": "run.on_nonfinite",

@@ -53,6 +53,9 @@ def validate(config: Config) -> Config:
     check("checkpoint_every", run.checkpoint_every >= 0, "at least 0")
     check("check_quotient_every", run.check_quotient_every >= 0, "at least 0")
     check("keep", run.keep >= 2, "at least 2")
+    check("shard_ranks", 0 <= run.shard_ranks <= 2**20, "in [0, 2^20]")
+    check("shard_ranks", not run.shard_ranks or run.parallel == "hsdp", "0 unless run.parallel is hsdp")
+    check("hang_seconds", 0 <= run.hang_seconds <= 10**6, "in [0, 10^6]")
 
     check = _checks(config, "")
     check("steps", 1 <= config.steps < 10**8, "in [1, 10^8)")  # a checkpoint's name has 8 digits

@@ -43,7 +43,7 @@ TRAIN = {
     "the data": "data resize no-resize skip-bad no-skip-bad batch-size",
     "learning": "teacher teacher-decay guidance-precision quotient quotient-precision",
     "speed and memory": "precision micro-batch recompute attention optimizer compile no-compile cuda-graph "
-    "no-cuda-graph",
+    "no-cuda-graph parallel",
     "diagnosis": "help dry-run gpu env",
 }
 

@@ -1,0 +1,67 @@
+"""Ranks of a process group as forks of the test's process: each is there in a tenth of a second."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from soflow_fast.training.launch import Launch
+
+PATIENCE = 300.0
+"""Seconds that a rank may take in all."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def on_ranks(world: int, function: Callable[..., Any], *given: Any) -> list[Any]:
+    """What `function(launch, *given)` returns in each of `world` processes. Fails with the traceback of one that
+    raised. Results are copied: tensors, numbers, containers of them."""
+    context = multiprocessing.get_context("fork")
+    port, ends, processes = free_port(), [], []
+    for rank in range(world):
+        launch = Launch(rank, world, rank, world, "127.0.0.1", port, f"host{rank}")
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there, function, launch, given), daemon=True)
+        process.start()
+        there.close()
+        ends.append(here)
+        processes.append(process)
+    found: list[Any] = []
+    try:
+        for rank, end in enumerate(ends):
+            if not end.poll(PATIENCE):
+                raise AssertionError(f"rank {rank} of {world} did not end in {PATIENCE} s")
+            try:
+                well, content = end.recv()
+            except EOFError:
+                processes[rank].join(10)
+                raise AssertionError(f"rank {rank} of {world} ended with {processes[rank].exitcode}") from None
+            assert well, f"rank {rank} of {world}:\n{content}"
+            found.append(pickle.loads(content))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return found
+
+
+def _work(end: Any, function: Callable[..., Any], launch: Launch, given: tuple) -> None:
+    os.environ |= {"RANK": str(launch.rank), "WORLD_SIZE": str(launch.world), "LOCAL_RANK": str(launch.local_rank)}
+    torch.set_num_threads(1)
+    try:
+        # By value: torch would hand its tensors over through files that go with this process.
+        result = True, pickle.dumps(function(launch, *given))
+    except BaseException:
+        result = False, traceback.format_exc()
+    end.send(result)
+    end.recv()  # wait to be killed: whoever ended first would take its connections from the others
