@@ -16,6 +16,7 @@ from soflow_fast import load
 from soflow_fast.config.schema import from_json
 from soflow_fast.errors import ConfigError
 from soflow_fast.runs import checkpoint
+from soflow_fast.runs.checkpoint import reading
 from soflow_fast.runs.run_directory import LOCK, lock
 
 FLAGS = ["--steps", "90000", "--checkpoint-every", "10", "--set=run.log_every=1", "--set=run.sample_every=0"]
@@ -57,7 +58,7 @@ def test_a_checkpoint_that_goes_while_it_is_read(
     new = tmp_path / "new"
     checkpoint.directory(run_dir).rename(new)
     shutil.copytree(new, checkpoint.directory(run_dir))
-    plain, reads = checkpoint.read_file, []
+    plain, reads = reading.read_file, []
 
     def read_file(path: Path, *arguments: Any) -> bytes:
         reads.append(path.name)
@@ -70,7 +71,7 @@ def test_a_checkpoint_that_goes_while_it_is_read(
             new.rename(checkpoint.directory(run_dir))
         return plain(path, *arguments)
 
-    monkeypatch.setattr(checkpoint, "read_file", read_file)
+    monkeypatch.setattr(reading, "read_file", read_file)
     load(run_dir)
 
 
