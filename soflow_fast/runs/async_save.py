@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 
-from ..training.parallel import Parallel
 from ..training.state import TrainState
 from . import checkpoint
 
 if TYPE_CHECKING:
+    from ..training.parallel import Parallel
     from .checkpoint.sharded import Parts
 
 PATIENCE = 1.0
@@ -53,7 +53,7 @@ class Saver:
         keep: int,
         warn: Callable[[str], None],
         before: Callable[[Callable[[str], None]], None] = lambda warn: None,
-        parallel: Parallel | None = None,
+        parallel: "Parallel | None" = None,
     ) -> None:
         self.run_dir, self.keep, self.warn, self.before = run_dir, keep, warn, before
         # Not the thread's own `join`: interrupted once, it takes the thread for stopped (CPython 3.11).

@@ -16,14 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config.schema import Config, disagreement, from_json, to_json
 from ..data import identity
 from ..data.identity import Identity
 from ..errors import ConfigError, DataError, storage, storage_error
 from ..files import LOCK, TEXT, locked, make_folder, read_file, set_aside, write_file
-from ..training.parallel import Parallel
 from .checkpoint.together import together
+
+if TYPE_CHECKING:
+    from ..training.parallel import Parallel
 
 DATA = "data.json"
 LEFT_OUT = "left-out.txt"
@@ -57,7 +60,7 @@ def taken(run_dir: Path, config: Config, warn: Callable[[str], None]) -> Iterato
         yield
 
 
-def check_shared(run_dir: Path, parallel: Parallel) -> None:
+def check_shared(run_dir: Path, parallel: "Parallel") -> None:
     """Raise ConfigError, on all ranks, if some do not see what the first one writes in `run_dir`, which exists there.
 
     All ranks call it at the same time. Raises StorageError if the disk refuses the first one's file.

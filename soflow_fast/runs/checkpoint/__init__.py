@@ -27,7 +27,6 @@ from ...data.identity import Identity
 from ...errors import CheckpointError, Diverged, printable
 from ...files import remove, set_aside
 from ...flow import SolutionFlow
-from ...training.parallel import Parallel
 from ...training.state import TrainState, build_flow
 from .folder import MANIFEST, directory, list_checkpoints, remove_checkpoint, whole_directory
 from .reading import (
@@ -92,7 +91,7 @@ def snapshot(state: TrainState) -> "Snapshot | Parts":
     """A copy of `state` as it is now, taken from the device; of several ranks, each one's part, which all take at the
     same time. Raises Diverged if a number in it is not finite, on whichever rank."""
     refused = state.guard.read()
-    parallel = _ranks(state)
+    parallel = state.parallel
     form = WHOLE if parallel is None else SHARDED
     step = {"format": form, "step": state.step, "skipped": refused.skipped, "in_row": refused.in_row}
     texts = {"config.json": to_json(state.config), "state.json": json.dumps(step) + "\n"}
@@ -117,10 +116,6 @@ def snapshot(state: TrainState) -> "Snapshot | Parts":
         for file, values in files.items()
     }
     return Snapshot(state.step, texts, copies)
-
-
-def _ranks(state: TrainState) -> Parallel | None:
-    return getattr(state, "parallel", None)
 
 
 def _warn(text: str) -> None:
@@ -204,7 +199,7 @@ def resume(run_dir: Path, state: TrainState, warn: Callable[[str], None]) -> boo
     All ranks of a run call it and take the same one. False if the run has none. Raises CheckpointError if it has some
     and all are damaged, or a later version's.
     """
-    parallel = _ranks(state)
+    parallel = state.parallel
 
     def look() -> list[str]:
         if parallel is not None and parallel.rank:
@@ -247,7 +242,7 @@ def _newest_usable(found: list[Path], use: Callable[[Path], T], warn: Callable[[
 def restore(folder: Path, state: TrainState) -> None:
     """Put one checkpoint into `state`; all ranks of a run do so. Raises CheckpointError, on all of them, if it is
     damaged, of another run or not finite, and then `state` is as it was."""
-    parallel = _ranks(state)
+    parallel = state.parallel
     part, parts = (0, 1) if parallel is None else (parallel.rank, parallel.world)
     read: dict[str, bytes] = {}
     found: dict[str, dict[str, Tensor]] = {}
@@ -314,7 +309,7 @@ def _tensors_like(folder: Path, files: dict[str, bytes], state: TrainState) -> d
         return {kind: _tensors(folder, files, f"{kind}.safetensors") for kind in (*expected, "optimizer")}
     from .sharded import Shards
 
-    parallel, shards = _ranks(state), Shards(folder)
+    parallel, shards = state.parallel, Shards(folder)
     if not shards.holds("optimizer") and not read_counts(folder, files)["step"]:
         moments = {}
     else:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ...config.schema import Config, from_json
 from ...config.validation import validate
@@ -142,7 +141,7 @@ def first_not_finite(tensors: dict[str, Tensor]) -> str:
 
 def local(value: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if hasattr(value, "to_local") else value  # a DTensor, whose import takes its time
 
 
 def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], folder: Path) -> None:

@@ -1,13 +1,15 @@
 """Work that all ranks of a run do before any of them goes on, and whose errors all of them learn of."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 from ...errors import CheckpointError, Diverged
-from ...training.parallel import Parallel
 from .reading import LaterFormat
+
+if TYPE_CHECKING:
+    from ...training.parallel import Parallel
 
 T = TypeVar("T")
 
@@ -24,7 +26,7 @@ class _Fault(NamedTuple):
     file: str | None
 
 
-def together(parallel: Parallel | None, work: Callable[[], T], group: Any = None) -> list[T]:
+def together(parallel: "Parallel | None", work: Callable[[], T], group: Any = None) -> list[T]:
     """What `work` returns on each rank, small things that can be pickled; on all of them, once all are done.
 
     group: the process group that is asked; None: that of all ranks. parallel: None for the only process.
