@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from ...errors import CheckpointError, Diverged
+from ...errors import CheckpointError, Diverged, ElsewhereError
 from .reading import LaterFormat
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class _Fault(NamedTuple):
     kind: str
     text: str
     number: int | None
+    """Of an OSError, or the exit code."""
     file: str | None
 
 
@@ -32,7 +33,8 @@ def together(parallel: "Parallel | None", work: Callable[[], T], group: Any = No
     group: the process group that is asked; None: that of all ranks. parallel: None for the only process.
 
     An error that it raises on one rank ends it on all: a CheckpointError or Diverged is raised by all alike, an
-    OSError or what interrupts a save by the others as an OSError that names the rank, anything else as RuntimeError.
+    OSError or what interrupts a save by the others as an OSError that names the rank. Of anything else the others
+    raise ElsewhereError.
     """
     if parallel is None:
         return [work()]
@@ -66,14 +68,14 @@ def _fault(error: BaseException) -> _Fault:
         return _Fault("OSError", error.strerror or str(error), error.errno, file)
     if not isinstance(error, Exception):
         return _Fault("interrupted", "interrupted", None, None)
-    return _Fault("other", f"{type(error).__name__}: {error}", None, None)
+    return _Fault("other", "", getattr(error, "exit_code", 1), None)
 
 
 def _told(fault: _Fault, name: str) -> Exception:
     for kind in ALIKE:
         if kind.__name__ == fault.kind:
             return kind(fault.text)
+    if fault.kind == "other":
+        return ElsewhereError(fault.number or 1)
     text = f"{name}: {fault.text}"
-    if fault.kind == "OSError":
-        return OSError(text) if fault.number is None else OSError(fault.number, text, fault.file)
-    return OSError(text) if fault.kind == "interrupted" else RuntimeError(text)
+    return OSError(text) if fault.number is None else OSError(fault.number, text, fault.file)
