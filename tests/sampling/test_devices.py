@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soflow_fast.errors import ConfigError, Interrupted
-from soflow_fast.runs.latents.devices import IN_FLIGHT, Devices, Work
+from soflow_fast.sampling.devices import IN_FLIGHT, Devices, Work
 from soflow_fast.training import precision
 from soflow_fast.training.precision import resolve_devices
 
