@@ -20,13 +20,14 @@ from ..errors import CheckpointError, ConfigError, DataError, Diverged, Interrup
 from ..files import OptionalWrites, write_file
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
+from ..ranks import flow_matching_samples
 from ..training import cpu_precision
 from ..training.consistency_target import resolve_target
 from ..training.cuda_graph import record_graph, why_not_graphed
 from ..training.nonfinite import GIVE_UP
 from ..training.precision import matmul_precision, resolve_device, resolve_precision
 from ..training.state import TrainState
-from ..training.step import flow_matching_samples, train_step
+from ..training.step import train_step
 from . import checkpoint, run_directory, signals
 from .async_save import Saver
 from .metrics import MetricsLog, TensorBoard
