@@ -54,6 +54,7 @@ def parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError and Interrupted."""
     values = parser().parse(arguments)
+    process.alone("encode")
     names = ["OUT"] if values.source else ["IMAGES", "OUT"]
     if len(values.places) != len(names):
         raise ConfigError(f"give {' and '.join(names)}, got {len(values.places)} of {len(names)}")

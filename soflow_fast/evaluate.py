@@ -36,6 +36,7 @@ def parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError."""
     values = parser().parse(arguments)
+    process.alone("evaluate")
     n, seed = whole_number("--n", values.n, 100, MOST), whole_number("--seed", values.seed, 0, MOST_SEED)
     calls = dict.fromkeys(whole_number("--nfe", part.strip(), 1, MOST_CALLS) for part in values.nfe.split(","))
 

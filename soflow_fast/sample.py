@@ -50,6 +50,7 @@ def parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError."""
     values = parser().parse(arguments)
+    process.alone("sample")
     n, nfe = whole_number("--n", values.n, 1, MOST), whole_number("--nfe", values.nfe, 1, MOST_CALLS)
     seed, out = whole_number("--seed", values.seed, 0, MOST_SEED), Path(values.out)
     if out.exists() and not out.is_dir():
