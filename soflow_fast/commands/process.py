@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
-from ..errors import Diverged, Interrupted, UserError, printable, storage_error
+from ..errors import ConfigError, Diverged, Interrupted, UserError, printable, storage_error
+from ..launch import launched
 from ..runs import signals
 
 STORAGE = {
@@ -47,7 +48,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         code = _code_of_signal() or 0
     except (UserError, Diverged) as error:
         code = error.exit_code
-        _say(f"error: {error}")
+        if str(error):
+            _say(f"error: {error}")
     except Interrupted as error:
         code, at_once = error.exit_code, error.at_once
         _say(str(error))
@@ -75,6 +77,14 @@ def run(main: Callable[[], None]) -> NoReturn:
         # At a usual exit Python would end a thread in the midst of foreign code, and the exit code would be another.
         os._exit(code)
     sys.exit(code)
+
+
+def alone(command: str) -> None:
+    """Raise ConfigError in each of several processes that torchrun or srun has started: a text in the first alone."""
+    place = launched()
+    if place is not None:
+        text = f"{command} takes every GPU of a machine by itself: start one process, not {place.world}"
+        raise ConfigError(f"{text} by torchrun or srun" if place.rank == 0 else "")
 
 
 def _code_of_signal() -> int:

@@ -111,9 +111,7 @@ def changed_part(
             return ""
     for name, part in plain.children.items():
         child = children.get(name)
-        found = "" if child is None else changed_part(
-            child, part, kinds, float8=float8, sharding=sharding
-        )
+        found = "" if child is None else changed_part(child, part, kinds, float8=float8, sharding=sharding)
         if found is not None:
             return f"{name}.{found}" if found else name
     return None

@@ -9,6 +9,7 @@ optimiser may write to the shards at any time.
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -73,7 +74,7 @@ def _prefetch(network: Any, units: list[Any]) -> None:
     first, last = units[0], units[-1]
     network.set_modules_to_forward_prefetch([first])
     network.set_modules_to_backward_prefetch([last])
-    for unit, following in zip(units, units[1:], strict=False):
+    for unit, following in pairwise(units):
         unit.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([unit])
     first.set_modules_to_backward_prefetch([network])  # gathered already: nothing, instead of what FSDP would choose
@@ -126,6 +127,6 @@ def ends_gathered(network: Any) -> Iterator[None]:
 
 
 def without_parameters(pending: Pending) -> Pending:
-    """A pending residual or increment with a copy of its bias, a parameter of a unit that is freed before it is used."""
+    """A pending residual or increment with a copy of its bias: a parameter of a unit, and freed before it is used."""
     leaving: Any = pending
     return leaving if leaving.bias is None else leaving._replace(bias=leaving.bias.clone())
