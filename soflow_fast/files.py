@@ -135,8 +135,10 @@ def set_aside(path: Path) -> Path:
 
 
 @contextmanager
-def locked(folder: Path, refusal: str, warn: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: Path, refusal: str, warn: Callable[[str], None], *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of a folder; it goes with the process, however that ends. Reading takes no lock.
+
+    shared: beside others who do so, to see that nobody holds it alone.
 
     Raises ConfigError with `refusal` if another process holds it, OSError if the folder cannot be written to. Some
     network file systems have no locks: `warn` is told, and nothing is held.
@@ -147,7 +149,7 @@ def locked(folder: Path, refusal: str, warn: Callable[[str], None]) -> Iterator[
             handle = os.open(folder / LOCK, mode | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
             held.callback(os.close, handle)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 held.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # closing would wait for processes that are forked
                 break
             except BlockingIOError:

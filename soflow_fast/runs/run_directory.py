@@ -44,7 +44,8 @@ def check(run_dir: Path, config: Config) -> None:
     with storage("--run-dir"):
         _check_content(run_dir, config)
         if (run_dir / LOCK).exists():
-            with storage(f"--run-dir {run_dir}"), lock(run_dir, lambda text: None):
+            # Shared: all ranks of a run check at the same time.
+            with storage(f"--run-dir {run_dir}"), lock(run_dir, lambda text: None, shared=True):
                 pass
 
 
@@ -134,9 +135,9 @@ def prepare(
             warn(f"{log} has lines but there is no checkpoint: from step 0 again; kept as {kept.name}")
 
 
-def lock(run_dir: Path, warn: Callable[[str], None]) -> AbstractContextManager[None]:
+def lock(run_dir: Path, warn: Callable[[str], None], *, shared: bool = False) -> AbstractContextManager[None]:
     """Hold the lock of a run directory, as `files.locked` does."""
-    return locked(run_dir, f"--run-dir {run_dir}: another process is training in it", warn)
+    return locked(run_dir, f"--run-dir {run_dir}: another process is training in it", warn, shared=shared)
 
 
 def configuration(run_dir: Path) -> Config | None:

@@ -73,7 +73,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, to
 
 def carry(launch: Launch, kind: str, source: Path, target: Path) -> tuple[int, dict[str, torch.Tensor]]:
     """Resume from one run directory and save to another."""
-    state = state_of(joined(launch, kind))
+    state = state_of(joined(launch, kind), **{"run.optimizer": "torch" if launch.world == 4 else "soflow"})
     assert checkpoint.resume(source, state, pytest.fail)
     checkpoint.save(target, state)
     return state.step, whole(state)
@@ -137,6 +137,41 @@ def test_one_process_and_two_ranks_read_each_others(
     checkpoint.save(tmp_path / "back", state)
     (was,), (now,) = checkpoint.list_checkpoints(source), checkpoint.list_checkpoints(tmp_path / "back")
     assert [file.read_bytes() for file in sorted(now.iterdir())] == [f.read_bytes() for f in sorted(was.iterdir())]
+
+
+def again(launch: Launch, folder: Path, changes: dict[str, Any], begun: bool) -> tuple[bool, dict[str, torch.Tensor]]:
+    """Save and resume."""
+    parallel = joined(launch, "ddp")
+    state, other = state_of(parallel, **changes), state_of(parallel, **changes)
+    if begun:
+        advance_alike(state)
+    checkpoint.save(folder, state)
+    other.step = 5
+    checkpoint.resume(folder, other, pytest.fail)
+    wanted = whole(state)
+    assert_same(whole(other), wanted)
+    return other.step == state.step == begun, wanted
+
+
+def advance_alike(state: TrainState) -> None:
+    """A step with some gradients, the same on all ranks."""
+    for number, parameter in enumerate(state.flow.parameters(), 1):
+        parameter.grad = torch.full_like(parameter, number / 7)
+    state.optimizer.ema_decays.fill_(0.5)
+    state.optimizer.step()
+    state.step += 1
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("optimizer", ["soflow", "torch"])
+def test_masters_and_a_state_before_its_first_step(optimizer: str, begun: bool, tmp_path: Path) -> None:
+    changes = {"precision": "bf16", "run.optimizer": optimizer}
+    found = on_ranks(2, again, tmp_path, changes, begun)
+    assert found[0][0] and found[1][0]
+    state = build(**{**CHANGES, **changes, "parallel": "ddp"})
+    assert checkpoint.resume(tmp_path, state, pytest.fail)
+    assert_same(whole(state), found[0][1])
+    assert any(name.endswith("exp_avg") for name in found[0][1]) == (begun or optimizer == "soflow")
 
 
 @pytest.mark.slow
