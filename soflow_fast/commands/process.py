@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 from ..errors import ConfigError, Diverged, Interrupted, UserError, printable, storage_error
+from ..launch import launched
 from ..runs import signals
-from ..training.launch import launched
 
 STORAGE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),

@@ -13,6 +13,8 @@ from ..config.schema import Config
 
 WARM_UP = 3
 """Calls that run as they are before one is recorded: compilers, autotuners and lazy initialisations come to rest."""
+WARM_UP_OF_REPLICAS = 11
+"""The same where DistributedDataParallel is in it: as many as torch's notes on CUDA semantics ask for."""
 
 
 def why_not_graphed(config: Config, precision: str, device: torch.device, ranks: int = 1) -> str | None:

@@ -1,14 +1,15 @@
 """Several processes that train one run, by PyTorch's own engines: DistributedDataParallel, or FSDP2's `fully_shard`.
 
+Imported by runs of several ranks alone, as these engines take seconds to import.
+
 Every process is a rank with a device of its own. What a sample is belongs to its place in the whole batch
 (`soflow_fast.ranks`), each rank's loss is the mean over its share, and gradients are the mean over ranks: that is the
 gradient of one process on the whole batch.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,19 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config.schema import Config, Parallelism, RunConfig
 from ..errors import ConfigError
 from ..flow import SolutionFlow
+from ..launch import Launch
 from ..models.dit import DiT
 from ..models.sharding import shard
 from ..ranks import flow_matching_samples, share_of_first
-from .launch import Launch
 
-PATIENCE = timedelta(minutes=10)
-"""How long a process waits for the others to start."""
-WARM_UP_OF_REPLICAS = 11
-"""Steps before DistributedDataParallel may be recorded in a CUDA graph, as torch's notes on CUDA semantics say."""
 BUCKET_MB = 25
 """Gradients that are reduced together, as torch chooses."""
 # Their name in torch 2.13, and before.
-_SYNCS_BUFFERS: Any = "forward_sync_buffers"
+_SYNCS_BUFFERS = "forward_sync_buffers"
 if _SYNCS_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     _SYNCS_BUFFERS = "broadcast_buffers"
 
@@ -85,6 +82,11 @@ class Parallel:
         dist.all_gather_object(found, text, group=self.host_group)
         return found
 
+    def local_parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What this rank holds of tensors, empty parts left out."""
+        parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        return [part for part in parts if part.numel()] or parts[:1]
+
     @property
     def host_group(self) -> Any:
         """The group of all ranks for tensors in host memory."""
@@ -95,22 +97,22 @@ class Parallel:
         return f"rank {rank} ({self.hosts[rank]})"
 
 
-def join(launch: Launch, run: RunConfig, device: torch.device) -> Parallel:
-    """Meet the other ranks. Raises ConfigError if they do not come, or if the mesh does not fit them."""
+def join(launch: Launch, run: RunConfig, device: torch.device, patience: Any = None) -> Parallel:
+    """Meet the other ranks. patience: a timedelta for which one waits for the others to start and, later, for an
+    exchange; None: torch's. Raises ConfigError if they do not come, or if the mesh does not fit them."""
     shards = {"ddp": 1, "fsdp": launch.world, "hsdp": run.shard_ranks or launch.local_world}[run.parallel]
     if launch.world % shards:
         raise ConfigError(f"--parallel hsdp: the state is cut over {shards} ranks, {launch.world} are no multiple")
+    waits = {} if patience is None else {"timeout": patience}
     where = f"{launch.address}:{launch.port}"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
         store, rank, world = next(
-            dist.rendezvous(f"tcp://{where}?rank={launch.rank}&world_size={launch.world}", timeout=PATIENCE)
+            dist.rendezvous(f"tcp://{where}?rank={launch.rank}&world_size={launch.world}", **waits)
         )
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world, timeout=PATIENCE
-        )
+        dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world, **waits)
     except (RuntimeError, ValueError) as error:  # torch's errors of networks and stores are RuntimeErrors
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"rank {launch.rank} ({launch.host}) cannot join the others at {where}: {reason}") from None
@@ -131,9 +133,13 @@ class Replicated:
     rounded once at the end.
     """
 
+    sums_itself = True
+    """Over micro-batches: gradients are in the dtype of their parameters."""
+
     def __init__(self, parallel: Parallel, network: DiT, reduce_dtype: torch.dtype, micro_batches: int) -> None:
         self.parallel, self.reduce_dtype = parallel, reduce_dtype
-        self.module = DistributedDataParallel(
+        engine: Any = DistributedDataParallel
+        self.module = engine(
             network,
             process_group=parallel.mesh.get_group("replicate"),
             bucket_cap_mb=BUCKET_MB,
@@ -178,13 +184,15 @@ class Replicated:
         if earlier:
             mine = mine + torch.cat(earlier)
         mine = (mine / self.parallel.world).to(self.reduce_dtype)
-        future = dist.all_reduce(mine, group=self.parallel.mesh.get_group("replicate"), async_op=True).get_future()
-        return future.then(lambda done: flat.copy_(done.value()[0]))
+        work: Any = dist.all_reduce(mine, group=self.parallel.mesh.get_group("replicate"), async_op=True)
+        return work.get_future().then(lambda done: flat.copy_(done.value()[0]))
 
 
 class Sharded:
     """A network of whose parameters every rank holds a part, float32. FSDP2 gathers them block by block, in the dtype
     of the products, and gives each rank its part of the averaged gradients, of every micro-batch."""
+
+    sums_itself = False
 
     def __init__(self, parallel: Parallel, network: DiT) -> None:
         self.module: Any = network
@@ -205,14 +213,12 @@ class Sharded:
 Engine = Replicated | Sharded
 
 
-def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this rank holds of tensors, empty parts left out."""
-    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    return [part for part in parts if part.numel()] or parts[:1]
-
-
 def sharded_flow(
-    parallel: Parallel, flow: SolutionFlow, weights: dict[str, Tensor], blocks: torch.dtype | None, reduce: torch.dtype
+    parallel: Parallel,
+    flow: SolutionFlow,
+    weights: Mapping[str, Tensor],
+    blocks: torch.dtype | None,
+    reduce: torch.dtype,
 ) -> SolutionFlow:
     """A flow on the meta device as one of which this rank holds its part, on its device.
 
@@ -227,7 +233,7 @@ def sharded_flow(
 
 
 @torch.no_grad()
-def fill(flow: SolutionFlow, weights: dict[str, Tensor]) -> None:
+def fill(flow: SolutionFlow, weights: Mapping[str, Tensor]) -> None:
     """Set parameters and buffers, whole or parts, to these whole weights, without a word between the ranks."""
     for name, value in flow.state_dict().items():
         value.copy_(placed_like(value, weights[name].to(value.device, value.dtype)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from .consistency_target import ConsistencyTarget, resolve_target
 from .cuda_graph import GraphedFunction, why_not_graphed
 from .nonfinite import NonfiniteGuard
 from .optimizer import Optimizer, build_optimizer, updated_parameters
-from .parallel import Engine, Parallel, Replicated, Sharded, check_shares, sharded_flow
 from .precision import OPERAND, resolve_device, resolve_precision, round_parameters
+
+if TYPE_CHECKING:
+    from .parallel import Engine, Parallel
 
 
 @dataclass
@@ -57,9 +60,9 @@ class TrainState:
     step: int = 0
     rank: int = 0
     world: int = 1
-    parallel: Parallel | None = None
+    parallel: "Parallel | None" = None
     """The ranks that train together; None: this process alone."""
-    engine: Engine | None = None
+    engine: "Engine | None" = None
     """What averages gradients over the ranks: `engine.module` is what the forward with gradient calls."""
 
     @classmethod
@@ -69,7 +72,7 @@ class TrainState:
         *,
         rank: int = 0,
         world: int = 1,
-        parallel: Parallel | None = None,
+        parallel: "Parallel | None" = None,
         weights: Mapping[str, Tensor] | None = None,
         resolve_for: torch.device | None = None,
     ) -> "TrainState":
@@ -114,6 +117,8 @@ class TrainState:
 
         def made(blocks: torch.dtype | None) -> SolutionFlow:
             if parallel is not None and sharded:
+                from .parallel import sharded_flow
+
                 return sharded_flow(parallel, build_flow(config), weights, blocks, reduce_dtype)
             return filled_flow(config, {name: value.to(device) for name, value in weights.items()})
 
@@ -136,8 +141,10 @@ class TrainState:
                 network.compile_blocks()
         averages = [average.network for average in (ema, teacher) if average is not None]
         optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, masters, averages)
-        engine: Engine | None = None
+        engine = None
         if parallel is not None:
+            from .parallel import Replicated, Sharded
+
             B = config.batch_size // world
             parts = -(-B // (config.micro_batch if config.micro_batch > 0 else B))
             network = flow.network
@@ -223,8 +230,10 @@ class TrainState:
         return sum(p.numel() for p in self.flow.parameters())
 
 
-def _check_sharded(config: Config, precision: str, parallel: Parallel) -> None:
+def _check_sharded(config: Config, precision: str, parallel: "Parallel") -> None:
     """Raise ConfigError for what does not go with parameters of which each rank holds a part."""
+    from .parallel import check_shares
+
     given = f"--parallel {config.run.parallel}"
     if precision == "fp8" or config.guidance_precision == "fp8":
         raise ConfigError(f"{given}: float8 layers are not cut over ranks; give --parallel ddp")

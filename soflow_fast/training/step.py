@@ -12,7 +12,7 @@ own: 0.5.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +25,13 @@ from ..objective import ConsistencyPoints, LossTerm, with_null
 from ..ranks import flow_matching_samples, share, share_of_first
 from ..rng import generator
 from .consistency_target import CHECKED_SAMPLES, quotient_cosine, value_and_increment
-from .cuda_graph import WARM_UP, GraphedFunction
+from .cuda_graph import WARM_UP, WARM_UP_OF_REPLICAS, GraphedFunction
 from .nonfinite import PLACES, FiniteFlags, note_finite
-from .parallel import WARM_UP_OF_REPLICAS, Parallel, Replicated, local_parts
 from .precision import backward_precision, matmul_precision
 from .state import TrainState
+
+if TYPE_CHECKING:
+    from .parallel import Parallel
 
 Observer = Callable[..., None]
 """`observe(name, **values)`, called on the way through a step; it changes nothing."""
@@ -172,7 +174,7 @@ def update(
     parts = -(-B // micro)
     low = parts == 1 and isinstance(state.optimizer, AdamWEMA)  # the others take gradients in float32
     # Replicas add up in float32 as well, in their own way: their engine takes gradients in the dtype of parameters.
-    state.sum_gradients_in(None if low or isinstance(state.engine, Replicated) else torch.float32)
+    state.sum_gradients_in(None if low or (state.engine and state.engine.sums_itself) else torch.float32)
     ranks = state.parallel.world if state.parallel is not None else 1
     whole_fm = draws.n_fm if ranks == 1 else flow_matching_samples(B * ranks, config.objective.fm_fraction)
     totals: dict[str, Tensor] = {}
@@ -403,7 +405,9 @@ def _update(state: TrainState, flags: FiniteFlags, totals: dict[str, Tensor]) ->
     """
     optimizer, optim = state.optimizer, state.config.optim
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
-    norm, first_ranks = gradient_norm(local_parts(gradients)), None
+    if state.parallel is not None:
+        gradients = state.parallel.local_parts(gradients)
+    norm, first_ranks = gradient_norm(gradients), None
     note_finite(flags, "gradient", norm)
     if state.parallel is not None:
         norm, flags, totals, first_ranks = _agreed(state.parallel, norm, flags, totals)
@@ -417,7 +421,7 @@ def _update(state: TrainState, flags: FiniteFlags, totals: dict[str, Tensor]) ->
 
 
 def _agreed(
-    parallel: Parallel, norm: Tensor, flags: FiniteFlags, totals: dict[str, Tensor]
+    parallel: "Parallel", norm: Tensor, flags: FiniteFlags, totals: dict[str, Tensor]
 ) -> tuple[Tensor, FiniteFlags, dict[str, Tensor], Tensor]:
     """The norm of the whole gradient, what is finite on every rank, and sums over ranks, by one exchange of a few
     numbers; and for each place the first rank on which it is not finite, -1 where it is not on any.
