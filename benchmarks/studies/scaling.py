@@ -33,8 +33,8 @@ from benchmarks.report.tables import efficiency, images_per_second, quartiles
 from benchmarks.studies.sweeps import network
 from soflow_fast.config.schema import Config, override
 from soflow_fast.errors import UserError
+from soflow_fast.launch import Launch
 from soflow_fast.ranks import flow_matching_samples, share
-from soflow_fast.training.launch import Launch
 from soflow_fast.training.parallel import join
 from soflow_fast.training.state import TrainState, build_flow
 from soflow_fast.training.step import train_step

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # which torch would import in each fork, for seconds
 import torch.distributed as dist
 
 from benchmarks.correctness.comparison import IncorrectResult
@@ -17,7 +18,7 @@ from benchmarks.report import pages, record
 from benchmarks.studies import scaling
 from soflow_fast.config.schema import RunConfig, override
 from soflow_fast.errors import ConfigError, UserError
-from soflow_fast.training.launch import Launch
+from soflow_fast.launch import Launch
 from soflow_fast.training.parallel import join
 from tests.benchmarks.tiny import CONFIG
 from tests.forked import on_ranks
