@@ -5,6 +5,8 @@ Every process is a rank with a device of its own. What a sample is belongs to it
 gradient of one process on the whole batch.
 """
 
+import os
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -35,7 +37,7 @@ class Parallel:
     """The same ranks for tensors in host memory, by gloo: checkpoints, and words between them."""
     hosts: tuple[str, ...]
     """The machine of each rank."""
-    store: Any
+    store: dist.Store
     """torch's Store that all ranks see, for what must not wait for a collective."""
 
     @property
@@ -79,25 +81,52 @@ class Parallel:
         return f"rank {rank} ({self.hosts[rank]})"
 
 
-def join(launch: Launch, run: RunConfig, device: torch.device) -> Parallel:
-    """Meet the other ranks. Raises ConfigError if they do not come, or if the mesh does not fit them."""
+def meet(launch: Launch) -> dist.Store:
+    """The Store that all ranks see, once all have come. Raises ConfigError if they do not.
+
+    A signal ends the wait: the main thread would not hear it in torch's code, so another one waits there.
+    """
+    found: list[dist.Store | Exception] = []
+    waiting = threading.Thread(target=lambda: found.append(_rendezvous(launch)), daemon=True)
+    waiting.start()
+    waiting.join()
+    if isinstance(found[0], Exception):
+        raise _cannot_join(launch, found[0]) from None
+    # torchrun may keep one store over all its attempts.
+    return dist.PrefixStore("attempt-" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), found[0])
+
+
+def _rendezvous(launch: Launch) -> dist.Store | Exception:
+    where = f"tcp://{launch.address}:{launch.port}?rank={launch.rank}&world_size={launch.world}"
+    try:
+        return next(dist.rendezvous(where, timeout=PATIENCE))[0]
+    except (RuntimeError, ValueError) as error:  # torch's errors of networks and stores are RuntimeErrors
+        return error
+
+
+def _cannot_join(launch: Launch, error: Exception) -> ConfigError:
+    reason, where = str(error).strip().splitlines()[0], f"{launch.address}:{launch.port}"
+    return ConfigError(f"rank {launch.rank} ({launch.host}) cannot join the others at {where}: {reason}")
+
+
+def join(launch: Launch, run: RunConfig, device: torch.device, store: dist.Store | None = None) -> Parallel:
+    """Meet the other ranks, or go on from the store at which they met (`meet`).
+
+    Raises ConfigError if they do not come, or if the mesh does not fit them.
+    """
     shards = {"ddp": 1, "fsdp": launch.world, "hsdp": run.shard_ranks or launch.local_world}[run.parallel]
     if launch.world % shards:
         raise ConfigError(f"--parallel hsdp: the state is cut over {shards} ranks, {launch.world} are no multiple")
-    where = f"{launch.address}:{launch.port}"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store, world = store or meet(launch), launch.world
     try:
-        store, rank, world = next(
-            dist.rendezvous(f"tcp://{where}?rank={launch.rank}&world_size={launch.world}", timeout=PATIENCE)
-        )
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world, timeout=PATIENCE
+            backend, store=dist.PrefixStore("ranks", store), rank=launch.rank, world_size=world, timeout=PATIENCE
         )
-    except (RuntimeError, ValueError) as error:  # torch's errors of networks and stores are RuntimeErrors
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"rank {launch.rank} ({launch.host}) cannot join the others at {where}: {reason}") from None
+    except (RuntimeError, ValueError) as error:
+        raise _cannot_join(launch, error) from None
     shape = {"ddp": (world,), "fsdp": (world,), "hsdp": (world // shards, shards)}[run.parallel]
     names = {"ddp": ("replicate",), "fsdp": ("shard",), "hsdp": ("replicate", "shard")}[run.parallel]
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
