@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A mistake of the user's: its text is one line that names the flag, field or file. Exit code 2."""
+    """A mistake of the user's: its text is one line that names the flag, field or file. Exit code 2.
+
+    Nothing is printed where the text is empty: another process of the same command says it.
+    """
 
     exit_code = 2
 
@@ -32,6 +35,14 @@ class Diverged(Exception):
     """A loss or gradient that is not finite. Exit code 1."""
 
     exit_code = 1
+
+
+class ElsewhereError(Exception):
+    """The end of a process because another one has failed, which says why. Its exit code is this one's as well."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another rank has failed")
+        self.exit_code = exit_code
 
 
 class Interrupted(BaseException):

@@ -12,12 +12,12 @@ from contextlib import suppress
 from functools import partial
 from typing import NoReturn, TextIO
 
-from ..errors import Diverged, Interrupted, UserError, printable, storage_error
+from ..errors import ConfigError, Diverged, ElsewhereError, Interrupted, UserError, printable, storage_error
+from ..launch import Launch, launched
 from ..runs import signals
 from ..runs.ranks import watch
 from ..runs.ranks.failure import described, kind_of, name
 from ..runs.ranks.notes import of_rank
-from ..training.launch import Launch, launched
 
 STORAGE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -62,7 +62,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         finally:
             ending = True
         code = _code_of_signal() or 0
-    except (UserError, Diverged) as error:
+    except (UserError, Diverged, ElsewhereError) as error:
         code, line, fault = error.exit_code, str(error), error
     except Interrupted as error:
         code, at_once, line, fault = error.exit_code, error.at_once, str(error), error
@@ -100,6 +100,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
+def alone(command: str) -> None:
+    """Raise ConfigError in each of several processes that torchrun or srun has started: a text in the first alone."""
+    place = launched()
+    if place is not None:
+        text = f"{command} takes every GPU of a machine by itself: start one process, not {place.world}"
+        raise ConfigError(f"{text} by torchrun or srun" if place.rank == 0 else "")
+
+
 def _become_rank(place: Launch) -> None:
     """Be one of several ranks, of which only rank 0 prints. The logs of torch's C++ code, of connections that others
     have closed, are left out of stderr."""
@@ -133,7 +141,9 @@ def _said_of_many(place: Launch, error: BaseException, text: str, code: int) -> 
         with suppress(OSError):
             sys.stdout.flush()
         ranks.failed(error, text, code)
-    if not text or isinstance(error, Interrupted):
+    if not text or isinstance(error, ElsewhereError):
+        return ""
+    if isinstance(error, Interrupted):
         return "" if place.rank else text
     mine = name(place.rank, place.host)
     if place.rank == 0 or text.startswith(mine):

@@ -20,17 +20,17 @@ import torch.distributed as dist
 from soflow_fast.commands import process
 from soflow_fast.config.schema import RunConfig
 from soflow_fast.errors import ConfigError, Diverged, Interrupted
+from soflow_fast.launch import launched
 from soflow_fast.runs import signals
 from soflow_fast.runs.progress import Progress
 from soflow_fast.runs.ranks.agreement import Agreement
 from soflow_fast.runs.ranks.judge import Limits
 from soflow_fast.runs.ranks.notes import of_rank
 from soflow_fast.runs.ranks.watch import Watch, watched
-from soflow_fast.training.launch import launched
 from soflow_fast.training.parallel import join
 
 STEPS = 30
-LIMITS = (0.1, 4.0, 1.5, 60.0)
+LIMITS = (0.1, 4.0, 1.2, 60.0)
 """Those of `Limits`, for tests: short, and patient enough for a machine that has other things to do."""
 
 
@@ -53,7 +53,7 @@ def main(folder: Path, fault: dict[str, Any], limits: Limits) -> None:
         mine = fault.get("rank", -1) in (None, launch.rank)
         if fault.get("what") == "device" and mine:
             raise ConfigError(f"--device cuda:{launch.rank}: there is none")
-        join(launch, RunConfig(parallel="ddp"), torch.device("cpu"), watch.store)
+        join(launch, RunConfig(parallel="ddp"), torch.device("cpu"), store=watch.store)
         agreement, notes = Agreement(), of_rank(launch.rank)
         notes.keep_in(folder)
         progress = Progress(STEPS, notes=notes)

@@ -59,9 +59,14 @@ def end(started: Any, tmp_path: Path) -> Callable[..., Ended]:
 
 
 def at_step(until: Any, folder: Path, step: int) -> None:
-    """Wait until rank 0 has done some steps."""
-    path = folder / "steps-0"
-    until(lambda: path.exists() and int(path.read_text() or 0) >= step)
+    """Wait until rank 0 has done some steps, or something has gone wrong."""
+    path, outputs = folder / "steps-0", list(folder.glob("out-*"))
+
+    def there() -> bool:
+        failed = any("soflow: " in output.read_text() for output in outputs)
+        return failed or (path.exists() and int(path.read_text() or 0) >= step)
+
+    until(there)
 
 
 def test_ranks_that_end_well_print_what_one_does(end: Any) -> None:
@@ -82,7 +87,10 @@ def test_ranks_that_end_well_print_what_one_does(end: Any) -> None:
     ("fault", "code", "line"),
     [
         ({"rank": 1, "what": "raise"}, 1, rf"rank 1 {HOST}: KeyError: 'pixels' \(at one_rank.py:\d+\)"),
-        ({"rank": 0, "what": "memory"}, 1, rf"rank 0 {HOST}: OutOfMemoryError: CUDA out of memory.*"),
+        pytest.param(
+            *({"rank": 0, "what": "memory"}, 1, rf"rank 0 {HOST}: OutOfMemoryError: CUDA out of memory.*"),
+            marks=pytest.mark.slow,
+        ),
         ({"rank": 1, "what": "device"}, 2, rf"rank 1 {HOST}: --device cuda:1: there is none"),
         ({"rank": None, "what": "each"}, 2, rf"rank (\d) {HOST}: --data x: shard \1 is not there"),
         ({"rank": None, "what": "alike"}, 2, "--data x: is not there"),
@@ -96,12 +104,8 @@ def test_an_error_is_told_once(end: Any, fault: dict[str, Any], code: int, line:
     done = end(step=3, **fault)
     assert done.codes == [code, code]
     assert len(done.lines) == 1 and re.fullmatch(f"soflow: error: {line}", done.lines[0]), done.text
-
-
-def test_the_traceback_of_a_fault_of_the_program_is_kept(end: Any) -> None:
-    done = end(rank=1, step=3, what="raise")
-    assert 'raise KeyError("pixels")' in done.noted(1)
-    assert done.noted(0) == ""  # where it only follows that a connection is lost
+    if fault["what"] == "raise":  # the traceback is kept, but not one that only says that a connection is lost
+        assert 'raise KeyError("pixels")' in done.noted(1) and not done.noted(0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -129,11 +133,11 @@ def test_a_run_that_is_stopped_as_a_whole_goes_on(end: Any, until: Any, tmp_path
         at_step(until, tmp_path, 3)
         for training in ranks:
             training.kill(signal.SIGSTOP)
-        time.sleep(5)
+        time.sleep(4.5)
         for training in ranks:
             training.kill(signal.SIGCONT)
 
-    done = end(act=pause, seconds=0.1)
+    done = end(act=pause, seconds=0.04)
     assert done.codes == [0, 0], done.text
 
 
@@ -149,13 +153,13 @@ def test_a_rank_that_hangs_is_named(end: Any, rank: int, phase: str) -> None:
     )
 
 
-@pytest.mark.parametrize("phase", ["save", "data"])
+@pytest.mark.parametrize("phase", ["save", pytest.param("data", marks=pytest.mark.slow)])
 def test_a_long_phase_does_not_hang(end: Any, until: Any, tmp_path: Path, phase: str) -> None:
     """A save is waited for; and data is, where hang_seconds is 0."""
 
     def act(ranks: list[Any]) -> None:
         at_step(until, tmp_path, 5)
-        time.sleep(3)
+        time.sleep(2)
         ranks[0].kill(signal.SIGKILL)
 
     done = end(act=act, rank=1, step=5, what="hang", phase=phase, hang_seconds=1 if phase == "save" else 0)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...errors import Diverged, Interrupted, UserError
+from ...errors import Diverged, ElsewhereError, Interrupted, UserError
 
 PACKAGE = Path(__file__).resolve().parents[2]
 OF_CONNECTIONS = re.compile(
@@ -58,7 +58,11 @@ def kind_of(error: BaseException) -> Literal["error", "signal", "lost"]:
     if isinstance(error, Interrupted):
         return "signal"
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # its name costs no import of torch
-    lost = of_torch or (isinstance(error, RuntimeError) and OF_CONNECTIONS.search(str(error)))
+    lost = (
+        of_torch
+        or isinstance(error, ElsewhereError)
+        or (isinstance(error, RuntimeError) and OF_CONNECTIONS.search(str(error)))
+    )
     return "lost" if lost else "error"
 
 

@@ -16,10 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ...training.launch import Launch
+from ...launch import Launch
 from .. import signals
 from .failure import Failure, from_json, kind_of
 from .judge import Beat, Judge, Limits
@@ -60,7 +61,8 @@ def watched(launch: Launch | None, hang_seconds: float = 0, limits: Limits | Non
     if hang_seconds:
         # NCCL would end processes of its own when it loses another one, before there is a verdict.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    watch = Watch(launch, meet(launch), hang_seconds, limits or Limits(), _end)
+    limits = limits or Limits()
+    watch = Watch(launch, meet(launch, timedelta(seconds=limits.patience)), hang_seconds, limits, _end)
     _watch = watch if _end else None
     yield watch
     watch.leave()
@@ -91,7 +93,10 @@ class Watch:
             return
         self._launch, self._limits, self._end = launch, limits, end
         self._of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._store: Any = store.clone()  # a client that waits in one thread keeps the others waiting
+        from torch.distributed import PrefixStore
+
+        shared: Any = PrefixStore("watch", store)
+        self._store: Any = shared.clone()  # a connection of its own: one that waits in a thread makes all others wait
         self._heard_ranks = range(launch.world) if launch.rank == 0 else range(1)
         self._judge = Judge(self._heard_ranks, limits, 0 if launch.rank else hang_seconds)
         self._keys = ["verdict", "final", *(f"beat/{rank}" for rank in self._heard_ranks)]
@@ -153,6 +158,7 @@ class Watch:
         if self._launch.rank == 0:
             keys = ["verdict", "final", *(f"beat/{rank}" for rank in self._heard_ranks)]
             self._store.multi_set(keys, [""] * len(keys))
+            self._tick()  # so that the others know its machine from the first moment
             self._store.set("ready", "yes")
         else:
             self._store.wait(["ready"])
