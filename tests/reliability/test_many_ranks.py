@@ -136,25 +136,22 @@ def test_data_that_one_rank_cannot_read_end_the_run_with_all_saved(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_torchrun_restarts_a_run_that_goes_on_exactly(
-    kind: str, environment: dict[str, str], until: Any, tiny: list[str], tmp_path: Path
+    started: Any, environment: dict[str, str], until: Any, tiny: list[str], tmp_path: Path
 ) -> None:
     """A rank is killed after a checkpoint, and the run ends with the bits of one that nobody killed."""
-
-    def torchrun(run: Path) -> subprocess.Popen:
-        own = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "soflow_fast.train"]
-        flags = [*tiny, *map(str, LENGTH), "--run-dir", str(run), "--parallel", kind]
-        command = [sys.executable, "-m", "torch.distributed.run", *own, *flags]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    plain = torchrun(tmp_path / "plain")
-    assert plain.wait(300) == 0
-    killed = torchrun(tmp_path / "killed")
-    until(has_saved(tmp_path / "killed", 10))
-    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
-    workers = [int(pid) for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-    os.kill(workers[0], signal.SIGKILL)
-    out, _ = killed.communicate(timeout=300)
-    assert killed.returncode == 0 and "resuming" in out
+    flags = [*tiny, *map(str, LENGTH), "--parallel", "fsdp", "--run-dir"]
+    codes, _, text = finished(started.trainings(2, *flags, tmp_path / "plain"))
+    assert codes == [0, 0], text
+    own = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "soflow_fast.train"]
+    command = [sys.executable, "-m", "torch.distributed.run", *own, *flags, str(tmp_path / "killed")]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as torchrun:
+        until(has_saved(tmp_path / "killed", 10))
+        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        workers = [int(pid) for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(workers[0], signal.SIGKILL)
+        out, _ = torchrun.communicate(timeout=300)
+    assert torchrun.returncode == 0 and "resuming" in out
     assert torch.equal(weights(tmp_path / "killed"), weights(tmp_path / "plain"))
