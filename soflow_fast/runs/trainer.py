@@ -181,7 +181,7 @@ def _loop(
         closing(batches),
         closing(progress),
         closing(TensorBoard(run_dir / "tensorboard", first, progress.warn) if crew.first else NoLog()) as board,
-        Saver(run_dir, every.keep, progress.warn, before=log.sync) as saver,
+        Saver(run_dir, every.keep, progress.warn, before=log.sync, parallel=crew.parallel) as saver,
     ):
         while state.step < config.steps:
             if every.checkpoint_every and (state.step + 1) % every.checkpoint_every == 0:
