@@ -47,20 +47,21 @@ def main(arguments: list[str] | None = None) -> None:
     from .training.precision import resolve_devices
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer, or on another --device"):
-        devices, vae, space = resolve_devices(values.device), None, None
+        devices = resolve_devices(values.device)
+        decoder: tuple[Any, Any] | None = None
         flow, config, data = load_with_data(values.run, devices[0])
         if not config.data.of_digits or not config.model.num_classes:
             raise ConfigError(f"{values.run}: only labelled digits can be evaluated in this version")
         if config.data.latent:
             if data is None or data.space is None:
                 raise ConfigError(f"{values.run}: does not say which latents it was trained on")
-            space = data.space
-            vae = load_vae(values.vae or space.vae, devices[0], channels=config.model.in_channels)
+            vae = load_vae(values.vae or data.space.vae, devices[0], channels=config.model.in_channels)
+            decoder = vae, data.space
         elif values.vae:
             raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
 
         def decode_on(device: Any) -> Any:
-            return None if vae is None else partial(vae.on(device).decoded, space=space)
+            return None if decoder is None else partial(decoder[0].on(device).decoded, space=decoder[1])
 
         with Devices(devices, draw_on(flow, decode_on)) as several:
             figures = {nfe: measure_digits(flow, n, nfe, seed, several=several) for nfe in calls}
