@@ -34,6 +34,14 @@ class Diverged(Exception):
     exit_code = 1
 
 
+class ElsewhereError(Exception):
+    """The end of a process because another one has failed, which says why. Its exit code is this one's as well."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another rank has failed")
+        self.exit_code = exit_code
+
+
 class Interrupted(BaseException):
     """SIGINT, SIGTERM or SIGHUP, after whatever had to be saved was saved. Exit code 130, 143 or 129.
 

@@ -5,8 +5,15 @@ any number of ranks. Places are dealt so that each rank has its share of both lo
 the flow-matching loss, and rank r of W takes the r-th part of them and the r-th part of the others.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+
+def flow_matching_samples(batch_size: int, fraction: float) -> int:
+    """How many samples of a whole batch take the flow-matching loss: its first ones."""
+    return math.floor(fraction * batch_size + 0.5)
 
 
 def share(size: int, first: int, part: int, parts: int) -> Tensor:

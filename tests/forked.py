@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from soflow_fast.training.launch import Launch
+from soflow_fast.launch import Launch
 
 PATIENCE = 300.0
 """Seconds that a rank may take in all."""

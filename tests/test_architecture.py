@@ -20,7 +20,7 @@ BENCHMARKS = {"benchmarks": ROOT / "benchmarks"}
 
 FLOORS = (
     {"errors", "ranks", "rng", "version"},
-    {"config", "files"},
+    {"config", "files", "launch"},
     {"data", "flow"},
     {"objective"},
     {"models"},

@@ -29,7 +29,7 @@ from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import DiTConfig, override
 from soflow_fast.data import Source, open_source
 from soflow_fast.data.latents import Header, Layout, Writer
-from soflow_fast.runs.upload import Batches
+from soflow_fast.runs.batches.upload import Batches
 from soflow_fast.training.precision import resolve_device
 from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import train_step

@@ -10,6 +10,7 @@ from ..config.schema import NOTHING_LEFT, Config, DataChoices
 from ..data import Source, fitted, identity, open_source
 from ..errors import ConfigError
 from ..models.attention import flop_counter
+from ..ranks import flow_matching_samples
 from ..runs.progress import duration
 from ..runs.trainer import (
     choose_precision,
@@ -25,7 +26,7 @@ from ..runs.trainer import (
 )
 from ..training.memory_estimate import USABLE, MemoryEstimate, estimate_memory, summary
 from ..training.state import TrainState
-from ..training.step import flow_matching_samples, train_step
+from ..training.step import train_step
 from ..training.time_estimate import estimate_time, table
 
 CPU_FLOPS_PER_STEP = 0.25e12

@@ -2,12 +2,14 @@
 
 Every module's forward says what it computes. Where all layers are plain and nobody watches them, `DiT.forward` runs the
 same computation fused across the borders of its modules (`fused_layers`), with the modulations of all blocks as one
-product; else it calls the modules one by one. Names of parameters are those of the public checkpoints.
+product, or each with its block where the network is sharded (`sharding`); else it calls the modules one by one. Names
+of parameters are those of the public checkpoints.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -34,12 +36,14 @@ from .fused_layers import (
     PendingResidual,
     SavePolicy,
     fused_block,
+    linear,
     normed_linear,
     rounded_sum,
     stacked_linear,
     weights_of,
 )
-from .plain_layers import PLAIN_LAYERS, Kinds, call_layer, changed_part, plain_kind, watched_everywhere
+from .plain_layers import PLAIN_LAYERS, Kinds, Sharding, call_layer, changed_part, plain_kind, watched_everywhere
+from .sharding import Unit, in_turn, without_parameters
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
@@ -185,7 +189,7 @@ class MLP(nn.Module):
         return call_layer(self.fc2, F.gelu(call_layer(self.fc1, x), approximate="tanh"))
 
 
-class Modulation(nn.Sequential):
+class Modulation(Unit, nn.Sequential):
     """The conditioning c [B, D] -> `chunks` rows of D in the dtype of the blocks: SiLU, Linear; [B, chunks D]."""
 
     def __init__(self, hidden_size: int, chunks: int) -> None:
@@ -195,8 +199,12 @@ class Modulation(nn.Sequential):
         silu, layer = self
         return call_layer(layer, silu(c).to(dtype))
 
+    def product(self, c: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same of SiLU(c), with the layer not called."""
+        return linear(c.to(dtype), weights_of(self[1], dtype))  # pyright: ignore[reportArgumentType]
 
-class Block(nn.Module):
+
+class Block(Unit, nn.Module):
     """One DiT block with adaLN-Zero (arXiv 2212.09748, section 3.2)."""
 
     def __init__(self, config: DiTConfig) -> None:
@@ -266,6 +274,8 @@ class DiT(nn.Module):
     """The backend of torch.compile for the fused blocks; None: they are not compiled."""
     mlp = "kernels"
     """Who makes the products around the GELUs of fused blocks that keep little for the backward (`mlp_products`)."""
+    sharding: Sharding | None = None
+    """What `sharding.shard` made of the modules; None: it was not called, and parameters are whole."""
 
     def __init__(self, config: DiTConfig | None = None) -> None:
         super().__init__()
@@ -312,6 +322,11 @@ class DiT(nn.Module):
         modulations."""
         return [*(layer for block in self.blocks for layer in block.linears()), *self.modulation_layers()]
 
+    def units(self) -> list[Any]:
+        """The parts that hold all parameters but those of the two ends, in the order in which they run: the blocks and
+        the last modulation. A sharded network gathers them one by one."""
+        return [*self.blocks, self.final_layer.adaLN_modulation]
+
     def set_attention(self, backend: Backend) -> None:
         """Let all blocks take an attention backend: one of `attention.BACKENDS`, or a function of q, k and v that is an
         implementation of softmax(q k' / sqrt(head_dim)) v, as increments are those of this formula."""
@@ -326,8 +341,9 @@ class DiT(nn.Module):
         self.compile_backend = backend
 
     def changed_part(self, *, float8: bool = False) -> str | None:
-        """The name of the first submodule that is not as `DiT` makes it: replaced, wrapped, hooked, pruned, quantised
-        or sharded; None: all are plain. float8: linear layers of torchao's float8 recipe pass too."""
+        """The name of the first submodule that is not as `DiT` makes it, or `sharding.shard` of that: replaced,
+        wrapped, hooked, pruned, quantised or sharded by others; None: all are plain. float8: linear layers of torchao's
+        float8 recipe pass too."""
         parts: list[tuple[str, nn.Module, type[nn.Module]]] = [
             ("x_embedder", self.x_embedder, PatchEmbed),
             ("t_embedder", self.t_embedder, TimeEmbedder),
@@ -337,9 +353,12 @@ class DiT(nn.Module):
             ("final_layer", self.final_layer, FinalLayer),
         ]
         for name, module, kind in parts:
-            found = changed_part(module, kind, KINDS, float8=float8)
+            found = changed_part(module, kind, KINDS, float8=float8, sharding=self.sharding)
             if found is not None:
                 return f"{name}.{found}" if found else name
+        if self.sharding is not None:
+            whole = next((unit for unit in self.units() if unit not in self.sharding.modules), None)
+            return next((name for name, module in self.named_modules() if module is whole), None)
         return None
 
     def conditioning(self, t: Tensor, s: Tensor, y: Tensor | None) -> Tensor:
@@ -377,10 +396,13 @@ class DiT(nn.Module):
         changed = self.changed_part()
         with torch.autocast(device, enabled=False):
             if changed is None and not watched_everywhere():
-                return self.unpatchify(self._fused(x, t, s, y, dtype, tape))
-            if tape is not None:
+                out = self.unpatchify(self._fused(x, t, s, y, dtype, tape))
+            elif tape is not None:
                 raise ValueError(f"tape: {changed or 'every module'} is watched or changed, its outputs are not taken")
-            return self.unpatchify(self._called(x, t, s, y, dtype))
+            else:
+                out = self.unpatchify(self._called(x, t, s, y, dtype))
+        # FSDP's hook on a view would be lost if somebody wrote to it.
+        return out if self.sharding is None else out.clone()
 
     def _called(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Patches [B, T, patch^2 C], every module called."""
@@ -400,19 +422,44 @@ class DiT(nn.Module):
         """Patches [B, T, patch^2 C], fused across the borders of modules."""
         c = self.conditioning(t, s, y)
         x = rounded_sum(self.x_embedder(x), self.pos_embed, dtype)
-        m = self.modulations(c, dtype, tape)
         keep_norms = self.keep_norms
         if keep_norms is None:
             keep_norms = not on_gpu(x) and self.recompute == "none"
         save = SavePolicy(norms=keep_norms, inner=self.recompute == "none")
         residual = PendingResidual(x)
-        for k, block in enumerate(self.blocks):
-            residual = self._fused_block(block, residual, BlockModulation(*m[6 * k : 6 * k + 6]), save, tape)
+        if self.sharding is None:
+            m = self.modulations(c, dtype, tape)
+            for k, block in enumerate(self.blocks):
+                residual = self._fused_block(block, residual, BlockModulation(*m[6 * k : 6 * k + 6]), save, tape)
+            shift, scale = m[-2:]
+        else:
+            with closing(in_turn(self)) as turns:
+                for _ in self.blocks:
+                    residual = next(turns)(self._block_and_modulation, residual, c, save, tape)
+                product = next(turns)(Modulation.product, c, dtype)
+            shift, scale = self._rows(product, tape)
         final = weights_of(self.final_layer.linear, self.pos_embed.dtype)
-        x, out = normed_linear(residual, m[-2], m[-1], final, keep_norm=keep_norms)
+        x, out = normed_linear(residual, shift, scale, final, keep_norm=keep_norms)
         if tape is not None:
             tape.residual, tape.patches = tape.taken(x), tape.taken(out)
         return out
+
+    def _rows(self, product: Tensor, tape: TapedOutputs | None) -> tuple[Tensor, ...]:
+        """The modulations [B, D] in the product of one layer, noted on the tape."""
+        rows = product.split(self.config.hidden_size, dim=1)
+        if tape is not None:
+            tape.modulations += map(tape.taken, rows)
+        return rows
+
+    def _block_and_modulation(
+        self, block: Block, residual: PendingResidual, c: Tensor, save: SavePolicy, tape: TapedOutputs | None
+    ) -> PendingResidual:
+        """A block with the modulations of its own, for SiLU(c) [B, D]. Nothing that leaves it is a parameter, whose
+        memory is freed after it, or a view, on which FSDP's hook would not be safe: on a GPU the gate [B, D] alone."""
+        rows = self._rows(block.adaLN_modulation.product(c, residual.x.dtype), tape)
+        leaving = without_parameters(self._fused_block(block, residual, BlockModulation(*rows), save, tape))
+        views = (value is not None and value.requires_grad and value._base is not None for value in leaving)
+        return PendingResidual._make(v.clone() if view else v for v, view in zip(leaving, views, strict=True))
 
     def _fused_block(
         self,

@@ -12,7 +12,9 @@ Only the products of the blocks run in the low precision. Nothing here has a gra
 two forwards, or one if the values ride along on a forward that is made anyway (`tape`).
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ from soflow_kernels import (
 )
 from soflow_kernels.increment import Pair
 
-from .dit import FREQUENCIES, MAX_PERIOD, Block, DiT, TapedOutputs, merge_heads, split_heads
+from .dit import FREQUENCIES, MAX_PERIOD, Block, DiT, Modulation, TapedOutputs, merge_heads, split_heads
 from .fused_layers import (
     EPS,
     BlockModulation,
@@ -41,7 +43,8 @@ from .fused_layers import (
     normed_linear,
     weights_of,
 )
-from .plain_layers import watched_everywhere
+from .plain_layers import has_hooks, watched_everywhere
+from .sharding import ends_gathered, gathered, without_parameters
 
 _FORWARD = DiT.forward
 
@@ -93,7 +96,8 @@ def paired_forward(
     work = torch.float64 if dtype == torch.float64 or work == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
         x, dx, t, dt, s = (v.to(work) for v in (x, dx, t, dt, s))
-        return _IncrementPass(net, work, dtype).network(x, dx, t, dt, s, y, tape)
+        with ends_gathered(net), closing(gathered(net)) as units:
+            return _IncrementPass(net, work, dtype).network(units, x, dx, t, dt, s, y, tape)
 
 
 def missed_part(net: DiT, *, float8: bool = True) -> str | None:
@@ -101,7 +105,7 @@ def missed_part(net: DiT, *, float8: bool = True) -> str | None:
     float8: linear layers of torchao's float8 recipe pass too."""
     if watched_everywhere():
         return "every module"
-    if net._forward_hooks or net._forward_pre_hooks or "forward" in net.__dict__ or type(net).forward is not _FORWARD:
+    if has_hooks(net, net.sharding) or "forward" in net.__dict__ or type(net).forward is not _FORWARD:
         return "net"
     for k, block in enumerate(net.blocks):
         if "attend" in getattr(block, "attn", block).__dict__:
@@ -130,39 +134,61 @@ class _IncrementPass:
         self.between = work if operand == torch.float16 else operand
 
     def network(
-        self, x: Tensor, dx: Tensor, t: Tensor, dt: Tensor, s: Tensor, y: Tensor | None, tape: TapedOutputs | None
+        self,
+        units: Iterator[Any],
+        x: Tensor,
+        dx: Tensor,
+        t: Tensor,
+        dt: Tensor,
+        s: Tensor,
+        y: Tensor | None,
+        tape: TapedOutputs | None,
     ) -> tuple[Tensor, Tensor]:
         """The value and the increment, [B, C, H, W]. Without a tape every block is made first, and then its
-        increments."""
+        increments. units: those of the network, each with whole parameters until the next is asked for."""
         net = self.net
         c, dc = self.conditioning(t, dt, s, y)
-        m = net.modulations(F.silu(c), self.operand) if tape is None else tape.modulations
         dc = silu_increment((c, dc)).to(self.between)
-        dm = [d for layer in net.modulation_layers() for d in self.product(dc, layer).split(net.config.hidden_size, 1)]
-        pairs = list(zip(m, dm, strict=True))
+        if tape is not None:
+            m = tape.modulations
+        else:
+            c = F.silu(c)
+            m = net.modulations(c, self.operand) if net.sharding is None else None  # else made with each block
         # The patch embedding is linear: the increment takes no bias and no positions.
         embedding = net.x_embedder.proj.weight.flatten(1).to(self.work)
         pending = PendingIncrement(F.linear(net.x_embedder.patches(dx), embedding))
         residual = PendingResidual((net.x_embedder(x) + net.pos_embed).to(self.work)) if tape is None else None
-        for k, block in enumerate(net.blocks):
+        for k, block in zip(range(len(net.blocks)), units, strict=False):
+            pairs = self.modulation(block.adaLN_modulation, c, dc, None if m is None else m[6 * k : 6 * k + 6])
             if residual is not None:
                 weights = BlockWeights(*(weights_of(layer, self.operand) for layer in block.linears()))
-                modulation = BlockModulation(*m[6 * k : 6 * k + 6])
+                modulation = BlockModulation(*(value for value, _ in pairs))
                 attn, save = block.attn, SavePolicy(norms=True, inner=True)
                 parts = attn.parts(self.operand, x.device)
                 residual, at = fused_block(residual, modulation, weights, attn.attend, save, True, parts)
             else:
                 assert tape is not None
                 at = tape.blocks[k]
-            pending = self.block(block, at, pending, pairs[6 * k : 6 * k + 6])
+            pending = self.block(block, at, pending, pairs)
+            if net.sharding is not None:  # the block's are freed before the next one takes its last bias along
+                pending = without_parameters(pending)
+                residual = None if residual is None else without_parameters(residual)
+        shift, scale = self.modulation(next(units), c, dc, None if m is None else m[-2:])
         final = weights_of(net.final_layer.linear, self.work)
         if residual is not None:
-            last, patches = normed_linear(residual, m[-2], m[-1], final, keep_norm=True)
+            last, patches = normed_linear(residual, shift[0], scale[0], final, keep_norm=True)
         else:
             assert tape is not None and tape.residual is not None and tape.patches is not None
             last, patches = tape.residual, tape.patches.to(self.work)
-        _, dn = self.norm(last, pending, pairs[-2], pairs[-1], self.work)
+        _, dn = self.norm(last, pending, shift, scale, self.work)
         return net.unpatchify(patches), net.unpatchify(F.linear(dn, final.weight))
+
+    def modulation(self, part: Modulation, c: Tensor, dc: Tensor, values: Sequence[Tensor] | None) -> list[Pair]:
+        """Shifts, scales and gates of SiLU(c) and their increments, [B, D] each; values: these are made already."""
+        D = self.net.config.hidden_size
+        values = part.product(c, self.operand).split(D, 1) if values is None else values
+        layer: Any = part[1]
+        return list(zip(values, self.product(dc, layer).split(D, 1), strict=True))
 
     def conditioning(self, t: Tensor, dt: Tensor, s: Tensor, y: Tensor | None) -> Pair:
         """c [B, D], before its SiLU; t - s changes by dt as t does."""

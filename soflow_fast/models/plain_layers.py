@@ -1,7 +1,8 @@
-"""Whether a module is as it was made: nobody replaced, wrapped, hooked, pruned, quantised or sharded a part of it.
+"""Whether a module is as it was made: nobody replaced, wrapped, hooked, pruned or quantised a part of it.
 
 The fused path computes with the parameters of such modules without calling them. Anything else is called, so that what
-acts through `Module.__call__`, or in the place of a layer, takes effect.
+acts through `Module.__call__`, or in the place of a layer, takes effect. What `sharding.shard` makes of a module is
+known; what somebody else shards counts as wrapped.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,18 +41,63 @@ PLAIN_LAYERS: Kinds = {
 }
 
 
-def changed_part(module: nn.Module, kind: type[nn.Module], kinds: Kinds, *, float8: bool = False) -> str | None:
+class ShardedModule(NamedTuple):
+    """What FSDP made of one module."""
+
+    plain: type[nn.Module]
+    """Its type before."""
+    kind: type[nn.Module]
+    pre_hooks: frozenset[int]
+    """The keys of FSDP's own hooks before the forward."""
+    hooks: frozenset[int]
+
+
+class Sharding(NamedTuple):
+    """What FSDP made of a network."""
+
+    modules: Mapping[nn.Module, ShardedModule]
+    """The network itself, and the units that are gathered one by one."""
+    tensor: type[Tensor]
+    """The type of parameters while they are not gathered."""
+
+    def made(self, module: nn.Module, kind: type[nn.Module], plain: PlainKind) -> bool:
+        """Whether the type of a module is the one that FSDP gave to a module of type `kind`."""
+        own = self.modules.get(module)
+        return own is not None and own.plain is kind and type(module) is own.kind and own.kind.forward is plain.forward
+
+
+def has_hooks(module: nn.Module, sharding: Sharding | None) -> bool:
+    """Whether a module has hooks around its forward, beside those of FSDP."""
+    m: Any = module
+    if not (m._forward_hooks or m._forward_pre_hooks):
+        return False
+    own = None if sharding is None else sharding.modules.get(module)
+    return own is None or (m._forward_pre_hooks.keys(), m._forward_hooks.keys()) != (own.pre_hooks, own.hooks)
+
+
+def changed_part(
+    module: nn.Module,
+    kind: type[nn.Module],
+    kinds: Kinds,
+    *,
+    float8: bool = False,
+    sharding: Sharding | None = None,
+) -> str | None:
     """The dotted name of the first part of `module` that is not as a new one of type `kind` has it, "" for the module
-    itself; None: all are. float8: a linear layer of torchao's float8 recipe passes too."""
+    itself; None: all are. float8: a linear layer of torchao's float8 recipe passes too; sharding: and what this says
+    that FSDP made."""
     # A walk over 300 modules at every forward of the largest network: plain loops, the likeliest questions first.
     m: Any = module
     plain, parameters, children = kinds[kind], m._parameters, m._modules
     if type(m) is not kind:
-        if not (float8 and kind is nn.Linear and is_float8(m)):
+        known = float8 and kind is nn.Linear and is_float8(m)
+        if not known and (sharding is None or not sharding.made(m, kind, plain)):
             return ""
     elif kind.forward is not plain.forward:
         return ""
-    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+    if (m._forward_hooks or m._forward_pre_hooks) and has_hooks(m, sharding):
+        return ""
+    if m._backward_hooks or m._backward_pre_hooks:
         return ""
     if "forward" in m.__dict__ or m._compiled_call_impl is not None:
         return ""
@@ -60,11 +106,12 @@ def changed_part(module: nn.Module, kind: type[nn.Module], kinds: Kinds, *, floa
     if len(parameters) != len(plain.parameters) or len(children) != len(plain.children):
         return ""
     for name in plain.parameters:
-        if not _is_plain_tensor(parameters.get(name)):
+        value = parameters.get(name)
+        if not _is_plain_tensor(value) and (sharding is None or type(value) is not sharding.tensor):
             return ""
     for name, part in plain.children.items():
         child = children.get(name)
-        found = "" if child is None else changed_part(child, part, kinds, float8=float8)
+        found = "" if child is None else changed_part(child, part, kinds, float8=float8, sharding=sharding)
         if found is not None:
             return f"{name}.{found}" if found else name
     return None

@@ -138,3 +138,22 @@ class TensorBoard:
         """Keep the traceback of the writer's thread off stderr: its error is raised at the next call, and told then."""
         if not isinstance(arguments.exc_value, OSError):
             self._plain_hook(arguments)
+
+
+class NoLog:
+    """In the place of both on a rank that writes nothing."""
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """As `MetricsLog.write` and `TensorBoard.write`."""
+
+    def sync(self, warn: Callable[[str], None]) -> None:
+        """As `MetricsLog.sync`."""
+
+    def image(self, grid: Tensor, step: int) -> None:
+        """As `TensorBoard.image`."""
+
+    def flush(self) -> None:
+        """As `TensorBoard.flush`."""
+
+    def close(self) -> None:
+        """As `TensorBoard.close`."""

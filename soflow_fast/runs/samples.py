@@ -58,10 +58,14 @@ class Grids:
 
 
 def evaluate(
-    state: TrainState, run_dir: Path, say: Callable[[str], None], decode: Callable[[Tensor], Tensor] | None = None
+    state: TrainState,
+    run_dir: Path | None,
+    say: Callable[[str], None],
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[int, DigitScores]:
     """Print the figures of 4000 digits drawn with 1 and with 2 network calls, and keep them in evaluation.json.
 
+    run_dir: None of a rank that only takes part in the drawing.
     decode: makes images of samples that are latents."""
     figures = {}
     say(f"evaluating {EVALUATION_SAMPLES} samples")
@@ -69,5 +73,6 @@ def evaluate(
         figures[nfe] = measure_digits(state.ema, EVALUATION_SAMPLES, nfe, seed=0, decode=decode)
         say(describe(nfe, figures[nfe]))
     content = {"step": state.step, "samples": EVALUATION_SAMPLES, "nfe": {k: v._asdict() for k, v in figures.items()}}
-    write_file(run_dir / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode(), synced=False)
+    if run_dir is not None:
+        write_file(run_dir / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode(), synced=False)
     return figures

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,26 @@ from torch import Tensor
 from .. import errors
 from ..config.schema import AUTO, NOTHING_LEFT, Config, DataChoices
 from ..data import Source, fitted, identity, open_source
-from ..errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted, storage
+from ..errors import CheckpointError, ConfigError, DataError, Diverged, ElsewhereError, Interrupted, storage
 from ..files import OptionalWrites, write_file
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
+from ..ranks import flow_matching_samples
 from ..training import cpu_precision
 from ..training.consistency_target import resolve_target
 from ..training.cuda_graph import record_graph, why_not_graphed
 from ..training.nonfinite import GIVE_UP
 from ..training.precision import matmul_precision, resolve_device, resolve_precision
 from ..training.state import TrainState
-from ..training.step import flow_matching_samples, train_step
+from ..training.step import train_step
 from . import checkpoint, run_directory, signals
 from .async_save import Saver
-from .metrics import MetricsLog, TensorBoard
+from .batches.resident import on_device_bytes
+from .batches.upload import Batches
+from .crew import ALONE, Crew, assemble
+from .metrics import MetricsLog, NoLog, TensorBoard
 from .progress import Progress
-from .resident import on_device_bytes
 from .samples import Grids, evaluate
-from .upload import Batches
 
 
 def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
@@ -45,9 +47,11 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
     SIGTERM or SIGHUP (outside of Python's main thread no signal is handled). The state is saved before that; if the
     disk refuses it, that is the error that is raised, and exit code 2 says that more was lost than time.
     """
+    crew, config = assemble(config)
     with enough_memory(config):
-        config, chosen = choose_precision(config)
-        config = resolved(config)
+        config, chosen = choose_precision(config) if crew.first else (config, "")
+        config = replace(config, precision=crew.chosen(config.precision))
+        config = resolved(config, crew)
         run_dir = Path(config.run.run_dir)
         progress = Progress(config.steps)
         if choices == NOTHING_LEFT:
@@ -55,23 +59,25 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
         if config.data.kind == "digits-latent":
             from .latents.digits import prepare
 
-            config = prepare(config, progress.say)
+            config = crew.first_then_others(lambda: prepare(config, progress.say))
         source = open_source(config, progress.say)
         found = identity.identify(source.dataset)
         run_directory.check_data(run_dir, found)  # first: of other data the number of classes differs too, at times
+        crew.check_same("--data", identity.to_json(found))
         config = fitted(config, source, choices)
         progress.total = config.steps
         run_directory.check(run_dir, config)
-        state = TrainState.build(config, weights=initial_weights(config, run_dir))
+        state = TrainState.build(config, parallel=crew.parallel, weights=initial_weights(config, run_dir))
         state.data = identity.to_json(found)
-        state.set_attention(resolve_attention(state))
+        state.set_attention(crew.chosen(resolve_attention(state)))
         mlp = resolve_mlp(state)
-        set_mlp(state, mlp.name)
+        set_mlp(state, crew.chosen(mlp.name))
         state.guard.limit = GIVE_UP if config.run.on_nonfinite == "skip" else 1
-        with run_directory.taken(run_dir, config, progress.warn):
+        with run_directory.taken(run_dir, config, progress.warn) if crew.first else nullcontext():
+            crew.wait()  # until the first has made the directory its own
             if chosen:
                 progress.say(chosen)
-            _begin(state, source, run_dir, progress)
+            _begin(state, source, run_dir, progress, crew)
             if mlp.said:
                 progress.say(mlp.said)
             grids = Grids(state, found.space, progress.say)
@@ -79,8 +85,8 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
                 listed = str(run_dir / run_directory.LEFT_OUT)
                 for line in identity.describe(source.dataset, found, config.data.path, listed):
                     progress.say(line)
-                _train(state, source, grids, run_dir, progress)
-            _end(state, grids, run_dir, progress)
+                _train(state, source, grids, run_dir, progress, crew)
+            _end(state, grids, run_dir, progress, crew)
         return state
 
 
@@ -105,12 +111,13 @@ def initial_weights(config: Config, run_dir: Path) -> dict[str, Tensor] | None:
     return flow.state_dict()
 
 
-def _begin(state: TrainState, source: Source, run_dir: Path, progress: Progress) -> None:
+def _begin(state: TrainState, source: Source, run_dir: Path, progress: Progress, crew: Crew) -> None:
     """Load the newest checkpoint, if there is one, and say what begins."""
     config = state.config
     before = run_directory.configuration(run_dir)
     resumed = checkpoint.resume(run_dir, state, progress.warn)
-    run_directory.prepare(run_dir, config, state.data, resumed, progress.warn, source.dataset.contents.bad())
+    if crew.first:
+        run_directory.prepare(run_dir, config, state.data, resumed, progress.warn, source.dataset.contents.bad())
     if resumed:
         if before is not None and before.steps < config.steps:
             progress.say(f"finished at step {before.steps}, goes on: all schedules now end at step {config.steps}")
@@ -118,9 +125,15 @@ def _begin(state: TrainState, source: Source, run_dir: Path, progress: Progress)
     else:
         progress.say(
             f"training {config.preset} in {run_dir}: {state.parameter_count() / 1e6:.2f} M parameters, "
-            f"{len(source)} images, {config.steps} steps of {config.batch_size}, {state.precision} on {state.device}, "
-            f"attention {state.flow.network.blocks[0].attn.backend}{_graph_note(state)}"
+            f"{len(source)} images, {config.steps} steps of {config.batch_size}, {state.precision} on "
+            f"{_devices(state)}, attention {state.flow.network.blocks[0].attn.backend}{_graph_note(state)}"
         )
+
+
+def _devices(state: TrainState) -> str:
+    if state.parallel is None:
+        return str(state.device)
+    return f"{state.world} {state.device.type} ranks by {state.parallel.kind}"
 
 
 def _graph_note(state: TrainState) -> str:
@@ -129,29 +142,35 @@ def _graph_note(state: TrainState) -> str:
         return ""
     if state.graphed:
         return ", steps as a CUDA graph"
-    why = why_not_graphed(state.config, state.precision, state.device)
+    why = why_not_graphed(state.config, state.precision, state.device, state.world)
     return f", no CUDA graph{f': {why}' if why else ''}"
 
 
-def _train(state: TrainState, source: Source, grids: Grids, run_dir: Path, progress: Progress) -> None:
+def _train(state: TrainState, source: Source, grids: Grids, run_dir: Path, progress: Progress, crew: Crew) -> None:
     """Train to the last step. Raises Interrupted once a signal has come and the state is saved."""
     first = state.step
     with signals.collected(idle=lambda: state.step == first) as pending:
-        _loop(state, source, grids, run_dir, progress, pending)
+        _loop(state, source, grids, run_dir, progress, pending, crew)
     if pending:
         where = f"step {state.step} of {state.config.steps}"
         raise Interrupted(pending[0], f"stopped and saved at {where}; the same command resumes")
 
 
 def _loop(
-    state: TrainState, source: Source, grids: Grids, run_dir: Path, progress: Progress, pending: list[int]
+    state: TrainState,
+    source: Source,
+    grids: Grids,
+    run_dir: Path,
+    progress: Progress,
+    pending: list[int],
+    crew: Crew,
 ) -> None:
     """Step until the last step is done or a signal is pending; log, draw and save on the way."""
     config, every = state.config, state.config.run
     began, first = time.monotonic(), state.step
     before, before_step = began, first
     with storage(f"--run-dir {run_dir}"):
-        log = MetricsLog(run_dir / "metrics.jsonl", first, progress.warn)
+        log = MetricsLog(run_dir / "metrics.jsonl", first, progress.warn) if crew.first else NoLog()
     optional = OptionalWrites(progress.warn)
     held = bytes_to_hold(config, source, state.device)
     if held:
@@ -161,29 +180,36 @@ def _loop(
     with (
         closing(batches),
         closing(progress),
-        closing(TensorBoard(run_dir / "tensorboard", first, progress.warn)) as board,
+        closing(TensorBoard(run_dir / "tensorboard", first, progress.warn) if crew.first else NoLog()) as board,
         Saver(run_dir, every.keep, progress.warn, before=log.sync) as saver,
     ):
         while state.step < config.steps:
             if every.checkpoint_every and (state.step + 1) % every.checkpoint_every == 0:
                 saver.wait()  # so that a crash never costs two intervals
+            fault: DataError | None = None
             try:
                 x0, y = batches.of(state.step)
-            except DataError:
+            except DataError as error:
+                fault = error
+            signal, faulty = crew.told(pending[0] if pending else 0, fault is not None)
+            if signal and not pending:  # that another rank got
+                pending.append(signal)
+            if faulty:
                 if state.step > first:
                     with storage(f"--run-dir {run_dir}: cannot save the checkpoint of step {state.step}"):
                         saver.finish(state)
-                raise
+                raise fault or ElsewhereError(DataError.exit_code)
             metrics = step_in_memory(state, x0, y, progress.say, batches.give_up_memory)
             if state.step < config.steps:
                 batches.begin(state.step)  # while the GPU is busy
             if state.graph is not None and state.graph.fault is not None:
                 progress.say(f"no CUDA graph: {state.graph.fault}")
                 state.graph, state.graphed = None, False
-            step, last, stop = state.step, state.step == config.steps, bool(pending)
+            step, last = state.step, state.step == config.steps
+            stop = bool(pending) if crew.size == 1 else bool(signal)  # as all ranks know it
             # The measured quotient has a line at its own step: a resumed run would not know it any more.
             if step % every.log_every == 0 or last or "q_cosine" in metrics:
-                values = read_metrics(state, metrics)
+                values = read_metrics(state, metrics, crew)
                 now = time.monotonic()
                 images = (step - before_step) * config.batch_size / (now - before)
                 before, before_step = now, step
@@ -191,14 +217,15 @@ def _loop(
                 log.write(entry)
                 board.write(entry)
                 progress.update(step, values, (step - first) / (now - began), images, now)
-            if not last and every.sample_every and step % every.sample_every == 0:
+            if not last and every.sample_every and step % every.sample_every == 0 and crew.draws:
                 kind, content, grid = grids.draw()
                 if grid is not None:
                     board.image(grid, step)
-                with optional(f"sample grid of step {step}"):
-                    write_file(run_dir / "samples" / f"step-{step:08d}.{kind}", content, synced=False)
+                if crew.first:
+                    with optional(f"sample grid of step {step}"):
+                        write_file(run_dir / "samples" / f"step-{step:08d}.{kind}", content, synced=False)
             if last or stop or (every.checkpoint_every and step % every.checkpoint_every == 0):
-                read_metrics(state, metrics)  # which raises Diverged for a state that is not to be saved
+                read_metrics(state, metrics, crew)  # which raises Diverged for a state that is not to be saved
                 board.flush()
                 if last or stop:
                     with storage(f"--run-dir {run_dir}: cannot save the checkpoint of step {step}"):
@@ -210,16 +237,19 @@ def _loop(
                 return
 
 
-def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress) -> None:
+def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress, crew: Crew) -> None:
     """Draw the last grid and evaluate. Raises StorageError where the disk refuses: all else is saved already."""
+    if not crew.draws:
+        return
     with storage(f"--run-dir {run_dir}: the checkpoint of step {state.step} is saved, but not all else"):
         kind, content, _ = grids.draw()
         path = run_dir / "samples" / f"final.{kind}"
-        write_file(path, content, synced=False)
+        if crew.first:
+            write_file(path, content, synced=False)
         progress.say(f"trained {state.step} steps; samples: {path}")
         data = state.config.data
         if data.of_digits and state.config.model.num_classes and (grids.vae is not None or not data.latent):
-            evaluate(state, run_dir, progress.say, grids.decoded)
+            evaluate(state, run_dir if crew.first else None, progress.say, grids.decoded)
 
 
 def step_in_memory(
@@ -233,7 +263,7 @@ def step_in_memory(
 
     What `give_up` frees is given up first, which returns whether there was something, and then a recording that runs
     out of memory. The step that ran out has changed nothing.
-    Raises torch.OutOfMemoryError if one image does not fit.
+    Raises torch.OutOfMemoryError if one image does not fit, and of several ranks at once.
     """
     while True:
         parts = -(-len(x0) // (state.config.micro_batch or len(x0)))
@@ -241,6 +271,8 @@ def step_in_memory(
         try:
             return train_step(state, x0, y)
         except torch.OutOfMemoryError:
+            if state.parallel is not None:  # the others are in the midst of the step
+                raise
             given_up = give_up()
             if size == 1 and not given_up:
                 raise
@@ -261,7 +293,7 @@ def step_in_memory(
             torch.cuda.empty_cache()
 
 
-def read_metrics(state: TrainState, metrics: dict[str, Tensor]) -> dict[str, float]:
+def read_metrics(state: TrainState, metrics: dict[str, Tensor], crew: Crew = ALONE) -> dict[str, float]:
     """The metrics on the host, with the memory in use; of a step that was skipped, those that are finite.
 
     Raises Diverged if the run ends here. The weights are those before the first number that was not finite, and the
@@ -270,7 +302,7 @@ def read_metrics(state: TrainState, metrics: dict[str, Tensor]) -> dict[str, flo
     refused, skips = state.guard.read(), state.config.run.on_nonfinite == "skip"
     if refused.given_up:
         row = f", the {refused.in_row}th in a row" if skips else ""
-        what = f"{refused.place} not finite at step {refused.step}{row}"
+        what = f"{refused.place} not finite at step {refused.step}{crew.name(refused.rank)}{row}"
         raise Diverged(f"{what}; that step changed nothing, and the last checkpoint stands")
     values = {name: float(value) for name, value in metrics.items()}
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
@@ -300,7 +332,7 @@ def _run_dir(config: Config) -> str:
     return config.run.run_dir or f"runs/{config.preset}"
 
 
-def resolved(config: Config) -> Config:
+def resolved(config: Config, crew: Crew = ALONE) -> Config:
     """The configuration with every "auto" and empty default replaced by what it comes to on this machine.
 
     `run.attention` and `run.mlp` alone stay "auto": what they choose from is timed at the network's shape, once it is
@@ -311,12 +343,15 @@ def resolved(config: Config) -> Config:
     precision = resolve_precision(config.precision, device)
     how = resolve_target(config, precision, device)
     config = replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)
+    mine = replace(config, batch_size=config.batch_size // crew.size)
     if config.micro_batch == AUTO:
-        config = replace(config, micro_batch=_micro_batch(config, device))
+        fits = min(size or mine.batch_size for size in crew.all(_micro_batch(mine, device)))
+        config = replace(config, micro_batch=0 if fits == mine.batch_size else fits)
     if config.run.recompute == "auto":
         on_gpu = device.type == "cuda"  # a CPU keeps norms and GELUs in any case
-        kind = recompute_in(config, torch.cuda.mem_get_info(device)[0]) if on_gpu else "none"
-        config = replace(config, run=replace(config.run, recompute=kind))
+        mine = replace(mine, micro_batch=config.micro_batch)
+        kinds = crew.all(recompute_in(mine, torch.cuda.mem_get_info(device)[0]) if on_gpu else "none")
+        config = replace(config, run=replace(config.run, recompute=kinds[0] if len(set(kinds)) == 1 else "none"))
     return config
 
 

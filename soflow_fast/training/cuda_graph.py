@@ -13,12 +13,16 @@ from ..config.schema import Config
 
 WARM_UP = 3
 """Calls that run as they are before one is recorded: compilers, autotuners and lazy initialisations come to rest."""
+WARM_UP_OF_REPLICAS = 11
+"""The same where DistributedDataParallel is in it: as many as torch's notes on CUDA semantics ask for."""
 
 
-def why_not_graphed(config: Config, precision: str, device: torch.device) -> str | None:
+def why_not_graphed(config: Config, precision: str, device: torch.device, ranks: int = 1) -> str | None:
     """Why a step is not made a CUDA graph unless it is asked for; None: every operation of it can be recorded."""
     if device.type != "cuda":
         return f"the device is {device.type}"
+    if ranks > 1:
+        return f"{ranks} ranks exchange gradients in it"
     if torch.version.hip is not None:
         return "the GPU is not NVIDIA's"
     if config.run.compile:

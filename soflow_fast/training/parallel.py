@@ -1,25 +1,38 @@
 """Several processes that train one run, by PyTorch's own engines: DistributedDataParallel, or FSDP2's `fully_shard`.
 
+Imported by runs of several ranks alone, as these engines take seconds to import.
+
 Every process is a rank with a device of its own. What a sample is belongs to its place in the whole batch
 (`soflow_fast.ranks`), each rank's loss is the mean over its share, and gradients are the mean over ranks: that is the
 gradient of one process on the whole batch.
 """
 
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from ..config.schema import Parallelism, RunConfig
+from ..config.schema import Config, Parallelism, RunConfig
 from ..errors import ConfigError
-from .launch import Launch
+from ..flow import SolutionFlow
+from ..launch import Launch
+from ..models.dit import DiT
+from ..models.sharding import shard
+from ..ranks import flow_matching_samples, share_of_first
 
-PATIENCE = timedelta(minutes=10)
-"""How long a process waits for the others to start."""
+BUCKET_MB = 25
+"""Gradients that are reduced together, as torch chooses."""
+# Their name in torch 2.13, and before.
+_SYNCS_BUFFERS = "forward_sync_buffers"
+if _SYNCS_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    _SYNCS_BUFFERS = "broadcast_buffers"
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,11 @@ class Parallel:
         dist.all_gather_object(found, text, group=self.host_group)
         return found
 
+    def local_parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What this rank holds of tensors, empty parts left out."""
+        parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        return [part for part in parts if part.numel()] or parts[:1]
+
     @property
     def host_group(self) -> Any:
         """The group of all ranks for tensors in host memory."""
@@ -79,22 +97,22 @@ class Parallel:
         return f"rank {rank} ({self.hosts[rank]})"
 
 
-def join(launch: Launch, run: RunConfig, device: torch.device) -> Parallel:
-    """Meet the other ranks. Raises ConfigError if they do not come, or if the mesh does not fit them."""
+def join(launch: Launch, run: RunConfig, device: torch.device, patience: Any = None) -> Parallel:
+    """Meet the other ranks. patience: a timedelta for which one waits for the others to start and, later, for an
+    exchange; None: torch's. Raises ConfigError if they do not come, or if the mesh does not fit them."""
     shards = {"ddp": 1, "fsdp": launch.world, "hsdp": run.shard_ranks or launch.local_world}[run.parallel]
     if launch.world % shards:
         raise ConfigError(f"--parallel hsdp: the state is cut over {shards} ranks, {launch.world} are no multiple")
+    waits = {} if patience is None else {"timeout": patience}
     where = f"{launch.address}:{launch.port}"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
         store, rank, world = next(
-            dist.rendezvous(f"tcp://{where}?rank={launch.rank}&world_size={launch.world}", timeout=PATIENCE)
+            dist.rendezvous(f"tcp://{where}?rank={launch.rank}&world_size={launch.world}", **waits)
         )
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world, timeout=PATIENCE
-        )
+        dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world, **waits)
     except (RuntimeError, ValueError) as error:  # torch's errors of networks and stores are RuntimeErrors
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"rank {launch.rank} ({launch.host}) cannot join the others at {where}: {reason}") from None
@@ -105,3 +123,142 @@ def join(launch: Launch, run: RunConfig, device: torch.device) -> Parallel:
     hosts: list[Any] = [None] * world
     dist.all_gather_object(hosts, launch.host)
     return Parallel(run.parallel, launch, device, mesh, host_mesh, tuple(hosts), store)
+
+
+class Replicated:
+    """A network that every rank holds whole. Its gradients are averaged by DistributedDataParallel, bucket by bucket
+    while the backward of the last micro-batch runs.
+
+    Gradients in low precision are added up over micro-batches and over ranks in float32 (`run.reduce_dtype`) and
+    rounded once at the end.
+    """
+
+    sums_itself = True
+    """Over micro-batches: gradients are in the dtype of their parameters."""
+
+    def __init__(self, parallel: Parallel, network: DiT, reduce_dtype: torch.dtype, micro_batches: int) -> None:
+        self.parallel, self.reduce_dtype = parallel, reduce_dtype
+        engine: Any = DistributedDataParallel
+        self.module = engine(
+            network,
+            process_group=parallel.mesh.get_group("replicate"),
+            bucket_cap_mb=BUCKET_MB,
+            **{_SYNCS_BUFFERS: False},
+            gradient_as_bucket_view=True,
+            # A static graph counts the gradients of its first backward, and takes every micro-batch for that one.
+            static_graph=micro_batches == 1,
+        )
+        self._low = [p for p in network.parameters() if p.dtype.itemsize < 4]
+        self._sums: dict[Tensor, Tensor] = {}
+        """Of the gradients in low precision of micro-batches that are done, float32."""
+        self._quiet: Any = None
+        if self._low or reduce_dtype != torch.float32:
+            self.module.register_comm_hook(None, self._reduce)
+
+    def begin(self, *, last: bool) -> None:
+        """Before the forward of a micro-batch: the gradients of all but the last stay on this rank."""
+        self.end()
+        if not last:
+            self._quiet = self.module.no_sync()
+            self._quiet.__enter__()
+
+    def end(self) -> None:
+        """After the backward of a micro-batch."""
+        if self._quiet is None:
+            return
+        self._quiet.__exit__(None, None, None)
+        self._quiet = None
+        for p in self._low:
+            if p.grad is not None:
+                self._sums[p] = self._sums[p] + p.grad if p in self._sums else p.grad.float()
+                p.grad = None
+
+    def forget(self) -> None:
+        """Drop what a step that failed has left."""
+        self._sums.clear()
+
+    def _reduce(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        flat = bucket.buffer()
+        mine = flat.float()
+        earlier = [self._sums.pop(p).flatten() for p in bucket.parameters() if p in self._sums]
+        if earlier:
+            mine = mine + torch.cat(earlier)
+        mine = (mine / self.parallel.world).to(self.reduce_dtype)
+        work: Any = dist.all_reduce(mine, group=self.parallel.mesh.get_group("replicate"), async_op=True)
+        return work.get_future().then(lambda done: flat.copy_(done.value()[0]))
+
+
+class Sharded:
+    """A network of whose parameters every rank holds a part, float32. FSDP2 gathers them block by block, in the dtype
+    of the products, and gives each rank its part of the averaged gradients, of every micro-batch."""
+
+    sums_itself = False
+
+    def __init__(self, parallel: Parallel, network: DiT) -> None:
+        self.module: Any = network
+        self._replicas = parallel.replicas
+
+    def begin(self, *, last: bool) -> None:
+        """Before the forward of a micro-batch: between replicas gradients are added up once, in the last."""
+        if self._replicas > 1:
+            self.module.set_requires_all_reduce(last)
+
+    def end(self) -> None:
+        """After the backward of the last micro-batch."""
+
+    def forget(self) -> None:
+        """Drop what a step that failed has left."""
+
+
+Engine = Replicated | Sharded
+
+
+def sharded_flow(
+    parallel: Parallel,
+    flow: SolutionFlow,
+    weights: Mapping[str, Tensor],
+    blocks: torch.dtype | None,
+    reduce: torch.dtype,
+) -> SolutionFlow:
+    """A flow on the meta device as one of which this rank holds its part, on its device.
+
+    weights: all of them, by the names of `SolutionFlow.state_dict`, the same on every rank. blocks: the dtype in which
+    the blocks are gathered; None: float32.
+    """
+    assert isinstance(flow.network, DiT)
+    shard(flow.network, parallel.mesh, blocks=blocks, reduce=reduce)
+    flow.to_empty(device=parallel.device)
+    fill(flow, weights)
+    return flow
+
+
+@torch.no_grad()
+def fill(flow: SolutionFlow, weights: Mapping[str, Tensor]) -> None:
+    """Set parameters and buffers, whole or parts, to these whole weights, without a word between the ranks."""
+    for name, value in flow.state_dict().items():
+        value.copy_(placed_like(value, weights[name].to(value.device, value.dtype)))
+
+
+def placed_like(like: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of a tensor that all ranks hold whole, where `like` is one of parts; else the tensor."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def check_shares(config: Config, world: int) -> None:
+    """Raise ConfigError if some forward of sharded ranks would have consistency samples on some ranks and on others
+    none: these would make one pass of the network less than those."""
+    B = config.batch_size // world
+    micro = config.micro_batch if config.micro_batch > 0 else B
+    parts = -(-B // micro)
+    first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
+    found: set[bool] = set()
+    for rank in range(world):
+        n_fm = share_of_first(config.batch_size, first, rank, world)
+        found |= {share_of_first(B, n_fm, k, parts) < B * (k + 1) // parts - B * k // parts for k in range(parts)}
+    if len(found) > 1:
+        raise ConfigError(
+            f"--parallel {config.run.parallel}: with {-(-B // parts)} images in a forward some ranks would have no "
+            "consistency sample and others one; give a larger --batch-size or --micro-batch"
+        )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,7 +21,10 @@ from .consistency_target import ConsistencyTarget, resolve_target
 from .cuda_graph import GraphedFunction, why_not_graphed
 from .nonfinite import NonfiniteGuard
 from .optimizer import Optimizer, build_optimizer, updated_parameters
-from .precision import resolve_device, resolve_precision, round_parameters
+from .precision import OPERAND, resolve_device, resolve_precision, round_parameters
+
+if TYPE_CHECKING:
+    from .parallel import Engine, Parallel
 
 
 @dataclass
@@ -56,6 +60,10 @@ class TrainState:
     step: int = 0
     rank: int = 0
     world: int = 1
+    parallel: "Parallel | None" = None
+    """The ranks that train together; None: this process alone."""
+    engine: "Engine | None" = None
+    """What averages gradients over the ranks: `engine.module` is what the forward with gradient calls."""
 
     @classmethod
     def build(
@@ -64,11 +72,14 @@ class TrainState:
         *,
         rank: int = 0,
         world: int = 1,
+        parallel: "Parallel | None" = None,
         weights: Mapping[str, Tensor] | None = None,
         resolve_for: torch.device | None = None,
     ) -> "TrainState":
         """Network, EMA and optimiser at step 0, initialised from `config.seed`.
 
+        parallel: the ranks of the run, of which this is one; each builds its state at the same time. rank, world:
+        without it, of which samples of the whole batch this state learns.
         weights: the initial weights instead, by the names of `SolutionFlow.state_dict`.
         resolve_for: the device that decides about precision and consistency target; None: the one of the run.
         Raises ConfigError naming a wrong field.
@@ -77,15 +88,20 @@ class TrainState:
             validate(config)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if parallel is not None:
+            rank, world = parallel.rank, parallel.world
         if config.batch_size % world:
             raise ConfigError(f"batch_size must be a multiple of the {world} ranks, got {config.batch_size}")
-        device = resolve_device(config.run.device)
+        device = resolve_device(config.run.device) if parallel is None else parallel.device
+        sharded = parallel is not None and parallel.sharded
         if config.run.cuda_graph and device.type != "cuda":
             raise ConfigError(f"--cuda-graph: needs a GPU, the device is {device.type}")
         precision = resolve_precision(config.precision, resolve_for or device)
         graphed = config.run.cuda_graph
         if graphed is None:
-            graphed = why_not_graphed(config, precision, device) is None
+            graphed = why_not_graphed(config, precision, device, world) is None
+        elif graphed and sharded:
+            raise ConfigError(f"--cuda-graph: a step of --parallel {config.run.parallel} cannot be recorded")
         target = resolve_target(config, precision, resolve_for or device)
         if precision == "fp8":
             float8.require(config.model, device)
@@ -93,12 +109,23 @@ class TrainState:
             if precision != "bf16":
                 raise ConfigError(f"--guidance-precision fp8: the step must be in bf16, it is in {precision}")
             float8.require(config.model, device, "--guidance-precision")
-        weights = {k: v.to(device) for k, v in (initial_weights(config) if weights is None else weights).items()}
-        flow = filled_flow(config, weights)
-        ema = filled_flow(config, weights).requires_grad_(False).eval()
-        teacher = None if target.teacher == "student" else filled_flow(config, weights).requires_grad_(False).eval()
+        weights = initial_weights(config) if weights is None else weights
+        low = torch.bfloat16 if precision in ("bf16", "fp8") else None
+        reduce_dtype = OPERAND[config.run.reduce_dtype]
+        if parallel is not None and sharded:
+            _check_sharded(config, precision, parallel)
+
+        def made(blocks: torch.dtype | None) -> SolutionFlow:
+            if parallel is not None and sharded:
+                from .parallel import sharded_flow
+
+                return sharded_flow(parallel, build_flow(config), weights, blocks, reduce_dtype)
+            return filled_flow(config, {name: value.to(device) for name, value in weights.items()})
+
+        flow, ema = made(low), made(None).requires_grad_(False).eval()
+        teacher = None if target.teacher == "student" else made(low).requires_grad_(False).eval()
         masters: list[Tensor | None] = [None] * sum(1 for _ in flow.parameters())
-        if precision in ("bf16", "fp8"):
+        if low is not None and not sharded:  # parts are float32, the masters of what is gathered
             masters = round_parameters(flow.network, flow.network.low_precision_layers(), torch.bfloat16)
         if precision == "fp8":
             float8.use_float8(flow.network)
@@ -114,6 +141,14 @@ class TrainState:
                 network.compile_blocks()
         averages = [average.network for average in (ema, teacher) if average is not None]
         optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, masters, averages)
+        engine = None
+        if parallel is not None:
+            from .parallel import Replicated, Sharded
+
+            B = config.batch_size // world
+            parts = -(-B // (config.micro_batch if config.micro_batch > 0 else B))
+            network = flow.network
+            engine = Sharded(parallel, network) if sharded else Replicated(parallel, network, reduce_dtype, parts)
         objective = Objective(config.objective)
         guard = NonfiniteGuard(device)  # in a loop of one's own, a refused step is left out, and that is all
         return cls(
@@ -131,6 +166,8 @@ class TrainState:
             graphed,
             rank=rank,
             world=world,
+            parallel=parallel,
+            engine=engine,
         )
 
     def rides_along(self) -> bool:
@@ -191,6 +228,18 @@ class TrainState:
     def parameter_count(self) -> int:
         """Trained numbers in the network."""
         return sum(p.numel() for p in self.flow.parameters())
+
+
+def _check_sharded(config: Config, precision: str, parallel: "Parallel") -> None:
+    """Raise ConfigError for what does not go with parameters of which each rank holds a part."""
+    from .parallel import check_shares
+
+    given = f"--parallel {config.run.parallel}"
+    if precision == "fp8" or config.guidance_precision == "fp8":
+        raise ConfigError(f"{given}: float8 layers are not cut over ranks; give --parallel ddp")
+    if config.run.optimizer == "apex":
+        raise ConfigError(f"{given}: apex's optimiser does not know parts of parameters; give another --optimizer")
+    check_shares(config, parallel.world)
 
 
 def build_flow(config: Config) -> SolutionFlow:

@@ -12,7 +12,7 @@ own: 0.5.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,16 @@ from soflow_kernels import AdamWEMA, clip_scale, on_gpu
 from ..models.dit import TapedOutputs
 from ..models.float8 import is_twin
 from ..objective import ConsistencyPoints, LossTerm, with_null
-from ..ranks import share, share_of_first
+from ..ranks import flow_matching_samples, share, share_of_first
 from ..rng import generator
 from .consistency_target import CHECKED_SAMPLES, quotient_cosine, value_and_increment
-from .cuda_graph import GraphedFunction
-from .nonfinite import FiniteFlags, note_finite
+from .cuda_graph import WARM_UP, WARM_UP_OF_REPLICAS, GraphedFunction
+from .nonfinite import PLACES, FiniteFlags, note_finite
 from .precision import backward_precision, matmul_precision
 from .state import TrainState
+
+if TYPE_CHECKING:
+    from .parallel import Parallel
 
 Observer = Callable[..., None]
 """`observe(name, **values)`, called on the way through a step; it changes nothing."""
@@ -43,11 +46,6 @@ class Draws(NamedTuple):
     s: Tensor
     label_dropped: Tensor
     n_fm: int
-
-
-def flow_matching_samples(batch_size: int, fraction: float) -> int:
-    """How many samples of a whole batch take the flow-matching loss: its first ones."""
-    return math.floor(fraction * batch_size + 0.5)
 
 
 def _n_fm(state: TrainState, B: int) -> int:
@@ -113,10 +111,12 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One whole update of `state` on this rank's batch.
 
-    x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Returns scalars as tensors on the
-    device: losses, `sc_mse` (mean q^2), weights, gradient norm, learning rate; every `run.check_quotient_every` steps
-    `q_cosine` (`measure_quotient`); where such steps are skipped, `skipped`: how many so far had a
-    number that is not finite. They change nothing but the count of steps. Nothing is copied to the host.
+    x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Of several ranks each gives its
+    share of the whole batch, all at the same time.
+    Returns scalars of the whole batch, as tensors on the device: losses, `sc_mse` (mean q^2), weights, gradient norm,
+    learning rate; every `run.check_quotient_every` steps `q_cosine` (`measure_quotient`); where such steps are skipped,
+    `skipped`: how many so far had a number that is not finite. They change nothing but the count of steps. Nothing is
+    copied to the host.
 
     draws: noise, times and dropped labels; None: those of `draw`.
     observe: called for each micro-batch as `observe("micro-batch", number=)`, `observe("guidance", null=, labelled=)`,
@@ -140,7 +140,7 @@ def train_step(
     else:
         totals = update(state, x0, y, draws, observe or _unobserved)
     if measured is not None:
-        totals["q_cosine"] = measured
+        totals["q_cosine"] = measured if state.parallel is None else state.parallel.rows(measured.view(1)).mean()
     totals["lr"] = torch.tensor(learning_rate(state))
     if config.run.on_nonfinite == "skip":
         totals["skipped"] = state.guard.skipped()
@@ -160,7 +160,8 @@ def make_graph(state: TrainState) -> None:
     def function(x0: Tensor, y: Tensor | None, *drawn: Any) -> dict[str, Tensor]:
         return update(state, x0, y, Draws._make([*drawn, _n_fm(state, len(x0))]))
 
-    state.graph = GraphedFunction(function, release=lambda: state.optimizer.zero_grad(set_to_none=True))
+    warm_up = WARM_UP if state.parallel is None else WARM_UP_OF_REPLICAS
+    state.graph = GraphedFunction(function, warm_up, release=lambda: state.optimizer.zero_grad(set_to_none=True))
 
 
 def update(
@@ -172,11 +173,16 @@ def update(
     micro = config.micro_batch if config.micro_batch > 0 else B
     parts = -(-B // micro)
     low = parts == 1 and isinstance(state.optimizer, AdamWEMA)  # the others take gradients in float32
-    state.sum_gradients_in(None if low else torch.float32)
+    # Replicas add up in float32 as well, in their own way: their engine takes gradients in the dtype of parameters.
+    state.sum_gradients_in(None if low or (state.engine and state.engine.sums_itself) else torch.float32)
+    ranks = state.parallel.world if state.parallel is not None else 1
+    whole_fm = draws.n_fm if ranks == 1 else flow_matching_samples(B * ranks, config.objective.fm_fraction)
     totals: dict[str, Tensor] = {}
     flags: FiniteFlags = {}
     note_finite(flags, "input", x0)
     for k in range(parts):
+        if state.engine is not None:
+            state.engine.begin(last=k == parts - 1)
         observe("micro-batch", number=k)
         index, n_fm = _micro_batch(B, draws.n_fm, k, parts, x0.device)
         samples = _samples(state, x0, y, draws, index, n_fm)
@@ -189,13 +195,15 @@ def update(
         observe("backward", loss=loss)
         with backward_precision(state.precision, state.device):
             loss.backward()
-        for name, term, n, whole in (("fm", fm, n_fm, draws.n_fm), ("sc", sc, n_sc, B - draws.n_fm)):
-            for part, value in zip(term._fields, term, strict=True) if n else ():
-                totals[f"{name}_{part}"] = totals.get(f"{name}_{part}", 0) + value.detach() * (n / whole)
+        for name, term, n, whole in (("fm", fm, n_fm, whole_fm), ("sc", sc, n_sc, B * ranks - whole_fm)):
+            for part, value in zip(term._fields, term, strict=True) if whole else ():
+                key, value = f"{name}_{part}", value.detach() * (n / whole) if n else torch.zeros_like(value)
+                totals[key] = totals.get(key, 0) + value
     observe("update")
     note_finite(flags, "loss", torch.stack(list(totals.values())))
-    totals["grad_norm"] = _update(state, flags)
-    return totals
+    if state.engine is not None:
+        state.engine.end()
+    return _update(state, flags, totals)
 
 
 def _checks_quotient(state: TrainState) -> bool:
@@ -292,8 +300,9 @@ def _student(state: TrainState, samples: Samples, flags: FiniteFlags) -> tuple[T
     network, (x_t, _, t, _, s, y, _, n_fm) = state.flow.network, samples
     # Without consistency samples there is nothing to ride along for.
     tape = TapedOutputs(samples.sc) if n_fm < len(x_t) and state.rides_along() else None
+    call: Any = network if state.engine is None or not torch.is_grad_enabled() else state.engine.module
     with matmul_precision(state.precision, state.device):
-        output = (network(x_t, t, s, y) if tape is None else network(x_t, t, s, y, tape=tape)).float()
+        output = (call(x_t, t, s, y) if tape is None else call(x_t, t, s, y, tape=tape)).float()
     note_finite(flags, "network", output)
     return output, tape
 
@@ -389,16 +398,42 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _update(state: TrainState, flags: FiniteFlags) -> Tensor:
-    """Clip, AdamW and the averages; nothing moves if a number is not finite. Returns the norm before clipping."""
+def _update(state: TrainState, flags: FiniteFlags, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Clip, AdamW and the averages; nothing moves if a number is not finite, on whatever rank.
+
+    totals: of this rank's share, to be added up over the ranks. Returns them, and the norm before clipping.
+    """
     optimizer, optim = state.optimizer, state.config.optim
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
-    norm = gradient_norm(gradients)
-    scale, _ = clip_scale(norm, optim.grad_clip)
+    if state.parallel is not None:
+        gradients = state.parallel.local_parts(gradients)
+    norm, first_ranks = gradient_norm(gradients), None
     note_finite(flags, "gradient", norm)
-    finite = state.guard.should_update(flags)
+    if state.parallel is not None:
+        norm, flags, totals, first_ranks = _agreed(state.parallel, norm, flags, totals)
+    scale, _ = clip_scale(norm, optim.grad_clip)
+    finite = state.guard.should_update(flags, first_ranks)
     try:
         optimizer.step(grad_scale=scale if optim.grad_clip else None, finite=finite)
     except torch.OutOfMemoryError as error:  # some weights may have moved: not to be repeated
         raise MemoryError(str(error)) from error
-    return norm
+    return {**totals, "grad_norm": norm}
+
+
+def _agreed(
+    parallel: "Parallel", norm: Tensor, flags: FiniteFlags, totals: dict[str, Tensor]
+) -> tuple[Tensor, FiniteFlags, dict[str, Tensor], Tensor]:
+    """The norm of the whole gradient, what is finite on every rank, and sums over ranks, by one exchange of a few
+    numbers; and for each place the first rank on which it is not finite, -1 where it is not on any.
+
+    Every rank adds up the same rows in the same order, so that all do the same.
+    """
+    fine = torch.ones_like(norm, dtype=torch.bool)
+    wrong = torch.stack([~flags.get(place, fine) for place in PLACES]).double()
+    # Where several ranks hold the same gradient, each gives its part of the square.
+    square = norm.double().square() / parallel.replicas
+    rows = parallel.rows(torch.cat([square.view(1), wrong, torch.stack([*totals.values()]).double()]))
+    bad, sums = rows[:, 1 : 1 + len(PLACES)] > 0, rows[:, 1 + len(PLACES) :].sum(0).float()
+    agreed = {place: ~bad[:, k].any() for k, place in enumerate(PLACES)}
+    first_ranks = torch.where(bad.all(0), -1, bad.int().argmax(0))
+    return rows[:, 0].sum().sqrt().float(), agreed, dict(zip(totals, sums.unbind(), strict=True)), first_ranks

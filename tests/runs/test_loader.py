@@ -10,8 +10,8 @@ import torch
 
 from soflow_fast.data import Dataset, InMemory, Source
 from soflow_fast.errors import DataError
-from soflow_fast.runs import loader
-from soflow_fast.runs.loader import AHEAD, Ahead, Reader, workers_for
+from soflow_fast.runs.batches import loader
+from soflow_fast.runs.batches.loader import AHEAD, Ahead, Reader, workers_for
 from tests.data.numbered import Numbers
 
 

@@ -13,9 +13,10 @@ from soflow_fast.config.schema import Config
 from soflow_fast.data import InMemory, Source, latents
 from soflow_fast.data.dataset import Wanted
 from soflow_fast.data.latents import Header, Layout, Writer
-from soflow_fast.runs import resident, trainer
-from soflow_fast.runs.resident import Resident, on_device_bytes
-from soflow_fast.runs.upload import Batches
+from soflow_fast.runs import trainer
+from soflow_fast.runs.batches import resident
+from soflow_fast.runs.batches.resident import Resident, on_device_bytes
+from soflow_fast.runs.batches.upload import Batches
 from soflow_fast.training.memory_estimate import USABLE, estimate_memory
 from soflow_fast.training.state import TrainState
 from tests.data.numbered import Numbers

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from soflow_fast.data import InMemory, Source
-from soflow_fast.runs import upload
-from soflow_fast.runs.upload import Batches
+from soflow_fast.runs.batches import upload
+from soflow_fast.runs.batches.upload import Batches
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from ...data.latents.layout import Layout
 from ...data.latents.writer import Writer, check_free, shard_rows
 from ...errors import ConfigError, DataError, Interrupted, enough_memory, storage
 from ...files import locked, make_folder
-from ..loader import Ahead, workers_for
+from ..batches.loader import Ahead, workers_for
 from ..progress import Progress
 from .devices import Devices
 from .vae import VAE

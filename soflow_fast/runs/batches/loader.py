@@ -16,10 +16,10 @@ import torch
 import torch.multiprocessing  # by which tensors come back in shared memory
 from torch import Tensor
 
-from ..config.schema import AUTO
-from ..data import Dataset, Source
-from ..errors import DataError, Interrupted
-from . import signals
+from ...config.schema import AUTO
+from ...data import Dataset, Source
+from ...errors import DataError, Interrupted
+from .. import signals
 
 MOST_WORKERS = 8
 """For each device that is to be kept busy."""

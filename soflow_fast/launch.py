@@ -6,7 +6,7 @@ import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..errors import ConfigError
+from .errors import ConfigError
 
 PORTS = range(20_000, 30_000)
 """Among them one for each Slurm job, where no MASTER_PORT is given."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..data import Source
+from ...data import Source
 
 PART = 2**26
 """Bytes that are read and sent at a time."""

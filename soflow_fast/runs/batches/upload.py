@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import AUTO
-from ..data import Source
+from ...config.schema import AUTO
+from ...data import Source
 from .loader import Reader
 from .resident import Resident
 
