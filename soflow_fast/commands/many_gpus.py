@@ -15,9 +15,14 @@ def predict(config: Config, gpu: str, gpus: int, nodes: int = 1, choices: DataCh
 
     Raises UserError as a run would, and ConfigError for what cannot be laid out so.
     """
-    found = plan(with_data(config, choices)[0], Cluster(gpu, gpus, nodes))
+    return said_of(plan(with_data(config, choices)[0], Cluster(gpu, gpus, nodes)))
+
+
+def said_of(found: Plan) -> str:
+    """A prediction as lines of text."""
+    gpu = GPUS[found.cluster.gpu]
     text = "\n".join(f"{name:<13} {value}" for name, value in _rows(found))
-    return f"{FIRST_LINE}\n{text}\n\n{_table(found)}\n{_assumed(GPUS[gpu], Host())}"
+    return f"{FIRST_LINE}\n{text}\n\n{_table(found)}\n{_assumed(gpu, Host())}"
 
 
 def _rows(found: Plan) -> list[tuple[str, str]]:

@@ -7,14 +7,16 @@ a single GPU's prediction leaves out: NCCL's buffers, and the check of the quoti
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 from ...config.schema import Config
 from ..memory_estimate import BLOCK, PassingMemory, estimate_passing
 from .links import Layout
 from .parameters import ParameterGroup, ParameterGroups
 
-DEPTHS = (2, 3)
-"""What a step takes with so many blocks gives what it takes with any number: each adds the same."""
+DEPTHS = (6, 8)
+"""A step's memory with so many blocks tells that with more. With fewer the peak may be in a part of the step to which
+blocks add less."""
 BUCKET = 25 * 2**20
 """Bytes of gradients that DistributedDataParallel reduces together."""
 REDUCED = {"fp32": 4, "bf16": 2}
@@ -29,6 +31,7 @@ class GpuMemory:
     """As the forward multiplies them, and buffers; with fsdp and hsdp this GPU's part in float32, its own masters."""
     masters: int
     moments: int
+    """And how many steps each parameter has made."""
     averages: int
     gathered: int
     """The copy of two blocks and of the two ends that is there while they are used, with fsdp and hsdp."""
@@ -51,12 +54,23 @@ class GpuMemory:
 
 
 def passing_memory(config: Config) -> PassingMemory:
-    """What comes and goes in a step that does not check the quotient, whatever its depth in a second or two."""
-    depth = config.model.depth
-    config = replace(config, run=replace(config.run, check_quotient_every=0))
-    found = [estimate_passing(replace(config, model=replace(config.model, depth=d))) for d in DEPTHS]
+    """What comes and goes in a step that does not check the quotient, in seconds whatever its depth."""
+    depth, (a, b), config = config.model.depth, DEPTHS, alone(config)
+    if depth <= b:
+        return _estimated(config)
+    found = [_estimated(replace(config, model=replace(config.model, depth=d))) for d in DEPTHS]
     values = [[getattr(each, field.name) for each in found] for field in fields(PassingMemory)]
-    return PassingMemory(*(two + (depth - DEPTHS[0]) * (three - two) for two, three in values))
+    return PassingMemory(*(of_b + (depth - b) * (of_b - of_a) // (b - a) for of_a, of_b in values))
+
+
+def alone(config: Config) -> Config:
+    """The same step of one GPU: equal for all ways to exchange what many need of each other."""
+    return replace(
+        config, run=replace(config.run, parallel="ddp", shard_ranks=0, reduce_dtype="fp32", check_quotient_every=0)
+    )
+
+
+_estimated = lru_cache(maxsize=16)(estimate_passing)
 
 
 def gpu_memory(config: Config, groups: ParameterGroups, where: Layout, low: bool, passing: PassingMemory) -> GpuMemory:
@@ -93,7 +107,7 @@ def _replicated(
     state = {
         "weights": _stored(rounded, 2) + _stored(full, 4) + buffers,
         "masters": _stored(rounded, 4),
-        "moments": 2 * _stored(whole, 4),
+        "moments": 2 * _stored(whole, 4) + BLOCK * len(whole),
         "averages": averages * (_stored(whole, 4) + buffers),
         "gathered": 0,
     }
@@ -125,7 +139,7 @@ def _sharded(
     state = {
         "weights": _stored(mine, 4) + buffers,
         "masters": 0,
-        "moments": 2 * _stored(mine, 4),
+        "moments": 2 * _stored(mine, 4) + BLOCK * len(mine),
         "averages": averages * (_stored(mine, 4) + buffers),
     }
     cut = _stored(mine, 4)

@@ -50,8 +50,7 @@ class ParameterGroups(NamedTuple):
 
 
 def parameter_groups(network: DiT) -> ParameterGroups:
-    """The groups of a network; it may lie on the meta device."""
-    modules: list[nn.Module] = [*network.blocks, network.final_layer.adaLN_modulation]
+    """The groups in which `models.sharding.shard` cuts a network that is not cut yet; it may lie on the meta device."""
     low = {id(p) for layer in network.low_precision_layers() for p in layer.parameters()}
     taken: set[int] = set()
 
@@ -61,5 +60,5 @@ def parameter_groups(network: DiT) -> ParameterGroups:
         (is_low,) = {id(p) in low for p in mine}
         return ParameterGroup(tuple(p.shape for p in mine), is_low)
 
-    *blocks, final = (group(module.parameters()) for module in modules)
+    *blocks, final = (group(unit.parameters()) for unit in network.units())
     return ParameterGroups(tuple(blocks), final, group(network.parameters()), tuple(b.shape for b in network.buffers()))

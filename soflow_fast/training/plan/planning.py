@@ -12,7 +12,7 @@ from ...errors import ConfigError
 from ..consistency_target import resolve_target
 from ..cuda_graph import why_not_graphed
 from ..memory_estimate import USABLE, as_counted, largest_that_fits
-from ..state import build_flow
+from ..state import build_flow, check_sharded
 from .links import Group, Layout, layout
 from .memory import REDUCED, GpuMemory, gpu_memory, passing_memory
 from .parameters import parameter_groups
@@ -84,7 +84,8 @@ def plan(config: Config, cluster: Cluster) -> Plan:
         raise ConfigError(f"--batch-size {config.batch_size}: must be a multiple of the {ranks} GPUs")
     where = layout(run.parallel, cluster.gpus, cluster.nodes, run.shard_ranks)
     sharded = where.shards.size > 1
-    _check(config, sharded)
+    if sharded and run.cuda_graph:
+        raise ConfigError(f"--cuda-graph: a step of --parallel {run.parallel} cannot be recorded")
     share = replace(config, batch_size=config.batch_size // ranks)
     precision = as_counted(share).precision
     low = precision == "bf16"
@@ -103,6 +104,9 @@ def plan(config: Config, cluster: Cluster) -> Plan:
     if recompute == "auto":
         recompute = "nothing" if memory(micro_batch, "nothing").peak <= usable else "none"
     share = replace(share, micro_batch=micro_batch, run=replace(run, recompute=recompute))
+    resolved = replace(config, micro_batch=micro_batch, run=share.run)
+    if sharded:
+        check_sharded(resolved, config.precision, ranks)
     parts = -(-share.batch_size // micro_batch) if micro_batch > 0 else 1
     size = -(-share.batch_size // parts)
 
@@ -113,7 +117,7 @@ def plan(config: Config, cluster: Cluster) -> Plan:
     if graphed is None:
         graphed = why_not_graphed(config, config.precision, torch.device("cuda")) is None
     return Plan(
-        replace(config, micro_batch=micro_batch, run=share.run),
+        resolved,
         cluster,
         where,
         precision,
@@ -130,14 +134,3 @@ def plan(config: Config, cluster: Cluster) -> Plan:
         ),
         one_gpu(engine, work, parts, graphed),
     )
-
-
-def _check(config: Config, sharded: bool) -> None:
-    """Raise ConfigError for what a run of parts refuses as well."""
-    given = f"--parallel {config.run.parallel}"
-    if sharded and "fp8" in (config.precision, config.guidance_precision):
-        raise ConfigError(f"{given}: float8 layers are not cut over ranks; give --parallel ddp")
-    if sharded and config.run.optimizer == "apex":
-        raise ConfigError(f"{given}: apex's optimiser does not know parts of parameters; give another --optimizer")
-    if sharded and config.run.cuda_graph:
-        raise ConfigError(f"--cuda-graph: a step of {given} cannot be recorded")

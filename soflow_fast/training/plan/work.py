@@ -2,13 +2,17 @@
 network."""
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from ...config.schema import Config
+from ...ranks import flow_matching_samples
 from ..consistency_target import ConsistencyTarget
-from ..step import flow_matching_samples
 from ..time_estimate import PHASES, count_step, priced
-from .memory import DEPTHS
+from .memory import alone
+
+DEPTHS = (2, 3)
+"""What a step takes with so many blocks gives what it takes with any number: each adds the same."""
 
 
 class Work(NamedTuple):
@@ -37,13 +41,16 @@ class PhaseWork(NamedTuple):
         return Work(*(depth * block + rest for block, rest in zip(self.block, self.rest, strict=True)))
 
 
+_counted = lru_cache(maxsize=16)(count_step)
+
+
 def phase_work(config: Config, gpu: str, size: int) -> dict[str, PhaseWork]:
     """The parts of a step on one GPU and a micro-batch of `size` images, from what each of `DEPTHS` takes."""
-    config = replace(config, micro_batch=0)
+    config = replace(alone(config), batch_size=size, micro_batch=0)
     found = []
     for depth in DEPTHS:
-        counted = replace(config, model=replace(config.model, depth=depth))
-        found.append(priced(count_step(counted, size), gpu, size, "").phases)
+        operations = _counted(replace(config, model=replace(config.model, depth=depth)))
+        found.append(priced(operations, gpu, size, "").phases)
     works = {}
     for name in PHASES:
         two, three = (Work(phases[name].gpu, phases[name].host, phases[name].launches) for phases in found)
