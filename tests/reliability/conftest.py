@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from forked import free_port
 
 WHOLE = os.environ.get("SOFLOW_SOAK") == "1"
 STARTER = Path(__file__).with_name("starter.py")
@@ -63,6 +64,17 @@ class Starter:
             output.touch()
         given = {"arguments": [*map(str, arguments)], "output": str(output), "hang": hang, "slow": slow}
         return Training(int(self.ask(given)), output, self.ask)
+
+    def ranks(self, world: int, folder: Path, **fault: Any) -> list[Training]:
+        """Ranks of one_rank.py that meet each other. Their files lie in a folder, with what rank 3 prints in out-3."""
+        port, started = free_port(), []
+        for rank in range(world):
+            place = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            output = folder / f"out-{rank}"
+            output.touch()
+            given = [{name: str(value) for name, value in place.items()}, str(folder), fault]
+            started.append(Training(int(self.ask({"rank": given, "output": str(output)})), output, self.ask))
+        return started
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import one_rank
 import torch
 
 from soflow_fast import train
@@ -59,6 +60,8 @@ def main() -> None:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            if "rank" in request:
+                one_rank.as_rank(*request["rank"])
             if request["hang"]:
                 setattr(os, request["hang"], hanging(getattr(os, request["hang"])))
             if request["slow"]:
