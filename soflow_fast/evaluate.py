@@ -10,7 +10,6 @@ Every GPU that is visible draws, or those that --device names; the figures are t
 import json
 import sys
 from functools import partial
-from typing import Any
 
 from .commands import process
 from .commands.parser import DEVICES, MOST_CALLS, MOST_SEED, Parser, whole_number
@@ -47,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     from .training.precision import resolve_devices
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer, or on another --device"):
-        devices, vae, space = resolve_devices(values.device), None, None
+        devices = resolve_devices(values.device)
         flow, config, data = load_with_data(values.run, devices[0])
         if not config.data.of_digits or not config.model.num_classes:
             raise ConfigError(f"{values.run}: only labelled digits can be evaluated in this version")
@@ -56,12 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ConfigError(f"{values.run}: does not say which latents it was trained on")
             space = data.space
             vae = load_vae(values.vae or space.vae, devices[0], channels=config.model.in_channels)
-        elif values.vae:
-            raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
-
-        def decode_on(device: Any) -> Any:
-            return None if vae is None else partial(vae.on(device).decoded, space=space)
-
+            decode_on = lambda device: partial(vae.on(device).decoded, space=space)  # noqa: E731
+        else:
+            if values.vae:
+                raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
+            decode_on = lambda device: None  # noqa: E731
         with Devices(devices, draw_on(flow, decode_on)) as several:
             figures = {nfe: measure_digits(flow, n, nfe, seed, several=several) for nfe in calls}
     if values.json:

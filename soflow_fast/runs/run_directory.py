@@ -7,6 +7,7 @@ checkpoints/      see checkpoint/
 metrics.jsonl     see metrics.py; tensorboard/ has the same
 samples/          grids of samples
 evaluation.json   the figures of the finished run
+warnings-rank-00003.txt   what that rank would have printed, if there was anything
 .lock             held by the process that trains
 """
 

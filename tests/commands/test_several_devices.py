@@ -1,7 +1,9 @@
 """`sample` and `evaluate` on several devices: the same bytes as on one, and an end whatever becomes of one of them."""
 
+import importlib
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import torch
 
 from soflow_fast import load, sample
 from soflow_fast.config.presets import preset
-from soflow_fast.errors import Interrupted
+from soflow_fast.errors import ConfigError, Interrupted
 from soflow_fast.runs import checkpoint, images
 from soflow_fast.sampling import Drawing
 from soflow_fast.training import precision
@@ -182,18 +184,30 @@ def test_images_of_a_gpu_are_the_same_by_several_threads(
 def test_several_processes_are_refused_by_the_first(
     module: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = {"sample": ["run", "--out", tmp_path / "out"], "evaluate": ["run"], "encode": ["in", tmp_path / "out"]}
+    main = importlib.import_module(f"soflow_fast.{module}").main
+    given = {"sample": ["run", "--out", "out"], "evaluate": ["run"], "encode": ["in", "out"]}[module]
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    first = call(module, *arguments[module])
-    said = f"{module} takes every GPU of a machine by itself: start one process, not 2 by torchrun or srun"
-    assert first == (2, "", f"soflow: error: {said}\n")
-    monkeypatch.setenv("RANK", "1")
-    assert call(module, *arguments[module]) == (2, "", "")
-    monkeypatch.setenv("RANK", "2")
-    assert "do not fit together" in call(module, *arguments[module]).err
-    assert call(module, "--help").code == 0
+    for rank, said in ((0, f"{module} takes every GPU of a machine by itself: start one process, not 2 by"), (1, "")):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(ConfigError) as error:
+            main(given)
+        assert str(error.value) == (f"{said} torchrun or srun" if said else "")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
-    alone = call(module, *arguments[module])
-    assert alone.code == 2 and "every GPU" not in alone.err and ("run: no such run" in alone.err or module == "encode")
+    alone = call(module, *given)
+    assert alone.code == 2 and alone.err and "every GPU" not in alone.err
+
+
+def test_of_several_processes_one_says_that_they_are_refused(
+    start: Call, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = []
+    for rank in range(2):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2}.items():
+            monkeypatch.setitem(environment, name, str(value))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        ranks.append(start("sample", "run", "--out", "out", cwd=tmp_path, text=True, **pipes))
+    ended = [(*rank.communicate(timeout=300), rank.returncode) for rank in ranks]
+    line = "soflow: error: sample takes every GPU of a machine by itself: start one process, not 2 by torchrun or srun"
+    assert ended == [("", f"{line}\n", 2), ("", "", 2)] and not [*tmp_path.iterdir()]
