@@ -5,6 +5,7 @@
     python -m soflow_fast.train cifar10 --data cifar10-train.zip
     python -m soflow_fast.train imagenet256-xl2 --dry-run         what such a run needs
     python -m soflow_fast.train imagenet256-xl2 --dry-run --gpu h100    and how fast a step is predicted to be
+    python -m soflow_fast.train imagenet256-xl2 --dry-run --gpus 8 --nodes 2 --parallel fsdp    on 16 GPUs
     python -m soflow_fast.train digits --set objective.p=0.5      any field of config.json
 
 The same command again resumes.
@@ -30,6 +31,7 @@ from .errors import ConfigError
 from .files import TEXT, read_file
 
 MOST_EPOCHS = 10**6
+MOST_GPUS, MOST_NODES = 1024, 2**16
 
 FLAGS = {
     "the run": "run_dir init steps seed device checkpoint_every keep on_nonfinite",
@@ -67,6 +69,12 @@ def parser() -> Parser:
     diagnosis.add_argument(
         "--gpu", choices=list(GPUS), metavar="NAME", help=f"With --dry-run: predict a step on a GPU; {', '.join(GPUS)}"
     )
+    diagnosis.add_argument(
+        "--gpus",
+        metavar="N",
+        help="With --dry-run: predict a step on many GPUs, N in each node (--gpu, default h100)",
+    )
+    diagnosis.add_argument("--nodes", metavar="N", help="With --gpus: nodes, as 2 of 8 GPUs are 16 in all (default 1)")
     diagnosis.add_argument("--env", action="store_true", help="Print versions, devices, kernels and attention in use")
     return p
 
@@ -76,6 +84,10 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, argparse.
     values = parser().parse(arguments)
     if values.gpu and not values.dry_run:
         raise ConfigError(f"--gpu {values.gpu}: it is what --dry-run predicts for; give both")
+    if values.gpus is not None and not values.dry_run:
+        raise ConfigError(f"--gpus {values.gpus}: they are what --dry-run predicts for; give both")
+    if values.nodes is not None and values.gpus is None:
+        raise ConfigError(f"--nodes {values.nodes}: goes with --dry-run --gpus N, the GPUs of each node")
     if values.config and values.preset:
         raise ConfigError(f"--config {values.config} and preset {values.preset}: give one of the two")
     name = values.preset or "digits"
@@ -123,6 +135,12 @@ def main(arguments: list[str] | None = None) -> None:
         from .commands.environment import report
 
         print(report(config.run.device))
+    elif values.gpus is not None:
+        gpus = whole_number("--gpus", values.gpus, 1, MOST_GPUS)
+        nodes = 1 if values.nodes is None else whole_number("--nodes", values.nodes, 1, MOST_NODES)
+        from .commands.many_gpus import predict
+
+        print(predict(config, values.gpu or "h100", gpus, nodes, choices))
     elif values.dry_run:
         from .commands.dry_run import dry_run
 

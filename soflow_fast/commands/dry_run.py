@@ -7,7 +7,7 @@ import torch
 
 from ..config.gpus import GIGA, GPUS
 from ..config.schema import NOTHING_LEFT, Config, DataChoices
-from ..data import fitted, identity, open_source
+from ..data import Source, fitted, identity, open_source
 from ..errors import ConfigError
 from ..models.attention import flop_counter
 from ..ranks import flow_matching_samples
@@ -68,13 +68,18 @@ def dry_run(config: Config, gpu: str | None = None, choices: DataChoices = NOTHI
         return _report(config, gpu, choices)
 
 
-def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
-    source = None
+def with_data(given: Config, choices: DataChoices) -> tuple[Config, Source | None]:
+    """The configuration as its data wants it, and the data, if any is given."""
     if given.data.kind == "digits" or given.data.path:
-        source = open_source(given)  # first, as it finds most mistakes
-        given = fitted(given, source, choices)
-    elif choices.epochs is not None:
+        source = open_source(given)
+        return fitted(given, source, choices), source
+    if choices.epochs is not None:
         raise ConfigError("--epochs: needs --data, whose size makes an epoch")
+    return given, None
+
+
+def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
+    given, source = with_data(given, choices)  # first, as it finds most mistakes
     config = resolved(choose_precision(given)[0])
     # On the CPU "auto" has been resolved for it, and the prediction is for a GPU.
     on_gpu = given if config.run.device == "cpu" else config

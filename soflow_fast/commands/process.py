@@ -39,6 +39,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     line = ""
 
     def stop(signum: int) -> None:
+        if ending and place:  # torchrun ends the others where one has ended; its line and code are on their way
+            return
         if ending or len(signals.received()) > 1:  # an exception now would leave through the handler of the first one
             os._exit(128 + signum)
         if begun:  # else nobody would catch it yet
@@ -48,13 +50,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     signals.watch(stop)  # from the first moment, so that even start-up ends with 143, 130 or 129
     _open_streams()
     watch.ends_with(None)
-    stderr = sys.stderr
+    stdout, stderr = sys.stdout, sys.stderr
     try:
         try:
             begun = True
             if signals.received():
                 raise Interrupted(signals.received()[0])
-            place = launched()
+            with suppress(ConfigError):  # told by what needs to know: --help does not
+                place = launched()
             if place:
                 _become_rank(place)
             main()
@@ -84,7 +87,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         else:
             raise
     if fault and place:
-        line, at_once = _said_of_many(place, fault, line, code), True
+        line = _said_of_many(place, fault, line, code)
+        at_once = at_once or isinstance(fault, Interrupted)  # a thread may still wait for the others to come
     elif fault and not isinstance(fault, Interrupted) and line:
         line = f"error: {line}"
     if line:
@@ -94,6 +98,10 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     except OSError:  # output to a full disk: Python would try again at exit, and complain
         _drop(sys.stdout)
+    if place and place.rank:
+        sys.stdout.close()
+        setattr(sys, "stdout", stdout)  # noqa: B010
+        setattr(sys, "stderr", stderr)  # noqa: B010
     if at_once:
         # At a usual exit Python would end a thread in the midst of foreign code, and the exit code would be another.
         os._exit(code)

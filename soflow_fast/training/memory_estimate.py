@@ -6,9 +6,10 @@ MB), the CUDA context, and what the allocator loses between its blocks.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,18 @@ class MemoryEstimate:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class PassingMemory:
+    """Bytes that come and go in a step, at their peak, beside what lasts and the gradients of parameters."""
+
+    activations: int
+    """Whatever of them is there when a backward begins."""
+    workspace: int
+    """The rest of their peak before the update."""
+    update: int
+    """Their peak within the update."""
+
+
 def summary(estimate: MemoryEstimate) -> str:
     """The peak and its parts in one line, in GB (10^9 bytes)."""
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in estimate.parts().items() if size)
@@ -104,20 +117,22 @@ class Storages(TorchDispatchMode):
         del self.live[address], self._references[k]
         self.events.append(~k)
 
-    def peak(self, first: int) -> set[int]:
-        """The storages in use when they took the most memory together, at or after event `first`."""
+    def peak(self, first: int, stop: int | None = None, without: Set[int] = frozenset()) -> set[int]:
+        """The storages in use when they took the most memory together, at or after event `first` and before `stop`;
+        those of `without` are neither counted nor returned."""
         used = most = at = 0
-        for i, k in enumerate(self.events):
-            used += self.sizes[k] if k >= 0 else -self.sizes[~k]
+        for i, k in enumerate(self.events[:stop]):
+            if (k if k >= 0 else ~k) not in without:
+                used += self.sizes[k] if k >= 0 else -self.sizes[~k]
             if i >= first and used > most:
                 most, at = used, i
         found: set[int] = set()
-        for k in self.events[: at + 1]:
+        for k in self.events[: at + 1] if most else ():
             if k >= 0:
                 found.add(k)
             else:
                 found.remove(~k)
-        return found
+        return found - without
 
 
 def number_on_host(tensor: Tensor) -> bool | int | float:
@@ -199,33 +214,85 @@ def take_two_micro_batches(state: TrainState) -> tuple[int, int]:
 
 def measure_step(state: TrainState, storages: Storages) -> MemoryEstimate:
     """The memory that a step of a new state needs at its peak. The state was built while `storages` recorded."""
+    step = _second_step(state, storages)
+    left = at_peak = storages.peak(step.first)
+    sums: dict[str, int] = {}
+    purposes = {
+        **step.lasting,
+        "gradients": step.gradients,
+        "activations": step.at_backward,
+        "workspace": at_peak,
+    }
+    for name, numbers in purposes.items():
+        sums[name] = sum(storages.sizes[k] for k in left & numbers)
+        left = left - numbers
+    return MemoryEstimate(
+        **sums, peak=sum(sums.values()), batch=step.batch, micro_batch=step.micro_batch, precision=state.precision
+    )
+
+
+def estimate_passing(config: Config) -> PassingMemory:
+    """What comes and goes in a step of `config` on a GPU; needs none. Counted as by `estimate_memory`. Raises
+    ConfigError naming a wrong field."""
+    with as_on_gpu(), Storages() as storages:
+        return measure_passing(build_as_on_gpu(as_counted(config)), storages)
+
+
+def measure_passing(state: TrainState, storages: Storages) -> PassingMemory:
+    """What comes and goes in a step of a new state, which was built while `storages` recorded."""
+    step = _second_step(state, storages)
+    others = step.gradients | step.gradients_before | {k for numbers in step.lasting.values() for k in numbers}
+    before = storages.peak(step.first, step.update, others)
+    during = storages.peak(step.update, None, others)
+    activations, every, update = (
+        sum(storages.sizes[k] for k in numbers) for numbers in (before & step.at_backward, before, during)
+    )
+    return PassingMemory(activations, every - activations, update)
+
+
+class _Step(NamedTuple):
+    """A step as it was recorded: numbers of events, and of storages by their purpose."""
+
+    first: int
+    update: int
+    """The event from which it updates."""
+    lasting: dict[str, set[int]]
+    gradients_before: set[int]
+    gradients: set[int]
+    at_backward: set[int]
+    """Storages in use when a backward begins."""
+    batch: int
+    micro_batch: int
+
+
+def _second_step(state: TrainState, storages: Storages) -> _Step:
+    """Record the second step of a state, the first that finds moments; it checks the quotient if any does."""
     config = state.config
     B = config.batch_size // state.world
     n = take_two_micro_batches(state)[1]
     size = state.config.micro_batch
 
+    def gradients() -> set[int]:
+        return {storages.number(p.grad) for p in state.flow.parameters() if p.grad is not None}
+
     train_step(state, *images(state, 1))  # makes the moments
     state.step = max(config.run.check_quotient_every, 1) - 1
     rest = (images(state, B - n), draw(state, images(state, B - n)[0].shape)) if n < B else None
     batch = images(state, n)
-    first = len(storages.events)
-    lasting = _lasting(state, storages)
+    first = update = len(storages.events)
+    lasting, before = _lasting(state, storages), gradients()
     at_backward: set[int] = set()
 
     def note(name: str, **values: Any) -> None:
+        nonlocal update
         if name == "backward":
             at_backward.update(storages.live.values())
+        if name == "update":
+            update = len(storages.events)
 
     train_step(state, *batch, observe=note)
     del rest
-    left = at_peak = storages.peak(first)
-    gradients = {storages.number(p.grad) for p in state.flow.parameters() if p.grad is not None}
-    sums: dict[str, int] = {}
-    purposes = {**lasting, "gradients": gradients, "activations": at_backward, "workspace": at_peak}
-    for name, numbers in purposes.items():
-        sums[name] = sum(storages.sizes[k] for k in left & numbers)
-        left = left - numbers
-    return MemoryEstimate(**sums, peak=sum(sums.values()), batch=B, micro_batch=size, precision=state.precision)
+    return _Step(first, update, lasting, before, gradients(), at_backward, B, size)
 
 
 def _lasting(state: TrainState, storages: Storages) -> dict[str, set[int]]:
@@ -250,18 +317,19 @@ def _lasting(state: TrainState, storages: Storages) -> dict[str, set[int]]:
 
 def largest_micro_batch(config: Config, memory: int) -> int:
     """The largest micro-batch whose step is predicted to stay within the usable part of `memory` bytes on a GPU.
+    Raises ConfigError where not even single images fit."""
+    return largest_that_fits(
+        config.batch_size, USABLE * memory, lambda size: estimate_memory(replace(config, micro_batch=size)).peak
+    )
+
+
+def largest_that_fits(batch: int, limit: float, predict: Callable[[int], int]) -> int:
+    """The largest micro-batch of a batch whose predicted peak stays within `limit` bytes.
 
     A batch is cut into as few near-equal parts as fit. The prediction grows nearly evenly with their size, so that a
-    few estimates suffice. Raises ConfigError where not even single images fit.
+    few of them suffice. Raises ConfigError where not even single images fit.
     """
-    limit, B = USABLE * memory, config.batch_size
-    known: dict[int, int] = {}
-
-    def peak(size: int) -> int:
-        if size not in known:
-            known[size] = estimate_memory(replace(config, micro_batch=size)).peak
-        return known[size]
-
+    B, peak = batch, cache(predict)
     if peak(B) <= limit:
         return B
     over, fits = (1, B), (B, 1)  # parts of a batch, and their size

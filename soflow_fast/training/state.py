@@ -113,7 +113,7 @@ class TrainState:
         low = torch.bfloat16 if precision in ("bf16", "fp8") else None
         reduce_dtype = OPERAND[config.run.reduce_dtype]
         if parallel is not None and sharded:
-            _check_sharded(config, precision, parallel)
+            check_sharded(config, precision, parallel.world)
 
         def made(blocks: torch.dtype | None) -> SolutionFlow:
             if parallel is not None and sharded:
@@ -230,8 +230,8 @@ class TrainState:
         return sum(p.numel() for p in self.flow.parameters())
 
 
-def _check_sharded(config: Config, precision: str, parallel: "Parallel") -> None:
-    """Raise ConfigError for what does not go with parameters of which each rank holds a part."""
+def check_sharded(config: Config, precision: str, world: int) -> None:
+    """Raise ConfigError for what does not go with parameters of which each of `world` ranks holds a part."""
     from .parallel import check_shares
 
     given = f"--parallel {config.run.parallel}"
@@ -239,7 +239,7 @@ def _check_sharded(config: Config, precision: str, parallel: "Parallel") -> None
         raise ConfigError(f"{given}: float8 layers are not cut over ranks; give --parallel ddp")
     if config.run.optimizer == "apex":
         raise ConfigError(f"{given}: apex's optimiser does not know parts of parameters; give another --optimizer")
-    check_shares(config, parallel.world)
+    check_shares(config, world)
 
 
 def build_flow(config: Config) -> SolutionFlow:

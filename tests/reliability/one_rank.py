@@ -69,7 +69,7 @@ def main(folder: Path, fault: dict[str, Any], limits: Limits) -> None:
                 dist.all_reduce(total)
                 assert total == launch.world
                 time.sleep(fault.get("seconds", 0.02))
-                stopped = agreement.end()
+                stopped, _ = agreement.end()
                 step += 1
                 (folder / f"steps-{launch.rank}").write_text(str(step))
         if stopped:

@@ -26,7 +26,16 @@ from soflow_fast.training.time_estimate import (
 )
 
 TINY = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
-GPU = Gpu("card", 0, copy=1e12, products={"bf16": 4e12, "fp32": 1e12}, attention=2e12, attention_backward=1e12)
+GPU = Gpu(
+    "card",
+    0,
+    copy=1e12,
+    products={"bf16": 4e12, "fp32": 1e12},
+    attention=2e12,
+    attention_backward=1e12,
+    nvlink=1e11,
+    network=1e10,
+)
 
 
 def tiny(**changes: Any) -> Config:

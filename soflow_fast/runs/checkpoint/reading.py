@@ -141,7 +141,8 @@ def first_not_finite(tensors: dict[str, Tensor]) -> str:
 
 def local(value: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    return value.to_local() if hasattr(value, "to_local") else value  # a DTensor, whose import takes its time
+    part: Any = value
+    return part.to_local() if hasattr(part, "to_local") else value  # a DTensor, whose import takes its time
 
 
 def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], folder: Path) -> None:

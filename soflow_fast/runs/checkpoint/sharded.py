@@ -5,6 +5,7 @@ KIND.NAME; where a part belongs in its tensor stands in the file's header. What 
 The ranks share a file system, and nothing is pickled on it.
 """
 
+import errno
 import re
 import shutil
 import warnings
@@ -148,6 +149,10 @@ def write(
             digests = {name: sha256(folder / name) for name in content.texts}
             for found in shards:
                 digests |= found
+            for name in digests:
+                if not (folder / name).exists():
+                    why = "is not seen by all ranks; do they share the file system?"
+                    raise OSError(errno.ENOENT, why, str(folder / name))
             commit(folder, final, digests, content.texts, proceed, pass_over)
 
     try:

@@ -68,7 +68,7 @@ def kind_of(error: BaseException) -> Literal["error", "signal", "lost"]:
 
 def described(error: BaseException) -> str:
     """An error in one line: the text of one that is meant for the user, else what and where it is."""
-    if isinstance(error, (UserError, Diverged, Interrupted)):
+    if isinstance(error, (UserError, Diverged, Interrupted, ElsewhereError)):
         return str(error)
     text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}".removesuffix(": ")
     frames = traceback.extract_tb(error.__traceback__)
