@@ -63,7 +63,15 @@ def test_code_imports_what_there_is(page: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/data.md", "docs/training.md", "docs/sampling.md", "docs/precision.md"]
+    "name",
+    [
+        "README.md",
+        "docs/data.md",
+        "docs/training.md",
+        "docs/sampling.md",
+        "docs/precision.md",
+        "docs/many-gpus-plan.md",
+    ],
 )
 def test_flags_are_there(name: str):
     flags = {found.strip("-") for found in re.findall(r"(?<![\w-])--[a-z][a-z-]*", without_blocks(ROOT / name))}

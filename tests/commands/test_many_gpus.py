@@ -73,7 +73,9 @@ def test_micro_batches_are_found_for_the_gpu(monkeypatch: Any) -> None:
 
 def test_more_nodes_send_more_and_are_no_faster_than_their_sum() -> None:
     """The share of a GPU stays; so does what it computes, and what each sends grows towards a limit."""
-    found = {n: plan(configured(batch_size=64 * n, parallel="fsdp", recompute="none"), Cluster("h100", 8, n)) for n in (1, 3)}
+    found = {
+        n: plan(configured(batch_size=64 * n, parallel="fsdp", recompute="none"), Cluster("h100", 8, n)) for n in (1, 3)
+    }
     sent = [p.step.whole.traffic.nvlink + p.step.whole.traffic.network for p in found.values()]
     assert sent == sorted(sent) and [p.step.whole.traffic.network > 0 for p in found.values()] == [False, True]
     assert {p.share for p in found.values()} == {8}
@@ -86,7 +88,8 @@ def test_more_nodes_send_more_and_are_no_faster_than_their_sum() -> None:
 
 def test_a_step_of_replicas_may_be_a_cuda_graph() -> None:
     eager, graph = (
-        plan(configured(precision="bf16", recompute="none", cuda_graph=value), Cluster("h100", 2)) for value in ("auto", "true")
+        plan(configured(precision="bf16", recompute="none", cuda_graph=value), Cluster("h100", 2))
+        for value in ("auto", "true")
     )
     assert not eager.step.graph and eager.step.seconds == eager.step.host > graph.step.seconds
     assert graph.step.graph and graph.alone.graph and eager.alone.graph

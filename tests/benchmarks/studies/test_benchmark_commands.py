@@ -22,6 +22,7 @@ from benchmarks.studies import (
     digits,
     distance,
     increments,
+    plan,
     precision,
     prediction,
     quality_for_time,
@@ -33,7 +34,7 @@ from soflow_fast.config.schema import Config
 from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
-MODULES = [digits, distance, increments, precision, prediction, quality_for_time, sampling, step, sweeps]
+MODULES = [digits, distance, increments, plan, precision, prediction, quality_for_time, sampling, step, sweeps]
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +69,7 @@ MISTAKES = [
       ("inf", "nan", "-1")),
     (sampling, "--secnds 3", "--secnds"),
     (prediction, "--gpu h100", "--gpu"),
+    (plan, "--gpus 8", "--gpus"),
     (ceilings, "--fast", "--fast"),
     (ceilings, "now", "now"),
 ]  # fmt: skip
@@ -108,8 +110,8 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "ceilings", "digits", "distance", "gpu", "increments", "precision", "prediction", "quality_for_time", "reading",
-    "sampling", "soak", "step", "sweeps",
+    "ceilings", "digits", "distance", "gpu", "increments", "plan", "precision", "prediction", "quality_for_time",
+    "reading", "sampling", "soak", "step", "sweeps",
 )  # fmt: skip
 
 
