@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .commands import process
-from .commands.parser import Parser, whole_number
+from .commands.parser import DEVICES, Parser, whole_number
 from .config.schema import AUTO
 from .errors import ConfigError, DataError
 
@@ -45,7 +45,7 @@ def parser() -> Parser:
     p.add_argument("--size", metavar="N", help="height and width of the images (default 256)")
     p.add_argument("--flip", action="store_true", help="encode the mirror images as well")
     p.add_argument("--batch-size", metavar="N", help="images at a time (default 32)")
-    p.add_argument("--device", metavar="D", help="auto: every GPU, else the CPU; cpu; cuda:1; cuda:0,cuda:2; ...")
+    p.add_argument("--device", metavar="D", help=DEVICES)
     p.add_argument("--workers", metavar="N", help="processes that decode images ahead (default: by processors)")
     p.add_argument("--channels", metavar="N", help="with --from: of a latent, where the format leaves it open")
     return p
@@ -54,6 +54,7 @@ def parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError and Interrupted."""
     values = parser().parse(arguments)
+    process.alone("encode")
     names = ["OUT"] if values.source else ["IMAGES", "OUT"]
     if len(values.places) != len(names):
         raise ConfigError(f"give {' and '.join(names)}, got {len(values.places)} of {len(names)}")

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A mistake of the user's: its text is one line that names the flag, field or file. Exit code 2."""
+    """A mistake of the user's: its text is one line that names the flag, field or file. Exit code 2.
+
+    Nothing is printed where the text is empty: another process of the same command says it.
+    """
 
     exit_code = 2
 

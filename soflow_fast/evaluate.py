@@ -3,6 +3,8 @@
     python -m soflow_fast.evaluate runs/digits --n 4000 --nfe 1,2
 
 Digits: the fraction classified as their label, the Frechet distance in pixel space, the fraction of near copies.
+
+Every GPU that is visible draws, or those that --device names; the figures are the same with however many of a kind.
 """
 
 import json
@@ -10,7 +12,7 @@ import sys
 from functools import partial
 
 from .commands import process
-from .commands.parser import MOST_CALLS, MOST_SEED, Parser, whole_number
+from .commands.parser import DEVICES, MOST_CALLS, MOST_SEED, Parser, whole_number
 from .errors import ConfigError, enough_memory
 
 MOST = 10**6
@@ -25,7 +27,7 @@ def parser() -> Parser:
     p.add_argument("--nfe", default="1,2", metavar="N,...", help="network calls per image (default: 1,2)")
     p.add_argument("--vae", metavar="NAME", help="of a model of latents: its VAE, if it lies elsewhere by now")
     p.add_argument("--seed", default="0", metavar="N", help="of the noise (default: 0)")
-    p.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, ...")
+    p.add_argument("--device", default="auto", metavar="D", help=DEVICES)
     p.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     return p
 
@@ -33,27 +35,33 @@ def parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError."""
     values = parser().parse(arguments)
+    process.alone("evaluate")
     n, seed = whole_number("--n", values.n, 100, MOST), whole_number("--seed", values.seed, 0, MOST_SEED)
     calls = dict.fromkeys(whole_number("--nfe", part.strip(), 1, MOST_CALLS) for part in values.nfe.split(","))
 
     from .evaluation import describe, measure_digits
     from .runs.checkpoint import load_with_data
     from .runs.latents.vae import load_vae
-    from .training.precision import resolve_device
+    from .sampling import Devices, draw_on
+    from .training.precision import resolve_devices
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer, or on another --device"):
-        device, decode = resolve_device(values.device), None
-        flow, config, data = load_with_data(values.run, device)
+        devices = resolve_devices(values.device)
+        flow, config, data = load_with_data(values.run, devices[0])
         if not config.data.of_digits or not config.model.num_classes:
             raise ConfigError(f"{values.run}: only labelled digits can be evaluated in this version")
         if config.data.latent:
             if data is None or data.space is None:
                 raise ConfigError(f"{values.run}: does not say which latents it was trained on")
-            vae = load_vae(values.vae or data.space.vae, device, channels=config.model.in_channels)
-            decode = partial(vae.decoded, space=data.space)
-        elif values.vae:
-            raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
-        figures = {nfe: measure_digits(flow, n, nfe, seed, decode) for nfe in calls}
+            space = data.space
+            vae = load_vae(values.vae or space.vae, devices[0], channels=config.model.in_channels)
+            decode_on = lambda device: partial(vae.on(device).decoded, space=space)  # noqa: E731
+        else:
+            if values.vae:
+                raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
+            decode_on = lambda device: None  # noqa: E731
+        with Devices(devices, draw_on(flow, decode_on)) as several:
+            figures = {nfe: measure_digits(flow, n, nfe, seed, several=several) for nfe in calls}
     if values.json:
         print(json.dumps({"samples": n, "seed": seed, "nfe": {k: v._asdict() for k, v in figures.items()}}))
     else:

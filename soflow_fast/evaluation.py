@@ -10,7 +10,7 @@ from torch import Tensor
 from .data.digits import load_digits, to_pixels
 from .errors import Diverged
 from .flow import SolutionFlow
-from .sampling import sample
+from .sampling import Devices, Drawing, draw_on
 
 
 class DigitScores(NamedTuple):
@@ -52,17 +52,32 @@ def digit_scores(x: Tensor, y: Tensor) -> DigitScores:
 
 
 def measure_digits(
-    flow: SolutionFlow, n: int, nfe: int, seed: int, decode: Callable[[Tensor], Tensor] | None = None
+    flow: SolutionFlow,
+    n: int,
+    nfe: int,
+    seed: int,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    several: Devices[tuple[Drawing, range]] | None = None,
 ) -> DigitScores:
     """The figures of n samples of a flow trained on the digits, labels 0..9 in turn, `nfe` network calls each.
 
-    decode: makes images [n, 1, 8, 8] of samples that are latents. Raises Diverged if the samples are not finite.
+    decode: makes images [n, 1, 8, 8] of samples that are latents. several: draw and decode in the flow's place, by its
+    copies (`sampling.draw_on`). Raises Diverged if the samples are not finite.
     """
     labels = torch.arange(n) % 10
-    samples = sample(flow, labels, nfe=nfe, seed=seed)
-    if not torch.isfinite(samples).all():
-        raise Diverged(f"samples of {nfe} network calls are not finite: there is nothing to evaluate")
-    return digit_scores(samples if decode is None else decode(samples), labels)
+    drawing = Drawing.of(flow, labels, nfe=nfe, seed=seed)
+    batches = ((drawing, rows) for rows in drawing.batches())
+    if several is None:
+        device = next(flow.parameters()).device
+        made = map(draw_on(flow, lambda device: decode)(device), batches)
+    else:
+        made = several.results(batches)
+    images = []
+    for finite, x in made:
+        if not finite:
+            raise Diverged(f"samples of {nfe} network calls are not finite: there is nothing to evaluate")
+        images.append(x)
+    return digit_scores(torch.cat(images), labels)
 
 
 def describe(nfe: int, scores: DigitScores) -> str:

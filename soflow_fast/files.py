@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import ConfigError
 
@@ -18,11 +19,12 @@ LOCK = ".lock"
 """The file in a folder that is held by the process which writes there."""
 
 
-def read_file(path: Path, most: int, *, follow: bool = False) -> bytes:
-    """The content of a regular file of at most `most` bytes.
+@contextmanager
+def regular_file(path: Path, most: int, *, follow: bool = False) -> Iterator[BinaryIO]:
+    """A regular file of at most `most` bytes, open for reading.
 
     follow: whether `path` may itself be a link. Raises OSError, without waiting, for a pipe, device or folder, and
-    without reading for a longer file.
+    for a longer file.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)  # the opening of a pipe waits for a writer
     try:
@@ -40,11 +42,19 @@ def read_file(path: Path, most: int, *, follow: bool = False) -> bytes:
         if status.st_size > most:
             raise OSError(errno.EFBIG, f"has {status.st_size} bytes, more than {most}", str(path))
         with open(handle, "rb", closefd=False) as file:
-            return file.read(status.st_size)
-    except MemoryError:
-        raise OSError(errno.ENOMEM, "does not fit into memory", str(path)) from None
+            yield file
     finally:
         os.close(handle)
+
+
+def read_file(path: Path, most: int, *, follow: bool = False) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises OSError as `regular_file` does, or if it does not
+    fit into memory."""
+    with regular_file(path, most, follow=follow) as file:
+        try:
+            return file.read(os.fstat(file.fileno()).st_size)
+        except MemoryError:
+            raise OSError(errno.ENOMEM, "does not fit into memory", str(path)) from None
 
 
 def cache_folder() -> Path:
@@ -100,10 +110,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, which is not held in memory as a whole. Raises OSError."""
+def sha256(path: Path, most: int | None = None) -> str:
+    """The SHA-256 of a file, which is not held in memory as a whole. Raises OSError.
+
+    most: refuse what `regular_file` refuses.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with path.open("rb") if most is None else regular_file(path, most) as file:
         while part := file.read(2**22):
             digest.update(part)
     return digest.hexdigest()
@@ -122,8 +135,10 @@ def set_aside(path: Path) -> Path:
 
 
 @contextmanager
-def locked(folder: Path, refusal: str, warn: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: Path, refusal: str, warn: Callable[[str], None], *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of a folder; it goes with the process, however that ends. Reading takes no lock.
+
+    shared: beside others who do so, to see that nobody holds it alone.
 
     Raises ConfigError with `refusal` if another process holds it, OSError if the folder cannot be written to. Some
     network file systems have no locks: `warn` is told, and nothing is held.
@@ -134,7 +149,7 @@ def locked(folder: Path, refusal: str, warn: Callable[[str], None]) -> Iterator[
             handle = os.open(folder / LOCK, mode | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
             held.callback(os.close, handle)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 held.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # closing would wait for processes that are forked
                 break
             except BlockingIOError:

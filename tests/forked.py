@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo  # DDP and FSDP2 import it, and take more than a second: once here, not in every rank
 
 from soflow_fast.launch import Launch
 

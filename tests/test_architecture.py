@@ -272,7 +272,7 @@ def rng_alone_makes_generators(source: Source) -> list[str]:
 
 @each
 def checkpoint_alone_writes_checkpoints(source: Source) -> list[str]:
-    return [] if source.module == "soflow_fast.runs.checkpoint" else calls_of(source, WRITERS)
+    return [] if within(source.module, "soflow_fast.runs.checkpoint") else calls_of(source, WRITERS)
 
 
 @each
@@ -504,6 +504,7 @@ HOUSE: dict[Rule, tuple[list[Example], list[Example]]] = {
         ],
         [
             ("soflow_fast.runs.checkpoint", "from safetensors.torch import save_file\nsave_file({}, 'x')"),
+            ("soflow_fast.runs.checkpoint.sharded", "import torch.distributed.checkpoint as dcp\ndcp.save({})"),
             ("soflow_fast.runs.images", "image.save('grid.png')"),
         ],
     ),

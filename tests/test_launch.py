@@ -6,10 +6,12 @@ from soflow_fast.errors import ConfigError
 from soflow_fast.launch import PORTS, launched
 
 TORCHRUN = {
-    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node3", "MASTER_PORT": "1"
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node3",
+    "MASTER_PORT": "1",
 }  # fmt: skip
 SLURM = {
-    "SLURM_STEP_NUM_TASKS": "11", "SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "98765",
+    "SLURM_STEP_NUM_TASKS": "11", "SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_NODEID": "1",
+    "SLURM_JOB_ID": "98765",
     "SLURM_STEP_NODELIST": "gpu[07-08,12]-ib,login1", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NTASKS": "11",
 }  # fmt: skip
 

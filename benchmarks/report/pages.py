@@ -14,7 +14,17 @@ from benchmarks.harness.command import Parser
 from benchmarks.harness.race import figures, speed_ups
 from benchmarks.report import plots, record
 from benchmarks.report.compare import compare, find
-from benchmarks.report.tables import distance_table, kernel_table, markdown, number, quartiles, sweep_base, sweep_table
+from benchmarks.report.tables import (
+    distance_table,
+    efficiency,
+    images_per_second,
+    kernel_table,
+    markdown,
+    number,
+    quartiles,
+    sweep_base,
+    sweep_table,
+)
 from soflow_fast.errors import UserError
 
 HEAD = (
@@ -210,6 +220,27 @@ def reading(run: dict) -> str:
     return page(["set", f"ms per {read[0]['batch']} (quartiles)", "samples/s"], 1, lines, run, note)
 
 
+def scaling(run: dict) -> str:
+    """A record of benchmarks.scaling as Markdown: a line per scaling, engine and number of ranks."""
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in run["rows"]):
+        rows = [row for row in run["rows"] if row["kind"] == kind]
+        for row in rows:
+            cells = [f"{kind}: {row['way']}", str(row["batch"])]
+            if row["seconds"]:
+                of_one = f"{efficiency(row, rows[0]):.2f}" if row["ranks"] > 1 and rows[0]["seconds"] else ""
+                cells += [quartiles(row["seconds"], 1e-3), number(images_per_second(row)), of_one]
+                sent = [number(row[name] / 1e6) for name in ("sent", "formula")]
+                cells += sent if row["ranks"] > 1 else ["", ""]
+            lines.append(cells + [row["why_not"] or ""] * (7 - len(cells)))
+    head = ["scaling and ranks", "whole batch", "ms per step (quartiles)", "images/s", "efficiency"]
+    head += ["MB sent by a rank", "by formula"]
+    what = run["rows"][0]["case"].rpartition(", ")[0]
+    machine = "" if "gpu" in run else " Ranks are processes of one thread on one CPU: efficiency is that of its cores."
+    note = f"{what}, {run['rows'][0]['precision']}.{machine} `{run['command']}`."
+    return page(head, 6, lines, run, note)
+
+
 def prediction(run: dict) -> str:
     """A record of benchmarks.prediction as Markdown: a line per network, batch and recipe."""
     lines = []
@@ -332,6 +363,7 @@ BLOCKS = {
     "quality-for-time": Block(
         "docs/performance.md", "quality-for-time", quality_for_time, (plots.quality_for_time, "docs/quality.svg")
     ),
+    "scaling": Block("docs/performance.md", "scaling", scaling),
     "prediction": Block("docs/performance.md", "prediction", prediction),
     "plan": Block("docs/many-gpus-plan.md", "plan", plan),
     "sampling": Block("docs/performance.md", "sampling", sampling),

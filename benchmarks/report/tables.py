@@ -26,6 +26,16 @@ def quartiles(seconds: list[float], unit: float) -> str:
     return f"{number(middle / unit)} ({number(low / unit)} to {number(high / unit)})"
 
 
+def images_per_second(row: dict) -> float:
+    """Images of all ranks, by the median of a step."""
+    return row["batch"] / statistics.median(row["seconds"])
+
+
+def efficiency(row: dict, alone: dict) -> float:
+    """Images per second over as many times those of one process."""
+    return images_per_second(row) / (row["ranks"] * images_per_second(alone))
+
+
 def copied_per_second(rows: list[dict]) -> float:
     """Bytes per second of the copies of a run."""
     copy = next(row for row in rows if row["operation"] == "copy")

@@ -24,6 +24,8 @@ T = TypeVar("T")
 MOST_CALLS = 1000
 """Network calls per image, of which one to four are what these networks are for."""
 MOST_SEED = 2**63 - 1
+DEVICES = "auto: every GPU, else the CPU; cpu; cuda:1; cuda:0,cuda:2; ..."
+"""Help on the flag --device of commands that work on several."""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

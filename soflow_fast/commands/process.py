@@ -3,13 +3,21 @@
 import errno
 import io
 import os
+import signal
 import stat
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import NoReturn, TextIO
 
-from ..errors import Diverged, Interrupted, UserError, printable, storage_error
+from ..errors import ConfigError, Diverged, ElsewhereError, Interrupted, UserError, printable, storage_error
+from ..launch import Launch, launched
 from ..runs import signals
+from ..runs.ranks import watch
+from ..runs.ranks.failure import described, kind_of, name
+from ..runs.ranks.notes import of_rank
 
 STORAGE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -22,11 +30,17 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Call `main` and exit: 0, 1 if training diverged, 2 for the user's mistakes, 128 + its number after a signal.
 
     An error is one line on stderr. Exit code 2 takes precedence over a signal's: it says that a signal came but that
-    the state could not be saved. A second signal exits at once.
+    the state could not be saved. A second signal exits at once. Of several ranks one prints the line, and all end with
+    the code of the first error (`runs.ranks.watch`).
     """
     at_once = begun = ending = False
+    place: Launch | None = None
+    fault: BaseException | None = None
+    line = ""
 
     def stop(signum: int) -> None:
+        if ending and place:  # torchrun ends the others where one has ended; its line and code are on their way
+            return
         if ending or len(signals.received()) > 1:  # an exception now would leave through the handler of the first one
             os._exit(128 + signum)
         if begun:  # else nobody would catch it yet
@@ -35,46 +49,116 @@ def run(main: Callable[[], None]) -> NoReturn:
     signals.forget()
     signals.watch(stop)  # from the first moment, so that even start-up ends with 143, 130 or 129
     _open_streams()
+    watch.ends_with(None)
+    stdout, stderr = sys.stdout, sys.stderr
     try:
         try:
             begun = True
             if signals.received():
                 raise Interrupted(signals.received()[0])
+            with suppress(ConfigError):  # told by what needs to know: --help does not
+                place = launched()
+            if place:
+                _become_rank(place)
             main()
             _flush()
         finally:
             ending = True
         code = _code_of_signal() or 0
-    except (UserError, Diverged) as error:
-        code = error.exit_code
-        _say(f"error: {error}")
+    except (UserError, Diverged, ElsewhereError) as error:
+        code, line, fault = error.exit_code, str(error), error
     except Interrupted as error:
-        code, at_once = error.exit_code, error.at_once
-        _say(str(error))
+        code, at_once, line, fault = error.exit_code, error.at_once, str(error), error
     except KeyboardInterrupt:  # somebody has put Python's own handler of SIGINT back
-        code = 130
-        _say("interrupted")
-    except BrokenPipeError:  # the reader of our output went away, as in `... | head`
+        code, line, fault = 130, "interrupted", Interrupted(signal.SIGINT)
+    except BrokenPipeError as error:  # the reader of our output went away, as in `... | head`
         _drop(sys.stdout)
-        code = 0
+        code, fault = 0, error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in STORAGE:
-            code = UserError.exit_code
-            _say(f"error: {storage_error(error, 'cannot read or write')}")
+            fault = storage_error(error, "cannot read or write")
+            code, line = fault.exit_code, str(fault)
         elif signals.received():  # an import that was cut short has made an error of its own of the signal
-            code = _code_of_signal()
-            _say("interrupted")
+            code, line, fault = _code_of_signal(), "interrupted", Interrupted(signals.received()[0])
+        elif place:
+            code, line, fault = 1, described(error), error
+            if kind_of(error) == "error":
+                of_rank(place.rank).note("".join(traceback.format_exception(error)))
         else:
             raise
+    if fault and place:
+        line = _said_of_many(place, fault, line, code)
+        at_once = at_once or isinstance(fault, Interrupted)  # a thread may still wait for the others to come
+    elif fault and not isinstance(fault, Interrupted) and line:
+        line = f"error: {line}"
+    if line:
+        _say(line, stderr)
     signals.watch(lambda _: os._exit(code))  # nothing is left to be saved
     try:
         sys.stdout.flush()
     except OSError:  # output to a full disk: Python would try again at exit, and complain
         _drop(sys.stdout)
+    if place and place.rank:
+        sys.stdout.close()
+        setattr(sys, "stdout", stdout)  # noqa: B010
+        setattr(sys, "stderr", stderr)  # noqa: B010
     if at_once:
         # At a usual exit Python would end a thread in the midst of foreign code, and the exit code would be another.
         os._exit(code)
     sys.exit(code)
+
+
+def alone(command: str) -> None:
+    """Raise ConfigError in each of several processes that torchrun or srun has started: a text in the first alone."""
+    place = launched()
+    if place is not None:
+        text = f"{command} takes every GPU of a machine by itself: start one process, not {place.world}"
+        raise ConfigError(f"{text} by torchrun or srun" if place.rank == 0 else "")
+
+
+def _become_rank(place: Launch) -> None:
+    """Be one of several ranks, of which only rank 0 prints. The logs of torch's C++ code, of connections that others
+    have closed, are left out of stderr."""
+    signals.expect_echoes()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    watch.ends_with(partial(_end, sys.stderr))
+    if place.rank:
+        setattr(sys, "stdout", open(os.devnull, "w"))  # noqa: SIM115, B010  # for as long as the process lives
+        setattr(sys, "stderr", of_rank(place.rank))  # noqa: B010
+
+
+def _end(stderr: TextIO, line: str, code: int, told: Callable[[], None]) -> NoReturn:
+    """End the process from any thread, without waiting for another."""
+    try:
+        if line:
+            _say(line, stderr)
+        told()
+    finally:
+        os._exit(code)
+
+
+def _said_of_many(place: Launch, error: BaseException, text: str, code: int) -> str:
+    """End all ranks for an error of this one, which does not return, while they watch over each other.
+
+    Before and after, returns the line that this rank prints: arguments are wrong on all ranks alike, so that one for
+    each machine says it, as the files there may differ. Where the processes do not meet each is on its own.
+    """
+    ranks = watch.current()
+    if ranks and ranks.running:
+        signals.ignore()
+        with suppress(OSError):
+            sys.stdout.flush()
+        ranks.failed(error, text, code)
+    if not text or isinstance(error, ElsewhereError):
+        return ""
+    if isinstance(error, Interrupted):
+        return "" if place.rank else text
+    mine = name(place.rank, place.host)
+    if place.rank == 0 or text.startswith(mine):
+        return f"error: {text}"
+    if ranks is None and isinstance(error, UserError) and place.local_rank:
+        return ""
+    return f"error: {mine}: {text}"
 
 
 def _code_of_signal() -> int:
@@ -92,9 +176,9 @@ def _open_streams() -> None:
     while handle <= 2:
         handle = os.open(os.devnull, os.O_RDWR)
     os.close(handle)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -114,9 +198,9 @@ def _drop(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _say(line: str) -> None:
-    """Print one line on stderr."""
+def _say(line: str, stream: TextIO) -> None:
+    """Print one line."""
     try:
-        print("soflow: " + printable(" ".join(line.split())), file=sys.stderr, flush=True)
+        print("soflow: " + printable(" ".join(line.split())), file=stream, flush=True)
     except OSError:  # to a full disk: the exit code still says it, and at exit Python would put another in its place
-        _drop(sys.stderr)
+        _drop(stream)

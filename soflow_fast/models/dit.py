@@ -458,8 +458,9 @@ class DiT(nn.Module):
         memory is freed after it, or a view, on which FSDP's hook would not be safe: on a GPU the gate [B, D] alone."""
         rows = self._rows(block.adaLN_modulation.product(c, residual.x.dtype), tape)
         leaving = without_parameters(self._fused_block(block, residual, BlockModulation(*rows), save, tape))
-        views = (value is not None and value.requires_grad and value._base is not None for value in leaving)
-        return PendingResidual._make(v.clone() if view else v for v, view in zip(leaving, views, strict=True))
+        return PendingResidual._make(
+            v.clone() if v is not None and v.requires_grad and v._base is not None else v for v in leaving
+        )
 
     def _fused_block(
         self,

@@ -71,9 +71,9 @@ def shard(network: Any, mesh: "DeviceMesh", *, blocks: torch.dtype | None, reduc
 def _prefetch(network: Any, units: list[Any]) -> None:
     """Let each unit gather the next one, in forward and backward. What FSDP would gather by itself is found by the
     forwards made so far, and other forwards come between one and its backward."""
-    first, last = units[0], units[-1]
+    first, block, modulation = units[0], units[-2], units[-1]
     network.set_modules_to_forward_prefetch([first])
-    network.set_modules_to_backward_prefetch([last])
+    network.set_modules_to_backward_prefetch([modulation, block])  # nothing takes long before the last block
     for unit, following in pairwise(units):
         unit.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([unit])
@@ -103,12 +103,12 @@ def gathered(network: Any) -> Generator[Any]:
     try:
         for unit, following in zip(units, (*units[1:], None), strict=True):
             coming.wait()
-            coming = None if following is None else following.unshard(async_op=True)
+            if following is not None:
+                coming = following.unshard(async_op=True)
             yield unit
             unit.reshard()
     finally:
-        if coming is not None:  # else the next use would find it on its way, and old
-            coming.wait()
+        coming.wait()  # of a pass that was cut off: the next use would find it on its way, and old
         for unit in units:
             unit.reshard()
 

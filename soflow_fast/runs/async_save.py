@@ -2,15 +2,24 @@
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch.distributed as dist
 
 from ..training.state import TrainState
 from . import checkpoint
 
+if TYPE_CHECKING:
+    from ..training.parallel import Parallel
+    from .checkpoint.sharded import Parts
+
 PATIENCE = 1.0
 """Seconds that an abandoned save has to clean up; the next start removes the rest."""
+WRITING = timedelta(hours=1)
+"""How much longer than another rank's the writing of a rank may take."""
 
 
 class _Abandoned(BaseException):
@@ -26,11 +35,16 @@ class Saver:
     As a context manager: a block that ends well or by an Exception waits for the save under way; one that is
     interrupted abandons it.
 
+    Each rank of a run makes one at the same time, and calls it at the same steps. They write a checkpoint together: it
+    is there or refused for all of them. Their threads talk in a process group of their own, whose messages cannot be
+    taken for those of the steps that go on meanwhile.
+
     Args:
         run_dir: the run directory.
         keep: how many of the newest checkpoints stay.
         warn: is told, in the thread that calls, of a save that the disk refused and of what `before` reports.
         before: is called in the writing thread before each save, with a function that takes warnings.
+        parallel: the ranks of the run; None: this process alone.
     """
 
     def __init__(
@@ -39,6 +53,7 @@ class Saver:
         keep: int,
         warn: Callable[[str], None],
         before: Callable[[Callable[[str], None]], None] = lambda warn: None,
+        parallel: "Parallel | None" = None,
     ) -> None:
         self.run_dir, self.keep, self.warn, self.before = run_dir, keep, warn, before
         # Not the thread's own `join`: interrupted once, it takes the thread for stopped (CPython 3.11).
@@ -48,6 +63,7 @@ class Saver:
         self._failed: tuple[int, BaseException] | None = None
         self._warnings: list[str] = []
         self._abandoned = False
+        self._group: Any = None if parallel is None else dist.new_group(backend="gloo", timeout=WRITING)
 
     def begin(self, state: TrainState) -> None:
         """Wait for the save under way, copy `state` and begin to write it."""
@@ -93,20 +109,25 @@ class Saver:
             self.warn(text)
         return failed
 
-    def _write(self, content: checkpoint.Snapshot) -> None:
+    def _write(self, content: "checkpoint.Snapshot | Parts") -> None:
+        begun = False
+
+        def proceed() -> None:
+            nonlocal begun
+            if not begun:  # as a part of the save, whose errors all ranks learn of
+                begun = True
+                self.before(self._warnings.append)
+            if self._abandoned:
+                raise _Abandoned
+
         try:
-            self.before(self._warnings.append)
-            checkpoint.write(self.run_dir, content, self.keep, self._proceed, self._warnings.append)
+            checkpoint.write(self.run_dir, content, self.keep, proceed, self._warnings.append, self._group)
         except _Abandoned:
             pass
         except BaseException as error:  # raised again in the thread that waits for this one
             self._failed = content.step, error
         finally:
             self._idle.set()
-
-    def _proceed(self) -> None:
-        if self._abandoned:
-            raise _Abandoned
 
     def __enter__(self) -> "Saver":
         return self

@@ -8,8 +8,9 @@ from torch import Tensor
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] with C 1 or 3; of other channel counts the first three."""
-    x = x.detach().float().cpu()
+    """Images [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] with C 1 or 3; of other channel counts the first three.
+    They stay on their device."""
+    x = x.detach().float()
     x = x if x.shape[1] in (1, 3) else x[:, :3] if x.shape[1] > 3 else x[:, :1]
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

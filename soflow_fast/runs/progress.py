@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ..errors import printable
+from .ranks.notes import Notes
 
 PLAIN_LINE_EVERY = 10.0
 """Seconds between progress lines where the output is not a terminal."""
@@ -23,12 +24,14 @@ class Progress:
     """The output of a run of `total` steps. Whatever becomes of the stream, it does not end the run.
 
     A stream that went away is left alone from then on. What a full disk refuses is lost, or comes with a later line.
+    Of several ranks only rank 0 prints; the warnings of others go to their `notes`.
     """
 
-    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+    def __init__(self, total: int, stream: TextIO | None = None, notes: Notes | None = None) -> None:
         self.total = total
+        self._notes = notes if notes and notes.rank else None
         known: TextIO | None = stream or sys.stdout  # None where it was closed before Python began
-        self._gone = known is None or getattr(known, "closed", False)
+        self._gone = known is None or getattr(known, "closed", False) or self._notes is not None
         self._stream = known or io.StringIO()
         self._console = _Console(file=self._stream, soft_wrap=True, markup=False, highlight=False, emoji=False)
         self._on_terminal = not self._gone and self._stream.isatty() and not self._console.is_dumb_terminal
@@ -63,6 +66,8 @@ class Progress:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
+        if self._notes:
+            self._notes.note(f"warning: {text}")
         self.say(f"warning: {text}")
 
     def close(self) -> None:

@@ -3,26 +3,38 @@
 config.json       the configuration, every "auto" replaced
 data.json         which data it learns from
 left-out.txt      the samples that --skip-bad left out, one a line
-checkpoints/      see checkpoint.py
+checkpoints/      see checkpoint/
 metrics.jsonl     see metrics.py; tensorboard/ has the same
 samples/          grids of samples
 evaluation.json   the figures of the finished run
+warnings-rank-00003.txt   what that rank would have printed, if there was anything
 .lock             held by the process that trains
 """
 
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config.schema import Config, disagreement, from_json, to_json
 from ..data import identity
 from ..data.identity import Identity
 from ..errors import ConfigError, DataError, storage, storage_error
 from ..files import LOCK, TEXT, locked, make_folder, read_file, set_aside, write_file
+from .checkpoint.together import together
+
+if TYPE_CHECKING:
+    from ..training.parallel import Parallel
 
 DATA = "data.json"
 LEFT_OUT = "left-out.txt"
+STALE = ".*.partial-*"
+"""The names of files that a process which was killed has left half written."""
+LOOKS, PAUSE = 20, 0.25
+"""How often a rank looks for a file on a network's disk, and the seconds between."""
 
 
 def check(run_dir: Path, config: Config) -> None:
@@ -33,7 +45,8 @@ def check(run_dir: Path, config: Config) -> None:
     with storage("--run-dir"):
         _check_content(run_dir, config)
         if (run_dir / LOCK).exists():
-            with storage(f"--run-dir {run_dir}"), lock(run_dir, lambda text: None):
+            # Shared: all ranks of a run check at the same time.
+            with storage(f"--run-dir {run_dir}"), lock(run_dir, lambda text: None, shared=True):
                 pass
 
 
@@ -47,6 +60,42 @@ def taken(run_dir: Path, config: Config, warn: Callable[[str], None]) -> Iterato
         with storage("--run-dir"):  # another process may have made it since it was checked
             _check_content(run_dir, config)
         yield
+
+
+def check_shared(run_dir: Path, parallel: "Parallel") -> None:
+    """Raise ConfigError, on all ranks, if some do not see what the first one writes in `run_dir`, which exists there.
+
+    All ranks call it at the same time. Raises StorageError if the disk refuses the first one's file.
+    """
+
+    def write() -> str:
+        if parallel.rank:
+            return ""
+        path = run_dir / f".shared.partial-{secrets.token_hex(8)}"  # a name for which no client of NFS has looked
+        path.touch()
+        return path.name
+
+    with storage(f"--run-dir {run_dir}"):
+        token = run_dir / together(parallel, write)[0]
+    try:
+        seen = together(parallel, lambda: _is_seen(token))
+    finally:
+        if not parallel.rank:
+            with suppress(OSError):
+                token.unlink()
+    if not all(seen):
+        raise ConfigError(
+            f"--run-dir {run_dir}: {parallel.name(seen.index(False))} does not see what {parallel.name(0)} writes "
+            "there; give a directory on a file system that all hosts share"
+        )
+
+
+def _is_seen(path: Path) -> bool:
+    for _ in range(LOOKS):
+        if path.exists():
+            return True
+        time.sleep(PAUSE)
+    return False
 
 
 def check_data(run_dir: Path, found: Identity) -> None:
@@ -78,7 +127,7 @@ def prepare(
         else:
             (run_dir / LEFT_OUT).unlink(missing_ok=True)
         (run_dir / "samples").mkdir(exist_ok=True)
-        for stale in run_dir.rglob(".*.partial-*"):
+        for stale in run_dir.rglob(STALE):
             if stale.is_file():
                 stale.unlink()
         log = run_dir / "metrics.jsonl"
@@ -87,9 +136,9 @@ def prepare(
             warn(f"{log} has lines but there is no checkpoint: from step 0 again; kept as {kept.name}")
 
 
-def lock(run_dir: Path, warn: Callable[[str], None]) -> AbstractContextManager[None]:
+def lock(run_dir: Path, warn: Callable[[str], None], *, shared: bool = False) -> AbstractContextManager[None]:
     """Hold the lock of a run directory, as `files.locked` does."""
-    return locked(run_dir, f"--run-dir {run_dir}: another process is training in it", warn)
+    return locked(run_dir, f"--run-dir {run_dir}: another process is training in it", warn, shared=shared)
 
 
 def configuration(run_dir: Path) -> Config | None:
@@ -106,7 +155,7 @@ def _check_content(run_dir: Path, config: Config) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"--run-dir {run_dir}: is a file")
     if not known.exists():
-        if run_dir.exists() and any(path.name != LOCK for path in run_dir.iterdir()):
+        if run_dir.exists() and any(path.name != LOCK and not path.match(STALE) for path in run_dir.iterdir()):
             raise ConfigError(f"--run-dir {run_dir}: neither empty nor a run (it has no config.json)")
         return
     try:

@@ -53,7 +53,7 @@ class Grids:
             if self.vae is None:
                 return "npy", npy(x), None
             x = self.decoded(x)
-        grid = make_grid(to_uint8(x), columns=10)
+        grid = make_grid(to_uint8(x).cpu(), columns=10)
         return "png", png(grid), grid
 
 

@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 NOTHING_TO_SAVE = "stopped before the first step; the same command begins where this one did"
 
+ECHO = 5.0
+"""Seconds within which a signal is sent again by whoever forwards it."""
+
 _received: list[int] = []
+_came: dict[int, float] = {}
+_echoes = False
 
 
 def handled() -> list[signal.Signals]:
@@ -33,7 +39,30 @@ def received() -> list[int]:
 
 def forget() -> None:
     """Forget the signals that came before: a new command begins in this process."""
+    global _echoes
     _received.clear()
+    _came.clear()
+    _echoes = False
+
+
+def expect_echoes() -> None:
+    """From now on a signal that comes again within seconds counts once: torchrun and srun forward to their processes
+    what a terminal or Slurm has sent to those as well."""
+    global _echoes
+    _echoes = True
+
+
+def _is_echo(signum: int) -> bool:
+    now = time.monotonic()
+    first = _came.setdefault(signum, now)
+    return _echoes and 0 < now - first < ECHO
+
+
+def ignore() -> None:
+    """From now on no signal does anything: how this process ends is settled."""
+    if threading.current_thread() is threading.main_thread():
+        for number in handled():
+            signal.signal(number, signal.SIG_IGN)
 
 
 def watch(act: Callable[[int], None]) -> None:
@@ -44,7 +73,7 @@ def watch(act: Callable[[int], None]) -> None:
     """
 
     def handle(signum: int, frame: object) -> None:
-        if signum == signal.SIGHUP and _received:
+        if (signum == signal.SIGHUP and _received) or _is_echo(signum):
             return
         _received.append(signum)
         act(signum)
@@ -76,6 +105,8 @@ def collected(idle: Callable[[], bool] = lambda: False) -> Iterator[list[int]]:
     pending = received()
 
     def handle(signum: int, frame: object) -> None:
+        if _is_echo(signum):
+            return
         if signum != signal.SIGHUP and any(number != signal.SIGHUP for number in pending):
             raise Interrupted(signum, "stopped at once by a second signal; the last checkpoint stands", at_once=True)
         pending.append(signum)

@@ -18,6 +18,7 @@ from ..config.schema import AUTO, NOTHING_LEFT, Config, DataChoices
 from ..data import Source, fitted, identity, open_source
 from ..errors import CheckpointError, ConfigError, DataError, Diverged, ElsewhereError, Interrupted, storage
 from ..files import OptionalWrites, write_file
+from ..launch import launched
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
 from ..ranks import flow_matching_samples
@@ -32,9 +33,10 @@ from . import checkpoint, run_directory, signals
 from .async_save import Saver
 from .batches.resident import on_device_bytes
 from .batches.upload import Batches
-from .crew import ALONE, Crew, assemble
 from .metrics import MetricsLog, NoLog, TensorBoard
 from .progress import Progress
+from .ranks.crew import ALONE, Crew, assemble
+from .ranks.watch import watched
 from .samples import Grids, evaluate
 
 
@@ -47,13 +49,19 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
     SIGTERM or SIGHUP (outside of Python's main thread no signal is handled). The state is saved before that; if the
     disk refuses it, that is the error that is raised, and exit code 2 says that more was lost than time.
     """
-    crew, config = assemble(config)
+    launch = launched()
+    with watched(launch, config.run.hang_seconds) as watch:
+        crew, config = assemble(config, launch, watch)
+        return _train_with(crew, config, choices)
+
+
+def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
     with enough_memory(config):
         config, chosen = choose_precision(config) if crew.first else (config, "")
         config = replace(config, precision=crew.chosen(config.precision))
         config = resolved(config, crew)
         run_dir = Path(config.run.run_dir)
-        progress = Progress(config.steps)
+        progress = Progress(config.steps, notes=crew.notes)
         if choices == NOTHING_LEFT:
             run_directory.check(run_dir, config)  # before what takes seconds; and again when it is taken
         if config.data.kind == "digits-latent":
@@ -75,6 +83,9 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
         state.guard.limit = GIVE_UP if config.run.on_nonfinite == "skip" else 1
         with run_directory.taken(run_dir, config, progress.warn) if crew.first else nullcontext():
             crew.wait()  # until the first has made the directory its own
+            if crew.parallel is not None:
+                run_directory.check_shared(run_dir, crew.parallel)
+            crew.keep_notes(run_dir)
             if chosen:
                 progress.say(chosen)
             _begin(state, source, run_dir, progress, crew)
@@ -152,6 +163,7 @@ def _train(state: TrainState, source: Source, grids: Grids, run_dir: Path, progr
     with signals.collected(idle=lambda: state.step == first) as pending:
         _loop(state, source, grids, run_dir, progress, pending, crew)
     if pending:
+        crew.watch.leave()  # together, before any of them goes
         where = f"step {state.step} of {state.config.steps}"
         raise Interrupted(pending[0], f"stopped and saved at {where}; the same command resumes")
 
@@ -181,17 +193,19 @@ def _loop(
         closing(batches),
         closing(progress),
         closing(TensorBoard(run_dir / "tensorboard", first, progress.warn) if crew.first else NoLog()) as board,
-        Saver(run_dir, every.keep, progress.warn, before=log.sync) as saver,
+        Saver(run_dir, every.keep, progress.warn, before=log.sync, parallel=crew.parallel) as saver,
     ):
         while state.step < config.steps:
             if every.checkpoint_every and (state.step + 1) % every.checkpoint_every == 0:
+                crew.watch.mark(state.step, "save")
                 saver.wait()  # so that a crash never costs two intervals
+            crew.watch.mark(state.step, "data")
             fault: DataError | None = None
             try:
                 x0, y = batches.of(state.step)
             except DataError as error:
                 fault = error
-            signal, faulty = crew.told(pending[0] if pending else 0, fault is not None)
+            signal, faulty = crew.told(state.step, pending, fault is not None)
             if signal and not pending:  # that another rank got
                 pending.append(signal)
             if faulty:
@@ -199,6 +213,7 @@ def _loop(
                     with storage(f"--run-dir {run_dir}: cannot save the checkpoint of step {state.step}"):
                         saver.finish(state)
                 raise fault or ElsewhereError(DataError.exit_code)
+            crew.watch.mark(state.step, "step")
             metrics = step_in_memory(state, x0, y, progress.say, batches.give_up_memory)
             if state.step < config.steps:
                 batches.begin(state.step)  # while the GPU is busy
@@ -218,6 +233,7 @@ def _loop(
                 board.write(entry)
                 progress.update(step, values, (step - first) / (now - began), images, now)
             if not last and every.sample_every and step % every.sample_every == 0 and crew.draws:
+                crew.watch.mark(step, "samples")
                 kind, content, grid = grids.draw()
                 if grid is not None:
                     board.image(grid, step)
@@ -225,6 +241,7 @@ def _loop(
                     with optional(f"sample grid of step {step}"):
                         write_file(run_dir / "samples" / f"step-{step:08d}.{kind}", content, synced=False)
             if last or stop or (every.checkpoint_every and step % every.checkpoint_every == 0):
+                crew.watch.mark(step, "save")
                 read_metrics(state, metrics, crew)  # which raises Diverged for a state that is not to be saved
                 board.flush()
                 if last or stop:
@@ -239,6 +256,7 @@ def _loop(
 
 def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress, crew: Crew) -> None:
     """Draw the last grid and evaluate. Raises StorageError where the disk refuses: all else is saved already."""
+    crew.watch.mark(state.step, "evaluation")
     if not crew.draws:
         return
     with storage(f"--run-dir {run_dir}: the checkpoint of step {state.step} is saved, but not all else"):

@@ -8,6 +8,8 @@ gradient of one process on the whole batch.
 """
 
 import inspect
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +50,7 @@ class Parallel:
     """The same ranks for tensors in host memory, by gloo: checkpoints, and words between them."""
     hosts: tuple[str, ...]
     """The machine of each rank."""
-    store: Any
+    store: dist.Store
     """torch's Store that all ranks see, for what must not wait for a collective."""
 
     @property
@@ -97,25 +99,59 @@ class Parallel:
         return f"rank {rank} ({self.hosts[rank]})"
 
 
-def join(launch: Launch, run: RunConfig, device: torch.device, patience: Any = None) -> Parallel:
-    """Meet the other ranks. patience: a timedelta for which one waits for the others to start and, later, for an
-    exchange; None: torch's. Raises ConfigError if they do not come, or if the mesh does not fit them."""
+def meet(launch: Launch, patience: Any = None) -> dist.Store:
+    """The Store that all ranks see, once all have come. patience: a timedelta; None: torch's.
+
+    Raises ConfigError if they do not come. A signal ends the wait: the main thread would not hear it in torch's code,
+    so another one waits there.
+    """
+    found: list[dist.Store | Exception] = []
+    waiting = threading.Thread(target=lambda: found.append(_rendezvous(launch, patience)), daemon=True)
+    waiting.start()
+    waiting.join()
+    if isinstance(found[0], (RuntimeError, ValueError)):  # as torch's errors of networks and stores are
+        raise _cannot_join(launch, found[0]) from None
+    if isinstance(found[0], Exception):
+        raise found[0]
+    # torchrun may keep one store over all its attempts.
+    return dist.PrefixStore("attempt-" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), found[0])
+
+
+def _rendezvous(launch: Launch, patience: Any) -> dist.Store | Exception:
+    where = f"tcp://{launch.address}:{launch.port}?rank={launch.rank}&world_size={launch.world}"
+    try:
+        return next(dist.rendezvous(where, **_waits(patience)))[0]
+    except Exception as error:  # for the thread that waits
+        return error
+
+
+def _waits(patience: Any) -> dict[str, Any]:
+    return {} if patience is None else {"timeout": patience}
+
+
+def _cannot_join(launch: Launch, error: Exception) -> ConfigError:
+    reason, where = str(error).strip().splitlines()[0], f"{launch.address}:{launch.port}"
+    return ConfigError(f"rank {launch.rank} ({launch.host}) cannot join the others at {where}: {reason}")
+
+
+def join(
+    launch: Launch, run: RunConfig, device: torch.device, patience: Any = None, store: dist.Store | None = None
+) -> Parallel:
+    """Meet the other ranks, or go on from the store at which they have met (`meet`). patience: a timedelta for which
+    one waits for the others to start and, later, for an exchange; None: torch's. Raises ConfigError if they do not
+    come, or if the mesh does not fit them."""
     shards = {"ddp": 1, "fsdp": launch.world, "hsdp": run.shard_ranks or launch.local_world}[run.parallel]
     if launch.world % shards:
         raise ConfigError(f"--parallel hsdp: the state is cut over {shards} ranks, {launch.world} are no multiple")
-    waits = {} if patience is None else {"timeout": patience}
-    where = f"{launch.address}:{launch.port}"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store = meet(launch, patience) if store is None else store
+    rank, world, backend = launch.rank, launch.world, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    ranks = dist.PrefixStore("ranks", store)
     try:
-        store, rank, world = next(
-            dist.rendezvous(f"tcp://{where}?rank={launch.rank}&world_size={launch.world}", **waits)
-        )
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world, **waits)
-    except (RuntimeError, ValueError) as error:  # torch's errors of networks and stores are RuntimeErrors
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"rank {launch.rank} ({launch.host}) cannot join the others at {where}: {reason}") from None
+        dist.init_process_group(backend, store=ranks, rank=rank, world_size=world, **_waits(patience))
+    except (RuntimeError, ValueError) as error:
+        raise _cannot_join(launch, error) from None
     shape = {"ddp": (world,), "fsdp": (world,), "hsdp": (world // shards, shards)}[run.parallel]
     names = {"ddp": ("replicate",), "fsdp": ("shard",), "hsdp": ("replicate", "shard")}[run.parallel]
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)

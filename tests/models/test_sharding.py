@@ -125,14 +125,11 @@ def two_steps(launch, rounded=None, kind="fsdp", taped=True, defers=False, compi
 
 
 CASES = {
-    "float32": {},
+    "float32": {"keep_norms": True},
     "bf16": {"rounded": BF16},
-    "a pass of its own": {"rounded": BF16, "taped": False},
-    "keeps norms": {"keep_norms": True},
     "recompute mlp": {"recompute": "mlp", "taped": False},
     "recompute block": {"rounded": BF16, "recompute": "block", "taped": False},
     "deferred biases": {"defers": True},
-    "deferred biases, a pass of its own": {"defers": True, "taped": False},
     "deferred biases, recompute block": {"defers": True, "recompute": "block", "taped": False},
 }
 
@@ -150,9 +147,8 @@ def test_two_ranks_step_as_a_whole_network(settings):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("defers", [False, True])
-def test_compiled_blocks_step_as_a_whole_network(defers):
-    on_ranks(2, named, two_steps, {"compiled": True, "defers": defers, "taped": not defers})
+def test_compiled_blocks_step_as_a_whole_network():
+    on_ranks(2, named, two_steps, {"compiled": True, "defers": True, "taped": False})
 
 
 def compiled_once(launch):
@@ -349,6 +345,46 @@ def changed(launch, change, before):
 @pytest.mark.parametrize(("change", "before"), CHANGES.values(), ids=list(CHANGES))
 def test_what_others_change_is_seen(change, before):
     on_ranks(2, changed, change, before)
+
+
+def cut_off(launch):
+    plain, cut = networks(launch)
+    given = batch(launch.rank)
+
+    def attend(q, k, v):
+        raise MemoryError
+
+    usual, cut.blocks[1].attn.backend = cut.blocks[1].attn.backend, attend
+    with pytest.raises(MemoryError):
+        increments(cut, given)
+    cut.blocks[1].attn.backend = usual
+    assert all(isinstance(p, DTensor) for p in cut.parameters())
+    halve(plain)
+    halve(cut)
+    for got, wanted in zip(increments(cut, given), increments(plain, given), strict=True):
+        assert (got - wanted).norm() <= BOUNDS[None] * wanted.norm()
+
+
+def test_increments_that_are_cut_off_leave_nothing_gathered_or_on_its_way():
+    """What was on its way would be old at the next use."""
+    on_ranks(2, cut_off)
+
+
+def called(launch, recompute):
+    """Gradients of modules that are called one by one, as a hook is there."""
+    plain, cut = networks(launch, recompute=recompute)
+    wanted = mean_gradients(plain, launch.world, None)
+    heard = []
+    cut.blocks[1].register_forward_hook(lambda *_: heard.append(1))
+    x, t, s, y, direction = batch(launch.rank)
+    (cut(x, t, s, y) * direction).sum().backward()
+    assert heard
+    assert_same(gradients(cut), wanted, BOUNDS[None])
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_called_modules_have_the_gradients_of_a_whole_network(recompute):
+    on_ranks(2, called, recompute)
 
 
 def replaced_block(launch):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from forked import free_port
 
 WHOLE = os.environ.get("SOFLOW_SOAK") == "1"
 STARTER = Path(__file__).with_name("starter.py")
@@ -55,14 +56,42 @@ class Starter:
         self.process.stdin.flush()
         return self.process.stdout.readline()
 
-    def __call__(self, *arguments: object, hang: str = "", slow: float = 0, output: Path | None = None) -> Training:
-        """output: a file that is there already, of whatever kind, in place of one of its own."""
+    def __call__(
+        self,
+        *arguments: object,
+        hang: str = "",
+        slow: float = 0,
+        output: Path | None = None,
+        place: dict[str, str] | None = None,
+    ) -> Training:
+        """output: a file that is there already, of whatever kind, in place of one of its own. place: variables that
+        make it one of several ranks."""
         if output is None:
             output = self._folder / f"{self._count}.txt"
             self._count += 1
             output.touch()
         given = {"arguments": [*map(str, arguments)], "output": str(output), "hang": hang, "slow": slow}
+        given["place"] = place or {}
         return Training(int(self.ask(given)), output, self.ask)
+
+    def trainings(self, world: int, *arguments: object, slow: float = 0) -> list[Training]:
+        """One training on several ranks."""
+        port, started = str(free_port()), []
+        for rank in range(world):
+            place = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            started.append(self(*arguments, place=place, slow=slow))
+        return started
+
+    def ranks(self, world: int, folder: Path, **fault: Any) -> list[Training]:
+        """Ranks of one_rank.py that meet each other. Their files lie in a folder, with what rank 3 prints in out-3."""
+        port, started = free_port(), []
+        for rank in range(world):
+            place = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            output = folder / f"out-{rank}"
+            output.touch()
+            given = [{name: str(value) for name, value in place.items()}, str(folder), fault]
+            started.append(Training(int(self.ask({"rank": given, "output": str(output)})), output, self.ask))
+        return started
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout

@@ -2,6 +2,7 @@
 
 A line of JSON on stdin, {"arguments": [...], "output": FILE, "hang": NAME, "slow": SECONDS}, forks one; the answer is
 its process id. In it the function of `os` called "hang" never returns in a thread.
+"place": variables that make it one of several ranks.
 {"wait": ID} answers its exit code, negative for the signal that killed it; {"command": [...]} that of a command.
 """
 
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import one_rank
 import torch
 
 from soflow_fast import train
@@ -59,11 +61,20 @@ def main() -> None:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            if "rank" in request:
+                one_rank.as_rank(*request["rank"])
+            if request["place"]:
+                os.environ |= request["place"]
             if request["hang"]:
                 setattr(os, request["hang"], hanging(getattr(os, request["hang"])))
             if request["slow"]:
                 os.fsync = functools.partial(slowly, os.fsync, request["slow"])
-            process.run(functools.partial(train.main, request["arguments"]))
+            try:
+                process.run(functools.partial(train.main, request["arguments"]))
+            except SystemExit as ended:
+                if request["place"]:  # to leave Python as usual takes torch seconds
+                    os._exit(int(ended.code or 0))
+                raise
         running.add(child)
         print(child, flush=True)
     for child in running:

@@ -124,7 +124,7 @@ def test_saves_do_not_overlap_and_failures_are_told(
     running: list[int] = []
     most: list[int] = []
 
-    def write(run_dir: Path, content: checkpoint.Snapshot, keep: int, proceed: Any, warn: Any) -> None:
+    def write(run_dir: Path, content: checkpoint.Snapshot, keep: int, proceed: Any, warn: Any, group: Any) -> None:
         running.append(content.step)
         most.append(len(running))
         time.sleep(0.01)

@@ -245,7 +245,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(
         if state.step == 2:
             file = put(state, kind, math.nan)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_first_not_finite", lambda tensors: "")
+            patch.setattr(checkpoint, "first_not_finite", lambda tensors: "")
             checkpoint.save(tmp_path, state)
     again, warnings = TrainState.build(configuration(tmp_path)), []
     assert checkpoint.resume(tmp_path, again, warnings.append) and again.step == 1

@@ -152,7 +152,7 @@ def test_two_signals_anywhere_are_no_traceback(
     if child == 0:
         try:
             if moment != "at once":
-                monkeypatch.setattr(process, "_say", lambda line: os.kill(os.getpid(), second))
+                monkeypatch.setattr(process, "_say", lambda line, stream: os.kill(os.getpid(), second))
             process.run(main)
         except SystemExit as ended:
             os._exit(200 + (ended.code not in CODES.values()))

@@ -15,7 +15,8 @@ import pytest
 from soflow_fast import load
 from soflow_fast.config.schema import from_json
 from soflow_fast.errors import ConfigError
-from soflow_fast.runs import checkpoint
+from soflow_fast.runs import checkpoint, run_directory
+from soflow_fast.runs.checkpoint import reading
 from soflow_fast.runs.run_directory import LOCK, lock
 
 FLAGS = ["--steps", "90000", "--checkpoint-every", "10", "--set=run.log_every=1", "--set=run.sample_every=0"]
@@ -50,6 +51,31 @@ def test_a_second_training_is_refused_and_the_first_goes_on(
     assert third.wait() == 143
 
 
+def test_many_may_look_at_a_directory_at_once_but_not_beside_one_that_trains(run_dir: Path) -> None:
+    """As all ranks of a run do when it begins."""
+    config = from_json((run_dir / "config.json").read_text())
+    assert (run_dir / LOCK).exists()
+    with lock(run_dir, pytest.fail, shared=True):
+        run_directory.check(run_dir, config)
+        with pytest.raises(ConfigError, match="another process"), lock(run_dir, pytest.fail):
+            pass
+    with lock(run_dir, pytest.fail), pytest.raises(ConfigError, match="another process is training in it"):
+        run_directory.check(run_dir, config)
+
+
+def test_a_start_that_was_killed_before_it_wrote_its_configuration(run_dir: Path, tmp_path: Path) -> None:
+    config, new = from_json((run_dir / "config.json").read_text()), tmp_path / "new"
+    new.mkdir()
+    (new / ".config.json.partial-77").write_text("{")
+    run_directory.check(new, config)
+    run_directory.prepare(new, config, "", False, pytest.fail)
+    assert not list(new.glob(".*"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".config").write_text("{")
+    with pytest.raises(ConfigError, match="neither empty nor a run"):
+        run_directory.check(tmp_path / "other", config)
+
+
 def test_a_checkpoint_that_goes_while_it_is_read(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +83,7 @@ def test_a_checkpoint_that_goes_while_it_is_read(
     new = tmp_path / "new"
     checkpoint.directory(run_dir).rename(new)
     shutil.copytree(new, checkpoint.directory(run_dir))
-    plain, reads = checkpoint.read_file, []
+    plain, reads = reading.read_file, []
 
     def read_file(path: Path, *arguments: Any) -> bytes:
         reads.append(path.name)
@@ -70,7 +96,7 @@ def test_a_checkpoint_that_goes_while_it_is_read(
             new.rename(checkpoint.directory(run_dir))
         return plain(path, *arguments)
 
-    monkeypatch.setattr(checkpoint, "read_file", read_file)
+    monkeypatch.setattr(reading, "read_file", read_file)
     load(run_dir)
 
 

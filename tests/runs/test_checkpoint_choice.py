@@ -16,6 +16,7 @@ from soflow_fast import TrainState, load
 from soflow_fast.errors import CheckpointError
 from soflow_fast.runs import checkpoint
 from soflow_fast.runs.async_save import Saver
+from soflow_fast.runs.checkpoint import reading
 from tests.states import advance, build, save_two
 
 
@@ -39,7 +40,7 @@ def run(saved: Path, tmp_path: Path) -> Path:
 
 
 def test_a_read_error_that_passes_costs_no_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    newest, plain, warnings = checkpoint.list_checkpoints(run)[0], checkpoint.read_file, []
+    newest, plain, warnings = checkpoint.list_checkpoints(run)[0], reading.read_file, []
 
     def fail(path: Path, *arguments: Any) -> bytes:
         if path == newest / "network.safetensors":
@@ -48,7 +49,7 @@ def test_a_read_error_that_passes_costs_no_checkpoint(run: Path, monkeypatch: py
 
     state = build()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "read_file", fail)
+        patch.setattr(reading, "read_file", fail)
         assert checkpoint.resume(run, state, warnings.append)
     assert state.step == 1 and "Input/output error" in warnings[0]
     state.step = 2

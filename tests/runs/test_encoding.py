@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from soflow_fast.data.dataset import Contents, Dataset
+from soflow_fast.data.dataset import Contents, Dataset, LatentSpace
 from soflow_fast.data.latents import writer
 from soflow_fast.errors import ConfigError, DataError, Interrupted
 from soflow_fast.runs.latents import encoding
@@ -49,6 +49,10 @@ class Model(torch.nn.Module):
         self.before, self.config = before, SimpleNamespace(in_channels=3, block_out_channels=(8, 8))
         generator = torch.Generator().manual_seed(0)
         self.weight = torch.nn.Parameter(torch.randn(8, 3, 2, 2, generator=generator), requires_grad=False)
+
+    def decode(self, z: Tensor) -> Any:
+        self.before(z)
+        return SimpleNamespace(sample=z)
 
     def encode(self, x: Tensor) -> Any:
         self.before(x)
@@ -201,3 +205,12 @@ def test_a_vae_on_another_device_is_a_copy() -> None:
     there = here.on(torch.device("meta"))
     assert here.on(CPU) is here and here.model.weight.device == CPU and there.model.weight.device.type == "meta"
     assert (there.name, there.scale, there.weights) == (here.name, here.scale, here.weights)
+
+
+@pytest.mark.parametrize("n", [1, 16, 21])
+def test_as_many_latents_are_decoded_at_a_time_however_many_there_are(n: int) -> None:
+    """Another number could round differently."""
+    given: list[int] = []
+    x = torch.randn(n, 4, 2, 2)
+    found = vae(lambda z: given.append(len(z))).decoded(x, LatentSpace("a", 0.5, 0.25))
+    assert torch.equal(found, x / 0.5 + 0.25) and given == [16] * -(-n // 16)

@@ -182,6 +182,27 @@ def test_other_steps_are_the_same_on_two_ranks(changes: dict[str, Any]) -> None:
                     assert mine[name] == pytest.approx(theirs[name], rel=limit, abs=limit)
 
 
+def compiled(launch: Launch | None, changes: dict[str, Any]) -> tuple[list[float], bool]:
+    """Gradient norms of steps whose blocks dynamo takes apart, and whether the target rides along on the student."""
+    config = configured(changes)
+    state = TrainState.build(config, parallel=None if launch is None else join(launch, config.run, CPU))
+    state.flow.network.compile_blocks("eager")
+    source = open_source(config)
+    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
+    norms = [float(train_step(state, *source.batch(k, state.rank, state.world))["grad_norm"]) for k in range(3)]
+    return norms, state.rides_along()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_compiled_blocks_and_increments_go_with_two_ranks(kind: str) -> None:
+    changes = {"precision": "bf16", "batch_size": 16, "run.parallel": kind}
+    wanted, _ = compiled(None, changes)
+    for norms, rides in on_ranks(2, compiled, changes):
+        assert rides and norms == pytest.approx(wanted, rel=2e-2)
+
+
 def sizes(world: int, kind: str) -> list[int]:
     return [found.size for found in on_ranks(world, trained, {"run.parallel": kind, "model.hidden_size": 64}, 1)]
 

@@ -18,9 +18,9 @@ from ...data.latents.layout import Layout
 from ...data.latents.writer import Writer, check_free, shard_rows
 from ...errors import ConfigError, DataError, Interrupted, enough_memory, storage
 from ...files import locked, make_folder
+from ...sampling.devices import Devices, uploaded
 from ..batches.loader import Ahead, workers_for
 from ..progress import Progress
-from .devices import Devices
 from .vae import VAE
 
 ROWS_AT_A_TIME = 256
@@ -60,13 +60,13 @@ def encode(
         return images.read(torch.arange(rows.start, rows.stop))
 
     def again(numbers: Tensor) -> Latents:
-        return first(images.read(numbers).to(devices[0]))
+        return first(images.read(numbers))
 
     def work_on(device: torch.device) -> Callable[[Tensor], Latents]:
         own = vae.on(device)
 
         def latents_of(raw: Tensor) -> Latents:
-            x = images.decoded(raw, _none)
+            x = images.decoded(uploaded(raw, device), _none)
             return (own.encoded(x), own.encoded(x.flip(3))) if flip else (own.encoded(x),)
 
         return latents_of

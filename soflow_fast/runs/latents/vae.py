@@ -1,6 +1,5 @@
 """AutoencoderKL of diffusers: images to latents and back."""
 
-import copy
 import hashlib
 import logging
 import warnings
@@ -16,6 +15,7 @@ from torch import Tensor
 from ...data.dataset import LatentSpace
 from ...data.latents.layout import Factor
 from ...errors import ConfigError
+from ...sampling.devices import copied
 
 DECODED = 16
 """Latents that are decoded at a time."""
@@ -38,9 +38,8 @@ class VAE:
 
     def on(self, device: torch.device) -> "VAE":
         """The same on a device: itself, or a copy."""
-        if next(self.model.parameters()).device == device:
-            return self
-        return replace(self, model=copy.deepcopy(self.model).to(device))
+        model = copied(self.model, device)
+        return self if model is self.model else replace(self, model=model)
 
     def check_images(self, channels: int, size: int) -> None:
         """Raise ConfigError if it does not take images of a number of channels, `size` pixels high and wide."""
@@ -58,11 +57,18 @@ class VAE:
 
     @torch.inference_mode()
     def decoded(self, x: Tensor, space: LatentSpace) -> Tensor:
-        """Images [n, C, H, W] in about [-1, 1] of a model's latents [n, C, h, w], on the device of the VAE."""
+        """Images [n, C, H, W] in about [-1, 1] of a model's latents [n, C, h, w], on the device of the VAE.
+
+        An image is the same to the bit however many others are decoded with it, as always as many are at a time.
+        """
         weight = next(self.model.parameters())
         scale, shift = (torch.tensor(value, device=weight.device).view(-1, 1, 1) for value in space[1:])
-        parts = [part.to(weight) / scale + shift for part in x.split(DECODED)]
-        return torch.cat([self.model.decode(part).sample for part in parts])
+
+        def images(part: Tensor) -> Tensor:
+            filled = torch.cat([part, part[-1:].expand(DECODED - len(part), -1, -1, -1)])
+            return self.model.decode(filled.to(weight) / scale + shift).sample[: len(part)]
+
+        return torch.cat([images(part) for part in x.split(DECODED)])
 
 
 def load_vae(name: str, device: torch.device, *, local: bool = False, channels: int = 0) -> VAE:

@@ -27,6 +27,7 @@ from benchmarks.studies import (
     prediction,
     quality_for_time,
     sampling,
+    scaling,
     step,
     sweeps,
 )
@@ -34,7 +35,9 @@ from soflow_fast.config.schema import Config
 from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
-MODULES = [digits, distance, increments, plan, precision, prediction, quality_for_time, sampling, step, sweeps]
+MODULES = [
+    digits, distance, increments, plan, precision, prediction, quality_for_time, sampling, scaling, step, sweeps,
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +66,13 @@ MISTAKES = [
     (precision, "--recipes other", "--recipes"),
     (distance, "--steps 0", "--steps"),
     (distance, "--wide-steps x", "--wide-steps"),
-    *((module, f"--seconds {value}", "--seconds") for module in (increments, sampling, step, sweeps) for value in
-      ("inf", "nan", "-1", "soon", "1e300")),
+    *((module, f"--seconds {value}", "--seconds") for module in (increments, sampling, scaling, step, sweeps)
+      for value in ("inf", "nan", "-1", "soon", "1e300")),
     *((module, f"--within {value}", "--within") for module in (sampling, step, sweeps) for value in
       ("inf", "nan", "-1")),
     (sampling, "--secnds 3", "--secnds"),
+    *((scaling, f"--ranks {value}", "--ranks") for value in ("0", "x", "1,,2", "2,2", "3", "64")),
+    *((scaling, f"--parallel {value}", "--parallel") for value in ("hsdp", "ddp,ddp", "ddp,")),
     (prediction, "--gpu h100", "--gpu"),
     (plan, "--gpus 8", "--gpus"),
     (ceilings, "--fast", "--fast"),
@@ -111,7 +116,7 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 NAMES = (
     "ceilings", "digits", "distance", "gpu", "increments", "plan", "precision", "prediction", "quality_for_time",
-    "reading", "sampling", "soak", "step", "sweeps",
+    "reading", "sampling", "scaling", "soak", "step", "sweeps",
 )  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from soflow_fast.errors import ConfigError, Interrupted
-from soflow_fast.runs.latents.devices import IN_FLIGHT, Devices, Work
+from soflow_fast.sampling.devices import IN_FLIGHT, Devices, Work, copied
 from soflow_fast.training import precision
 from soflow_fast.training.precision import resolve_devices
 
@@ -119,6 +119,17 @@ def test_who_is_interrupted_waits_for_no_thread() -> None:
     while running():
         time.sleep(0.001)
     assert [batch for batch, _ in done] in ([], [0])  # what waited is dropped
+
+
+def test_a_copy_of_a_module_on_another_device() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    module[2].weight = module[0].weight
+    module[1].requires_grad_(False)
+    there = copied(module, torch.device("meta"))
+    assert copied(module, CPU) is module and {x.device for x in module.state_dict().values()} == {CPU}
+    assert {x.device.type for x in there.state_dict().values()} == {"meta"} and type(there) is nn.Sequential
+    assert list(there.state_dict()) == list(module.state_dict()) and there[2].weight is there[0].weight
+    assert [p.requires_grad for p in there.parameters()] == [p.requires_grad for p in module.parameters()]
 
 
 def test_devices_of_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:

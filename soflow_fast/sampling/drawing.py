@@ -1,16 +1,14 @@
-"""Drawing images: n network calls, each from the current time straight to the data (arXiv 2512.15657).
-
-`sample` draws any number of images; `OneStep` is the single network call for the least latency.
-"""
+"""Drawing images: n network calls, each from the current time straight to the data (arXiv 2512.15657)."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
-from .flow import SolutionFlow
-from .rng import generator
+from ..flow import SolutionFlow
+from ..rng import generator
+from .devices import copied, uploaded
 
 BATCH = 64
 """Images per network call when noise is drawn from a seed."""
@@ -49,11 +47,12 @@ def sample(
     if noise is None:
         batches = list(sample_batches(flow, y, nfe=nfe, seed=int(seed or 0), shape=shape, batch_size=batch_size))
         return torch.cat(batches) if batches else next(flow.parameters()).new_empty(_shape(flow, y, shape))
-    parameter, labels = _checked(flow, y, nfe)
+    labels, parameter = _checked(flow, y, nfe), next(flow.parameters())
     if len(noise) != nfe:
         raise ValueError(f"noise must hold one tensor per network call: {nfe}, got {len(noise)}")
     if any(n.shape != noise[0].shape for n in noise):
         raise ValueError(f"noise must be of one shape, got {[list(n.shape) for n in noise]}")
+    labels = None if labels is None else labels.to(parameter.device)
     return _solve(flow, lambda k: noise[k].to(parameter), nfe, labels)
 
 
@@ -70,24 +69,86 @@ def sample_batches(
 
     Raises ValueError as `sample` does, before the first batch.
     """
-    parameter, labels = _checked(flow, y, nfe)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    count, *image = _shape(flow, labels, shape)
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"y must hold {count} labels, got {len(labels)}")
+    drawing = Drawing.of(flow, y, nfe=nfe, seed=seed, shape=shape, batch_size=batch_size)
+    return (drawing.batch(flow, rows)[: len(rows)] for rows in drawing.batches())
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images that are drawn from a seed. Each is a function of the seed, its label and its number alone: whoever draws
+    it does so in the same batch, and all batches are of one size."""
+
+    shape: tuple[int, ...]
+    """[n, C, H, W] of all images."""
+    labels: Tensor | None
+    """int64 [n]; None: the null label."""
+    nfe: int
+    seed: int
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        flow: SolutionFlow,
+        y: Tensor | Sequence[int] | None = None,
+        *,
+        nfe: int = 1,
+        seed: int = 0,
+        shape: Sequence[int] | None = None,
+        batch_size: int = BATCH,
+    ) -> "Drawing":
+        """The arguments of `sample`, checked. Raises ValueError."""
+        labels = _checked(flow, y, nfe)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        shape = tuple(_shape(flow, labels, shape))
+        if labels is not None and len(labels) != shape[0]:
+            raise ValueError(f"y must hold {shape[0]} labels, got {len(labels)}")
+        return cls(shape, labels, nfe, seed, batch_size)
+
+    def batches(self) -> Iterator[range]:
+        """The numbers of the images of each batch."""
+        for first in range(0, self.shape[0], self.batch_size):
+            yield range(first, min(first + self.batch_size, self.shape[0]))
 
     @torch.no_grad()
-    def batch(first: int) -> Tensor:
-        last = min(first + batch_size, count)
-        index = [min(i, last - 1) for i in range(first, first + batch_size)]
+    def batch(self, flow: SolutionFlow, rows: range) -> Tensor:
+        """A batch of `batches`, [batch_size, C, H, W] on the device of a flow: the last image fills up a short one."""
+        parameter = next(flow.parameters())
+        index = [min(i, rows[-1]) for i in range(rows.start, rows.start + self.batch_size)]
 
         def noise(k: int) -> Tensor:
-            return torch.stack([image_noise(seed, i, k, image) for i in index]).to(parameter)
+            drawn = torch.stack([image_noise(self.seed, i, k, self.shape[1:]) for i in index])
+            return uploaded(drawn.to(parameter.dtype), parameter.device)
 
-        return _solve(flow, noise, nfe, None if labels is None else labels[index])[: last - first]
+        labels = None if self.labels is None else uploaded(self.labels[index], parameter.device)
+        return _solve(flow, noise, self.nfe, labels)
 
-    return map(batch, range(0, count, batch_size))
+
+Finish = Callable[[Tensor], Tensor]
+"""What makes images of samples."""
+
+
+def draw_on(
+    flow: SolutionFlow, finish_on: Callable[[torch.device], Finish | None] = lambda device: None
+) -> Callable[[torch.device], Callable[[tuple[Drawing, range]], tuple[Tensor, Tensor]]]:
+    """What `Devices` need to draw batches of a `Drawing`, each device by a copy of the flow.
+
+    A batch is (drawing, rows) with rows of `drawing.batches()`. It becomes a bool [], whether the samples are finite,
+    and the images. finish_on: gives what makes images of samples on a device, None: the samples are what is wanted.
+    """
+
+    def work_on(device: torch.device) -> Callable[[tuple[Drawing, range]], tuple[Tensor, Tensor]]:
+        own, finish = copied(flow, device), finish_on(device)
+
+        def draw(batch: tuple[Drawing, range]) -> tuple[Tensor, Tensor]:
+            drawing, rows = batch
+            x = drawing.batch(own, rows)[: len(rows)]
+            return torch.isfinite(x).all(), x if finish is None else finish(x)
+
+        return draw
+
+    return work_on
 
 
 def image_noise(seed: int, index: int, call: int, shape: Sequence[int]) -> Tensor:
@@ -106,12 +167,11 @@ def _solve(flow: SolutionFlow, noise: Callable[[int], Tensor], nfe: int, labels:
     return x
 
 
-def _checked(flow: SolutionFlow, y: Tensor | Sequence[int] | None, nfe: int) -> tuple[Tensor, Tensor | None]:
-    """A parameter of the flow, which has its device and dtype, and the labels on that device. Raises ValueError."""
+def _checked(flow: SolutionFlow, y: Tensor | Sequence[int] | None, nfe: int) -> Tensor | None:
+    """The labels as int64, wherever they are. Raises ValueError."""
     if nfe < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe}")
-    parameter = next(flow.parameters())
-    return parameter, None if y is None else _checked_labels(flow, torch.as_tensor(y, device=parameter.device))
+    return None if y is None else _checked_labels(flow, torch.as_tensor(y))
 
 
 def _checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
@@ -134,51 +194,3 @@ def _shape(flow: SolutionFlow, labels: Tensor | Sequence[int] | None, shape: Seq
     if config is None or labels is None:
         raise ValueError("a seed needs a shape [B, C, H, W], or labels and a network with a config")
     return [len(labels), config.in_channels, config.input_size, config.input_size]
-
-
-class OneStep:
-    """x_0 = f(x_1, 1, 0; y) in one network call (arXiv 2512.15657): `images = OneStep(flow)(noise, labels)`.
-
-    The flow is taken over: the parameters of its blocks are rounded to bf16, or its blocks compiled, where these are
-    asked for, and it is not to be trained meanwhile.
-
-    Args:
-        flow: a trained flow on its device, in float32.
-        precision: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "tf32" or "fp32".
-        compile: the blocks by torch.compile; the first call of each size of batch takes its time.
-        cuda_graph: record the call and replay it; calls of another size than the first run as they are.
-
-    Raises ConfigError for what the device lacks.
-    """
-
-    def __init__(
-        self, flow: SolutionFlow, *, precision: str = "auto", compile: bool = False, cuda_graph: bool = False
-    ) -> None:
-        from .training.cuda_graph import GraphedFunction  # here, as plain sampling needs nothing of training
-        from .training.precision import resolve_precision, round_parameters
-
-        self.flow = flow.requires_grad_(False).eval()
-        self.device = next(flow.parameters()).device
-        self.precision = resolve_precision(precision, self.device)
-        if self.precision == "fp8":
-            raise ConfigError("precision fp8: OneStep has bf16, tf32 and fp32")
-        if cuda_graph and self.device.type != "cuda":
-            raise ConfigError(f"cuda_graph: needs a GPU, the device is {self.device.type}")
-        if self.precision == "bf16":
-            round_parameters(flow.network, flow.network.low_precision_layers(), torch.bfloat16)
-        if compile:
-            flow.network.compile_blocks()
-        self.call = GraphedFunction(self._call) if cuda_graph else self._call
-
-    @torch.no_grad()
-    def __call__(self, noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """Images [B, C, H, W] in the scale of the training data, from standard normal noise [B, C, H, W] and labels
-        [B] (None: the null label) on the flow's device."""
-        return self.call(noise, y)
-
-    def _call(self, noise: Tensor, y: Tensor | None) -> Tensor:
-        from .training.precision import matmul_precision
-
-        t = torch.ones(len(noise), device=noise.device, dtype=noise.dtype)
-        with matmul_precision(self.precision, self.device):
-            return self.flow.solution(noise, t, torch.zeros_like(t), y)

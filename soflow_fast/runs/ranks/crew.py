@@ -1,20 +1,23 @@
 """The ranks of a run as its loop sees them. A process alone is the first of one, and agrees with itself."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..config.schema import Config
-from ..errors import ConfigError, DataError
-from ..launch import Launch, launched
-from ..training.precision import resolve_device
+from ...config.schema import Config
+from ...errors import ConfigError, DataError
+from ...launch import Launch
+from ...training.precision import resolve_device
+from .notes import Notes, of_rank
+from .watch import Watch
 
 if TYPE_CHECKING:
-    from ..training.parallel import Parallel
+    from ...training.parallel import Parallel
 
 T = TypeVar("T")
 
@@ -23,10 +26,20 @@ PATIENCE = timedelta(minutes=10)
 
 
 class Crew:
-    """All ranks call the same methods in the same order."""
+    """All ranks call the same methods in the same order.
 
-    def __init__(self, parallel: "Parallel | None" = None) -> None:
-        self.parallel = parallel
+    Args:
+        parallel: the ranks, joined; None: this process alone.
+        watch: which sees to it that none waits for one that has failed.
+    """
+
+    def __init__(self, parallel: "Parallel | None" = None, watch: Watch | None = None) -> None:
+        self.parallel, self.watch = parallel, watch or Watch()
+        self._agreement: Any = None
+        if parallel is not None:
+            from .agreement import Agreement
+
+            self._agreement = Agreement()
 
     @property
     def first(self) -> bool:
@@ -69,15 +82,25 @@ class Crew:
         if others:
             raise DataError(f"{what}: is not the same{self.name(others[0])} as{self.name(0)}")
 
-    def told(self, signal: int, fault: bool) -> tuple[int, bool]:
-        """A signal that some rank got, 0: none did; and whether a rank has a fault that ends the run."""
-        if self.parallel is None:
-            return signal, fault
-        import torch.distributed as dist
+    def told(self, step: int, pending: Sequence[int], fault: bool) -> tuple[int, bool]:
+        """Before a step: a signal that some rank has got, 0: none has; and whether a rank cannot make the step.
 
-        words = torch.tensor([signal, int(fault)])
-        dist.all_reduce(words, dist.ReduceOp.MAX, group=self.parallel.host_group)
-        return int(words[0]), bool(words[1])
+        A process alone looks at its signals after the step.
+        """
+        if self._agreement is None:
+            return 0, fault
+        self._agreement.begin(step, pending, fault)
+        return self._agreement.end()
+
+    @property
+    def notes(self) -> Notes | None:
+        """Where this rank writes what it does not print; None: it prints."""
+        return None if self.first or self.parallel is None else of_rank(self.parallel.rank)
+
+    def keep_notes(self, run_dir: Path) -> None:
+        """Write them into a run directory, which is there."""
+        if self.notes is not None:
+            self.notes.keep_in(run_dir)
 
     def name(self, rank: int) -> str:
         """ " on rank 3 (gpu07)", nothing of a process alone and of no rank."""
@@ -87,19 +110,18 @@ class Crew:
 ALONE = Crew()
 
 
-def assemble(config: Config) -> tuple[Crew, Config]:
-    """Meet the other ranks, if this process was started as one of several. Returns the configuration with the device of
-    this rank. Raises ConfigError."""
-    launch = launched()
+def assemble(config: Config, launch: Launch | None, watch: Watch) -> tuple[Crew, Config]:
+    """Join the ranks that `watch` has met; launch: None of a process alone. Returns the configuration with the device
+    of this rank. Raises ConfigError."""
     if launch is None:
         return Crew(), config
-    from ..training.parallel import join
+    from ...training.parallel import join
 
     device = device_of(config.run.device, launch)
     config = replace(config, run=replace(config.run, device=device))
     if config.batch_size % launch.world:
         raise ConfigError(f"--batch-size {config.batch_size}: must be a multiple of the {launch.world} ranks")
-    return Crew(join(launch, config.run, resolve_device(device), PATIENCE)), config
+    return Crew(join(launch, config.run, resolve_device(device), PATIENCE, watch.store), watch), config
 
 
 def device_of(name: str, launch: Launch) -> str:

@@ -1,0 +1,77 @@
+"""Why a run of several ranks ends, and whether an error is its cause or follows from another rank's."""
+
+import json
+import re
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from ...errors import Diverged, ElsewhereError, Interrupted, UserError
+
+PACKAGE = Path(__file__).resolve().parents[2]
+OF_CONNECTIONS = re.compile(
+    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|process group|Socket|collective", re.IGNORECASE
+)
+"""In the RuntimeErrors that torch raises where another rank has gone."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run ends. `rank` is the one to blame."""
+
+    rank: int
+    host: str
+    text: str
+    """One line, without the rank; nothing is printed of an empty one."""
+    code: int
+    """Of all processes."""
+    kind: Literal["error", "signal", "lost", "judged", "all"]
+    """error: raised by that rank; lost: it lost another; judged: what others saw of it; all: nobody is to blame."""
+
+    def line(self, common: bool = False) -> str:
+        """What is printed once. common: all ranks failed with this text, as one process would."""
+        if self.kind == "signal" or not self.text:
+            return self.text
+        return (
+            f"error: {self.text}"
+            if common or self.kind == "all"
+            else f"error: {name(self.rank, self.host)}: {self.text}"
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def from_json(text: str | bytes) -> Failure:
+    """The failure that `to_json` wrote."""
+    return Failure(**json.loads(text))
+
+
+def name(rank: int, host: str) -> str:
+    """ "rank 3 (gpu07)"; "rank 3" of a host that is not known yet."""
+    return f"rank {rank} ({host})" if host else f"rank {rank}"
+
+
+def kind_of(error: BaseException) -> Literal["error", "signal", "lost"]:
+    """What an error that ends a rank is to the others."""
+    if isinstance(error, Interrupted):
+        return "signal"
+    of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # its name costs no import of torch
+    lost = (
+        of_torch
+        or isinstance(error, ElsewhereError)
+        or (isinstance(error, RuntimeError) and OF_CONNECTIONS.search(str(error)))
+    )
+    return "lost" if lost else "error"
+
+
+def described(error: BaseException) -> str:
+    """An error in one line: the text of one that is meant for the user, else what and where it is."""
+    if isinstance(error, (UserError, Diverged, Interrupted, ElsewhereError)):
+        return str(error)
+    text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}".removesuffix(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [PACKAGE in Path(frame.filename).parents for frame in frames]
+    last = len(frames) - 1 - inside[::-1].index(True) if True in inside[1:] else -1  # the first is all commands' own
+    return f"{text} (at {Path(frames[last].filename).name}:{frames[last].lineno})" if frames else text

@@ -1,0 +1,7 @@
+"""Drawing images: `sample` draws any number, `Devices` several batches at once, `OneStep` is the quickest call."""
+
+from .devices import Devices
+from .drawing import BATCH, Drawing, draw_on, image_noise, sample, sample_batches
+from .one_step import OneStep
+
+__all__ = ["BATCH", "Devices", "Drawing", "OneStep", "draw_on", "image_noise", "sample", "sample_batches"]
