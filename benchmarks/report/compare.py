@@ -11,7 +11,8 @@ from benchmarks.report.tables import markdown, number
 from soflow_fast.errors import UserError
 
 IDENTITY = (
-    "case", "operation", "pass", "shape", "axis", "value", "kind", "r_end", "seed", "batch", "dtype", "recipe", "way",
+    "case", "gpus", "parallel", "operation", "pass", "shape", "axis", "value", "kind", "r_end", "seed", "batch",
+    "dtype", "recipe", "way",
 )  # fmt: skip
 """The fields by which two rows are of the same thing. Precision is not among them: it is shown."""
 NO_ENVIRONMENT = ("benchmark", "rows", "file", "date", "command")

@@ -259,6 +259,30 @@ def prediction(run: dict) -> str:
     return page(head, 4 + len(gpus), lines, run, note)
 
 
+def plan(run: dict) -> str:
+    """A record of benchmarks.plan as Markdown: a line per network, batch, number of GPUs and way to share the state."""
+    lines = []
+    for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
+        gpus = None
+        for k, row in enumerate(group):
+            first = str(row["gpus"]) if row["gpus"] != gpus else ""
+            gpus = row["gpus"]
+            sizes = [row["memory"]["peak"], row["nvlink_bytes"], row["network_bytes"]]
+            cells = [case if k == 0 else "", first, row["parallel"], f"{row['micro_batches']}, {row['recompute']}"]
+            cells += [number(size / 1e9) if size else "" for size in sizes]
+            cells += [number(row[name]) for name in ("gpu_ms", "links_ms", "host_ms", "step_ms", "images_per_s")]
+            lines.append([*cells, f"{100 * row['efficiency']:.0f} %"])
+    head = [
+        "network and batch", "GPUs", "parallel", "micro-batches, recompute", "GB of memory", "GB by NVLink",
+        "GB by network", "GPU ms", "links ms", "host ms", "step ms", "images/s", "efficiency",
+    ]  # fmt: skip
+    note = (
+        "H100, nodes of 8. Arithmetic, not a measurement: nothing here ran on a GPU. Memory is that of one GPU, bytes "
+        f"what it sends in a step; what does not fit is left out. `{run['command']}`."
+    )
+    return page(head, 9, lines, run, note)
+
+
 def kernels(run: dict) -> str:
     """A record of benchmarks/test_kernels.py as Markdown: what it is of, a line per operation, pass and way."""
     if "gpu" in run:
@@ -341,6 +365,7 @@ BLOCKS = {
     ),
     "scaling": Block("docs/performance.md", "scaling", scaling),
     "prediction": Block("docs/performance.md", "prediction", prediction),
+    "plan": Block("docs/many-gpus-plan.md", "plan", plan),
     "sampling": Block("docs/performance.md", "sampling", sampling),
     "reading": Block("docs/data.md", "reading", reading),
     "digits": Block("docs/performance.md", "digits", digits),

@@ -73,9 +73,8 @@ def test_micro_batches_are_found_for_the_gpu(monkeypatch: Any) -> None:
 
 def test_more_nodes_send_more_and_are_no_faster_than_their_sum() -> None:
     """The share of a GPU stays; so does what it computes, and what each sends grows towards a limit."""
-    found = {
-        n: plan(configured(batch_size=64 * n, parallel="fsdp", recompute="none"), Cluster("h100", 8, n)) for n in (1, 3)
-    }
+    base = configured(parallel="fsdp", recompute="none")
+    found = {n: plan(override(base, {"batch_size": 64 * n}), Cluster("h100", 8, n)) for n in (1, 3)}
     sent = [p.step.whole.traffic.nvlink + p.step.whole.traffic.network for p in found.values()]
     assert sent == sorted(sent) and [p.step.whole.traffic.network > 0 for p in found.values()] == [False, True]
     assert {p.share for p in found.values()} == {8}
@@ -87,10 +86,8 @@ def test_more_nodes_send_more_and_are_no_faster_than_their_sum() -> None:
 
 
 def test_a_step_of_replicas_may_be_a_cuda_graph() -> None:
-    eager, graph = (
-        plan(configured(precision="bf16", recompute="none", cuda_graph=value), Cluster("h100", 2))
-        for value in ("auto", "true")
-    )
+    config = configured(precision="bf16", recompute="none")
+    eager, graph = (plan(override(config, {"cuda_graph": value}), Cluster("h100", 2)) for value in ("auto", "true"))
     assert not eager.step.graph and eager.step.seconds == eager.step.host > graph.step.seconds
     assert graph.step.graph and graph.alone.graph and eager.alone.graph
     assert "host none, as a CUDA graph" in said_of(graph)

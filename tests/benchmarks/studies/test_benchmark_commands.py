@@ -22,6 +22,7 @@ from benchmarks.studies import (
     digits,
     distance,
     increments,
+    plan,
     precision,
     prediction,
     quality_for_time,
@@ -34,7 +35,9 @@ from soflow_fast.config.schema import Config
 from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
-MODULES = [digits, distance, increments, precision, prediction, quality_for_time, sampling, scaling, step, sweeps]
+MODULES = [
+    digits, distance, increments, plan, precision, prediction, quality_for_time, sampling, scaling, step, sweeps,
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +74,7 @@ MISTAKES = [
     *((scaling, f"--ranks {value}", "--ranks") for value in ("0", "x", "1,,2", "2,2", "3", "64")),
     *((scaling, f"--parallel {value}", "--parallel") for value in ("hsdp", "ddp,ddp", "ddp,")),
     (prediction, "--gpu h100", "--gpu"),
+    (plan, "--gpus 8", "--gpus"),
     (ceilings, "--fast", "--fast"),
     (ceilings, "now", "now"),
 ]  # fmt: skip
@@ -111,8 +115,8 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "ceilings", "digits", "distance", "gpu", "increments", "precision", "prediction", "quality_for_time", "reading",
-    "sampling", "scaling", "soak", "step", "sweeps",
+    "ceilings", "digits", "distance", "gpu", "increments", "plan", "precision", "prediction", "quality_for_time",
+    "reading", "sampling", "scaling", "soak", "step", "sweeps",
 )  # fmt: skip
 
 
