@@ -66,7 +66,8 @@ def paired_forward(
 
     Args:
         net: a DiT, any size; the parameters of its ends in float32 or float64, those of its blocks in any dtype. All
-            its layers must be as `DiT` makes them: what acts when they are called would be missed here.
+            its layers must be as `DiT` makes them: what acts when they are called would be missed here. One that
+            `sharding.shard` has cut is gathered block by block, by all ranks at the same time.
         x, dx: [B, C, H, W]; t, dt, s: [B], dt of either sign; y: labels [B], None: the null label.
         dtype: of the operands of the products (accumulated in float32): bfloat16, float16, float32 or float64. The
             conditioning, the patches and the last product, which cost next to nothing, stay in float32.
@@ -77,7 +78,7 @@ def paired_forward(
 
     Raises:
         ValueError: for shapes that do not fit the network, another dtype, a network that is no DiT, or a layer of it
-            that was replaced, wrapped, hooked, pruned, quantised or sharded, which is named.
+            that was replaced, wrapped, hooked, pruned, quantised or sharded by others, which is named.
     """
     if not isinstance(net, DiT):
         raise ValueError(f"net must be a DiT, got {type(net).__name__}: it has no value-and-increment forward")

@@ -184,7 +184,7 @@ def _loop(
     with storage(f"--run-dir {run_dir}"):
         log = MetricsLog(run_dir / "metrics.jsonl", first, progress.warn) if crew.first else NoLog()
     optional = OptionalWrites(progress.warn)
-    held = bytes_to_hold(config, source, state.device)
+    held = bytes_to_hold(config, source, state.device, crew)
     if held:
         progress.say(f"all samples lie on the GPU, {held / 1e9:.2f} GB")
     source.dealt_first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
@@ -363,48 +363,66 @@ def resolved(config: Config, crew: Crew = ALONE) -> Config:
     config = replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)
     mine = replace(config, batch_size=config.batch_size // crew.size)
     if config.micro_batch == AUTO:
-        fits = min(size or mine.batch_size for size in crew.all(_micro_batch(mine, device)))
+        fits = min(size or mine.batch_size for size in crew.all(_micro_batch(mine, device, crew)))
         config = replace(config, micro_batch=0 if fits == mine.batch_size else fits)
     if config.run.recompute == "auto":
         on_gpu = device.type == "cuda"  # a CPU keeps norms and GELUs in any case
         mine = replace(mine, micro_batch=config.micro_batch)
-        kinds = crew.all(recompute_in(mine, torch.cuda.mem_get_info(device)[0]) if on_gpu else "none")
+        kinds = crew.all(recompute_in(mine, torch.cuda.mem_get_info(device)[0], crew) if on_gpu else "none")
         config = replace(config, run=replace(config.run, recompute=kinds[0] if len(set(kinds)) == 1 else "none"))
     return config
 
 
-def recompute_in(config: Config, memory: int) -> str:
+def recompute_in(config: Config, memory: int, crew: Crew = ALONE) -> str:
     """What `--recompute auto` stands for on a GPU with so many bytes free: where a step is predicted to have room for
-    all that its backward would make again, it makes nothing again."""
-    from ..training.memory_estimate import USABLE, estimate_memory
+    all that its backward would make again, it makes nothing again. config: with the batch of one rank."""
+    from ..training.memory_estimate import USABLE
 
-    kept = estimate_memory(replace(config, run=replace(config.run, recompute="nothing")))
-    return "nothing" if kept.peak <= USABLE * memory else "none"
+    kept = replace(config, run=replace(config.run, recompute="nothing"))
+    return "nothing" if _peak(kept, crew) <= USABLE * memory else "none"
 
 
-def bytes_to_hold(config: Config, source: Source, device: torch.device) -> int:
+def _peak(share: Config, crew: Crew) -> int:
+    """Bytes in use at the peak of a step on a rank with this configuration, whose batch is the rank's, predicted."""
+    if crew.parallel is None:
+        from ..training.memory_estimate import estimate_memory
+
+        return estimate_memory(share).peak
+    from ..training.plan import peak_of_rank
+
+    gpus = crew.parallel.launch.local_world
+    return peak_of_rank(share, gpus, max(1, crew.size // gpus))
+
+
+def bytes_to_hold(config: Config, source: Source, device: torch.device, crew: Crew = ALONE) -> int:
     """Bytes of all samples if they are to lie on the GPU, as the configuration says or where they have room beside a
     step; else 0."""
     wanted = config.run.data_on_gpu
     size = on_device_bytes(source) if device.type == "cuda" and wanted is not False else None
     if size is None or wanted:
         return size or 0
-    from ..training.memory_estimate import USABLE, estimate_memory
+    from ..training.memory_estimate import USABLE
 
     free = USABLE * torch.cuda.mem_get_info(device)[0]
     if size > free:
         return 0
-    still_to_come = estimate_memory(config).peak - torch.cuda.memory_allocated(device)
+    share = replace(config, batch_size=config.batch_size // crew.size)
+    still_to_come = _peak(share, crew) - torch.cuda.memory_allocated(device)
     return size if size <= free - max(still_to_come, 0) else 0
 
 
-def _micro_batch(config: Config, device: torch.device) -> int:
+def _micro_batch(share: Config, device: torch.device, crew: Crew) -> int:
     """The micro-batch that "auto" stands for with the memory that is free now. Raises ConfigError if none fits."""
     if device.type != "cuda":
         return 0
-    from ..training.memory_estimate import largest_micro_batch
+    from ..training.memory_estimate import USABLE, largest_micro_batch, largest_that_fits
 
-    return largest_micro_batch(config, torch.cuda.mem_get_info(device)[0])
+    free = torch.cuda.mem_get_info(device)[0]
+    if crew.parallel is None:
+        return largest_micro_batch(share, free)
+    return largest_that_fits(
+        share.batch_size, USABLE * free, lambda size: _peak(replace(share, micro_batch=size), crew)
+    )
 
 
 def resolve_attention(state: TrainState) -> str:

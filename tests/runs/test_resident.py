@@ -1,5 +1,6 @@
 """A data set that lies on the device: the same batches, where it has room, and back on the host where it has none."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,8 +91,8 @@ def test_it_is_held_where_it_has_room_beside_a_step(
 
     def held(free: int, wanted: bool | None = None, on: torch.device = GPU) -> int:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
-        run = SimpleNamespace(**{**vars(config.run), "data_on_gpu": wanted})
-        return trainer.bytes_to_hold(SimpleNamespace(**{**vars(config), "run": run}), source, on)  # type: ignore[arg-type]
+        run = dataclasses.replace(config.run, data_on_gpu=wanted)
+        return trainer.bytes_to_hold(dataclasses.replace(config, run=run), source, on)
 
     monkeypatch.setattr("soflow_fast.training.memory_estimate.estimate_memory", lambda _: SimpleNamespace(peak=peak))
     assert held(enough) == size and not held(enough - 4) and not held(size)

@@ -134,3 +134,14 @@ def plan(config: Config, cluster: Cluster) -> Plan:
         ),
         one_gpu(engine, work, parts, graphed),
     )
+
+
+def peak_of_rank(share: Config, gpus: int, nodes: int) -> int:
+    """Bytes in use at the peak of a step, predicted, on one of `nodes` nodes of `gpus` GPUs.
+
+    share: the configuration with the batch of one rank. Raises ConfigError naming a field that does not fit.
+    """
+    groups = parameter_groups(build_flow(share).network)
+    where = layout(share.run.parallel, gpus, nodes, share.run.shard_ranks)
+    low = as_counted(share).precision == "bf16"
+    return gpu_memory(share, groups, where, low, passing_memory(share)).peak

@@ -15,6 +15,7 @@ from soflow_fast.models.dit import DiT
 from soflow_fast.models.sharding import shard
 from soflow_fast.training.memory_estimate import BLOCK, PassingMemory, estimate_memory, estimate_passing
 from soflow_fast.training.parallel import join
+from soflow_fast.training.plan import Cluster, peak_of_rank, plan
 from soflow_fast.training.plan.links import layout
 from soflow_fast.training.plan.memory import BUCKET, GpuMemory, buckets, gpu_memory, passing_memory
 from soflow_fast.training.plan.parameters import ParameterGroup, parameter_groups
@@ -181,3 +182,10 @@ def test_what_comes_and_goes_is_the_rest_of_one_gpus_peak() -> None:
     lasting = one.weights + one.masters + one.moments + one.averages
     assert lasting + passing.activations + passing.workspace == pytest.approx(one.peak - one.gradients, rel=0.02)
     assert passing.activations == pytest.approx(one.activations, rel=0.02) and passing.update > 0
+
+
+def test_the_peak_of_a_rank_is_that_of_the_plan() -> None:
+    config = configured(batch_size=16, micro_batch=2, **{"run.parallel": "fsdp", "run.recompute": "none"})
+    share = dataclasses.replace(config, batch_size=4)
+    assert peak_of_rank(share, 2, 2) == plan(config, Cluster("h100", 2, 2)).memory.peak
+    assert peak_of_rank(share, 2, 2) < estimate_memory(share).peak
