@@ -153,13 +153,16 @@ def join(
         dist.init_process_group(backend, store=ranks, rank=rank, world_size=world, **_waits(patience))
     except (RuntimeError, ValueError) as error:
         raise _cannot_join(launch, error) from None
+    places: list[Any] = [None] * world
+    dist.all_gather_object(places, (launch.host, launch.local_world))
+    if run.parallel == "hsdp" and not run.shard_ranks and len({here for _, here in places}) > 1:
+        counts = ", ".join(f"{here} on {host}" for host, here in dict(places).items())
+        raise ConfigError(f"--parallel hsdp: nodes have unequal numbers of ranks ({counts}); give run.shard_ranks")
     shape = {"ddp": (world,), "fsdp": (world,), "hsdp": (world // shards, shards)}[run.parallel]
     names = {"ddp": ("replicate",), "fsdp": ("shard",), "hsdp": ("replicate", "shard")}[run.parallel]
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     host_mesh = mesh if device.type == "cpu" else init_device_mesh("cpu", shape, mesh_dim_names=names)
-    hosts: list[Any] = [None] * world
-    dist.all_gather_object(hosts, launch.host)
-    return Parallel(run.parallel, launch, device, mesh, host_mesh, tuple(hosts), store)
+    return Parallel(run.parallel, launch, device, mesh, host_mesh, tuple(host for host, _ in places), store)
 
 
 class Replicated:

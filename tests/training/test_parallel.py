@@ -359,6 +359,15 @@ def build(launch: Launch, changes: dict[str, Any]) -> str:
     return ""
 
 
+def build_on_uneven(launch: Launch) -> str:
+    return build(launch._replace(local_world=launch.rank + 1), {"run.parallel": "hsdp"})
+
+
+def test_hsdp_on_nodes_of_unequal_size_is_refused() -> None:
+    for found in on_ranks(2, build_on_uneven):
+        assert found.startswith("--parallel hsdp: nodes have unequal numbers of ranks (1 on host0, 2 on host1)")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
