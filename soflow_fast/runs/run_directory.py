@@ -65,24 +65,21 @@ def taken(run_dir: Path, config: Config, warn: Callable[[str], None]) -> Iterato
 def check_shared(run_dir: Path, parallel: "Parallel") -> None:
     """Raise ConfigError, on all ranks, if some do not see what the first one writes in `run_dir`, which exists there.
 
-    All ranks call it at the same time. Raises StorageError if the disk refuses the first one's file.
+    All ranks call it at the same time. Raises StorageError if the disk refuses a file of one of them.
     """
 
     def write() -> str:
-        if parallel.rank:
-            return ""
         path = run_dir / f".shared.partial-{secrets.token_hex(8)}"  # a name for which no client of NFS has looked
         path.touch()
         return path.name
 
     with storage(f"--run-dir {run_dir}"):
-        token = run_dir / together(parallel, write)[0]
+        names = together(parallel, write)
     try:
-        seen = together(parallel, lambda: _is_seen(token))
+        seen = together(parallel, lambda: _is_seen(run_dir / names[0]))
     finally:
-        if not parallel.rank:
-            with suppress(OSError):
-                token.unlink()
+        with suppress(OSError):
+            (run_dir / names[parallel.rank]).unlink()
     if not all(seen):
         raise ConfigError(
             f"--run-dir {run_dir}: {parallel.name(seen.index(False))} does not see what {parallel.name(0)} writes "

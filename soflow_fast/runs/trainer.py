@@ -51,7 +51,7 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
     """
     launch = launched()
     with watched(launch, config.run.hang_seconds) as watch:
-        crew, config = assemble(config, launch, watch)
+        crew, config = assemble(config, launch, watch, choices.epochs)
         return _train_with(crew, config, choices)
 
 
