@@ -1,5 +1,6 @@
 """Weights given away: folders that are exact and verified, the model card, and what goes to the hub."""
 
+import inspect
 import json
 import os
 import shlex
@@ -257,6 +258,23 @@ def test_a_repository_is_read_from_the_cache(run: Path, fake: FakeHub, tmp_path:
     assert "model.safetensors" in asked["allow_patterns"] and "README.md" not in asked["allow_patterns"]
 
 
+def test_the_hub_is_called_as_its_package_has_it() -> None:
+    """The calls that `FakeHub` takes fit the functions of huggingface_hub."""
+    hub = pytest.importorskip("huggingface_hub")
+    api = hub.HfApi(token="t")
+    for function, given, settings in (
+        (api.create_repo, ["me/cats"], {"private": True, "exist_ok": True}),
+        (api.file_exists, ["me/cats", "README.md"], {}),
+        (api.upload_folder, [], {"repo_id": "", "folder_path": "", "commit_message": "", "create_pr": True}),
+        (
+            hub.snapshot_download,
+            ["me/cats"],
+            {"allow_patterns": [], "revision": "", "token": "", "cache_dir": "", "local_files_only": True},
+        ),
+    ):
+        inspect.signature(function).bind(*given, **settings)
+
+
 def test_a_vae_in_a_folder_is_not_named_on_the_hub(fake: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     for vae, named in ((str(tmp_path / "vae"), ""), ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-ema")):
@@ -267,6 +285,23 @@ def test_a_vae_in_a_folder_is_not_named_on_the_hub(fake: FakeHub, tmp_path: Path
         assert SolutionFlow.from_pretrained(fake.folder).origin.data.space == space._replace(vae=named)
         flow.save_pretrained(tmp_path / "here")  # where it can be decoded by that VAE
         assert load(tmp_path / "here").origin.data.space == space
+
+
+def test_a_run_of_the_command_tells_its_figures_and_its_command(finished: Any, tmp_path: Path) -> None:
+    flow = load(finished.folder)
+    flow.save_pretrained(tmp_path / "given")
+    text = (tmp_path / "given" / "README.md").read_text()
+    figures = json.loads((finished.folder / "evaluation.json").read_text())["nfe"]
+    assert flow.origin.figures["nfe"] == figures and f"\n| 1 | {figures['1']['accuracy']:.4g} | " in text
+    known, commit = source_code.commit(source_code.ROOT), flow.origin.code["commit"]
+    assert (known or "")[:40] == (commit or "")[:40]  # whether files were changed since is not the run's affair
+    assert (f"| commit | {commit} |" in text) == (commit is not None)
+    line = next(line for line in text.splitlines() if line.startswith("python -m"))
+    got, _ = configuration(shlex.split(line)[3:])
+    trained = flow.origin.config
+    assert (got.model, got.objective, got.optim, got.steps, got.precision, got.seed) == (
+        *(trained.model, trained.objective, trained.optim, trained.steps, trained.precision, trained.seed),
+    )
 
 
 def test_what_is_asked_for_wrongly(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

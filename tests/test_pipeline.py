@@ -321,8 +321,8 @@ def test_parts_are_offloaded_when_they_are_not_in_use(of_latents: SolutionFlow, 
     moved.clear()
     images = pipe([1, 2], 2, generator=source(), output_type="pt").images
     assert torch.equal(images, wanted)
-    calls = [("FlowModel", "pre_forward"), ("FlowModel", "pre_forward"), ("AutoencoderKL", "pre_forward")]
-    assert moved == [*calls, *hooks], "each is moved before its turn, and away at the end"
+    assert [kind for kind, moment in moved if moment == "pre_forward"] == ["FlowModel", "FlowModel", "AutoencoderKL"]
+    assert moved[-2:] == hooks, "each is moved before its turn, and away at the end"
 
 
 def test_layers_are_offloaded_one_by_one(of_latents: SolutionFlow) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -47,7 +47,10 @@ class SoFlowPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
-        self, flow: SolutionFlow, vae: AutoencoderKL | None = None, id2label: dict[int, str] | None = None
+        self,
+        flow: SolutionFlow,
+        vae: Optional[AutoencoderKL] = None,  # noqa: UP045  # diffusers reads these types, and older ones know no "|"
+        id2label: Optional[dict[int, str]] = None,  # noqa: UP045
     ) -> None:
         """Raises ValueError naming the argument that is wrong."""
         super().__init__()
