@@ -2,6 +2,7 @@
 
 config.json       the configuration, every "auto" replaced
 data.json         which data it learns from
+code.json         with which versions, and from which commit
 left-out.txt      the samples that --skip-bad left out, one a line
 checkpoints/      see checkpoint/
 metrics.jsonl     see metrics.py; tensorboard/ has the same
@@ -11,6 +12,7 @@ warnings-rank-00003.txt   what that rank would have printed, if there was anythi
 .lock             held by the process that trains
 """
 
+import json
 import os
 import secrets
 import time
@@ -24,6 +26,7 @@ from ..data import identity
 from ..data.identity import Identity
 from ..errors import ConfigError, DataError, storage, storage_error
 from ..files import LOCK, TEXT, locked, make_folder, read_file, set_aside, write_file
+from . import source_code
 from .checkpoint.together import together
 
 if TYPE_CHECKING:
@@ -111,7 +114,9 @@ def check_data(run_dir: Path, found: Identity) -> None:
 def prepare(
     run_dir: Path, config: Config, data: str, resumed: bool, warn: Callable[[str], None], bad: Sequence[str] = ()
 ) -> None:
-    """Write config.json, data.json and left-out.txt and make what the training writes to. Raises StorageError.
+    """Write config.json, data.json, code.json and left-out.txt and make what the training writes to.
+
+    Raises StorageError.
 
     bad: what is wrong with each sample that is left out. Removes partial files of a start that was killed. A log
     without a checkpoint to go on from is set aside.
@@ -119,6 +124,8 @@ def prepare(
     with storage(f"--run-dir {run_dir}"):
         write_file(run_dir / "config.json", to_json(config).encode())
         write_file(run_dir / DATA, data.encode())
+        code = json.dumps(source_code.versions(), indent=2) + "\n"
+        write_file(run_dir / source_code.CODE, code.encode(), synced=False)
         if bad:
             write_file(run_dir / LEFT_OUT, "".join(f"{text}\n" for text in bad).encode("utf-8", "backslashreplace"))
         else:

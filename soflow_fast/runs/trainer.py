@@ -119,7 +119,7 @@ def initial_weights(config: Config, run_dir: Path) -> dict[str, Tensor] | None:
         changed = [f.name for f in fields(mine) if getattr(mine, f.name) != getattr(theirs, f.name)]
         if changed:
             raise ConfigError(f"--init {config.run.init}: of another network: {name}.{changed[0]} differs")
-    return flow.state_dict()
+    return flow.float().state_dict()  # which may have been given away in half precision
 
 
 def _begin(state: TrainState, source: Source, run_dir: Path, progress: Progress, crew: Crew) -> None:
