@@ -68,7 +68,10 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
             from .latents.digits import prepare
 
             config = crew.first_then_others(lambda: prepare(config, progress.say))
-        source = open_source(config, progress.say)
+        if config.data.kind == "images":  # each is decoded once, which is remembered on a machine
+            source = crew.first_then_others(lambda: open_source(config, progress.say), each_machine=True)
+        else:
+            source = open_source(config, progress.say)
         found = identity.identify(source.dataset)
         run_directory.check_data(run_dir, found)  # first: of other data the number of classes differs too, at times
         crew.check_same("--data", identity.to_json(found))

@@ -72,9 +72,13 @@ class Crew:
         """Until all are here."""
         self.all(None)
 
-    def first_then_others(self, make: Callable[[], T]) -> T:
-        """What each makes, the others after the first is done: they find what it has left on the disk."""
-        made = make() if self.first else None
+    def first_then_others(self, make: Callable[[], T], *, each_machine: bool = False) -> T:
+        """What each makes, the others after the first is done: they find what it has left on the disk.
+
+        each_machine: after the first of each machine, which has a disk of its own.
+        """
+        local = each_machine and self.parallel is not None and self.parallel.launch.local_rank == 0
+        made = make() if self.first or local else None
         self.wait()
         return make() if made is None else made
 
