@@ -74,13 +74,15 @@ class TrainState:
         world: int = 1,
         parallel: "Parallel | None" = None,
         weights: Mapping[str, Tensor] | None = None,
+        averages: Mapping[str, Tensor] | None = None,
         resolve_for: torch.device | None = None,
     ) -> "TrainState":
         """Network, EMA and optimiser at step 0, initialised from `config.seed`.
 
         parallel: the ranks of the run, of which this is one; each builds its state at the same time. rank, world:
         without it, of which samples of the whole batch this state learns.
-        weights: the initial weights instead, by the names of `SolutionFlow.state_dict`.
+        weights: the initial weights instead, by the names of `SolutionFlow.state_dict`. averages: those of the EMA,
+        None: the same.
         resolve_for: the device that decides about precision and consistency target; None: the one of the run.
         Raises ConfigError naming a wrong field.
         """
@@ -115,14 +117,14 @@ class TrainState:
         if parallel is not None and sharded:
             check_sharded(config, precision, parallel.world)
 
-        def made(blocks: torch.dtype | None) -> SolutionFlow:
+        def made(blocks: torch.dtype | None, weights: Mapping[str, Tensor] = weights) -> SolutionFlow:
             if parallel is not None and sharded:
                 from .parallel import sharded_flow
 
                 return sharded_flow(parallel, build_flow(config), weights, blocks, reduce_dtype)
             return filled_flow(config, {name: value.to(device) for name, value in weights.items()})
 
-        flow, ema = made(low), made(None).requires_grad_(False).eval()
+        flow, ema = made(low), made(None, weights if averages is None else averages).requires_grad_(False).eval()
         # Bf16 increments multiply with rounded weights in any case; then half as much is gathered.
         blocks = low if (target.kind, target.precision) == ("increments", "bf16") else None
         teacher = None if target.teacher == "student" else made(blocks).requires_grad_(False).eval()

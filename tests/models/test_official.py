@@ -67,7 +67,10 @@ def test_positions_may_be_missing() -> None:
 
 def test_a_public_size_is_read_off_the_weights() -> None:
     config = DiTConfig.named("S/2", input_size=8, in_channels=3, num_classes=5)
-    flow = load_official(SolutionFlow(DiT(config)).state_dict(), path="trig", coefficients="trig")
+    state = SolutionFlow(DiT(config)).state_dict()
+    with pytest.raises(CheckpointError, match="label table has 6 rows: 6 classes, or 5 and the null label"):
+        load_official(state)
+    flow = load_official(state, path="trig", coefficients="trig", num_classes=5)
     assert flow.network.config == config
     assert (flow.path, flow.coefficients) == ("trig", "trig")
 

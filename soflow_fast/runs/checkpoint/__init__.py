@@ -27,8 +27,10 @@ from ...data.identity import Identity
 from ...errors import CheckpointError, Diverged, printable
 from ...files import remove, set_aside
 from ...flow import SolutionFlow
+from ...models.official import Start
 from ...training.state import TrainState, build_flow
 from .folder import MANIFEST, directory, list_checkpoints, remove_checkpoint, whole_directory
+from .foreign import load_official_run, official_file
 from .reading import (
     DATA,
     FORMAT,
@@ -56,12 +58,15 @@ __all__ = [
     "FORMAT",
     "LaterFormat",
     "Snapshot",
+    "begin_with",
     "directory",
     "export",
     "list_checkpoints",
     "load",
     "load_with_config",
     "load_with_data",
+    "of_newest",
+    "official_file",
     "read_verified",
     "restore",
     "resume",
@@ -174,9 +179,10 @@ def write(
     return final
 
 
-def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike) -> Path:
+def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike, data: Identity | None = None) -> Path:
     """Write the weights of `flow` and its configuration to a directory that `load` reads.
 
+    data: what it was trained on, for the names of classes and for the VAE of latents.
     Raises ValueError if they do not belong together or the directory exists already.
     """
     wanted = {name: value.shape for name, value in build_flow(config).state_dict().items()}
@@ -188,6 +194,8 @@ def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike) -> Pat
         raise ValueError(f"folder {folder} exists already")
     with whole_directory(Path(folder)) as temporary:
         (temporary / "config.json").write_text(to_json(config))
+        if data is not None:
+            (temporary / DATA).write_text(identity.to_json(data))
         weights = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
         _save_tensors(weights, temporary / "ema.safetensors")
     return Path(folder)
@@ -261,27 +269,46 @@ def restore(folder: Path, state: TrainState) -> None:
 
     together(parallel, verify)
     together(parallel, take)
+    counts = read_counts(folder, read)
+    _put(state, found, entries, str(folder))
+    state.step = counts["step"]
+    state.guard.restore(counts["skipped"], counts["in_row"])
+
+
+def begin_with(state: TrainState, start: Start, where: str) -> None:
+    """Put the weights, averages, moments and step of somebody's training into `state`, a teacher apart; all ranks of a
+    run do so. where: the file that they are of, for CheckpointError."""
+    numbers = enumerate(name for name, _ in state.flow.named_parameters())
+    entries = {number: dict(start.moments[name]) for number, name in numbers if start.moments}
+    _put(state, {"network": start.network, "ema": start.average}, entries, where)
+    state.step = start.step
+
+
+def _put(
+    state: TrainState, found: dict[str, dict[str, Tensor]], entries: dict[int, dict[str, Tensor]], where: str
+) -> None:
+    """Set the weights of a state, by kind and name, and its optimiser's entries, by the number of the parameter."""
+    parallel = state.parallel
     if parallel is not None:
         from .sharded import placed
 
-        mesh, parameters = parallel.host_mesh, [*state.flow.parameters()]
-        for kind, expected in _expected(state).items():
-            found[kind] = {name: placed(value, expected[name], mesh) for name, value in found[kind].items()}
+        mesh, parameters, all_expected = parallel.host_mesh, [*state.flow.parameters()], _expected(state)
+        for kind, tensors in found.items():
+            if kind in all_expected:
+                expected = all_expected[kind]
+                found[kind] = {name: placed(value, expected[name], mesh) for name, value in tensors.items()}
         for index, entry in entries.items():
             moments = {name: placed(value, parameters[index], mesh) for name, value in entry.items() if name != "step"}
             entries[index] = entry | moments
     state.ema.load_state_dict(found["ema"])
-    if state.teacher is not None:
+    if state.teacher is not None and "teacher" in found:
         state.teacher.load_state_dict(found["teacher"])
     groups = state.optimizer.state_dict()["param_groups"]
     try:
         state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: optimiser of another model: {error}") from None
+        raise CheckpointError(f"{where}: optimiser of another model: {error}") from None
     state.load_weights(found["network"])  # after the optimiser, whose masters they are
-    counts = read_counts(folder, read)
-    state.step = counts["step"]
-    state.guard.restore(counts["skipped"], counts["in_row"])
 
 
 def _check_belongs(folder: Path, files: dict[str, bytes], state: TrainState) -> None:
@@ -328,7 +355,8 @@ def _moments(state: TrainState) -> dict[str, Tensor]:
 
 
 def load(source: str | os.PathLike, device: str | torch.device = "cpu") -> SolutionFlow:
-    """The EMA weights of a run's newest whole checkpoint, of one checkpoint, or of an exported directory.
+    """The EMA weights of a run's newest whole checkpoint, of one checkpoint, of an exported directory, or of a file or
+    working directory of the authors' trainer.
 
     Returns a SolutionFlow in eval mode, without gradients. Raises CheckpointError if there is
     nothing to load or it is damaged; of a run, damaged checkpoints are passed over with a warning on stderr.
@@ -348,14 +376,26 @@ def load_with_data(
     path = Path(source)
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint")
+    theirs = official_file(path)
+    if theirs is not None:
+        flow, config, data = load_official_run(theirs)
+        return flow.to(device).requires_grad_(False), config, data
+    return of_newest(path, lambda folder: _load_one(folder, device))
+
+
+def of_newest(path: Path, use: Callable[[Path], T]) -> T:
+    """The result of `use` on a checkpoint or exported directory, or on the newest checkpoint of a run that it accepts.
+
+    Raises CheckpointError if there is none; damaged ones are passed over with a warning on stderr.
+    """
     if (path / MANIFEST).exists():
-        return _load_one(path, device)
+        return use(path)
     while True:
         found = list_checkpoints(path)
         if not found:
             raise CheckpointError(f"{path}: holds no checkpoint")
         try:
-            return _newest_usable(found, lambda folder: _load_one(folder, device), _warn)
+            return _newest_usable(found, use, _warn)
         except CheckpointError:
             if all(folder.is_dir() for folder in found):
                 raise
