@@ -24,7 +24,8 @@ from PIL import Image
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import AttentionBackend, from_json, to_json
 
-train, sample, evaluate = (importlib.import_module(f"soflow_fast.{name}") for name in ("train", "sample", "evaluate"))
+COMMANDS = {name: importlib.import_module(f"soflow_fast.{name}") for name in ("train", "sample", "evaluate", "export")}
+train, sample, evaluate, _ = COMMANDS.values()
 Call = Callable[..., Any]
 
 
@@ -55,6 +56,7 @@ TRAIN = {
         ("train", " ".join(TRAIN.values())),
         ("sample", "help out n nfe labels vae seed device"),
         ("evaluate", "help n nfe vae seed device json"),
+        ("export", "help format"),
     ],
 )
 def test_the_flags_are_these_and_help_names_each(
@@ -64,7 +66,7 @@ def test_the_flags_are_these_and_help_names_each(
     result = call(module, "--help")
     assert (result.code, result.err) == (0, "")
     listed = re.findall(r"(?<=[ ,])--[a-z][a-z-]*", "".join(re.findall(r"^  -.*?(?:   |$)", result.out, re.MULTILINE)))
-    assert listed == {"train": train, "sample": sample, "evaluate": evaluate}[module].parser().flags()
+    assert listed == COMMANDS[module].parser().flags()
     assert sorted(listed) == sorted(f"--{flag}" for flag in flags.split())
     assert f"python -m soflow_fast.{module}" in result.out
     lines = result.out.splitlines()

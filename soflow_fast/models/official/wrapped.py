@@ -8,6 +8,7 @@ average.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,9 @@ from .torch_file import Unmade
 PARTS = {"x_embedder", "t_embedder", "s_embedder", "y_embedder", "blocks", "final_layer", "pos_embed"}
 WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 """Components that DistributedDataParallel, torch.compile, activation checkpointing and FSDP put in, anywhere."""
-NETWORKS = {"model", "network", "net", "online_model"}
+ONLINE = "online_model"
+"""What ema_pytorch calls the network beside its average."""
+NETWORKS = {"model", "network", "net", ONLINE}
 """Components that may stand before a network's names."""
 AVERAGES = {"ema", "shadow", "averaged", "average", "avg", "swa"}
 """Words, between underscores, of what holds an average: ema_model, model_ema, shadow_params."""
@@ -83,13 +86,14 @@ def _candidates(content: Mapping[str, Any], where: str) -> list[Weights]:
             before, name = tuple(parts[:at]), ".".join(parts[at:])
             if parts and parts[-1] in BOOKKEEPING and parts[at] not in PARTS:
                 continue
-            if not parts or parts[at] not in PARTS or not all(_is_known(part) for part in before):
-                strays.setdefault(before, []).append(key)
+            if not parts or parts[at] not in PARTS or not all(map(_is_known, before)):
+                strays.setdefault(tuple(takewhile(_is_known, parts)), []).append(key)
                 continue
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise CheckpointError(f"{where}: {key} is larger than what is stored of it")
-            average = counted or any(map(_is_average, (*path, *before)))
-            weights = found.setdefault((*path, *before), Weights(".".join((*path, *before)), average))
+            place = (*path, *before)
+            average = ONLINE not in place and (counted or any(map(_is_average, place)))
+            weights = found.setdefault(place, Weights(".".join(place), average))
             if name in weights.tensors:
                 raise CheckpointError(f"{where}: {key} is there twice, in different wrappers")
             weights.tensors[name] = value

@@ -58,11 +58,13 @@ __all__ = [
     "FORMAT",
     "LaterFormat",
     "Snapshot",
+    "Whole",
     "begin_with",
     "directory",
     "export",
     "list_checkpoints",
     "load",
+    "load_whole",
     "load_with_config",
     "load_with_data",
     "of_newest",
@@ -90,6 +92,19 @@ class Snapshot:
     """Content by file name."""
     tensors: dict[str, dict[str, Tensor]]
     """Tensors by file name and by their name in it."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A checkpoint in host memory; of an exported directory the averaged weights are both."""
+
+    config: Config
+    data: Identity | None
+    step: int
+    network: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    """"step", "exp_avg" and "exp_avg_sq" by the name of the parameter."""
 
 
 def snapshot(state: TrainState) -> "Snapshot | Parts":
@@ -340,14 +355,14 @@ def _tensors_like(folder: Path, files: dict[str, bytes], state: TrainState) -> d
     if not shards.holds("optimizer") and not read_counts(folder, files)["step"]:
         moments = {}
     else:
-        moments = {"optimizer": _moments(state)}
+        moments = {"optimizer": _moments(state.flow)}
     return {"optimizer": {}} | shards.read(expected | moments, None if parallel is None else parallel.host_mesh)
 
 
-def _moments(state: TrainState) -> dict[str, Tensor]:
+def _moments(flow: SolutionFlow) -> dict[str, Tensor]:
     """Tensors of the shapes that the optimiser's state has once a step is made, by their names in a checkpoint."""
     found: dict[str, Tensor] = {}
-    for index, p in enumerate(state.flow.parameters()):
+    for index, p in enumerate(flow.parameters()):
         moment = p.detach() if p.dtype == torch.float32 else torch.empty(p.shape, device="meta")
         found |= {f"{index}.exp_avg": moment, f"{index}.exp_avg_sq": moment}
         found[f"{index}.step"] = torch.empty((), device="meta")
@@ -415,6 +430,42 @@ def _load_one(folder: Path, device: str | torch.device) -> tuple[SolutionFlow, C
     check_weights(flow.state_dict(), weights, folder)
     flow.load_state_dict(weights, assign=True)
     return flow.to(device).eval().requires_grad_(False), config, read_identity(folder, files)
+
+
+def load_whole(source: str | os.PathLike) -> Whole:
+    """All of a run's newest whole checkpoint, or of one checkpoint, in host memory; of an exported directory what it
+    has. Raises CheckpointError as `load` does."""
+    path = Path(source)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run or checkpoint")
+    return of_newest(path, _load_whole)
+
+
+def _load_whole(folder: Path) -> Whole:
+    files = read_verified(folder)
+    config = read_config(folder, files)
+    flow = build_flow(config)
+    expected = flow.state_dict()
+    begun = "state.json" in files
+    step = read_counts(folder, files)["step"] if begun else 0
+    kinds = ("network", "ema", "optimizer") if begun else ("ema",)
+    if is_sharded(folder, files):
+        from .sharded import Shards
+
+        shards = Shards(folder)
+        moments = {"optimizer": _moments(flow)} if step or shards.holds("optimizer") else {}
+        found = {"optimizer": {}} | shards.read({"network": expected, "ema": expected} | moments)
+    else:
+        found = {kind: _tensors(folder, files, f"{kind}.safetensors") for kind in kinds}
+    ema, network = found["ema"], found.get("network", found["ema"])
+    for weights in (ema, network):
+        check_weights(expected, weights, folder)
+    entries = {}
+    if begun:
+        entries = optimizer_entries(found["optimizer"], [*flow.parameters()], folder, begun=step > 0)
+    names = [name for name, _ in flow.named_parameters()]
+    by_name = {names[index]: entry for index, entry in entries.items()}
+    return Whole(config, read_identity(folder, files), step, network, ema, by_name)
 
 
 def read_verified(folder: Path, part: int = 0, parts: int = 1) -> dict[str, bytes]:
