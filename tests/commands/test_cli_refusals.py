@@ -38,6 +38,7 @@ OUT_OF_RANGE = {
     "--on-nonfinite": ["ignore", ""],
     "--data": ["nowhere", "x" * 300],
     "--init": ["nowhere", "/dev/null"],
+    "--resume-official": ["nowhere", "/dev/null"],
     "--run-dir": ["/dev/null", "/dev/null/run", "x" * 300],
 }
 SWITCHES = {"compile", "cuda_graph", "resize", "skip_bad"}

@@ -122,7 +122,7 @@ def test_such_a_file_is_asked_about_and_never_taken_for_a_flow(tmp_path) -> None
     path = tmp_path / "x.pt"
     torch.save(weights, path)
     config = Config(model=CONFIG)
-    with pytest.raises(CheckpointError, match="sees one time; say what it is, --set run.init_kind=dit or sit"):
+    with pytest.raises(CheckpointError, match=r"sees one time; say what it is, --set run\.init_kind=dit or sit"):
         read_start(str(path), config)
     torch.save(SolutionFlow(DiT(CONFIG)).state_dict(), path)
     with pytest.raises(CheckpointError, match="is no sit: its network sees two times already"):
