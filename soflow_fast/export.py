@@ -73,10 +73,12 @@ def _write(run: str, out: Path, form: str) -> None:
     else:
         vae: Any = None
         if data is not None and data.space is not None and data.space.vae:
+            import torch
+
             from .runs.latents.vae import load_vae
 
             try:
-                vae = load_vae(data.space.vae, "cpu", local=True, channels=config.model.in_channels).model
+                vae = load_vae(data.space.vae, torch.device("cpu"), local=True, channels=config.model.in_channels).model
             except ConfigError as error:
                 print(f"without a VAE, so of latents: {str(error).removeprefix('--vae ')}")
         from .pipeline import SoFlowPipeline  # pyright: ignore[reportMissingImports]

@@ -146,7 +146,7 @@ def from_authors(values: Mapping[str, Any]) -> Config:
     for name in values:
         if name not in KNOWN:
             raise ValueError(f"unknown field {name[:40]!r}{nearest(name, KNOWN)}")
-    values = DEFAULTS | values
+    values = {**DEFAULTS, **values}
     data = _one_of("dataset_type", values, DATA)
     if values["model_type"] == UNET:
         raise ValueError("model_type is UNet, of which there is none here; the DiT sizes are read")

@@ -187,7 +187,7 @@ def _checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
     if labels.dim() != 1 or not whole:
         raise ValueError(f"y must be [B] whole numbers, got {labels.dtype} {list(labels.shape)}")
     classes = getattr(flow.network, "num_classes", None)
-    most = classes if classes is None or has_null_label(flow) else classes - 1
+    most = (classes or 0) - (not has_null_label(flow))
     if classes is not None and labels.numel() and (labels.min() < 0 or labels.max() > most):
         null = f"{classes}: the null label" if most == classes else "there is no null label"
         known = f"in 0..{classes - 1} ({null})" if classes else "0 or left out: there are no classes"

@@ -143,8 +143,8 @@ class TrainState:
         if config.run.compile:
             for network in (flow.network, *([teacher.network] if teacher else [])):
                 network.compile_blocks()
-        averages = [average.network for average in (ema, teacher) if average is not None]
-        optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, masters, averages)
+        averaged = [average.network for average in (ema, teacher) if average is not None]
+        optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, masters, averaged)
         engine = None
         if parallel is not None:
             from .parallel import Replicated, Sharded

@@ -119,7 +119,7 @@ WRONG = [
     ("train", ["--run-dir", "full"], ["--run-dir full", "neither empty nor a run"]),
     ("train", ["--set", "run.run_dir=full"], ["--run-dir full"]),
     ("sample", ["nowhere", "--out", "out"], ["nowhere", "no such run"]),
-    ("sample", ["junk", "--out", "out"], ["junk", "no checkpoint"]),
+    ("sample", ["junk", "--out", "out"], ["junk", "not a checkpoint"]),
     ("sample", ["full", "--out", "out"], ["full", "no checkpoint"]),
     ("sample", ["full"], ["--out"]),
     ("sample", ["--out", "out"], ["RUN"]),

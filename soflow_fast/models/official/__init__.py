@@ -28,7 +28,8 @@ CHECKPOINTS = "ckpts"
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with: weights by the names of `SolutionFlow.state_dict`, float32 tensors of its own."""
+    """What a run begins with: weights by the names of `SolutionFlow.state_dict`, float32, to be copied: those of a file
+    are parts of it, which are read as they are used."""
 
     network: dict[str, Tensor]
     average: dict[str, Tensor]
@@ -73,7 +74,7 @@ def load_official(
         rows = known.model.num_classes + known.model.null_label
         raise CheckpointError(f"{where}: its config.yaml asks for a label table of {rows} rows, which it has not")
     flow = SolutionFlow(_on_meta(model), path or "linear", coefficients or "euler")
-    flow.load_state_dict(checked(weights, flow, where), assign=True)
+    flow.load_state_dict(checked(weights, flow, where, own=True), assign=True)
     return flow.eval()
 
 
@@ -135,8 +136,13 @@ def _on_meta(config: DiTConfig) -> DiT:
         return DiT(config)
 
 
-def checked(weights: Weights | Mapping[str, Tensor], flow: SolutionFlow, where: str) -> dict[str, Tensor]:
-    """Float32 copies of weights, by the names of `flow.state_dict`. Raises CheckpointError naming what does not fit."""
+def checked(
+    weights: Weights | Mapping[str, Tensor], flow: SolutionFlow, where: str, *, own: bool = False
+) -> dict[str, Tensor]:
+    """Weights in float32, by the names of `flow.state_dict`; own: in memory of their own, whatever they were.
+
+    Raises CheckpointError naming what does not fit.
+    """
     tensors = weights.tensors if isinstance(weights, Weights) else weights
     expected = flow.state_dict()
     given = {f"network.{name}": value for name, value in tensors.items()}
@@ -152,7 +158,8 @@ def checked(weights: Weights | Mapping[str, Tensor], flow: SolutionFlow, where: 
         if given[name].shape != expected[name].shape:
             got, wanted = list(given[name].shape), list(expected[name].shape)
             raise CheckpointError(f"{where}: {name} is {got}, the model's is {wanted}")
-    return {name: given[name].detach().to("cpu", torch.float32, copy=True).contiguous() for name in expected}
+    found = {name: given[name].detach().to("cpu", torch.float32, copy=own) for name in expected}
+    return {name: value.contiguous() for name, value in found.items()} if own else found
 
 
 def read_start(

@@ -26,8 +26,7 @@ def named(content: Mapping[str, Any], weights: Weights, where: str) -> dict[str,
     if not isinstance(optimizer, Mapping) or not isinstance(optimizer.get("state"), Mapping):
         raise CheckpointError(f"{where}: holds no state of an optimiser")
     names = list(weights.tensors)
-    groups = optimizer.get("param_groups")
-    numbers = [n for group in groups for n in group["params"]] if _are_groups(groups) else []
+    numbers = [number for group in _groups(optimizer.get("param_groups")) for number in group["params"]]
     if len(numbers) != len(names):
         without = [name for name in names if name != "pos_embed"]
         if len(numbers) != len(without):
@@ -46,10 +45,9 @@ def named(content: Mapping[str, Any], weights: Weights, where: str) -> dict[str,
     return found
 
 
-def _are_groups(groups: Any) -> bool:
-    return isinstance(groups, list) and all(
-        isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups
-    )
+def _groups(found: Any) -> list[Mapping[str, Any]]:
+    groups = found if isinstance(found, list) else []
+    return [group for group in groups if isinstance(group, Mapping) and isinstance(group.get("params"), list)]
 
 
 def _moment(value: Any, part: str, weight: Tensor, name: str, where: str) -> Tensor:

@@ -60,13 +60,13 @@ def public_heads(depth: int, hidden_size: int) -> int | None:
     return {(d, h): n for d, h, n, _ in DIT_SIZES.values()}.get((depth, hidden_size))
 
 
-def fitted(config: DiTConfig, weights: Mapping[str, Tensor], where: str, said_by: str = "the configuration"):
+def fitted(config: DiTConfig, weights: Mapping[str, Tensor], where: str) -> DiTConfig:
     """`config` with a null label or without, as the label table has it: that of a network whose labels are never
     dropped has no row for it. Raises CheckpointError for other classes, and heads that a public size does not have."""
     usual = public_heads(config.depth, config.hidden_size)
     if usual not in (None, config.num_heads):
         raise CheckpointError(
-            f"{where}: {said_by} says {config.num_heads} heads; the public DiT of depth {config.depth} and hidden size "
+            f"{where}: the configuration says {config.num_heads} heads; the public DiT of depth {config.depth} and hidden size "
             f"{config.hidden_size} has {usual}, and the weights do not show it"
         )
     table = weights.get(TABLE)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...config.authors import SCALE, VAE
-from ...config.schema import DIT_SIZES, Config, DataConfig, FlowConfig, ObjectiveConfig
+from ...config.schema import DIT_SIZES, Config, DataConfig, ObjectiveConfig
 from ...data.dataset import LatentSpace
 from ...data.identity import Identity
 from ...flow import SolutionFlow
@@ -39,7 +39,7 @@ def load_official_run(file: Path) -> tuple[SolutionFlow, Config, Identity]:
         space = None
     else:
         space = LatentSpace(VAE, SCALE, 0.0) if known.data.latent else None
-    config = replace(known, model=model, flow=FlowConfig(flow.path, flow.coefficients))
+    config = replace(known, model=model)
     shape = (model.in_channels, model.input_size, model.input_size)
     return flow, config, Identity("the authors' data", 0, shape, (), (), "", space)
 
