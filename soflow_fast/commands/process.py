@@ -16,7 +16,7 @@ from ..errors import ConfigError, Diverged, ElsewhereError, Interrupted, UserErr
 from ..launch import Launch, launched
 from ..runs import signals
 from ..runs.ranks import watch
-from ..runs.ranks.failure import described, kind_of, name
+from ..runs.ranks.failure import described, kind_of, named
 from ..runs.ranks.notes import of_rank
 
 STORAGE = {
@@ -50,7 +50,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     signals.watch(stop)  # from the first moment, so that even start-up ends with 143, 130 or 129
     _open_streams()
     watch.ends_with(None)
-    stdout, stderr = sys.stdout, sys.stderr
+    stderr = sys.stderr
+    speak: Callable[[], None] = lambda: None  # noqa: E731
     try:
         try:
             begun = True
@@ -59,7 +60,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             with suppress(ConfigError):  # told by what needs to know: --help does not
                 place = launched()
             if place:
-                _become_rank(place)
+                speak = _become_rank(place)
             main()
             _flush()
         finally:
@@ -98,10 +99,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     except OSError:  # output to a full disk: Python would try again at exit, and complain
         _drop(sys.stdout)
-    if place and place.rank:
-        sys.stdout.close()
-        setattr(sys, "stdout", stdout)  # noqa: B010
-        setattr(sys, "stderr", stderr)  # noqa: B010
+    speak()
     if at_once:
         # At a usual exit Python would end a thread in the midst of foreign code, and the exit code would be another.
         os._exit(code)
@@ -116,15 +114,28 @@ def alone(command: str) -> None:
         raise ConfigError(f"{text} by torchrun or srun" if place.rank == 0 else "")
 
 
-def _become_rank(place: Launch) -> None:
-    """Be one of several ranks, of which only rank 0 prints. The logs of torch's C++ code, of connections that others
-    have closed, are left out of stderr."""
+def _become_rank(place: Launch) -> Callable[[], None]:
+    """Be one of several ranks, of which only rank 0 prints, until the function that is returned is called. The logs of
+    torch's C++ code, of connections that others have closed, are left out of stderr."""
     signals.expect_echoes()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    watch.ends_with(partial(_end, sys.stderr))
-    if place.rank:
-        setattr(sys, "stdout", open(os.devnull, "w"))  # noqa: SIM115, B010  # for as long as the process lives
-        setattr(sys, "stderr", of_rank(place.rank))  # noqa: B010
+    stdout, stderr = sys.stdout, sys.stderr
+    watch.ends_with(partial(_end, stderr))
+    if place.rank == 0:
+        return lambda: None
+    plain, silent = os.dup(1), open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+    os.dup2(silent.fileno(), 1)  # gloo of torch 2.10 prints each connection
+    setattr(sys, "stdout", silent)  # noqa: B010
+    setattr(sys, "stderr", of_rank(place.rank))  # noqa: B010
+
+    def speak() -> None:
+        os.dup2(plain, 1)
+        os.close(plain)
+        silent.close()
+        setattr(sys, "stdout", stdout)  # noqa: B010
+        setattr(sys, "stderr", stderr)  # noqa: B010
+
+    return speak
 
 
 def _end(stderr: TextIO, line: str, code: int, told: Callable[[], None]) -> NoReturn:
@@ -153,12 +164,11 @@ def _said_of_many(place: Launch, error: BaseException, text: str, code: int) -> 
         return ""
     if isinstance(error, Interrupted):
         return "" if place.rank else text
-    mine = name(place.rank, place.host)
-    if place.rank == 0 or text.startswith(mine):
+    if place.rank == 0:
         return f"error: {text}"
-    if ranks is None and isinstance(error, UserError) and place.local_rank:
-        return ""
-    return f"error: {mine}: {text}"
+    line = named(text, place.rank, place.host)
+    own = line == text or not isinstance(error, UserError)
+    return f"error: {line}" if own or ranks or place.local_rank == 0 else ""
 
 
 def _code_of_signal() -> int:

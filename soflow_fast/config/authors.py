@@ -83,9 +83,9 @@ DEFAULTS: dict[str, Any] = {
 """What a field that is left out is in their trainer, where it is not so in our preset for their recipe."""
 
 
-def is_theirs(values: Mapping[str, Any]) -> bool:
-    """Whether a file's fields are a configuration of their trainer."""
-    return bool({"model_type", "noising_type", "coefficient_type"} & values.keys())
+def is_theirs(text: str) -> bool:
+    """Whether a file's fields are those of a configuration of their trainer."""
+    return re.search(r"^(model_type|noising_type|coefficient_type)\s*:", text, re.MULTILINE) is not None
 
 
 def read_yaml(text: str) -> dict[str, Any]:

@@ -194,10 +194,12 @@ def _train(state: TrainState, source: Source, grids: Grids, run_dir: Path, progr
     first = state.step
     with signals.collected(idle=lambda: state.step == first) as pending:
         _loop(state, source, grids, run_dir, progress, pending, crew)
-    if pending:
+        signal, _ = crew.told(state.step, pending, False)  # one that came as the last step was saved
+    if signal:
         crew.watch.leave()  # together, before any of them goes
+    if signal or pending:
         where = f"step {state.step} of {state.config.steps}"
-        raise Interrupted(pending[0], f"stopped and saved at {where}; the same command resumes")
+        raise Interrupted(signal or pending[0], f"stopped and saved at {where}; the same command resumes")
 
 
 def _loop(
@@ -242,6 +244,7 @@ def _loop(
                 pending.append(signal)
             if faulty:
                 if state.step > first:
+                    crew.watch.mark(state.step, "save")
                     with storage(f"--run-dir {run_dir}: cannot save the checkpoint of step {state.step}"):
                         saver.finish(state)
                 raise fault or ElsewhereError(DataError.exit_code)

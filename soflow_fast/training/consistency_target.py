@@ -41,6 +41,11 @@ class ConsistencyTarget(NamedTuple):
     teacher: str
     """"student" or "ema"."""
 
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether it multiplies with weights rounded to bf16, whatever they are given in."""
+        return (self.kind, self.precision) == ("increments", "bf16")
+
     def rides_along(self, precision: str) -> bool:
         """Whether a student's forward in `precision` computes the values that the increments need."""
         return self.kind == "increments" and self.teacher == "student" and self.precision == precision

@@ -125,8 +125,7 @@ class TrainState:
             return filled_flow(config, {name: value.to(device) for name, value in weights.items()})
 
         flow, ema = made(low), made(None, weights if averages is None else averages).requires_grad_(False).eval()
-        # Bf16 increments multiply with rounded weights in any case; then half as much is gathered.
-        blocks = low if (target.kind, target.precision) == ("increments", "bf16") else None
+        blocks = low if target.rounds_weights else None  # then half as much is gathered
         teacher = None if target.teacher == "student" else made(blocks).requires_grad_(False).eval()
         masters: list[Tensor | None] = [None] * sum(1 for _ in flow.parameters())
         if low is not None and not sharded:  # parts are float32, the masters of what is gathered

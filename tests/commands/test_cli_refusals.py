@@ -32,6 +32,7 @@ OUT_OF_RANGE = {
     "--device": ["gpu", "cuda:99", "meta", ""],
     "--optimizer": ["adam", ""],
     "--recompute": ["all", ""],
+    "--parallel": ["fsdp2", "DDP", ""],
     "--attention": ["flash5", "sdpa-cudnn", ""],
     "--checkpoint-every": ["-1", "often"],
     "--keep": ["1", "-1", "all"],

@@ -96,6 +96,20 @@ def test_a_signal_to_one_rank_saves_once_and_other_ranks_go_on(
     assert saved_steps(run)[0] == STEPS and same(run, whole)
 
 
+def test_a_signal_to_one_rank_as_the_last_step_is_saved_stops_all(
+    started: Any, until: Any, tiny: list[str], tmp_path: Path
+) -> None:
+    """No step is left in which the others would be told, and all have to draw the last samples together."""
+    run, steps = tmp_path / "run", 6
+    ranks = started.trainings(2, *tiny, "--steps", steps, "--run-dir", run, "--parallel", "fsdp", slow=0.2)
+    until(lambda: any((run / "checkpoints").glob(".*partial*")))
+    ranks[1].kill(signal.SIGTERM)
+    codes, lines, text = finished(ranks)
+    assert codes == [143, 143], text
+    assert lines == [f"soflow: stopped and saved at step {steps} of {steps}; the same command resumes"]
+    assert saved_steps(run) == [steps]
+
+
 def test_a_rank_that_is_killed_ends_the_run_and_the_same_command_goes_on(
     started: Any, until: Any, tiny: list[str], tmp_path: Path, whole: torch.Tensor
 ) -> None:

@@ -320,7 +320,7 @@ def test_a_configuration_of_another_table_is_refused(tiny_size: Config, tmp_path
     (tmp_path / "config.yaml").write_text("model_type: DiT-T-2\ndata_size: 4\ncfg_scal: 3.0\n")
     with pytest.raises(CheckpointError, match=r"config\.yaml: unknown field 'cfg_scal'"):
         load_official(tmp_path / "x.pt")
-    (tmp_path / "config.yaml").write_text("defaults: [a, b]\n")  # of something else
+    (tmp_path / "config.yaml").write_text("a:\n  b: {c: 1}\n")  # of something else
     assert load_official(tmp_path / "x.pt").network.config == tiny_size.model
     with pytest.raises(CheckpointError, match=r"nowhere\.yaml: No such file"):
         load_official(tmp_path / "x.pt", tmp_path / "nowhere.yaml")

@@ -94,9 +94,9 @@ def config_of(source: str | os.PathLike | Mapping[str, Any], config: Any = None)
         places = [folder / "config.yaml", *above]
     for place in places:
         try:
-            values = read_yaml(read_file(place, TEXT, follow=True).decode())
-            if given or is_theirs(values):
-                return from_authors(values)
+            text = read_file(place, TEXT, follow=True).decode()
+            if given or is_theirs(text):
+                return from_authors(read_yaml(text))
         except OSError as error:
             if given:
                 raise CheckpointError(f"{place}: {error.strerror or error}") from None

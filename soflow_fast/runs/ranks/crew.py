@@ -98,9 +98,9 @@ class Crew:
         return None if self.first or self.parallel is None else of_rank(self.parallel.rank)
 
     def keep_notes(self, run_dir: Path) -> None:
-        """Write them into a run directory, which is there."""
-        if self.notes is not None:
-            self.notes.keep_in(run_dir)
+        """Write them into a run directory, which is there; of the first rank, the traceback of a fault."""
+        if self.parallel is not None:
+            of_rank(self.parallel.rank).keep_in(run_dir)
 
     def name(self, rank: int) -> str:
         """ " on rank 3 (gpu07)", nothing of a process alone and of no rank."""

@@ -33,11 +33,8 @@ class Failure:
         """What is printed once. common: all ranks failed with this text, as one process would."""
         if self.kind == "signal" or not self.text:
             return self.text
-        return (
-            f"error: {self.text}"
-            if common or self.kind == "all"
-            else f"error: {name(self.rank, self.host)}: {self.text}"
-        )
+        anonymous = common or self.kind == "all"
+        return "error: " + (self.text if anonymous else named(self.text, self.rank, self.host))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -53,17 +50,18 @@ def name(rank: int, host: str) -> str:
     return f"rank {rank} ({host})" if host else f"rank {rank}"
 
 
+def named(text: str, rank: int, host: str) -> str:
+    """A text with the rank that says it in front, unless it names the rank that is to blame itself."""
+    return text if re.search(r"\brank \d+ \(", text) else f"{name(rank, host)}: {text}"
+
+
 def kind_of(error: BaseException) -> Literal["error", "signal", "lost"]:
     """What an error that ends a rank is to the others."""
     if isinstance(error, Interrupted):
         return "signal"
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # its name costs no import of torch
-    lost = (
-        of_torch
-        or isinstance(error, ElsewhereError)
-        or (isinstance(error, RuntimeError) and OF_CONNECTIONS.search(str(error)))
-    )
-    return "lost" if lost else "error"
+    by_text = isinstance(error, RuntimeError) and OF_CONNECTIONS.search(str(error))
+    return "lost" if of_torch or by_text or isinstance(error, ElsewhereError) else "error"
 
 
 def described(error: BaseException) -> str:

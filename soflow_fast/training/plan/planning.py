@@ -112,7 +112,8 @@ def plan(config: Config, cluster: Cluster) -> Plan:
 
     target = resolve_target(as_counted(share), precision, torch.device("cuda"))
     work = phase_work(share, cluster.gpu, size)
-    engine = Engine(groups, where, low, REDUCED[run.reduce_dtype], GPUS[cluster.gpu])
+    low_target = target.teacher == "student" or target.rounds_weights
+    engine = Engine(groups, where, low, REDUCED[run.reduce_dtype], GPUS[cluster.gpu], low_target)
     graphed = run.cuda_graph
     if graphed is None:
         graphed = why_not_graphed(config, config.precision, torch.device("cuda")) is None

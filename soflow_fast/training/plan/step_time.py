@@ -6,7 +6,7 @@ long as the longer of the two; nothing hides the first gathering of a pass nor t
 ddp gradients are reduced while the backward goes on to the next block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...config.gpus import Gpu, Host
 from ..nonfinite import PLACES
@@ -86,6 +86,8 @@ class Engine:
     reduced: int
     """Bytes of a number as gradients are added up."""
     gpu: Gpu
+    low_target: bool = True
+    """Whether those of the network behind the consistency target do so too, where the student's do."""
 
     @property
     def depth(self) -> int:
@@ -189,11 +191,11 @@ def many_gpus(
     """A step of many GPUs, each with `parts` micro-batches. gathers: by `passes`."""
     sharded = engine.where.shards.size > 1
     backward = sharded_backward if sharded else replicated_backward
-    forwards = [
-        (name, sharded_forward(engine, work[name], gathers[name] if sharded else 0))
-        for name in ("guidance", "student", "target")
-    ]
-    phases = {name: plan.times(parts) for name, plan in forwards}
+    engines = {"guidance": engine, "student": engine, "target": replace(engine, low=engine.low and engine.low_target)}
+    phases = {
+        name: sharded_forward(of_it, work[name], gathers[name] if sharded else 0).times(parts)
+        for name, of_it in engines.items()
+    }
     phases["backward"] = backward(engine, work["backward"], True)
     phases["backward"] += backward(engine, work["backward"], False).times(parts - 1)
     phases["update"] = _update(engine, work["update"], everybody)

@@ -20,6 +20,7 @@ from soflow_fast.config.schema import RunConfig, override
 from soflow_fast.errors import ConfigError, UserError
 from soflow_fast.launch import Launch
 from soflow_fast.training.parallel import join
+from soflow_fast.training.plan import Cluster, plan
 from tests.benchmarks.tiny import CONFIG
 from tests.forked import on_ranks
 
@@ -95,6 +96,16 @@ def test_what_is_counted_is_what_the_formula_says(kind: str, changes: dict[str, 
             "allreduce_" if kind == "ddp" else "_reduce_scatter_base_"
         }
     assert len({json.dumps(row["figures"]) for (row,) in ranks_rows}) == 1
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_is_counted_is_what_a_plan_predicts(kind: str) -> None:
+    """`--dry-run --gpus 2`, to the byte and to the call."""
+    given = point(2, kind, precision="bf16")
+    ((row,), _) = on_ranks(2, rows_of, given)
+    of_run = {"run.parallel": kind, "batch_size": given.batches["weak"], "run.recompute": "none"}
+    traffic = plan(override(given.config, of_run), Cluster("h100", 2)).step.whole.traffic
+    assert (traffic.nvlink, traffic.calls) == (row["sent"], sum(row["collectives"].values()))
 
 
 def test_the_command(

@@ -20,6 +20,8 @@ def test_a_failure_in_a_line() -> None:
     assert failure.line() == "error: rank 3 (gpu07): --data x: is gone"
     assert failure.line(common=True) == "error: --data x: is gone"
     assert Failure(3, "", "x", 2, "error").line() == "error: rank 3: x"
+    told = Failure(3, "gpu07", "cannot save: rank 1 (gpu07): No space left on device", 2, "error")
+    assert told.line() == "error: cannot save: rank 1 (gpu07): No space left on device"
     assert Failure(3, "gpu07", "stopped", 143, "signal").line() == "stopped"
     assert Failure(3, "gpu07", "", 0, "error").line() == ""
 

@@ -235,6 +235,10 @@ def sent_in_a_step(launch: Launch, changes: dict[str, Any]) -> int:
         pytest.param(
             1, {"parallel": "fsdp", "objective.guidance_scale": 1.0, "precision": "bf16"}, marks=pytest.mark.slow
         ),
+        pytest.param(
+            1, {"parallel": "fsdp", "teacher": "ema", "precision": "bf16", "quotient": "pair"}, marks=pytest.mark.slow
+        ),
+        pytest.param(1, {"parallel": "fsdp", "teacher": "ema", "precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param(1, {"parallel": "ddp"}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel": "hsdp", "micro_batch": 2, "run.shard_ranks": 2}, marks=pytest.mark.slow),
     ],
