@@ -20,7 +20,7 @@ COMMANDS = [
 ]
 FLAGS = {flag.removeprefix("--") for command in COMMANDS for flag in command.parser().flags()}
 
-FLAGGED = ("data", "training", "sampling", "precision", "many-gpus-plan")
+FLAGGED = ("data", "training", "sampling", "authors", "precision", "many-gpus-plan")
 """Pages of docs/ on which every flag is one of these commands."""
 
 

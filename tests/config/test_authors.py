@@ -1,11 +1,15 @@
 """The authors' YAML files: what is read of them, what is refused, and that what is written is read again."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import yaml
 
 from soflow_fast.config.authors import SIZES, from_authors, read_yaml, to_authors, unknown_to_authors
 from soflow_fast.config.presets import imagenet256
 from soflow_fast.config.schema import Config, DiTConfig, difference, override
+from soflow_fast.errors import ConfigError
 
 THEIRS = """\
 # Training
@@ -128,3 +132,13 @@ def test_what_their_code_does_not_let_be_chosen_is_named() -> None:
     strange = override(Config(), {"optim.grad_clip": 1.0, "optim.lr_schedule": "cosine", "optim.lr": 1})
     assert unknown_to_authors(strange) == ["optim.lr_schedule cosine", "optim.grad_clip 1.0"]
     assert unknown_to_authors(imagenet256("B/4")) == []
+
+
+def test_a_run_is_configured_by_their_file(tmp_path: Path) -> None:
+    train = importlib.import_module("soflow_fast.train")
+    (tmp_path / "config.yaml").write_text(THEIRS)
+    config, _ = train.configuration(["--config", str(tmp_path / "config.yaml"), "--steps", "7", "--run-dir", "here"])
+    assert difference(override(imagenet256("B/4"), {"seed": 42, "steps": 7}), config) == []
+    (tmp_path / "config.yaml").write_text(THEIRS + "cfg_scal: 2\n")
+    with pytest.raises(ConfigError, match=r"--config .*config\.yaml: unknown field 'cfg_scal'"):
+        train.configuration(["--config", str(tmp_path / "config.yaml")])

@@ -66,8 +66,8 @@ def fitted(config: DiTConfig, weights: Mapping[str, Tensor], where: str) -> DiTC
     usual = public_heads(config.depth, config.hidden_size)
     if usual not in (None, config.num_heads):
         raise CheckpointError(
-            f"{where}: the configuration says {config.num_heads} heads; the public DiT of depth {config.depth} and hidden size "
-            f"{config.hidden_size} has {usual}, and the weights do not show it"
+            f"{where}: the configuration says {config.num_heads} heads; the public DiT of depth {config.depth} and "
+            f"hidden size {config.hidden_size} has {usual}, and the weights do not show it"
         )
     table = weights.get(TABLE)
     if table is None or table.dim() != 2 or len(table) - config.num_classes not in (0, 1) or not len(table):
