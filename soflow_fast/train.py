@@ -55,9 +55,7 @@ def parser() -> Parser:
     run, diagnosis = groups["the run"], groups["diagnosis"]
     run.add_argument("preset", nargs="?", metavar="PRESET", help=f"{', '.join(PRESETS)} (default digits)")
     run.add_argument("--latent", action="store_true", help="The digits as latents, of a VAE that is trained first")
-    run.add_argument(
-        "--config", metavar="FILE", help="Start from a config.json, or the authors' config.yaml, instead of a preset"
-    )
+    run.add_argument("--config", metavar="FILE", help="Start from a config.json, or the authors' config.yaml")
     run.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="Set any other field of config.json"
     )

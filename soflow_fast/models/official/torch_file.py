@@ -86,7 +86,7 @@ class _Archive:
     def __init__(self, where: str) -> None:
         self.where = where
         self.made: dict[int, Any] = {}
-        """What a part of the description came to, by its identity: some are used more than once."""
+        """What a part of the description came to, by its identity: what is used a thousand times is made once."""
         self.storages: dict[str, Tensor] = {}
         with zipfile.ZipFile(where) as archive:
             self.files = {info.filename: info for info in archive.infolist()}
@@ -107,25 +107,26 @@ class _Archive:
         self.bytes = torch.from_file(where, shared=False, size=os.path.getsize(where), dtype=torch.uint8)
 
     def content(self) -> Any:
-        return self.value(described(self.pickle, MOST_INSTRUCTIONS))
+        whole = described(self.pickle, MOST_INSTRUCTIONS)  # which lives as long as its parts are known by identity
+        return self.value(whole)
 
     def value(self, part: Any) -> Any:
         """The value that a part of the description stands for."""
-        if isinstance(part, dict | list | Call):
+        if isinstance(part, Name):
+            return Unmade(f"{part.module}.{part.name}")
+        if isinstance(part, dict | list | tuple | Call) and not isinstance(part, Stored):
             if id(part) not in self.made:
                 self.made[id(part)] = self.value_of(part)
             return self.made[id(part)]
-        if isinstance(part, Name):
-            return Unmade(f"{part.module}.{part.name}")
-        if isinstance(part, tuple) and not isinstance(part, Stored):
-            return tuple(map(self.value, part))
         return part
 
-    def value_of(self, part: dict[Any, Any] | list[Any] | Call) -> Any:
+    def value_of(self, part: dict[Any, Any] | list[Any] | tuple[Any, ...] | Call) -> Any:
         if isinstance(part, dict):
             return {self.value(key): self.value(value) for key, value in part.items()}
         if isinstance(part, list):
             return [self.value(each) for each in part]
+        if isinstance(part, tuple):
+            return tuple(map(self.value, part))
         function, arguments = part.function, part.arguments
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             raise ValueError("it calls what is no name")

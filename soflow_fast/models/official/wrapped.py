@@ -27,6 +27,8 @@ AVERAGES = {"ema", "shadow", "averaged", "average", "avg", "swa"}
 """Words, between underscores, of what holds an average: ema_model, model_ema, shadow_params."""
 BOOKKEEPING = {"n_averaged", "initted", "step", "num_updates", "decay", "num_batches_tracked", "global_step"}
 """Tensors that count, beside the weights."""
+MOST_MAPPINGS = 10_000
+"""In which weights are looked for: a small file can hold one of them any number of times."""
 FIRST = "x_embedder.proj.weight"
 """A tensor that every DiT has."""
 
@@ -73,7 +75,9 @@ def _candidates(content: Mapping[str, Any], where: str) -> list[Weights]:
     """All networks in a checkpoint."""
     found: dict[tuple[str, ...], Weights] = {}
     lists: list[tuple[str, list[Tensor]]] = []
-    for path, mapping in _mappings(content, ()):
+    for count, (path, mapping) in enumerate(_mappings(content, ())):
+        if count == MOST_MAPPINGS:
+            raise CheckpointError(f"{where}: holds more than {MOST_MAPPINGS} mappings")
         counted = any(isinstance(key, str) and key.split(".")[-1] == "n_averaged" for key in mapping)
         strays: dict[tuple[str, ...], list[str]] = {}
         for key, value in mapping.items():

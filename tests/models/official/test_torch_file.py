@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from soflow_fast import load_official
 from soflow_fast.errors import CheckpointError
 from soflow_fast.models.official.torch_file import Unmade, read
 
@@ -159,6 +160,16 @@ def test_a_file_that_is_not_as_torch_writes_it_is_refused(change: Any, message: 
     with pytest.raises(CheckpointError, match=message) as error:
         read(str(path))
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_a_small_file_that_unfolds_to_a_large_one_is_refused_soon(tmp_path: Path) -> None:
+    tuples, mappings = (1,), {"x": 1}
+    for _ in range(60):
+        tuples, mappings = (tuples, tuples), {"a": mappings, "b": mappings}
+    path = saved({"extra": tuples}, tmp_path / "x.pt")
+    assert read(path).keys() == {"extra"}
+    with pytest.raises(CheckpointError, match="holds more than 10000 mappings"):
+        load_official(saved(mappings, tmp_path / "x.pt"))
 
 
 def test_what_is_not_used_is_not_read(tmp_path: Path) -> None:
