@@ -35,7 +35,7 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
     """
     given = os.environ if environment is None else environment
     host = socket.gethostname()
-    if "RANK" in given or "WORLD_SIZE" in given:
+    if "RANK" in given and "WORLD_SIZE" in given:
         rank, world = _number(given, "RANK"), _number(given, "WORLD_SIZE")
         local, local_world = _number(given, "LOCAL_RANK", rank), _number(given, "LOCAL_WORLD_SIZE", world)
         address, port = given.get("MASTER_ADDR", "127.0.0.1"), _number(given, "MASTER_PORT", 29_500)
@@ -45,8 +45,13 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
         first = _first_host(given.get("SLURM_STEP_NODELIST") or given.get("SLURM_JOB_NODELIST", "127.0.0.1"))
         address = given.get("MASTER_ADDR", first)
         port = _number(given, "MASTER_PORT", PORTS[_number(given, "SLURM_JOB_ID", 0) % len(PORTS)])
+    elif "RANK" in given or _number(given, "WORLD_SIZE", 1) > 1:
+        missing = "WORLD_SIZE" if "RANK" in given else "RANK"
+        raise ConfigError(f"{missing}: is missing among the variables of several processes")
     else:
         return None
+    if not 0 < port < 2**16:
+        raise ConfigError(f"MASTER_PORT: must be in 1..65535, got {port}")
     if not 0 <= rank < world or not 0 <= local < local_world <= world:
         raise ConfigError(
             f"RANK {rank} of WORLD_SIZE {world}, LOCAL_RANK {local} of {local_world}: do not fit together"
@@ -72,5 +77,5 @@ def _tasks_here(given: Mapping[str, str], world: int) -> int:
 
 def _first_host(nodes: str) -> str:
     """The first name of a Slurm list of hosts: "gpu07" of "gpu[07-09,12],login1"."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
-    return "".join(part or "" for part in found.groups()) if found else nodes
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group() if first else nodes)

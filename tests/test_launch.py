@@ -39,10 +39,20 @@ def test_srun() -> None:
     assert moved is not None and moved[4:6] == ("there", 7)
 
 
-@pytest.mark.parametrize("nodes", ["gpu07", "gpu07,gpu09", "gpu[07,09]", "gpu[07-12],x"])
-def test_the_first_host_of_a_list(nodes: str) -> None:
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        *((nodes, "gpu07") for nodes in ("gpu07", "gpu07,gpu09", "gpu[07,09]", "gpu[07-12],x")),
+        ("rack[0-1]node[3-5],x", "rack0node3"),
+    ],
+)
+def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
     found = launched({**SLURM, "SLURM_STEP_NODELIST": nodes})
-    assert found is not None and found.address == "gpu07"
+    assert found is not None and found.address == first
+
+
+def test_a_world_size_of_the_batch_script_does_not_hide_srun() -> None:
+    assert launched({**SLURM, "WORLD_SIZE": "11", "MASTER_PORT": "7"}) == launched({**SLURM, "MASTER_PORT": "7"})
 
 
 def test_a_batch_script_of_slurm_is_alone() -> None:
@@ -59,6 +69,8 @@ def test_a_batch_script_of_slurm_is_alone() -> None:
         ({"RANK": "one"}, "RANK: must be a whole number"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE: must be a whole number"),
         ({"MASTER_PORT": "-1"}, "MASTER_PORT: must be a whole number"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT: must be in 1..65535, got 0"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT: must be in 1..65535, got 99999"),
     ],
 )
 def test_variables_that_do_not_fit_are_named(change: dict[str, str], said: str) -> None:
@@ -69,3 +81,5 @@ def test_variables_that_do_not_fit_are_named(change: dict[str, str], said: str) 
 def test_a_variable_that_is_missing_is_named() -> None:
     with pytest.raises(ConfigError, match="WORLD_SIZE"):
         launched({"RANK": "0"})
+    with pytest.raises(ConfigError, match="RANK: is missing"):
+        launched({"WORLD_SIZE": "2"})

@@ -44,7 +44,8 @@ def _rows(found: Plan) -> list[tuple[str, str]]:
         (
             "preset",
             f"{config.preset}: DiT of hidden size {model.hidden_size}, depth {model.depth}, "
-            f"{(model.input_size // model.patch_size) ** 2} tokens; {found.precision}",
+            f"{(model.input_size // model.patch_size) ** 2} tokens; {found.precision}"
+            + ("; fp8 is counted as bf16" if "fp8" in (config.precision, config.guidance_precision) else ""),
         ),
         ("parameters", f"{found.parameters / 1e6:.2f} M"),
         ("each GPU", f"{found.share} of {config.batch_size} images a step{micro}; recompute {config.run.recompute}"),

@@ -9,7 +9,7 @@ of parameters are those of the public checkpoints.
 import functools
 import math
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 import torch
@@ -272,6 +272,8 @@ class DiT(nn.Module):
     is short, unless `recompute` asks for less."""
     compile_backend: str | Callable[..., Any] | None = None
     """The backend of torch.compile for the fused blocks; None: they are not compiled."""
+    watch_gradient: Callable[[Tensor], None] | None = None
+    """Is told the gradient of the tokens that enter the first block, through which all others pass."""
     mlp = "kernels"
     """Who makes the products around the GELUs of fused blocks that keep little for the backward (`mlp_products`)."""
     sharding: Sharding | None = None
@@ -294,21 +296,29 @@ class DiT(nn.Module):
         self.initialize()
 
     @torch.no_grad()
-    def initialize(self, source: torch.Generator | None = None) -> None:
+    def initialize(
+        self,
+        source: torch.Generator | None = None,
+        whole: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
+    ) -> None:
         """The public initialisation: Xavier uniform, zero biases; label table and the two Linear weights of the **t**
         embedder N(0, 0.02), while the s embedder keeps Xavier; adaLN and output layers zero. Nothing on the meta
-        device."""
+        device.
+
+        whole: gives what is drawn into for a parameter, where that is only a part of one.
+        """
         if self.pos_embed.device.type == "meta":
             return
         self.pos_embed.copy_(sincos_positions(self.config.hidden_size, math.isqrt(self.pos_embed.shape[1])))
         for module in self.modules():  # the layers that end at zero draw as well: so a seed gives the same weights
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1), generator=source)
+                with whole(module.weight) as weight:
+                    nn.init.xavier_uniform_(weight.flatten(1), generator=source)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=source)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02, generator=source)
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            with whole(layer.weight) as weight:
+                nn.init.normal_(weight, std=0.02, generator=source)
         for layer in (*self.modulation_layers(), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
 
@@ -408,7 +418,7 @@ class DiT(nn.Module):
         """Patches [B, T, patch^2 C], every module called."""
         labels = torch.full(t.shape, self.num_classes, device=t.device) if y is None else y
         c = self.t_embedder(t) + self.s_embedder(t - s) + self.y_embedder(labels)
-        x = (self.x_embedder(x) + self.pos_embed).to(dtype)
+        x = self._watched((self.x_embedder(x) + self.pos_embed).to(dtype))
         for block in self.blocks:
             if self.recompute == "block" and torch.is_grad_enabled():
                 x = _checkpoint(block, x, c)
@@ -416,12 +426,17 @@ class DiT(nn.Module):
                 x = block(x, c)
         return self.final_layer(x, c)
 
+    def _watched(self, x: Tensor) -> Tensor:
+        if self.watch_gradient is not None and x.requires_grad:
+            x.register_hook(self.watch_gradient)
+        return x
+
     def _fused(
         self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, dtype: torch.dtype, tape: TapedOutputs | None
     ) -> Tensor:
         """Patches [B, T, patch^2 C], fused across the borders of modules."""
         c = self.conditioning(t, s, y)
-        x = rounded_sum(self.x_embedder(x), self.pos_embed, dtype)
+        x = self._watched(rounded_sum(self.x_embedder(x), self.pos_embed, dtype))
         keep_norms = self.keep_norms
         if keep_norms is None:
             keep_norms = not on_gpu(x) and self.recompute == "none"

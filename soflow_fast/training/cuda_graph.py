@@ -74,18 +74,22 @@ class GraphedFunction:
 
     Everything happens on the device of the arguments, the calls before the recording and the recording itself on one
     stream. A recording has memory of its own, beside what is taken when it begins; `release` is called before, to give
-    up what the calls have left and the recording makes anew.
+    up what the calls have left and the recording makes anew. `stream`: that one; None: a new one.
     """
 
     def __init__(
-        self, function: Callable[..., Any], warm_up: int = WARM_UP, release: Callable[[], None] = lambda: None
+        self,
+        function: Callable[..., Any],
+        warm_up: int = WARM_UP,
+        release: Callable[[], None] = lambda: None,
+        stream: Any = None,
     ) -> None:
         self.function, self.left, self.release = function, warm_up, release
         self.places: list[Tensor | None] | None = None
         self.replay: Callable[[], None] | None = None
         self.out: Any = None
         self.fault: str | None = None
-        self._stream: Any = None
+        self._stream = stream
 
     def __call__(self, *arguments: Tensor | None) -> Any:
         shapes = [None if value is None else (value.shape, value.dtype, value.device) for value in arguments]

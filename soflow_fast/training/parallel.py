@@ -10,7 +10,8 @@ gradient of one process on the whole batch.
 import inspect
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,13 +153,16 @@ def join(
         dist.init_process_group(backend, store=ranks, rank=rank, world_size=world, **_waits(patience))
     except (RuntimeError, ValueError) as error:
         raise _cannot_join(launch, error) from None
+    places: list[Any] = [None] * world
+    dist.all_gather_object(places, (launch.host, launch.local_world))
+    if run.parallel == "hsdp" and not run.shard_ranks and len({here for _, here in places}) > 1:
+        counts = ", ".join(f"{here} on {host}" for host, here in dict(places).items())
+        raise ConfigError(f"--parallel hsdp: nodes have unequal numbers of ranks ({counts}); give run.shard_ranks")
     shape = {"ddp": (world,), "fsdp": (world,), "hsdp": (world // shards, shards)}[run.parallel]
     names = {"ddp": ("replicate",), "fsdp": ("shard",), "hsdp": ("replicate", "shard")}[run.parallel]
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     host_mesh = mesh if device.type == "cpu" else init_device_mesh("cpu", shape, mesh_dim_names=names)
-    hosts: list[Any] = [None] * world
-    dist.all_gather_object(hosts, launch.host)
-    return Parallel(run.parallel, launch, device, mesh, host_mesh, tuple(hosts), store)
+    return Parallel(run.parallel, launch, device, mesh, host_mesh, tuple(host for host, _ in places), store)
 
 
 class Replicated:
@@ -172,18 +176,23 @@ class Replicated:
     sums_itself = True
     """Over micro-batches: gradients are in the dtype of their parameters."""
 
-    def __init__(self, parallel: Parallel, network: DiT, reduce_dtype: torch.dtype, micro_batches: int) -> None:
+    def __init__(
+        self, parallel: Parallel, network: DiT, reduce_dtype: torch.dtype, micro_batches: int, graphed: bool = False
+    ) -> None:
+        """graphed: the step is to be recorded on `stream`, to which the engine's part of the backward then belongs."""
         self.parallel, self.reduce_dtype = parallel, reduce_dtype
+        self.stream: Any = torch.cuda.Stream(parallel.device) if graphed else None
         engine: Any = DistributedDataParallel
-        self.module = engine(
-            network,
-            process_group=parallel.mesh.get_group("replicate"),
-            bucket_cap_mb=BUCKET_MB,
-            **{_SYNCS_BUFFERS: False},
-            gradient_as_bucket_view=True,
-            # A static graph counts the gradients of its first backward, and takes every micro-batch for that one.
-            static_graph=micro_batches == 1,
-        )
+        with torch.cuda.stream(self.stream):  # nothing of None
+            self.module = engine(
+                network,
+                process_group=parallel.mesh.get_group("replicate"),
+                bucket_cap_mb=BUCKET_MB,
+                **{_SYNCS_BUFFERS: False},
+                gradient_as_bucket_view=True,
+                # A static graph counts the gradients of its first backward, and takes every micro-batch for that one.
+                static_graph=micro_batches == 1,
+            )
         self._low = [p for p in network.parameters() if p.dtype.itemsize < 4]
         self._sums: dict[Tensor, Tensor] = {}
         """Of the gradients in low precision of micro-batches that are done, float32."""
@@ -211,15 +220,20 @@ class Replicated:
 
     def forget(self) -> None:
         """Drop what a step that failed has left."""
+        if self._quiet is not None:
+            self._quiet.__exit__(None, None, None)
+            self._quiet = None
         self._sums.clear()
 
     def _reduce(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         flat = bucket.buffer()
-        mine = flat.float()
-        earlier = [self._sums.pop(p).flatten() for p in bucket.parameters() if p in self._sums]
-        if earlier:
-            mine = mine + torch.cat(earlier)
-        mine = (mine / self.parallel.world).to(self.reduce_dtype)
+        mine = flat.to(torch.float32, copy=True)
+        start = 0
+        for p in bucket.parameters():
+            if p in self._sums:
+                mine[start : start + p.numel()] += self._sums.pop(p).flatten()
+            start += p.numel()
+        mine = mine.div_(self.parallel.world).to(self.reduce_dtype)
         work: Any = dist.all_reduce(mine, group=self.parallel.mesh.get_group("replicate"), async_op=True)
         return work.get_future().then(lambda done: flat.copy_(done.value()[0]))
 
@@ -229,6 +243,7 @@ class Sharded:
     of the products, and gives each rank its part of the averaged gradients, of every micro-batch."""
 
     sums_itself = False
+    stream = None
 
     def __init__(self, parallel: Parallel, network: DiT) -> None:
         self.module: Any = network
@@ -250,29 +265,38 @@ Engine = Replicated | Sharded
 
 
 def sharded_flow(
-    parallel: Parallel,
-    flow: SolutionFlow,
-    weights: Mapping[str, Tensor],
-    blocks: torch.dtype | None,
-    reduce: torch.dtype,
+    parallel: Parallel, flow: SolutionFlow, blocks: torch.dtype | None, reduce: torch.dtype
 ) -> SolutionFlow:
-    """A flow on the meta device as one of which this rank holds its part, on its device.
+    """A flow on the meta device as one of which this rank holds its part, on its device, still to be filled.
 
-    weights: all of them, by the names of `SolutionFlow.state_dict`, the same on every rank. blocks: the dtype in which
-    the blocks are gathered; None: float32.
+    blocks: the dtype in which the blocks are gathered; None: float32.
     """
     assert isinstance(flow.network, DiT)
     shard(flow.network, parallel.mesh, blocks=blocks, reduce=reduce)
     flow.to_empty(device=parallel.device)
-    fill(flow, weights)
     return flow
 
 
 @torch.no_grad()
 def fill(flow: SolutionFlow, weights: Mapping[str, Tensor]) -> None:
-    """Set parameters and buffers, whole or parts, to these whole weights, without a word between the ranks."""
+    """Set parameters and buffers to these, whole ones or parts, without a word between the ranks."""
     for name, value in flow.state_dict().items():
-        value.copy_(placed_like(value, weights[name].to(value.device, value.dtype)))
+        given = weights[name].to(value.device, value.dtype)
+        value.copy_(given if isinstance(given, DTensor) else placed_like(value, given))
+
+
+@contextmanager
+def whole(parameter: Tensor) -> Iterator[Tensor]:
+    """In host memory, all of a parameter of which this rank holds a part; it takes its part of what is written there.
+
+    All ranks draw the same numbers, and none ever holds more than one parameter whole.
+    """
+    if not isinstance(parameter, DTensor):
+        yield parameter
+        return
+    everything = torch.empty(parameter.shape, dtype=parameter.dtype)
+    yield everything
+    parameter.copy_(placed_like(parameter, everything.to(parameter.device)))
 
 
 def placed_like(like: Tensor, whole: Tensor) -> Tensor:

@@ -111,22 +111,31 @@ class TrainState:
             if precision != "bf16":
                 raise ConfigError(f"--guidance-precision fp8: the step must be in bf16, it is in {precision}")
             float8.require(config.model, device, "--guidance-precision")
-        weights = initial_weights(config) if weights is None else weights
         low = torch.bfloat16 if precision in ("bf16", "fp8") else None
         reduce_dtype = OPERAND[config.run.reduce_dtype]
         if parallel is not None and sharded:
             check_sharded(config, precision, parallel.world)
 
-        def made(blocks: torch.dtype | None, weights: Mapping[str, Tensor] = weights) -> SolutionFlow:
+        def flow_in(blocks: torch.dtype | None, own: Mapping[str, Tensor] | None = None) -> SolutionFlow:
+            nonlocal weights
             if parallel is not None and sharded:
-                from .parallel import sharded_flow
+                from .parallel import fill, sharded_flow, whole
 
-                return sharded_flow(parallel, build_flow(config), weights, blocks, reduce_dtype)
-            return filled_flow(config, {name: value.to(device) for name, value in weights.items()})
+                made = sharded_flow(parallel, build_flow(config), blocks, reduce_dtype)
+                if weights is None:  # drawn part by part: no rank holds them whole
+                    made.network.initialize(initialisation(config), whole)
+                    weights = made.state_dict()
+                fill(made, weights if own is None else own)
+                return made
+            if weights is None:
+                weights = initial_weights(config)
+            values = weights if own is None else own
+            return filled_flow(config, {name: value.to(device) for name, value in values.items()})
 
-        flow, ema = made(low), made(None, weights if averages is None else averages).requires_grad_(False).eval()
+        # What is drawn is read for the others before anything is rounded or trained.
+        flow, ema = flow_in(low), flow_in(None, averages).requires_grad_(False).eval()
         blocks = low if target.rounds_weights else None  # then half as much is gathered
-        teacher = None if target.teacher == "student" else made(blocks).requires_grad_(False).eval()
+        teacher = None if target.teacher == "student" else flow_in(blocks).requires_grad_(False).eval()
         masters: list[Tensor | None] = [None] * sum(1 for _ in flow.parameters())
         if low is not None and not sharded:  # parts are float32, the masters of what is gathered
             masters = round_parameters(flow.network, flow.network.low_precision_layers(), torch.bfloat16)
@@ -151,7 +160,9 @@ class TrainState:
             B = config.batch_size // world
             parts = -(-B // (config.micro_batch if config.micro_batch > 0 else B))
             network = flow.network
-            engine = Sharded(parallel, network) if sharded else Replicated(parallel, network, reduce_dtype, parts)
+            engine = (
+                Sharded(parallel, network) if sharded else Replicated(parallel, network, reduce_dtype, parts, graphed)
+            )
         objective = Objective(config.objective)
         guard = NonfiniteGuard(device)  # in a loop of one's own, a refused step is left out, and that is all
         return cls(
@@ -263,5 +274,10 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
     flow = build_flow(config)
     empty = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in flow.state_dict().items()}
     flow.load_state_dict(empty, assign=True)
-    flow.network.initialize(generator(config.seed, 0, 0, "initialisation"))
+    flow.network.initialize(initialisation(config))
     return flow.state_dict()
+
+
+def initialisation(config: Config) -> torch.Generator:
+    """Draws the weights from which a run begins, on the CPU."""
+    return generator(config.seed, 0, 0, "initialisation")

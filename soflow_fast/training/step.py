@@ -12,6 +12,7 @@ own: 0.5.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -132,7 +133,7 @@ def train_step(
     y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
     draws = draw(state, x0.shape) if draws is None else draws
     _set_rates(state)
-    measured = measure_quotient(state, x0, y, draws) if _checks_quotient(state) else None
+    measured = _measured_by_all(state, x0, y, draws) if _checks_quotient(state) else None
     if state.graph is None and state.graphed:
         make_graph(state)
     if state.graph is not None and observe is None and not state.watched():
@@ -140,7 +141,7 @@ def train_step(
     else:
         totals = update(state, x0, y, draws, observe or _unobserved)
     if measured is not None:
-        totals["q_cosine"] = measured if state.parallel is None else state.parallel.rows(measured.view(1)).mean()
+        totals["q_cosine"] = measured
     totals["lr"] = torch.tensor(learning_rate(state))
     if config.run.on_nonfinite == "skip":
         totals["skipped"] = state.guard.skipped()
@@ -161,7 +162,12 @@ def make_graph(state: TrainState) -> None:
         return update(state, x0, y, Draws._make([*drawn, _n_fm(state, len(x0))]))
 
     warm_up = WARM_UP if state.parallel is None else WARM_UP_OF_REPLICAS
-    state.graph = GraphedFunction(function, warm_up, release=lambda: state.optimizer.zero_grad(set_to_none=True))
+    state.graph = GraphedFunction(
+        function,
+        warm_up,
+        release=lambda: state.optimizer.zero_grad(set_to_none=True),
+        stream=None if state.engine is None else state.engine.stream,
+    )
 
 
 def update(
@@ -170,6 +176,8 @@ def update(
     """The part of a step that runs on the device, from its draws to the weights; nothing is copied to the host."""
     config, B = state.config, len(x0)
     state.optimizer.zero_grad(set_to_none=True)
+    if state.engine is not None:
+        state.engine.forget()
     micro = config.micro_batch if config.micro_batch > 0 else B
     parts = -(-B // micro)
     low = parts == 1 and isinstance(state.optimizer, AdamWEMA)  # the others take gradients in float32
@@ -180,6 +188,8 @@ def update(
     totals: dict[str, Tensor] = {}
     flags: FiniteFlags = {}
     note_finite(flags, "input", x0)
+    if state.parallel is not None:  # after the reduction no rank's gradient tells whose was wrong
+        state.flow.network.watch_gradient = partial(note_finite, flags, "gradient")
     for k in range(parts):
         if state.engine is not None:
             state.engine.begin(last=k == parts - 1)
@@ -203,6 +213,7 @@ def update(
     note_finite(flags, "loss", torch.stack(list(totals.values())))
     if state.engine is not None:
         state.engine.end()
+        state.flow.network.watch_gradient = None
     return _update(state, flags, totals)
 
 
@@ -355,6 +366,18 @@ def measure_quotient(state: TrainState, x0: Tensor, y: Tensor | None, draws: Dra
     return quotient_cosine(state.target, state.objective, state.flow, state.teacher, points, q)
 
 
+def _measured_by_all(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws) -> Tensor | None:
+    """`measure_quotient`, of several ranks the mean over those that have consistency samples."""
+    measured = measure_quotient(state, x0, y, draws)
+    if state.parallel is None:
+        return measured
+    nothing = torch.zeros((), device=state.device)
+    mine = [nothing, nothing] if measured is None else [measured.float(), nothing + 1]
+    total, ranks = state.parallel.rows(torch.stack(mine)).sum(0)
+    B, fraction = len(x0) * state.world, state.config.objective.fm_fraction
+    return total / ranks if flow_matching_samples(B, fraction) < B else None
+
+
 def learning_rate(state: TrainState) -> float:
     """The learning rate of the next update."""
     optim, k, K = state.config.optim, state.step, state.config.steps
@@ -406,12 +429,13 @@ def _update(state: TrainState, flags: FiniteFlags, totals: dict[str, Tensor]) ->
     """
     optimizer, optim = state.optimizer, state.config.optim
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
+    first_ranks = None
     if state.parallel is not None:
-        gradients = state.parallel.local_parts(gradients)
-    norm, first_ranks = gradient_norm(gradients), None
-    note_finite(flags, "gradient", norm)
-    if state.parallel is not None:
+        norm = gradient_norm(state.parallel.local_parts(gradients))
         norm, flags, totals, first_ranks = _agreed(state.parallel, norm, flags, totals)
+    else:
+        norm = gradient_norm(gradients)
+    note_finite(flags, "gradient", norm)
     scale, _ = clip_scale(norm, optim.grad_clip)
     finite = state.guard.should_update(flags, first_ranks)
     try:
@@ -425,7 +449,8 @@ def _agreed(
     parallel: "Parallel", norm: Tensor, flags: FiniteFlags, totals: dict[str, Tensor]
 ) -> tuple[Tensor, FiniteFlags, dict[str, Tensor], Tensor]:
     """The norm of the whole gradient, what is finite on every rank, and sums over ranks, by one exchange of a few
-    numbers; and for each place the first rank on which it is not finite, -1 where it is not on any.
+    numbers; and for each place the first rank on which it is not finite, -1 where it is not on any. flags: of what is
+    this rank's own; a gradient that is wrong after the reduction alone is no rank's.
 
     Every rank adds up the same rows in the same order, so that all do the same.
     """
@@ -436,5 +461,5 @@ def _agreed(
     rows = parallel.rows(torch.cat([square.view(1), wrong, torch.stack([*totals.values()]).double()]))
     bad, sums = rows[:, 1 : 1 + len(PLACES)] > 0, rows[:, 1 + len(PLACES) :].sum(0).float()
     agreed = {place: ~bad[:, k].any() for k, place in enumerate(PLACES)}
-    first_ranks = torch.where(bad.all(0), -1, bad.int().argmax(0))
+    first_ranks = torch.where(bad.any(0) & ~bad.all(0), bad.int().argmax(0), -1)
     return rows[:, 0].sum().sqrt().float(), agreed, dict(zip(totals, sums.unbind(), strict=True)), first_ranks

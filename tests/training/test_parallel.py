@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ def test_two_ranks_train_as_one(kind: str, micro_batch: int, alone: Trained) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batch", [0, 4, 8])
+@pytest.mark.parametrize("micro_batch", [0, 8, 4])
 def test_one_rank_trains_alike_in_micro_batches(micro_batch: int) -> None:
     wanted = trained(None, {"batch_size": 16}, STEPS)
     assert max(deviation(trained(None, {"batch_size": 16, "micro_batch": micro_batch}, STEPS), wanted)) < 1e-5
@@ -111,9 +112,10 @@ def test_one_rank_trains_alike_in_micro_batches(micro_batch: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
-@pytest.mark.parametrize("micro_batch", [0, 4])
+@pytest.mark.parametrize("micro_batch", [0, 8, 4])
 def test_four_ranks_train_as_one(kind: str, micro_batch: int) -> None:
-    changes = {"batch_size": 32, "run.shard_ranks": 2 if kind == "hsdp" else 0}
+    """A rank has 16 samples: one, two and four micro-batches."""
+    changes = {"batch_size": 64, "run.shard_ranks": 2 if kind == "hsdp" else 0}
     wanted = trained(None, changes | {"run.parallel": kind}, STEPS)
     check_alike(4, {**changes, "run.parallel": kind, "micro_batch": micro_batch}, wanted)
 
@@ -221,6 +223,95 @@ def test_each_of_four_shards_holds_a_quarter_of_the_state() -> None:
     assert sum(parts) == one and max(parts) < 0.251 * one
 
 
+def resident(name: str) -> int:
+    """Bytes of this process's memory, now (VmRSS) or at most so far (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def built(launch: Launch, changes: dict[str, Any]) -> tuple[int, int, dict[str, Tensor]]:
+    """Bytes of weights and averages on this rank, by how much memory rose at most while they were made, and the
+    weights."""
+    config = configured(changes)
+    parallel = join(launch, config.run, CPU)
+    TrainState.build(configured({**changes, "model.hidden_size": 16}), parallel=parallel)  # which imports the rest
+    Path("/proc/self/clear_refs").write_text("5")  # forget the most so far
+    before = resident("VmRSS")
+    state = TrainState.build(config, parallel=parallel)
+    rose = resident("VmHWM") - before
+    lasting = sum(held(p) for flow in (state.flow, state.ema) for p in flow.parameters())
+    return lasting, rose, {name: whole(value) for name, value in state.weights().items()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the memory of a process is not told here")
+def test_shards_are_made_without_a_whole_copy() -> None:
+    """A whole copy alone would be as much again."""
+    changes = {"run.parallel": "fsdp", "model.hidden_size": 256, "model.depth": 8}
+    wanted = TrainState.build(configured(changes)).weights()
+    for lasting, rose, found in on_ranks(2, built, changes):
+        assert lasting > 30e6 and rose < 1.5 * lasting
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def stumble(launch: Launch, changes: dict[str, Any], fails: bool) -> list[float]:
+    """Gradient norms of steps, one of which was begun once before and ended by an error."""
+    config = configured(changes)
+    state = TrainState.build(config, parallel=join(launch, config.run, CPU))
+    source = open_source(config)
+    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
+    norms = [float(train_step(state, *source.batch(0, state.rank, state.world))["grad_norm"])]
+
+    def fail(name: str, **values: Any) -> None:
+        if name == "micro-batch" and values["number"] == 1 and fails:
+            raise KeyError
+
+    try:
+        train_step(state, *source.batch(1, state.rank, state.world), observe=fail)
+    except KeyError:
+        train_step(state, *source.batch(1, state.rank, state.world))
+    return [*norms, float(train_step(state, *source.batch(2, state.rank, state.world))["grad_norm"])]
+
+
+def test_a_step_that_failed_leaves_nothing_for_the_next() -> None:
+    changes = {"precision": "bf16", "batch_size": 16, "micro_batch": 4}
+    failed, plain = (on_ranks(2, stumble, changes, fails) for fails in (True, False))
+    assert failed == plain
+
+
+def rare(launch: Launch | None) -> list[float]:
+    """Steps that check the quotient, of a whole batch with one consistency sample."""
+    config = configured({"batch_size": 2, "objective.fm_fraction": 0.5, "run.check_quotient_every": 1})
+    state = TrainState.build(config, parallel=None if launch is None else join(launch, config.run, CPU))
+    source = open_source(config)
+    source.dealt_first = 1
+    return [float(train_step(state, *source.batch(k, state.rank, state.world))["q_cosine"]) for k in range(2)]
+
+
+def test_a_quotient_that_one_rank_alone_has_is_checked() -> None:
+    wanted = rare(None)
+    for found in on_ranks(2, rare):
+        assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def wrong_backward(launch: Launch, kind: str) -> tuple[Any, ...]:
+    config = configured({"run.parallel": kind, "run.on_nonfinite": "skip"})
+    state = TrainState.build(config, parallel=join(launch, config.run, CPU))
+    source = open_source(config)
+
+    def spoil(name: str, **values: Any) -> None:
+        if name == "student" and state.rank == 1:
+            values["output"].register_hook(lambda gradient: gradient * math.nan)
+
+    train_step(state, *source.batch(0, state.rank, state.world), observe=spoil)
+    return tuple(state.guard.read())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_backward_that_goes_wrong_on_one_rank_names_it(kind: str) -> None:
+    for found in on_ranks(2, wrong_backward, kind):
+        assert found == (1, 1, 1, "gradient", False, 1)
+
+
 def poison(x0: Tensor, state: TrainState) -> None:
     if state.step == 2 and state.rank == 1:
         x0[-1] = math.inf
@@ -266,6 +357,15 @@ def build(launch: Launch, changes: dict[str, Any]) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def build_on_uneven(launch: Launch) -> str:
+    return build(launch._replace(local_world=launch.rank + 1), {"run.parallel": "hsdp"})
+
+
+def test_hsdp_on_nodes_of_unequal_size_is_refused() -> None:
+    for found in on_ranks(2, build_on_uneven):
+        assert found.startswith("--parallel hsdp: nodes have unequal numbers of ranks (1 on host0, 2 on host1)")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import torch
 from ...config.gpus import GPUS
 from ...config.schema import AUTO, Config
 from ...errors import ConfigError
+from ...ranks import flow_matching_samples
 from ..consistency_target import resolve_target
 from ..cuda_graph import why_not_graphed
-from ..memory_estimate import USABLE, as_counted, largest_that_fits
+from ..memory_estimate import USABLE, PassingMemory, as_counted, largest_that_fits
 from ..state import build_flow, check_sharded
 from .links import Group, Layout, layout
 from .memory import REDUCED, GpuMemory, gpu_memory, passing_memory
@@ -86,7 +87,9 @@ def plan(config: Config, cluster: Cluster) -> Plan:
     sharded = where.shards.size > 1
     if sharded and run.cuda_graph:
         raise ConfigError(f"--cuda-graph: a step of --parallel {run.parallel} cannot be recorded")
-    share = replace(config, batch_size=config.batch_size // ranks)
+    if "fp8" in (config.precision, config.guidance_precision) and "fp8" not in GPUS[cluster.gpu].products:
+        raise ConfigError(f"--gpu {cluster.gpu}: has no float8 products; give another --precision")
+    share = share_of(config, ranks)
     precision = as_counted(share).precision
     low = precision == "bf16"
     groups = parameter_groups(build_flow(config).network)
@@ -94,7 +97,7 @@ def plan(config: Config, cluster: Cluster) -> Plan:
     @cache
     def memory(micro_batch: int, recompute: str) -> GpuMemory:
         tried = replace(share, micro_batch=micro_batch, run=replace(run, recompute=recompute))
-        return gpu_memory(tried, groups, where, low, passing_memory(tried))
+        return gpu_memory(tried, groups, where, low, passing_in(tried, sharded))
 
     usable = USABLE * GPUS[cluster.gpu].memory
     micro_batch, recompute = share.micro_batch, run.recompute
@@ -137,12 +140,31 @@ def plan(config: Config, cluster: Cluster) -> Plan:
     )
 
 
+def share_of(config: Config, ranks: int) -> Config:
+    """The configuration with the batch of one of so many ranks, of that with the most consistency samples: the others
+    wait for it."""
+    batch, objective = config.batch_size // ranks, config.objective
+    fewest = flow_matching_samples(config.batch_size, objective.fm_fraction) // ranks
+    return replace(config, batch_size=batch, objective=replace(objective, fm_fraction=fewest / batch))
+
+
+def passing_in(share: Config, sharded: bool) -> PassingMemory:
+    """What comes and goes in a step on a rank. Where parameters are cut, no gradient stays whole from one micro-batch
+    to the next: it is that of a step of one micro-batch."""
+    if sharded and 0 < share.micro_batch < share.batch_size:
+        parts = -(-share.batch_size // share.micro_batch)
+        share = replace(share, batch_size=-(-share.batch_size // parts), micro_batch=0)
+    return passing_memory(share)
+
+
 def peak_of_rank(share: Config, gpus: int, nodes: int) -> int:
     """Bytes in use at the peak of a step, predicted, on one of `nodes` nodes of `gpus` GPUs.
 
     share: the configuration with the batch of one rank. Raises ConfigError naming a field that does not fit.
     """
     groups = parameter_groups(build_flow(share).network)
-    where = layout(share.run.parallel, gpus, nodes, share.run.shard_ranks)
+    ranks = gpus * nodes
+    cut = {"ddp": 1, "fsdp": ranks, "hsdp": share.run.shard_ranks or gpus}[share.run.parallel]
+    where = Layout(Group(cut, 1), Group(ranks // cut, 1))  # which of them share a node is no matter here
     low = as_counted(share).precision == "bf16"
-    return gpu_memory(share, groups, where, low, passing_memory(share)).peak
+    return gpu_memory(share, groups, where, low, passing_in(share, cut > 1)).peak

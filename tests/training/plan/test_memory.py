@@ -19,6 +19,7 @@ from soflow_fast.training.plan import Cluster, peak_of_rank, plan
 from soflow_fast.training.plan.links import layout
 from soflow_fast.training.plan.memory import BUCKET, GpuMemory, buckets, gpu_memory, passing_memory
 from soflow_fast.training.plan.parameters import ParameterGroup, parameter_groups
+from soflow_fast.training.plan.planning import share_of
 from tests.forked import on_ranks
 
 # Of its sizes some are odd: 12 rows of labels, 36 and 108 of a block, 4 of the last layer.
@@ -189,3 +190,28 @@ def test_the_peak_of_a_rank_is_that_of_the_plan() -> None:
     share = dataclasses.replace(config, batch_size=4)
     assert peak_of_rank(share, 2, 2) == plan(config, Cluster("h100", 2, 2)).memory.peak
     assert peak_of_rank(share, 2, 2) < estimate_memory(share).peak
+
+
+def test_micro_batches_of_parts_cost_little_more_than_one_alone() -> None:
+    """No gradient stays whole from one to the next."""
+    config = configured(batch_size=64, **{"run.parallel": "fsdp", "run.recompute": "none", "model.depth": 8})
+    alone = plan(dataclasses.replace(config, batch_size=16), Cluster("h100", 4)).memory
+    found = plan(dataclasses.replace(config, micro_batch=4), Cluster("h100", 4)).memory
+    assert found.activations + found.workspace <= alone.activations + alone.workspace
+    whole = 4 * sum(p.numel() for p in DiT(config.model).parameters())
+    assert alone.peak <= found.peak <= alone.peak + 0.3 * whole  # a quarter, in blocks of 512 bytes
+
+
+@pytest.mark.parametrize("shard_ranks", [0, 1, 4])
+def test_the_peak_of_a_rank_needs_no_even_layout(shard_ranks: int) -> None:
+    """Two nodes of six, and four nodes of one."""
+    config = configured(batch_size=4, **{"run.parallel": "hsdp", "run.shard_ranks": shard_ranks})
+    for gpus, nodes in ((6, 2), (1, 4)):
+        assert peak_of_rank(config, gpus, nodes) > 0
+
+
+def test_a_few_images_wait_for_the_ranks_with_consistency_samples() -> None:
+    """Of one image a rank, a quarter of the ranks have one."""
+    config = configured(batch_size=4, **{"run.parallel": "ddp", "objective.fm_fraction": 0.75})
+    assert share_of(config, 4).objective.fm_fraction == 0
+    assert share_of(dataclasses.replace(config, batch_size=16), 4).objective.fm_fraction == 0.75
