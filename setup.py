@@ -42,7 +42,7 @@ EXTRAS = {
     "quack": ["quack-kernels>=0.6.5; sys_platform == 'linux'"],  # whose products --set run.mlp=quack takes
     "gpu": ["xformers", "flash-attn>=2.7; sys_platform == 'linux'"],
     "eval": ["torch-fidelity>=0.4"],
-    "hub": ["huggingface_hub>=0.34", "diffusers>=0.35"],
+    "hub": ["huggingface_hub>=0.34", "diffusers>=0.35", "accelerate>=1.0"],  # accelerate: enable_model_cpu_offload
     "latents": ["h5py>=3.12", "lmdb>=1.5"],  # whose files --from and --data take
     "hf": ["datasets>=3.6,<6"],  # data sets that it saved, and parquet files of images
     "docs": ["mkdocs-material>=9.6"],

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .config.presets import preset
     from .config.schema import Config, DiTConfig, ObjectiveConfig
     from .flow import SolutionFlow
+    from .hub import from_pretrained, push_to_hub, save_pretrained
     from .models.dit import DiT
     from .models.official import load_official
     from .models.paired_forward import paired_forward
@@ -30,12 +31,15 @@ _HOMES = {
     "SolutionFlow": "flow",
     "TrainState": "training.state",
     "export": "runs.checkpoint",
+    "from_pretrained": "hub",
     "generator": "rng",
     "load": "runs.checkpoint",
     "load_official": "models.official",
     "paired_forward": "models.paired_forward",
     "preset": "config.presets",
+    "push_to_hub": "hub",
     "sample": "sampling",
+    "save_pretrained": "hub",
     "train_step": "training.step",
 }
 
@@ -51,12 +55,15 @@ __all__ = [
     "TrainState",
     "__version__",
     "export",
+    "from_pretrained",
     "generator",
     "load",
     "load_official",
     "paired_forward",
     "preset",
+    "push_to_hub",
     "sample",
+    "save_pretrained",
     "train_step",
 ]
 

@@ -68,8 +68,7 @@ def _write(run: str, out: Path, form: str) -> None:
     if form == "safetensors":
         checkpoint.export(flow, config, out, data)
     elif form == "hub":
-        published: Any = flow
-        published.save_pretrained(out)
+        flow.save_pretrained(out)
     else:
         vae: Any = None
         if data is not None and data.space is not None and data.space.vae:
@@ -81,7 +80,7 @@ def _write(run: str, out: Path, form: str) -> None:
                 vae = load_vae(data.space.vae, torch.device("cpu"), local=True, channels=config.model.in_channels).model
             except ConfigError as error:
                 print(f"without a VAE, so of latents: {str(error).removeprefix('--vae ')}")
-        from .pipeline import SoFlowPipeline  # pyright: ignore[reportMissingImports]
+        from .pipeline import SoFlowPipeline
 
         SoFlowPipeline(flow=flow, vae=vae).save_pretrained(out)
 

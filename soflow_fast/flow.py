@@ -4,6 +4,7 @@ Time t is in [0, 1]: t = 0 is data, t = 1 is noise. Times have shape [B]; images
 """
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class SolutionFlow(nn.Module):
     """
 
     network: Any
+    origin: Any = None
+    """The training that the weights are of, as `load` has found it (`runs.checkpoint.origin`); None: not known."""
 
     def __init__(self, network: nn.Module, path: FlowPath = "linear", coefficients: Coefficients = "euler") -> None:
         """`network(x, t, s, y)` gives N, of the shape of x. Raises ValueError for an unknown path or coefficients."""
@@ -80,3 +83,24 @@ class SolutionFlow(nn.Module):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
         """The same as `solution`."""
         return self.solution(x, t, s, y)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write config.json, model.safetensors and a model card to a folder (`hub.save_pretrained`)."""
+        _package().save_pretrained(self, folder)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
+        """Upload the same to a repository of the Hugging Face hub (`hub.push_to_hub`)."""
+        return _package().push_to_hub(self, repo_id, **settings)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, **settings: Any) -> "SolutionFlow":
+        """A flow from a folder, or from a repository of the hub by its name (`hub.from_pretrained`)."""
+        return _package().from_pretrained(source, **settings)
+
+
+def _package() -> Any:
+    """The package, which finds its public functions where they live. The methods above are short forms of some of them,
+    for users: nothing in this package calls them, so what those import does not stand behind this module."""
+    import soflow_fast
+
+    return soflow_fast

@@ -59,6 +59,13 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
     return Launch(rank, world, local, local_world, address, port, host) if world > 1 else None
 
 
+def processors() -> int:
+    """How many processors this process may count as its own: of those that it may run on, its part among the ranks that
+    torchrun has started here. srun gives each task its own."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // max(1, _number(os.environ, "LOCAL_WORLD_SIZE", 1)))
+
+
 def _number(given: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = given.get(name, "" if default is None else str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text):

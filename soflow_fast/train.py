@@ -134,6 +134,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError and Interrupted."""
     config, values = configuration(arguments)
     choices = data_choices(values)
+    if values.env or values.dry_run:
+        process.alone(
+            "train --env" if values.env else "train --dry-run", "speaks of one machine; --gpus predicts for more"
+        )
     if values.env:
         from .commands.environment import report
 

@@ -28,7 +28,8 @@ FLOORS = (
     {"sampling"},
     {"evaluation"},
     {"runs"},
-    {"commands", "hub", "pipeline"},
+    {"commands", "hub"},
+    {"pipeline"},
     {"train", "sample", "evaluate", "encode", "export", "gallery"},
 )
 """The rooms of the engine from the ground up: each imports from lower floors only. The last are the command lines."""
@@ -52,6 +53,8 @@ GENERATORS = {
 }
 SETTINGS = r"torch\.(_dynamo|_inductor)\.config\.|torch\.backends\.|sys\.tracebacklimit$|threading\.excepthook$"
 """Attributes that are made to be set from outside."""
+NAMERS = {"soflow_fast", "soflow_fast.data.formats"}
+"""Modules that import by names in a table of their own: the public names, the formats of data."""
 PATCHING = {"soflow_kernels.testing"}
 """Modules that replace functions of others: tests find memory that no kernel writes by a filling `torch.empty`."""
 EXITS = {"sys.exit", "os._exit", "os.abort", "exit", "quit"}
@@ -286,6 +289,22 @@ def process_alone_exits(source: Source) -> list[str]:
 
 
 @each
+def flow_alone_asks_the_package(source: Source) -> list[str]:
+    """The package hands out its public names from every floor: whoever took one from it would be on none. The methods
+    of a flow that are public functions of floors above take theirs, once they are called."""
+    asked = [line for line, names in source.imports if names == ("soflow_fast",)]
+    if source.module == "soflow_fast.flow":
+        first = {line for line, _ in source.first_imports}
+        asked = [line for line in asked if line in first]
+    found = [f"line {line}: imports the package itself" for line in asked]
+    if source.module not in NAMERS:
+        named = [node for node, name in source.calls if name in ("importlib.import_module", "__import__") and node.args]
+        unseen = [node for node in named if not isinstance(node.args[0], ast.Constant)]
+        found += [f"line {node.lineno}: imports what is not written there" for node in unseen]
+    return found
+
+
+@each
 def no_code_from_data(source: Source) -> list[str]:
     unpickled = [f"line {n.lineno}: allow_pickle" for n, _ in source.calls if keyword(n, "allow_pickle") is True]
     run = calls_of(source, {"eval", "exec", "builtins.eval", "builtins.exec"})
@@ -371,6 +390,21 @@ HOUSE: dict[Rule, tuple[list[Example], list[Example]]] = {
             ("soflow_fast.training.state", "from ..models.dit import DiT\nfrom .step import train_step"),
             ("soflow_fast.pipeline", "from .sampling import sample"),
             ("soflow_fast.train", "from .runs.trainer import train"),
+        ],
+    ),
+    flow_alone_asks_the_package: (
+        [
+            ("soflow_fast.models.dit", "def f():\n    import soflow_fast\n    return soflow_fast.train_step"),
+            ("soflow_fast.objective", "import importlib\np = importlib.import_module('soflow_fast')"),
+            ("soflow_fast.objective", "import importlib\np = importlib.import_module(__package__)"),
+            ("soflow_fast.objective", "from importlib import import_module\np = import_module(f'{__package__}.hub')"),
+            ("soflow_fast.flow", "import soflow_fast"),
+        ],
+        [
+            ("soflow_fast.flow", "def f():\n    import soflow_fast\n    return soflow_fast.save_pretrained"),
+            ("soflow_fast.train", "import soflow_fast.runs.trainer"),
+            ("soflow_fast.data.formats", "import importlib\nm = importlib.import_module(f'.{x}', __package__)"),
+            ("soflow_fast.data.huggingface", "import importlib\nd = importlib.import_module('datasets')"),
         ],
     ),
     modules_import_in_no_circle: (

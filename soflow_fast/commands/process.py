@@ -106,11 +106,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-def alone(command: str) -> None:
+def alone(command: str, why: str = "takes every GPU of a machine by itself") -> None:
     """Raise ConfigError in each of several processes that torchrun or srun has started: a text in the first alone."""
     place = launched()
     if place is not None:
-        text = f"{command} takes every GPU of a machine by itself: start one process, not {place.world}"
+        text = f"{command} {why}: start one process, not {place.world}"
         raise ConfigError(f"{text} by torchrun or srun" if place.rank == 0 else "")
 
 

@@ -2,6 +2,7 @@
 
 config.json       the configuration, every "auto" replaced
 data.json         which data it learns from
+code.json         with which versions, and from which commit
 left-out.txt      the samples that --skip-bad left out, one a line
 checkpoints/      see checkpoint/
 metrics.jsonl     see metrics.py; tensorboard/ has the same
@@ -11,6 +12,7 @@ warnings-rank-00003.txt   what that rank would have printed, if there was anythi
 .lock             held by the process that trains
 """
 
+import json
 import os
 import secrets
 import time
@@ -24,6 +26,7 @@ from ..data import identity
 from ..data.identity import Identity
 from ..errors import ConfigError, DataError, storage, storage_error
 from ..files import LOCK, TEXT, locked, make_folder, read_file, set_aside, write_file
+from . import source_code
 from .checkpoint.together import together
 
 if TYPE_CHECKING:
@@ -65,24 +68,21 @@ def taken(run_dir: Path, config: Config, warn: Callable[[str], None]) -> Iterato
 def check_shared(run_dir: Path, parallel: "Parallel") -> None:
     """Raise ConfigError, on all ranks, if some do not see what the first one writes in `run_dir`, which exists there.
 
-    All ranks call it at the same time. Raises StorageError if the disk refuses the first one's file.
+    All ranks call it at the same time. Raises StorageError if the disk refuses a file of one of them.
     """
 
     def write() -> str:
-        if parallel.rank:
-            return ""
         path = run_dir / f".shared.partial-{secrets.token_hex(8)}"  # a name for which no client of NFS has looked
         path.touch()
         return path.name
 
     with storage(f"--run-dir {run_dir}"):
-        token = run_dir / together(parallel, write)[0]
+        names = together(parallel, write)
     try:
-        seen = together(parallel, lambda: _is_seen(token))
+        seen = together(parallel, lambda: _is_seen(run_dir / names[0]))
     finally:
-        if not parallel.rank:
-            with suppress(OSError):
-                token.unlink()
+        with suppress(OSError):
+            (run_dir / names[parallel.rank]).unlink()
     if not all(seen):
         raise ConfigError(
             f"--run-dir {run_dir}: {parallel.name(seen.index(False))} does not see what {parallel.name(0)} writes "
@@ -114,7 +114,9 @@ def check_data(run_dir: Path, found: Identity) -> None:
 def prepare(
     run_dir: Path, config: Config, data: str, resumed: bool, warn: Callable[[str], None], bad: Sequence[str] = ()
 ) -> None:
-    """Write config.json, data.json and left-out.txt and make what the training writes to. Raises StorageError.
+    """Write config.json, data.json, code.json and left-out.txt and make what the training writes to.
+
+    Raises StorageError.
 
     bad: what is wrong with each sample that is left out. Removes partial files of a start that was killed. A log
     without a checkpoint to go on from is set aside.
@@ -122,6 +124,8 @@ def prepare(
     with storage(f"--run-dir {run_dir}"):
         write_file(run_dir / "config.json", to_json(config).encode())
         write_file(run_dir / DATA, data.encode())
+        code = json.dumps(source_code.versions(), indent=2) + "\n"
+        write_file(run_dir / source_code.CODE, code.encode(), synced=False)
         if bad:
             write_file(run_dir / LEFT_OUT, "".join(f"{text}\n" for text in bad).encode("utf-8", "backslashreplace"))
         else:

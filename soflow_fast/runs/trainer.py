@@ -52,7 +52,7 @@ def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
     """
     launch = launched()
     with watched(launch, config.run.hang_seconds) as watch:
-        crew, config = assemble(config, launch, watch)
+        crew, config = assemble(config, launch, watch, choices.epochs)
         return _train_with(crew, config, choices)
 
 
@@ -142,7 +142,8 @@ def beginning(config: Config, run_dir: Path) -> Start | None:
         changed = [f.name for f in fields(mine) if getattr(mine, f.name) != getattr(theirs, f.name)]
         if changed:
             raise ConfigError(f"--init {config.run.init}: of another network: {name}.{changed[0]} differs")
-    return Start(flow.state_dict(), flow.state_dict(), {})
+    weights = flow.float().state_dict()  # which may have been given away in half precision
+    return Start(weights, weights, {})
 
 
 def _begin(

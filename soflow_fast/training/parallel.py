@@ -136,11 +136,19 @@ def _cannot_join(launch: Launch, error: Exception) -> ConfigError:
 
 
 def join(
-    launch: Launch, run: RunConfig, device: torch.device, patience: Any = None, store: dist.Store | None = None
+    launch: Launch,
+    run: RunConfig,
+    device: torch.device,
+    patience: Any = None,
+    store: dist.Store | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Parallel:
     """Meet the other ranks, or go on from the store at which they have met (`meet`). patience: a timedelta for which
-    one waits for the others to start and, later, for an exchange; None: torch's. Raises ConfigError if they do not
-    come, or if the mesh does not fit them."""
+    one waits for the others to start and, later, for an exchange; None: torch's. settings: must be those of all ranks.
+
+    Raises ConfigError if they do not come, if their settings differ, if two have the same GPU, or if the mesh does not
+    fit them.
+    """
     shards = {"ddp": 1, "fsdp": launch.world, "hsdp": run.shard_ranks or launch.local_world}[run.parallel]
     if launch.world % shards:
         raise ConfigError(f"--parallel hsdp: the state is cut over {shards} ranks, {launch.world} are no multiple")
@@ -154,7 +162,18 @@ def join(
     except (RuntimeError, ValueError) as error:
         raise _cannot_join(launch, error) from None
     places: list[Any] = [None] * world
-    dist.all_gather_object(places, (launch.host, launch.local_world))
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else f"{rank}"
+    dist.all_gather_object(places, ((launch.host, launch.local_world), gpu, dict(settings or {})))
+    gpus, given = [gpu for _, gpu, _ in places], [values for _, _, values in places]
+    places = [place for place, _, _ in places]
+    for other, values in enumerate(given):
+        for name, value in values.items():
+            if given[0].get(name) != value:
+                where = f"rank {other} ({places[other][0]})"
+                raise ConfigError(f"{where} was started with another {name} than rank 0: {value}, {given[0].get(name)}")
+    if len(set(gpus)) < world:
+        shared = next(place[0] for place, gpu in zip(places, gpus, strict=True) if gpus.count(gpu) > 1)
+        raise ConfigError(f"--device {device.type}: there are more ranks than GPUs on {shared}")
     if run.parallel == "hsdp" and not run.shard_ranks and len({here for _, here in places}) > 1:
         counts = ", ".join(f"{here} on {host}" for host, here in dict(places).items())
         raise ConfigError(f"--parallel hsdp: nodes have unequal numbers of ranks ({counts}); give run.shard_ranks")
@@ -313,11 +332,9 @@ def check_shares(config: Config, world: int) -> None:
     micro = config.micro_batch if config.micro_batch > 0 else B
     parts = -(-B // micro)
     first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
-    found: set[bool] = set()
-    for rank in range(world):
-        n_fm = share_of_first(config.batch_size, first, rank, world)
-        found |= {share_of_first(B, n_fm, k, parts) < B * (k + 1) // parts - B * k // parts for k in range(parts)}
-    if len(found) > 1:
+    shares = {share_of_first(config.batch_size, first, rank, world) for rank in range(world)}
+    sizes = [B * (k + 1) // parts - B * k // parts for k in range(parts)]
+    if any(len({share_of_first(B, n_fm, k, parts) < size for n_fm in shares}) > 1 for k, size in enumerate(sizes)):
         raise ConfigError(
             f"--parallel {config.run.parallel}: with {-(-B // parts)} images in a forward some ranks would have no "
             "consistency sample and others one; give a larger --batch-size or --micro-batch"

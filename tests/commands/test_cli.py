@@ -123,7 +123,7 @@ def test_a_run_ends_with_figures_of_its_own_samples(finished: Any, call: Call) -
 def test_a_run_leaves_these_files(finished: Any, files: Call) -> None:
     found = files(finished.folder)
     places = {name.split("/")[0] for name in found}
-    texts = {"config.json", "data.json", "metrics.jsonl", "evaluation.json"}
+    texts = {"config.json", "data.json", "code.json", "metrics.jsonl", "evaluation.json"}
     assert places == {*texts, "samples", "checkpoints", "tensorboard", ".lock"}
     assert not [name for name in found if "partial" in name]
     grids = {name for name in found if name.startswith("samples/")}

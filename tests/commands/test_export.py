@@ -41,6 +41,24 @@ def test_a_run_becomes_a_directory_that_samples_alike(run_dir: Path, call: Call,
     assert figures[0] == figures[1] and figures[0].code == 0
 
 
+def test_a_run_is_given_away_for_the_hub_and_for_diffusers(run_dir: Path, call: Call, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from soflow_fast.pipeline import SoFlowPipeline
+
+    for form in ("hub", "diffusers"):
+        result = call("export", run_dir, tmp_path / form, "--format", form)
+        assert (result.code, result.err, result.out.splitlines()[-1]) == (0, "", f"{form}: {tmp_path / form}")
+        got = load(tmp_path / form)
+        for a, b in zip(got.parameters(), load(run_dir).parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert "1797 samples" in (tmp_path / "hub" / "README.md").read_text()
+    pipe = SoFlowPipeline.from_pretrained(tmp_path / "diffusers")
+    pipe.set_progress_bar_config(disable=True)
+    assert len(pipe(class_labels=["3"], output_type="np").images) == 1
+    refusal = call("export", tmp_path / "hub", tmp_path / "theirs", "--format", "authors")
+    assert refusal.code == 2 and "their code knows" in refusal.err
+
+
 def test_what_cannot_be_exported_is_said_and_nothing_is_left(run_dir: Path, refused: Call, tmp_path: Path) -> None:
     for arguments, message in (
         ((run_dir, tmp_path), f"{tmp_path}: exists already"),
@@ -70,6 +88,10 @@ def test_from_a_run_to_the_authors_and_back(tiny_size: Config, call: Call, tmp_p
         drawn = call("sample", source, "--out", tmp_path / "drawn", "--n", "2")
         assert (drawn.code, drawn.err) == (0, "")
         assert "2 latents of 1 network call each, as .npy" in drawn.out and "stabilityai/sd-vae-ft-mse" in drawn.out
+    given = call("export", tmp_path / "out", tmp_path / "hub", "--format", "hub")
+    assert given.code == 0
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "data: 4 x 4 x 4" in card and "0.18215" in card and "0 samples" not in card
     again = call("export", tmp_path / "out", tmp_path / "ours")
     assert again.code == 0
     for a, b in zip(load(tmp_path / "ours").parameters(), state.ema.parameters(), strict=True):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from soflow_fast import load, sample
+from soflow_fast import train as train_command
 from soflow_fast.config.presets import preset
 from soflow_fast.errors import ConfigError, Interrupted
 from soflow_fast.runs import checkpoint, images
@@ -178,6 +179,14 @@ def test_images_of_a_gpu_are_the_same_by_several_threads(
         monkeypatch.setattr(precision, "resolve_devices", lambda names, several=several: several)
         assert call("sample", finished.folder, "--out", tmp_path / name, "--n", "300", "--nfe", "2").code == 0
     assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "all")
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--env"])
+def test_what_is_of_one_process_is_refused_among_several(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match=f"^train {flag} speaks of one machine"):
+        train_command.main([flag])
 
 
 @pytest.mark.parametrize("module", ["sample", "evaluate", "encode"])

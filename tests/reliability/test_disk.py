@@ -47,14 +47,14 @@ def test_saves_that_the_disk_refuses(
     number: int, failing: set[int], call: Any, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third file of a checkpoint is where it happens. Without labels nothing is evaluated."""
-    plain, run_dir = checkpoint._save_tensors, tmp_path / "run"
+    plain, run_dir = checkpoint.save_tensors, tmp_path / "run"
 
     def save(tensors: Any, path: Path) -> None:
         plain(tensors, path)
         if int(path.parent.name.split("-")[2]) in failing:
             raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(checkpoint, "_save_tensors", save)
+    monkeypatch.setattr(checkpoint, "save_tensors", save)
     result = call("train", *tiny, *FLAGS, "--set=model.num_classes=0", "--run-dir", run_dir)
     for step in (10, 15):
         warned = f"warning: checkpoint of step {step} not saved: [Errno {number}]" in result.out

@@ -317,6 +317,7 @@ from pathlib import Path
 import torch
 from soflow_fast import TrainState, preset
 from soflow_fast.runs import checkpoint
+from soflow_fast.runs.checkpoint import folder
 import safetensors.torch
 
 torch.set_num_threads(1)
@@ -334,7 +335,7 @@ def die(function, call):
         return function(*arguments, **settings)
     return counted
 
-points = [(checkpoint, "save_file", 2), (os, "fsync", 3), (os, "rename", 1), (os, "fsync", 8)]
+points = [(folder, "save_file", 2), (os, "fsync", 3), (os, "rename", 1), (os, "fsync", 8)]
 points += [(shutil, "rmtree", 2)]
 for point, (module, name, call) in enumerate(points):
     child = os.fork()

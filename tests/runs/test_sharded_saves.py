@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from soflow_fast import load
-from soflow_fast.errors import ConfigError, Diverged
+from soflow_fast.errors import ConfigError, Diverged, StorageError
 from soflow_fast.launch import Launch
 from soflow_fast.runs import checkpoint, run_directory
 from soflow_fast.runs.async_save import Saver
@@ -302,3 +302,23 @@ def test_a_directory_that_hosts_do_not_share_is_refused_by_all(tmp_path: Path) -
             f"--run-dir {tmp_path / str(rank)}: rank 1 (host1) does not see what rank 0 (host0) writes there"
         )
     assert [*tmp_path.glob("*/*")] == []
+
+
+def look_but_not_write(launch: Launch, folder: Path) -> str:
+    parallel = joined(launch, "ddp")
+    if launch.rank == 1:
+        Path.touch = refuse  # type: ignore[method-assign]
+    try:
+        run_directory.check_shared(folder, parallel)
+    except StorageError as error:
+        return str(error)
+    return ""
+
+
+def refuse(path: Path, *given: Any) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+def test_a_directory_that_one_rank_cannot_write_is_refused_at_the_start(tmp_path: Path) -> None:
+    for said in on_ranks(2, look_but_not_write, tmp_path):
+        assert said.startswith(f"--run-dir {tmp_path}: ") and "Read-only file system" in said

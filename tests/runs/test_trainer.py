@@ -169,14 +169,14 @@ def test_a_second_signal_during_the_save_leaves_nothing_half_written(
     run_dir = tmp_path / "run"
     after_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="second signal"):
-        plain = checkpoint._save_tensors
+        plain = checkpoint.save_tensors
 
         def signalled(tensors: Any, path: Path) -> None:
             plain(tensors, path)
             if "step-00000006" in path.parent.name and path.name == "ema.safetensors":
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        patch.setattr(checkpoint, "_save_tensors", signalled)
+        patch.setattr(checkpoint, "save_tensors", signalled)
         trainer.train(configuration(run_dir))
     assert os.listdir(run_dir / "checkpoints") == ["step-00000004"]
     trainer.train(configuration(run_dir))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from soflow_fast.config.presets import preset
-from soflow_fast.config.schema import Config, override
+from soflow_fast.config.schema import Config, RunConfig, override
 from soflow_fast.data import open_source
 from soflow_fast.errors import ConfigError
 from soflow_fast.launch import Launch
@@ -98,7 +98,7 @@ def check_alike(world: int, changes: dict[str, Any], alone: Trained) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("micro_batch", [0, 2])
+@pytest.mark.parametrize("micro_batch", [0, 2, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_ranks_train_as_one(kind: str, micro_batch: int, alone: Trained) -> None:
     check_alike(2, {"run.parallel": kind, "micro_batch": micro_batch}, alone)
 
@@ -346,7 +346,8 @@ def test_shares_that_some_ranks_lack_are_refused_where_that_would_hang() -> None
     with pytest.raises(ConfigError, match="--parallel fsdp: with 1 images in a forward some ranks"):
         check_shares(configured({"batch_size": 4, "run.parallel": "fsdp"}), 4)
     with pytest.raises(ConfigError, match="larger --batch-size or --micro-batch"):
-        check_shares(configured({"batch_size": 16, "micro_batch": 1, "run.parallel": "fsdp"}), 2)
+        check_shares(configured({"batch_size": 12, "micro_batch": 2, "run.parallel": "fsdp"}), 4)
+    check_shares(configured({"batch_size": 16, "micro_batch": 1, "run.parallel": "fsdp"}), 2)  # all at the same time
     check_shares(configured({"batch_size": 4, "objective.fm_fraction": 0.0}), 4)
 
 
@@ -366,6 +367,20 @@ def build_on_uneven(launch: Launch) -> str:
 def test_hsdp_on_nodes_of_unequal_size_is_refused() -> None:
     for found in on_ranks(2, build_on_uneven):
         assert found.startswith("--parallel hsdp: nodes have unequal numbers of ranks (1 on host0, 2 on host1)")
+
+
+def join_with(launch: Launch, rates: list[float]) -> str:
+    try:
+        join(launch, RunConfig(), CPU, settings={"seed": 0, "optim.lr": rates[launch.rank]})
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_other_settings_are_refused() -> None:
+    assert on_ranks(2, join_with, [1e-4, 1e-4]) == ["", ""]
+    said = "rank 1 (host1) was started with another optim.lr than rank 0: 0.01, 0.0001"
+    assert on_ranks(2, join_with, [1e-4, 1e-2]) == [said, said]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -14,6 +13,7 @@ import PIL
 import torch
 
 from ...files import cache_folder, read_file, write_file
+from ...launch import processors
 from ...version import __version__
 from ..dataset import Files, Wanted, checksum
 from .listing import LARGEST_FILE, LARGEST_TEXT
@@ -92,7 +92,7 @@ def _check(files: Files, wanted: Wanted) -> Outcome:
                 seen.update(word for _, words in outcomes for word in words)
                 seen["checked"] += len(numbers)
 
-    threads = max(1, min(_processors() if np.mean(files.sizes) > SMALL else 2, -(-count // TOGETHER)))
+    threads = max(1, min(processors() if np.mean(files.sizes) > SMALL else 2, -(-count // TOGETHER)))
     with ThreadPoolExecutor(threads, "check") as pool:
         working = [pool.submit(work) for _ in range(threads)]
         try:
@@ -120,7 +120,3 @@ def _examined(files: Files, number: int) -> tuple[str, list[str]]:
     except Exception as error:
         return reason(error), ["passing"] if isinstance(error, MemoryError) else []
     return "", [word for word, said in (("transparent", transparent), ("animated", animated)) if said]
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...config.schema import AUTO
 from ...data import Dataset, Source
 from ...errors import DataError, Interrupted
+from ...launch import processors
 from .. import signals
 
 MOST_WORKERS = 8
@@ -36,12 +37,12 @@ _read: Callable[[Any], Any]
 
 
 def workers_for(dataset: Dataset, workers: int = AUTO, devices: int = 1) -> int:
-    """How many processes read ahead; AUTO: as many as there are processors beside this one, at most eight for each
-    device, and none for a small set that is copied from memory."""
+    """How many processes read ahead; AUTO: as many as there are processors of this rank beside this one, at most eight
+    for each device, and none for a small set that is copied from memory."""
     if workers != AUTO:
         return workers
     quick = dataset.copies and dataset.nbytes() <= QUICK
-    return 0 if quick else max(1, min(MOST_WORKERS * devices, len(os.sched_getaffinity(0)) - 1))
+    return 0 if quick else max(1, min(MOST_WORKERS * devices, processors() - 1))
 
 
 class Ahead(Generic[Item, Result]):

@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...config.schema import Config, disagreement, to_json
@@ -29,7 +26,8 @@ from ...files import remove, set_aside
 from ...flow import SolutionFlow
 from ...models.official import Start
 from ...training.state import TrainState, build_flow
-from .folder import MANIFEST, directory, list_checkpoints, remove_checkpoint, whole_directory
+from . import origin, published
+from .folder import MANIFEST, directory, list_checkpoints, remove_checkpoint, save_tensors, whole_directory
 from .foreign import load_official_run, official_file
 from .reading import (
     DATA,
@@ -47,6 +45,7 @@ from .reading import (
     read_identity,
     read_one,
     read_texts,
+    tensors_of,
     unknown_name,
 )
 from .together import together
@@ -185,7 +184,7 @@ def write(
                 (folder / name).write_text(text)
             for name, tensors in content.tensors.items():
                 proceed()
-                _save_tensors(tensors, folder / name)
+                save_tensors(tensors, folder / name)
     for old in list_checkpoints(run_dir)[keep:]:
         try:
             remove_checkpoint(old)
@@ -212,7 +211,7 @@ def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike, data: 
         if data is not None:
             (temporary / DATA).write_text(identity.to_json(data))
         weights = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
-        _save_tensors(weights, temporary / "ema.safetensors")
+        save_tensors(weights, temporary / "ema.safetensors")
     return Path(folder)
 
 
@@ -348,7 +347,7 @@ def _tensors_like(folder: Path, files: dict[str, bytes], state: TrainState) -> d
     """The tensors of a checkpoint that `state` has, in host memory; of one of many files, the parts that it has."""
     expected = _expected(state)
     if not is_sharded(folder, files):
-        return {kind: _tensors(folder, files, f"{kind}.safetensors") for kind in (*expected, "optimizer")}
+        return {kind: tensors_of(folder, files, f"{kind}.safetensors") for kind in (*expected, "optimizer")}
     from .sharded import Shards
 
     parallel, shards = state.parallel, Shards(folder)
@@ -370,8 +369,8 @@ def _moments(flow: SolutionFlow) -> dict[str, Tensor]:
 
 
 def load(source: str | os.PathLike, device: str | torch.device = "cpu") -> SolutionFlow:
-    """The EMA weights of a run's newest whole checkpoint, of one checkpoint, of an exported directory, or of a file or
-    working directory of the authors' trainer.
+    """The EMA weights of a run's newest whole checkpoint or of one checkpoint, those of a directory that `export` or
+    `save_pretrained` has written, or of a file or working directory of the authors' trainer.
 
     Returns a SolutionFlow in eval mode, without gradients. Raises CheckpointError if there is
     nothing to load or it is damaged; of a run, damaged checkpoints are passed over with a warning on stderr.
@@ -394,7 +393,11 @@ def load_with_data(
     theirs = official_file(path)
     if theirs is not None:
         flow, config, data = load_official_run(theirs)
+        flow.origin = origin.Origin(config, data)
         return flow.to(device).requires_grad_(False), config, data
+    if (place := published.find(path)) is not None:
+        flow, config, data = published.read(place)
+        return flow.to(device).eval().requires_grad_(False), config, data
     return of_newest(path, lambda folder: _load_one(folder, device))
 
 
@@ -426,18 +429,25 @@ def _load_one(folder: Path, device: str | torch.device) -> tuple[SolutionFlow, C
 
         weights = Shards(folder).read({"ema": flow.state_dict()})["ema"]
     else:
-        weights = _tensors(folder, files, "ema.safetensors")
+        weights = tensors_of(folder, files, "ema.safetensors")
     check_weights(flow.state_dict(), weights, folder)
     flow.load_state_dict(weights, assign=True)
-    return flow.to(device).eval().requires_grad_(False), config, read_identity(folder, files)
+    data = read_identity(folder, files)
+    step = read_counts(folder, files)["step"] if "state.json" in files else None
+    flow.origin = origin.of_checkpoint(folder, config, data, step)
+    return flow.to(device).eval().requires_grad_(False), config, data
 
 
 def load_whole(source: str | os.PathLike) -> Whole:
-    """All of a run's newest whole checkpoint, or of one checkpoint, in host memory; of an exported directory what it
-    has. Raises CheckpointError as `load` does."""
+    """All of a run's newest whole checkpoint, or of one checkpoint, in host memory; of a directory that `export` or
+    `save_pretrained` has written what it has. Raises CheckpointError as `load` does."""
     path = Path(source)
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint")
+    if (place := published.find(path)) is not None:
+        flow, config, data = published.read(place)
+        weights = flow.float().state_dict()
+        return Whole(config, data, 0, weights, weights, {})
     return of_newest(path, _load_whole)
 
 
@@ -456,7 +466,7 @@ def _load_whole(folder: Path) -> Whole:
         moments = {"optimizer": _moments(flow)} if step or shards.holds("optimizer") else {}
         found = {"optimizer": {}} | shards.read({"network": expected, "ema": expected} | moments)
     else:
-        found = {kind: _tensors(folder, files, f"{kind}.safetensors") for kind in kinds}
+        found = {kind: tensors_of(folder, files, f"{kind}.safetensors") for kind in kinds}
     ema, network = found["ema"], found.get("network", found["ema"])
     for weights in (ema, network):
         check_weights(expected, weights, folder)
@@ -488,34 +498,8 @@ def read_verified(folder: Path, part: int = 0, parts: int = 1) -> dict[str, byte
     return texts | {name: read_one(folder / name, most, others[name]) for name in TENSORS if name in others}
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(tensors, path)
-        path.chmod(mode)  # it makes a file that its owner alone can read
-    except SafetensorError as error:  # it reports a full disk in its own words
-        raise OSError(getattr(error, "errno", None) or 5, str(error), str(path)) from None
-
-
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     """The optimiser's state by number of the parameter and name; the masters are kept as the network's weights."""
     entries = state.optimizer.state_dict()["state"]
     named = ((index, name, value) for index, entry in entries.items() for name, value in entry.items())
     return {f"{index}.{name}": value for index, name, value in named if name != "master"}
-
-
-def _tensors(folder: Path, files: dict[str, bytes], name: str) -> dict[str, Tensor]:
-    """The tensors of a file, all finite. Raises CheckpointError."""
-    if name not in files:
-        raise CheckpointError(f"{folder}: {name} is missing")
-    try:
-        found = parse_safetensors(files[name])
-    except KeyError as error:
-        raise CheckpointError(f"{folder / name}: holds numbers of a kind that is not known here: {error}") from None
-    except (SafetensorError, ValueError, TypeError, RuntimeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / name}: {error}") from None
-    wrong = first_not_finite({key: value for key, value in found.items() if value.dtype == torch.float32})
-    if wrong:
-        raise CheckpointError(f"{folder / name}: {wrong} is not finite")
-    return found

@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from ...files import make_folder, remove, sha256, sync
 
 MANIFEST = "manifest.json"
@@ -83,3 +87,14 @@ def remove_checkpoint(folder: Path) -> None:
     remove(aside)
     os.rename(folder, aside)
     remove(aside)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors in host memory to a new file. Raises OSError."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path)
+        path.chmod(mode)  # it makes a file that its owner alone can read
+    except SafetensorError as error:  # it reports a full disk in its own words
+        raise OSError(getattr(error, "errno", None) or 5, str(error), str(path)) from None

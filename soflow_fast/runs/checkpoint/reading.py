@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from ...config.schema import Config, from_json
@@ -36,10 +38,10 @@ def read_texts(folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
     Raises CheckpointError, of a later version's checkpoint LaterFormat.
     """
     try:
-        manifest = json.loads(read_file(folder / MANIFEST, TEXT))
-        digests = {str(name): str(digest) for name, digest in manifest["sha256"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        content = read_file(folder / MANIFEST, TEXT)
+    except OSError as error:
         raise not_whole(folder, error) from None
+    digests = manifest_digests(folder, content)
     # The texts come first: they say what else may be there, and how long it may be.
     lengths = {DATA: identity.MOST_BYTES}
     wanted = [name for name in TEXTS if name in digests]
@@ -47,6 +49,14 @@ def read_texts(folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
     if "state.json" in texts:  # an exported directory has none
         read_counts(folder, texts)
     return texts, digests
+
+
+def manifest_digests(folder: Path, content: bytes) -> dict[str, str]:
+    """The SHA-256 by file name in the content of a folder's manifest. Raises CheckpointError."""
+    try:
+        return {str(name): str(digest) for name, digest in json.loads(content)["sha256"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise not_whole(folder, error) from None
 
 
 def not_whole(folder: Path, error: Exception) -> CheckpointError:
@@ -145,11 +155,29 @@ def local(value: Tensor) -> Tensor:
     return part.to_local() if hasattr(part, "to_local") else value  # a DTensor, whose import takes its time
 
 
-def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], folder: Path) -> None:
-    """Raise CheckpointError if these are not the tensors of the model."""
+def tensors_of(folder: Path, files: dict[str, bytes], name: str) -> dict[str, Tensor]:
+    """The tensors of a file, all finite. Raises CheckpointError."""
+    if name not in files:
+        raise CheckpointError(f"{folder}: {name} is missing")
+    try:
+        found = parse_safetensors(files[name])
+    except KeyError as error:
+        raise CheckpointError(f"{folder / name}: holds numbers of a kind that is not known here: {error}") from None
+    except (SafetensorError, ValueError, TypeError, RuntimeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / name}: {error}") from None
+    wrong = first_not_finite({key: value for key, value in found.items() if value.dtype == torch.float32})
+    if wrong:
+        raise CheckpointError(f"{folder / name}: {wrong} is not finite")
+    return found
+
+
+def check_weights(
+    expected: dict[str, Tensor], weights: dict[str, Tensor], folder: Path, dtypes: tuple[torch.dtype, ...] = ()
+) -> None:
+    """Raise CheckpointError if these are not the tensors of the model. dtypes: in which they may be as well."""
     for name in [*expected, *weights]:
         got, wanted = weights.get(name), expected.get(name)
-        if got is None or wanted is None or (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
+        if got is None or wanted is None or got.shape != wanted.shape or got.dtype not in (wanted.dtype, *dtypes):
             raise CheckpointError(f"{folder}: of another model: {name[:60]} does not fit")
 
 

@@ -98,7 +98,7 @@ def load_vae(name: str, device: torch.device, *, local: bool = False, channels: 
     config = model.config
     if channels not in (0, config.latent_channels):
         raise ConfigError(f"{flag}: is of latents of {config.latent_channels} channels, not {channels}")
-    scale, shift = _factors(flag, config)
+    scale, shift = factors(flag, config)
     return VAE(name, model.to(device).eval().requires_grad_(False), scale, shift, _digest(model))
 
 
@@ -106,15 +106,15 @@ def load_vae(name: str, device: torch.device, *, local: bool = False, channels: 
 def _loading(flag: str) -> Iterator[None]:
     """Raise ConfigError in one line for whatever is raised inside."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except Exception as error:  # diffusers, safetensors and the hub raise many kinds
         text = " ".join(str(error).split())
         raise ConfigError(f"{flag}: cannot be loaded ({type(error).__name__}: {text[:200]})") from None
 
 
-def _factors(flag: str, config: Any) -> tuple[Factor, Factor]:
-    """Scale and shift of latents, by a VAE's configuration. Raises ConfigError."""
+def factors(flag: str, config: Any) -> tuple[Factor, Factor]:
+    """Scale and shift of latents, by a VAE's configuration. Raises ConfigError, which begins with `flag`."""
 
     def number(field: str, value: Any, zero: bool = True) -> float:
         if type(value) not in (int, float) or not abs(value) <= LARGEST or not (zero or value):
@@ -139,7 +139,7 @@ def _factors(flag: str, config: Any) -> tuple[Factor, Factor]:
 def autoencoder_kl(flag: str) -> Any:
     """The class of diffusers. Raises ConfigError, which names a flag, if that is not installed."""
     try:
-        with _quiet():
+        with quiet():
             from diffusers import AutoencoderKL
     except ImportError:
         raise ConfigError(f"{flag}: needs diffusers: pip install 'soflow-fast[hub]'") from None
@@ -147,7 +147,7 @@ def autoencoder_kl(flag: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No log line and no warning of diffusers and of what it imports: those of torchao are of no use to anybody."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # what is an error is raised as well

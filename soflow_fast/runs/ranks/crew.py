@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ...config.schema import Config
+from ...config.schema import Config, flatten
 from ...errors import ConfigError, DataError
 from ...launch import Launch
 from ...training.precision import resolve_device
+from ...version import __version__
 from .notes import Notes, of_rank
 from .watch import Watch
 
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for the others to start, and at most for a word of theirs later."""
+OWN = {"run.run_dir", "run.device", "run.workers", "run.data_on_gpu", "data.path", "data.vae"}
+"""Settings in which ranks may differ: each machine has its own. What they lead to is compared."""
 
 
 class Crew:
@@ -110,18 +113,22 @@ class Crew:
 ALONE = Crew()
 
 
-def assemble(config: Config, launch: Launch | None, watch: Watch) -> tuple[Crew, Config]:
-    """Join the ranks that `watch` has met; launch: None of a process alone. Returns the configuration with the device
-    of this rank. Raises ConfigError."""
+def assemble(config: Config, launch: Launch | None, watch: Watch, epochs: int | None = None) -> tuple[Crew, Config]:
+    """Join the ranks that `watch` has met; launch: None of a process alone. epochs: in place of the steps. Returns the
+    configuration with the device of this rank. Raises ConfigError, also where ranks were started with different
+    settings or versions."""
     if launch is None:
         return Crew(), config
     from ...training.parallel import join
 
+    settings = {name: value for name, value in flatten(config).items() if name not in OWN}
+    settings |= {"soflow-fast": __version__, "torch": torch.__version__, "--epochs": epochs}
     device = device_of(config.run.device, launch)
     config = replace(config, run=replace(config.run, device=device))
     if config.batch_size % launch.world:
         raise ConfigError(f"--batch-size {config.batch_size}: must be a multiple of the {launch.world} ranks")
-    return Crew(join(launch, config.run, resolve_device(device), PATIENCE, watch.store), watch), config
+    parallel = join(launch, config.run, resolve_device(device), PATIENCE, watch.store, settings)
+    return Crew(parallel, watch), config
 
 
 def device_of(name: str, launch: Launch) -> str:
