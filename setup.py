@@ -27,6 +27,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "diffusers>=0.35",  # whose DiT takes the kernels
         "matplotlib>=3.9",  # the plots of the records
+        "pyyaml>=6",  # judges the YAML that is written
         "h5py>=3.12",  # real files of latents in others' formats
         "lmdb>=1.5",
         "triton>=3.6; sys_platform == 'linux'",

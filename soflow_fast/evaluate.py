@@ -19,6 +19,10 @@ MOST = 10**6
 """Samples: all are held in memory, and each is compared with each of the data."""
 
 
+DIGITS = (1, 8)
+"""Channels, and height and width, of the digits."""
+
+
 def parser() -> Parser:
     """The command line."""
     p = Parser(prog="python -m soflow_fast.evaluate", description=__doc__)
@@ -48,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer, or on another --device"):
         devices = resolve_devices(values.device)
         flow, config, data = load_with_data(values.run, devices[0])
-        if not config.data.of_digits or not config.model.num_classes:
+        model = config.model
+        alike = config.data.latent or (model.in_channels, model.input_size) == DIGITS
+        if not config.data.of_digits or model.num_classes != 10 or not alike:
             raise ConfigError(f"{values.run}: only labelled digits can be evaluated in this version")
         if config.data.latent:
             if data is None or data.space is None:

@@ -75,7 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
         model = config.model
         names = data.classes if data is not None and len(data.classes) == model.num_classes else ()
         labels = _labels(values.labels, model.num_classes, names, n)
-        latents = config.data.latent
+        if labels and model.num_classes in labels and not model.null_label:
+            raise ConfigError(f"--labels {values.labels}: {values.run} has no null label: it was trained without one")
+        latents = config.data.latent or not pictures.has_colours(model.in_channels)
         if values.vae and not latents:
             raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
         space = data.space if data is not None else None

@@ -24,6 +24,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from .commands import process
 from .commands.parser import Parser, add_fields, configure, whole_number
+from .config.authors import from_authors, is_theirs, read_yaml
 from .config.gpus import GPUS
 from .config.presets import PRESETS, preset
 from .config.schema import SHORT_NAMES, Config, DataChoices, from_json
@@ -34,7 +35,7 @@ MOST_EPOCHS = 10**6
 MOST_GPUS, MOST_NODES = 1024, 2**16
 
 FLAGS = {
-    "the run": "run_dir init steps seed device checkpoint_every keep on_nonfinite",
+    "the run": "run_dir init resume_official steps seed device checkpoint_every keep on_nonfinite",
     "the data": "data resize skip_bad batch_size",
     "learning": "teacher teacher_decay guidance_precision quotient quotient_precision",
     "speed and memory": "precision micro_batch recompute attention optimizer compile cuda_graph parallel",
@@ -54,7 +55,7 @@ def parser() -> Parser:
     run, diagnosis = groups["the run"], groups["diagnosis"]
     run.add_argument("preset", nargs="?", metavar="PRESET", help=f"{', '.join(PRESETS)} (default digits)")
     run.add_argument("--latent", action="store_true", help="The digits as latents, of a VAE that is trained first")
-    run.add_argument("--config", metavar="FILE", help="Start from a config.json instead of a preset")
+    run.add_argument("--config", metavar="FILE", help="Start from a config.json, or the authors' config.yaml")
     run.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="Set any other field of config.json"
     )
@@ -112,6 +113,8 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, argparse.
 def _read(path: str) -> Config:
     try:
         text = read_file(Path(path), TEXT, follow=True).decode()
+        if is_theirs(text):
+            return from_authors(read_yaml(text))
         config = from_json(text)
         return from_json(text, preset(config.preset))  # what the file leaves out is as in the preset that it names
     except OSError as error:

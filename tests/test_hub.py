@@ -22,7 +22,7 @@ from soflow_fast.errors import CheckpointError
 from soflow_fast.hub import card
 from soflow_fast.runs import source_code
 from soflow_fast.runs.checkpoint import load_with_data, published
-from soflow_fast.runs.trainer import initial_weights
+from soflow_fast.runs.trainer import beginning
 from soflow_fast.train import configuration
 from tests.published import FIGURES, NAMES, FakeHub, assert_same, known_run, small_flow
 
@@ -83,9 +83,10 @@ def test_a_run_begins_with_weights_in_half_precision(run: Path, tmp_path: Path) 
     flow = load(run).to(torch.bfloat16)
     config = override(flow.origin.config, {"run.init": str(tmp_path / "given")})
     flow.save_pretrained(tmp_path / "given")
-    weights = initial_weights(config, tmp_path / "new")
-    assert weights is not None and {value.dtype for value in weights.values()} == {torch.float32}
-    assert all(torch.equal(value.float(), weights[name]) for name, value in flow.state_dict().items())
+    start = beginning(config, tmp_path / "new")
+    assert start is not None and {value.dtype for value in start.network.values()} == {torch.float32}
+    for weights in (start.network, start.average):
+        assert all(torch.equal(value.float(), weights[name]) for name, value in flow.state_dict().items())
 
 
 def test_nothing_of_one_machine_is_given_away(tmp_path: Path) -> None:

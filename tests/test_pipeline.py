@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.callbacks import PipelineCallback
 from safetensors.torch import load_file, save_file
 
-from soflow_fast import SolutionFlow, load, sample
+from soflow_fast import DiT, SolutionFlow, load, sample
 from soflow_fast.data.dataset import LatentSpace
 from soflow_fast.errors import CheckpointError, ConfigError
 from soflow_fast.pipeline import FlowModel, SoFlowPipeline
@@ -60,6 +61,15 @@ def of_latents(tmp_path_factory: pytest.TempPathFactory) -> SolutionFlow:
     flow = load(known_run(tmp_path_factory.mktemp("latents") / "run", SPACE, **LATENT))
     flow.network = small_flow(4).network  # off its zeros
     return flow
+
+
+def test_a_network_without_a_null_label_is_not_asked_for_one() -> None:
+    model = replace(small_flow().network.config, null_label=False)
+    pipe = quiet(SoFlowPipeline(flow=SolutionFlow(DiT(model)), vae=None))
+    for labels in (None, ["null"], [0, model.num_classes]):
+        with pytest.raises(ValueError, match="class_labels must be classes: the network has no null label"):
+            pipe(class_labels=labels)
+    assert len(pipe(class_labels=[0, model.num_classes - 1], output_type="pt").images) == 2
 
 
 @pytest.mark.parametrize("steps", [1, 3])

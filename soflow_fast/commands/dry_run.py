@@ -13,9 +13,9 @@ from ..models.attention import flop_counter
 from ..ranks import flow_matching_samples
 from ..runs.progress import duration
 from ..runs.trainer import (
+    beginning,
     choose_precision,
     enough_memory,
-    initial_weights,
     memory_mb,
     recompute_in,
     resolve_attention,
@@ -86,7 +86,8 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
     if gpu is not None and on_gpu.run.recompute == "auto":
         on_gpu = replace(on_gpu, run=replace(on_gpu.run, recompute=recompute_in(on_gpu, GPUS[gpu].memory)))
     predicted = estimate_memory(on_gpu)
-    state = TrainState.build(config, weights=initial_weights(config, Path(config.run.run_dir)))
+    start = beginning(config, Path(config.run.run_dir))
+    state = TrainState.build(config, weights=start.network if start else None)
     backend, mlp = resolve_attention(state), resolve_mlp(state)
     model = config.model
     one_forward = forward_flops(state)

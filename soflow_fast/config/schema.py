@@ -29,6 +29,7 @@ AttentionBackend = Literal[
 ]
 MLPProducts = Literal["auto", "kernels", "quack"]
 Parallelism = Literal["ddp", "fsdp", "hsdp"]
+InitKind = Literal["soflow", "dit", "sit"]
 ReduceDtype = Literal["fp32", "bf16"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
 GuidancePrecision = Literal["step", "fp8"]
@@ -65,6 +66,10 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     """Row `num_classes` of the label table is the null label, so the table has one row more."""
+    null_label: bool = True
+    """Whether the table has that row.
+
+    A network without it was trained with every label, and is not asked for samples without one."""
 
     @classmethod
     def named(cls, size: str, **others: Any) -> "DiTConfig":
@@ -176,7 +181,13 @@ class RunConfig:
     run_dir: str = ""
     """Folder for everything that is written; by default runs/PRESET."""
     init: str = ""
-    """Run, checkpoint, exported directory or the authors' file, whose averaged weights a new run begins with."""
+    """Run, checkpoint, exported directory or the authors' file, whose averaged weights a new run begins with.
+
+    Of the authors' file the weights that were trained and their average, each for its own."""
+    init_kind: InitKind = "soflow"
+    """Network that `init` is a file of; soflow: one with two times, dit, sit: a DiT or SiT, with one."""
+    resume_official: str = ""
+    """The authors' file with which a new run goes on: weights, average, moments and step."""
     device: str = "auto"
     """Device, such as cpu, cuda or cuda:1; auto: the GPU if there is one."""
     workers: int = AUTO
@@ -275,6 +286,7 @@ NOTHING_LEFT = DataChoices()
 SHORT_NAMES = {
     "run_dir": "run.run_dir",
     "init": "run.init",
+    "resume_official": "run.resume_official",
     "data": "data.path",
     "resize": "data.resize",
     "skip_bad": "data.skip_bad",

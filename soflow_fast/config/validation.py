@@ -47,6 +47,8 @@ def validate(config: Config) -> Config:
     check = _checks(run, "run.")
     check("run_dir", _can_be_a_name(run.run_dir), a_name)
     check("init", _can_be_a_name(run.init), a_name)
+    check("resume_official", _can_be_a_name(run.resume_official), a_name)
+    check("resume_official", not (run.init and run.resume_official), "empty beside run.init, which begins at step 0")
     check("workers", AUTO <= run.workers <= 256, "in [-1, 256]")
     check("log_every", run.log_every >= 1, "at least 1")
     check("sample_every", run.sample_every >= 0, "at least 0")
@@ -56,6 +58,11 @@ def validate(config: Config) -> Config:
     check("shard_ranks", 0 <= run.shard_ranks <= 2**20, "in [0, 2^20]")
     check("shard_ranks", not run.shard_ranks or run.parallel == "hsdp", "0 unless run.parallel is hsdp")
     check("hang_seconds", 0 <= run.hang_seconds <= 10**6, "in [0, 10^6]")
+
+    objective = config.objective
+    unasked = config.model.null_label or (objective.label_drop == 0 and objective.guidance_scale == 1)
+    what = "true unless objective.label_drop is 0 and objective.guidance_scale is 1"
+    _checks(config.model, "model.")("null_label", unasked, what)
 
     check = _checks(config, "")
     check("steps", 1 <= config.steps < 10**8, "in [1, 10^8)")  # a checkpoint's name has 8 digits
@@ -79,6 +86,7 @@ def validate_model(model: DiTConfig, prefix: str = "") -> None:
     check("patch_size", model.input_size % model.patch_size == 0, f"a divisor of input_size {model.input_size}")
     check("num_heads", model.hidden_size % model.num_heads == 0, f"a divisor of hidden_size {model.hidden_size}")
     check("hidden_size", model.hidden_size % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
+    check("null_label", model.null_label or model.num_classes > 0, "true where there are no classes")
 
 
 def validate_flow(flow: FlowConfig, prefix: str = "") -> None:

@@ -76,7 +76,8 @@ def _use(flow: SolutionFlow, name: str) -> str:
 def _data(data: Identity | None) -> Iterator[str]:
     if data is None:
         return
-    lines = [f"- {_text(data.kind)}: {data.count} samples of {' x '.join(map(str, data.shape))}"]
+    count = f"{data.count} samples of " if data.count else ""  # of the authors' files it is not known
+    lines = [f"- {_text(data.kind)}: {count}{' x '.join(map(str, data.shape))}"]
     if data.classes:
         more = f" and {len(data.classes) - SHOWN} more" if len(data.classes) > SHOWN else ""
         lines.append(f"- {len(data.classes)} classes: {', '.join(map(_text, data.classes[:SHOWN]))}{more}")
@@ -85,7 +86,8 @@ def _data(data: Identity | None) -> Iterator[str]:
         of = f" of the VAE {_text(vae)}" if vae else ""
         lines.append(f"- latents z{of}, as x = (z - shift) scale, shift {shift}, scale {scale}")
     yield "## Data"
-    yield "\n".join([*lines, f"- identity {_text(data.checksum)}"])
+    known = [f"- identity {_text(data.checksum)}"] if data.checksum else []
+    yield "\n".join([*lines, *known])
 
 
 def _training(origin: Origin) -> Iterator[str]:

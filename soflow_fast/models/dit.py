@@ -128,11 +128,11 @@ class LabelTable(nn.Embedding):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels [B] -> [B, D]; the last row of the table is the null label."""
+    """Labels [B] -> [B, D]; the last row of the table is the null label, if there is one."""
 
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.embedding_table = LabelTable(num_classes + 1, hidden_size)
+        self.embedding_table = LabelTable(config.num_classes + config.null_label, config.hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
@@ -289,7 +289,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimeEmbedder(D)
         self.s_embedder = TimeEmbedder(D)
-        self.y_embedder = LabelEmbedder(config.num_classes, D)
+        self.y_embedder = LabelEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.register_buffer("pos_embed", torch.empty(1, (config.input_size // config.patch_size) ** 2, D))
@@ -504,13 +504,15 @@ class DiT(nn.Module):
         return x.reshape(B, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, n * p, n * p)
 
     def check_input(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None) -> None:
-        """Raise ValueError naming the input whose shape does not fit."""
+        """Raise ValueError naming the input whose shape does not fit, or a label that is missing."""
         shape = (self.config.in_channels, self.config.input_size, self.config.input_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != shape:
             raise ValueError(f"x must be [B, {shape[0]}, {shape[1]}, {shape[2]}], got {list(x.shape)}")
         for name, value in (("t", t), ("s", s), ("y", y)):
             if value is not None and value.shape != x.shape[:1]:
                 raise ValueError(f"{name} must be [{x.shape[0]}], got {list(value.shape)}")
+        if y is None and not self.config.null_label:
+            raise ValueError("y must be given: the network was trained with a label each, it has no null label")
 
 
 def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -177,8 +177,9 @@ class SoFlowPipeline(DiffusionPipeline):
 
     def _label_tensor(self, labels: Any) -> Tensor:
         """Labels as int64 [n], on the CPU. Raises ValueError."""
+        model = self.flow.network.config
         if labels is None:
-            return torch.tensor([self.flow.network.num_classes])
+            labels = [model.num_classes]
         if isinstance(labels, Tensor | np.ndarray):
             labels = torch.as_tensor(labels)
             if labels.dim() != 1 or labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
@@ -187,6 +188,8 @@ class SoFlowPipeline(DiffusionPipeline):
         numbers = self.get_label_ids(labels)
         if not numbers:
             raise ValueError("class_labels: is empty")
+        if model.num_classes in numbers and not model.null_label:
+            raise ValueError("class_labels must be classes: the network has no null label, it was trained without one")
         return torch.tensor(numbers)
 
     def _check(

@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 
 
+def has_colours(channels: int) -> bool:
+    """Whether samples of so many channels are images that can be shown: grey or colours; others are latents."""
+    return channels in (1, 3)
+
+
 def to_uint8(x: Tensor) -> Tensor:
-    """Images [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] with C 1 or 3; of other channel counts the first three.
-    They stay on their device."""
+    """Images [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], on their device. Raises ValueError unless C is 1 or 3."""
+    if not has_colours(x.shape[1]):
+        raise ValueError(f"{x.shape[1]} channels are no colours")
     x = x.detach().float()
-    x = x if x.shape[1] in (1, 3) else x[:, :3] if x.shape[1] > 3 else x[:, :1]
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

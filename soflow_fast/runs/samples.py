@@ -13,7 +13,7 @@ from ..evaluation import DigitScores, describe, measure_digits
 from ..files import write_file
 from ..sampling import sample
 from ..training.state import TrainState
-from .images import make_grid, npy, png, to_uint8
+from .images import has_colours, make_grid, npy, png, to_uint8
 from .latents.vae import VAE, load_vae
 
 GRID = 100
@@ -49,10 +49,9 @@ class Grids:
         labels = torch.arange(GRID) % max(model.num_classes, 1) if model.num_classes else None
         shape = (GRID, model.in_channels, model.input_size, model.input_size)
         x = sample(self.state.ema, labels, seed=0, shape=shape)
-        if self.space is not None:
-            if self.vae is None:
-                return "npy", npy(x), None
-            x = self.decoded(x)
+        if self.vae is None and (self.space is not None or not has_colours(model.in_channels)):
+            return "npy", npy(x), None
+        x = self.decoded(x)
         grid = make_grid(to_uint8(x).cpu(), columns=10)
         return "png", png(grid), grid
 

@@ -21,13 +21,14 @@ from ..files import OptionalWrites, write_file
 from ..launch import launched
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
+from ..models.official import Start, read_start
 from ..ranks import flow_matching_samples
 from ..training import cpu_precision
 from ..training.consistency_target import resolve_target
 from ..training.cuda_graph import record_graph, why_not_graphed
 from ..training.nonfinite import GIVE_UP
 from ..training.precision import matmul_precision, resolve_device, resolve_precision
-from ..training.state import TrainState
+from ..training.state import TrainState, initial_weights
 from ..training.step import train_step
 from . import checkpoint, run_directory, signals
 from .async_save import Saver
@@ -78,7 +79,13 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         config = fitted(config, source, choices)
         progress.total = config.steps
         run_directory.check(run_dir, config)
-        state = TrainState.build(config, parallel=crew.parallel, weights=initial_weights(config, run_dir))
+        start = beginning(config, run_dir)
+        state = TrainState.build(
+            config,
+            parallel=crew.parallel,
+            weights=start.network if start else None,
+            averages=start.average if start else None,
+        )
         state.data = identity.to_json(found)
         state.set_attention(crew.chosen(resolve_attention(state)))
         mlp = resolve_mlp(state)
@@ -91,7 +98,8 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
             crew.keep_notes(run_dir)
             if chosen:
                 progress.say(chosen)
-            _begin(state, source, run_dir, progress, crew)
+            _begin(state, source, run_dir, progress, crew, start)
+            start = None
             if mlp.said:
                 progress.say(mlp.said)
             grids = Grids(state, found.space, progress.say)
@@ -104,29 +112,47 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         return state
 
 
-def initial_weights(config: Config, run_dir: Path) -> dict[str, Tensor] | None:
-    """The weights that `run.init` names; None: the run's own. A run that goes on has no use for them."""
-    if not config.run.init or checkpoint.list_checkpoints(run_dir):
-        return None
-    if Path(config.run.init).is_file():
-        from ..models.official import load_official
+def beginning(config: Config, run_dir: Path) -> Start | None:
+    """What a run begins with by `run.init` or `run.resume_official`; None: what its seed gives.
 
+    A run that goes on has no use for it. Raises CheckpointError and ConfigError.
+    """
+    run = config.run
+    place = run.init or run.resume_official
+    if run.init_kind != "soflow" and not run.init:
+        raise ConfigError(f"run.init_kind {run.init_kind}: is of --init FILE, which is not given")
+    if not place or checkpoint.list_checkpoints(run_dir):
+        return None
+    flag = "--init" if run.init else "--resume-official"
+    theirs = checkpoint.official_file(Path(place))
+    if theirs is None and run.resume_official:
+        raise CheckpointError(f"{flag} {place}: no file of the authors' trainer")
+    if theirs is not None:
+        kind = None if run.init_kind == "soflow" else run.init_kind
+        initial = None if kind is None else initial_weights(config)
         try:
-            flow = load_official(config.run.init, config.model, **vars(config.flow))
+            start = read_start(str(theirs), config, kind=kind, initial=initial, with_moments=bool(run.resume_official))
         except CheckpointError as error:
-            raise CheckpointError(f"--init {error}") from None
-        return flow.state_dict()
+            raise CheckpointError(f"{flag} {error}") from None
+        if start.step >= config.steps:
+            raise ConfigError(f"{flag} {place}: has made {start.step} steps; --steps {config.steps} is not more")
+        return start
+    if run.init_kind != "soflow":
+        raise ConfigError(f"--init {place}: is a run; run.init_kind {run.init_kind} is of files")
     flow, other = checkpoint.load_with_config(config.run.init)
     for name in ("model", "flow"):
         mine, theirs = getattr(config, name), getattr(other, name)
         changed = [f.name for f in fields(mine) if getattr(mine, f.name) != getattr(theirs, f.name)]
         if changed:
             raise ConfigError(f"--init {config.run.init}: of another network: {name}.{changed[0]} differs")
-    return flow.float().state_dict()  # which may have been given away in half precision
+    weights = flow.float().state_dict()  # which may have been given away in half precision
+    return Start(weights, weights, {})
 
 
-def _begin(state: TrainState, source: Source, run_dir: Path, progress: Progress, crew: Crew) -> None:
-    """Load the newest checkpoint, if there is one, and say what begins."""
+def _begin(
+    state: TrainState, source: Source, run_dir: Path, progress: Progress, crew: Crew, start: Start | None
+) -> None:
+    """Load the newest checkpoint, if there is one, or else what the run begins with, and say what begins."""
     config = state.config
     before = run_directory.configuration(run_dir)
     resumed = checkpoint.resume(run_dir, state, progress.warn)
@@ -142,6 +168,13 @@ def _begin(state: TrainState, source: Source, run_dir: Path, progress: Progress,
             f"{len(source)} images, {config.steps} steps of {config.batch_size}, {state.precision} on "
             f"{_devices(state)}, attention {state.flow.network.blocks[0].attn.backend}{_graph_note(state)}"
         )
+        if start is not None and config.run.resume_official:
+            checkpoint.begin_with(state, start, config.run.resume_official)
+            progress.say(f"going on with {config.run.resume_official} at step {state.step} of {config.steps}")
+            for name in ("lr", "betas", "eps", "weight_decay"):
+                theirs, ours = (start.groups[0].get(name) if start.groups else None), getattr(config.optim, name)
+                if theirs is not None and (tuple(theirs) if name == "betas" else theirs) != ours:
+                    progress.say(f"  {name} was {theirs} there, and is {ours} here")
 
 
 def _devices(state: TrainState) -> str:

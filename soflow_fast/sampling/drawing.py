@@ -171,7 +171,14 @@ def _checked(flow: SolutionFlow, y: Tensor | Sequence[int] | None, nfe: int) -> 
     """The labels as int64, wherever they are. Raises ValueError."""
     if nfe < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe}")
+    if y is None and not has_null_label(flow):
+        raise ValueError("y must be given: the network was trained with a label each, it has no null label")
     return None if y is None else _checked_labels(flow, torch.as_tensor(y))
+
+
+def has_null_label(flow: SolutionFlow) -> bool:
+    """Whether a network can be asked for samples without a label."""
+    return getattr(getattr(flow.network, "config", None), "null_label", True)
 
 
 def _checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
@@ -180,8 +187,10 @@ def _checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
     if labels.dim() != 1 or not whole:
         raise ValueError(f"y must be [B] whole numbers, got {labels.dtype} {list(labels.shape)}")
     classes = getattr(flow.network, "num_classes", None)
-    if classes is not None and labels.numel() and (labels.min() < 0 or labels.max() > classes):
-        known = f"in 0..{classes - 1} ({classes}: the null label)" if classes else "0 or left out: there are no classes"
+    most = (classes or 0) - (not has_null_label(flow))
+    if classes is not None and labels.numel() and (labels.min() < 0 or labels.max() > most):
+        null = f"{classes}: the null label" if most == classes else "there is no null label"
+        known = f"in 0..{classes - 1} ({null})" if classes else "0 or left out: there are no classes"
         raise ValueError(f"y must be {known}, got {int(labels.min())} to {int(labels.max())}")
     return labels.long()
 

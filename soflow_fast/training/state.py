@@ -74,13 +74,15 @@ class TrainState:
         world: int = 1,
         parallel: "Parallel | None" = None,
         weights: Mapping[str, Tensor] | None = None,
+        averages: Mapping[str, Tensor] | None = None,
         resolve_for: torch.device | None = None,
     ) -> "TrainState":
         """Network, EMA and optimiser at step 0, initialised from `config.seed`.
 
         parallel: the ranks of the run, of which this is one; each builds its state at the same time. rank, world:
         without it, of which samples of the whole batch this state learns.
-        weights: the initial weights instead, by the names of `SolutionFlow.state_dict`.
+        weights: the initial weights instead, by the names of `SolutionFlow.state_dict`. averages: those of the EMA,
+        None: the same.
         resolve_for: the device that decides about precision and consistency target; None: the one of the run.
         Raises ConfigError naming a wrong field.
         """
@@ -114,7 +116,7 @@ class TrainState:
         if parallel is not None and sharded:
             check_sharded(config, precision, parallel.world)
 
-        def flow_in(blocks: torch.dtype | None) -> SolutionFlow:
+        def flow_in(blocks: torch.dtype | None, own: Mapping[str, Tensor] | None = None) -> SolutionFlow:
             nonlocal weights
             if parallel is not None and sharded:
                 from .parallel import fill, sharded_flow, whole
@@ -123,14 +125,15 @@ class TrainState:
                 if weights is None:  # drawn part by part: no rank holds them whole
                     made.network.initialize(initialisation(config), whole)
                     weights = made.state_dict()
-                fill(made, weights)
+                fill(made, weights if own is None else own)
                 return made
             if weights is None:
                 weights = initial_weights(config)
-            return filled_flow(config, {name: value.to(device) for name, value in weights.items()})
+            values = weights if own is None else own
+            return filled_flow(config, {name: value.to(device) for name, value in values.items()})
 
         # What is drawn is read for the others before anything is rounded or trained.
-        flow, ema = flow_in(low), flow_in(None).requires_grad_(False).eval()
+        flow, ema = flow_in(low), flow_in(None, averages).requires_grad_(False).eval()
         blocks = low if target.rounds_weights else None  # then half as much is gathered
         teacher = None if target.teacher == "student" else flow_in(blocks).requires_grad_(False).eval()
         masters: list[Tensor | None] = [None] * sum(1 for _ in flow.parameters())
@@ -148,8 +151,8 @@ class TrainState:
         if config.run.compile:
             for network in (flow.network, *([teacher.network] if teacher else [])):
                 network.compile_blocks()
-        averages = [average.network for average in (ema, teacher) if average is not None]
-        optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, masters, averages)
+        averaged = [average.network for average in (ema, teacher) if average is not None]
+        optimizer = build_optimizer(config.run.optimizer, config.optim, flow.network, masters, averaged)
         engine = None
         if parallel is not None:
             from .parallel import Replicated, Sharded

@@ -230,9 +230,10 @@ def _check_batch(state: TrainState, x0: Tensor, y: Tensor | None) -> None:
         return
     if y.dtype != torch.int64 or y.shape != x0.shape[:1]:
         raise ValueError(f"y must be int64 [{len(x0)}], got {y.dtype} {list(y.shape)}")
+    most = model.num_classes - (not model.null_label)
     # Labels on a GPU are not looked at: that would wait for it.
-    if not on_gpu(y) and model.num_classes and (int(y.min()) < 0 or int(y.max()) > model.num_classes):
-        raise ValueError(f"y must be labels in 0..{model.num_classes}, got {int(y.min())} to {int(y.max())}")
+    if not on_gpu(y) and model.num_classes and (int(y.min()) < 0 or int(y.max()) > most):
+        raise ValueError(f"y must be labels in 0..{most}, got {int(y.min())} to {int(y.max())}")
 
 
 def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) -> tuple[Tensor | None, int]:

@@ -39,6 +39,7 @@ OUT_OF_RANGE = {
     "--on-nonfinite": ["ignore", ""],
     "--data": ["nowhere", "x" * 300],
     "--init": ["nowhere", "/dev/null"],
+    "--resume-official": ["nowhere", "/dev/null"],
     "--run-dir": ["/dev/null", "/dev/null/run", "x" * 300],
 }
 SWITCHES = {"compile", "cuda_graph", "resize", "skip_bad"}
@@ -119,7 +120,7 @@ WRONG = [
     ("train", ["--run-dir", "full"], ["--run-dir full", "neither empty nor a run"]),
     ("train", ["--set", "run.run_dir=full"], ["--run-dir full"]),
     ("sample", ["nowhere", "--out", "out"], ["nowhere", "no such run"]),
-    ("sample", ["junk", "--out", "out"], ["junk", "no checkpoint"]),
+    ("sample", ["junk", "--out", "out"], ["junk", "not a checkpoint"]),
     ("sample", ["full", "--out", "out"], ["full", "no checkpoint"]),
     ("sample", ["full"], ["--out"]),
     ("sample", ["--out", "out"], ["RUN"]),

@@ -151,6 +151,7 @@ OUT_OF_RANGE = {
     "model.num_heads": 7,
     "model.mlp_ratio": 0,
     "model.num_classes": -1,
+    "model.null_label": False,  # with labels that are dropped
     "flow.path": "straight",
     "flow.coefficients": "eulre",
     "objective.guidance_scale": 0.5,
@@ -177,6 +178,7 @@ OUT_OF_RANGE = {
     "optim.grad_clip": -1,
     "optim.ema_decay": 1,
     "data.kind": "image",
+    "run.init_kind": "unet",
     "run.workers": -2,
     "run.log_every": 0,
     "run.sample_every": -1,
@@ -210,6 +212,7 @@ FREE = {
         "data.resize",
         "data.skip_bad",
         "run.init",
+        "run.resume_official",
         "run.run_dir",
         "run.device",
         "optim.ema_warmup",
@@ -254,7 +257,7 @@ def test_every_field_has_its_range_tested() -> None:
 
 def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
     choices = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
-    assert len(choices) == 17
+    assert len(choices) == 18
     for name, allowed in choices.items():
         for value in allowed:
             validate(override(Config(), {name: value}))

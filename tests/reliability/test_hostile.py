@@ -323,5 +323,5 @@ def test_weights_that_unpack_to_much_more_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"packed\.pt: not a checkpoint of plain weights \(its parts are comp"):
         load_official(packed)
     torch.save({"network.x_embedder.proj.weight": torch.zeros(1).expand(2**20, 2**20)}, plain)
-    with pytest.raises(CheckpointError, match=r"proj\.weight is larger than what is stored"):
+    with pytest.raises(CheckpointError, match=r"plain\.pt: .*a tensor is larger than what is stored"):
         load_official(plain)

@@ -234,7 +234,7 @@ def test_nothing_to_load_is_said(tmp_path: Path) -> None:
     for place, message in (
         (tmp_path / "nowhere", "no such run"),
         (tmp_path, "no checkpoint"),
-        (tmp_path / "file", "no check"),
+        (tmp_path / "file", "not a checkpoint"),
     ):
         with pytest.raises(CheckpointError, match=message) as error:
             load(place)

@@ -12,7 +12,10 @@ from soflow_fast.runs.images import make_grid, png, to_uint8
 def test_images_become_bytes() -> None:
     x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 1, 5)
     assert to_uint8(x).flatten().tolist() == [0, 0, 128, 255, 255]
-    assert [to_uint8(torch.zeros(2, c, 4, 4)).shape[3] for c in (1, 2, 3, 4)] == [1, 1, 3, 3]
+    assert [to_uint8(torch.zeros(2, c, 4, 4)).shape[3] for c in (1, 3)] == [1, 3]
+    for c in (2, 4):
+        with pytest.raises(ValueError, match=f"{c} channels are no colours"):
+            to_uint8(torch.zeros(2, c, 4, 4))
     channels = torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1)
     assert to_uint8(channels).shape == (1, 1, 1, 3)
     assert to_uint8(channels).flatten().tolist() == [0, 128, 255]

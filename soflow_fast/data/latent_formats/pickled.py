@@ -32,6 +32,14 @@ class Call:
     arguments: Any
     state: Any = None
     """What would be put into the result."""
+    of_class: bool = False
+    """Whether it makes an object of a class without calling anything else, by `__new__`."""
+
+
+class Stored(NamedTuple):
+    """What lies beside the pickle, by what the program that wrote it calls it."""
+
+    key: Any
 
 
 NUMBERS: dict[int, str] = {ord("J"): "<i", ord("K"): "<B", ord("M"): "<H", ord("G"): ">d"}
@@ -47,13 +55,17 @@ CONSTANTS: dict[int, Callable[[], Any]] = {
     ord("}"): dict,
 }
 TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
-MARK = object()
+DICTS = (Name("collections", "OrderedDict"), Name("collections", "defaultdict"), Name("collections", "Counter"))
+"""Kinds of dict that are read as dicts."""
 
 
-def described(content: bytes | memoryview) -> Any:
-    """What a pickle holds. Raises ValueError for one that is damaged, or uses what is not needed for numbers."""
+def described(content: bytes | memoryview, most: int = MOST) -> Any:
+    """What a pickle of at most `most` instructions holds.
+
+    Raises ValueError for one that is damaged, or uses what is not needed for numbers.
+    """
     try:
-        return _Reader(memoryview(content)).result()
+        return _Reader(memoryview(content)).result(most)
     except (IndexError, struct.error, TypeError, KeyError, UnicodeDecodeError, AttributeError, RecursionError):
         raise ValueError("is a damaged pickle") from None
 
@@ -62,10 +74,11 @@ class _Reader:
     def __init__(self, content: memoryview) -> None:
         self._content, self._at = content, 0
         self._stack: list[Any] = []
+        self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
-    def result(self) -> Any:
-        for _ in range(MOST):
+    def result(self, most: int) -> Any:
+        for _ in range(most):
             code = self._take(1)[0]
             if code == ord("."):
                 return self._stack.pop()
@@ -89,8 +102,8 @@ class _Reader:
         return line.decode()
 
     def _since_mark(self) -> list[Any]:
-        at = max(i for i, value in enumerate(self._stack) if value is MARK)
-        values = self._stack[at + 1 :]
+        at = self._marks.pop()
+        values = self._stack[at:]
         del self._stack[at:]
         return values
 
@@ -115,7 +128,7 @@ class _Reader:
         elif code == 0x95:  # a frame, which is for readers of streams
             self._take(8)
         elif code == ord("("):
-            stack.append(MARK)
+            self._marks.append(len(stack))
         elif code == ord("t"):
             stack.append(tuple(self._since_mark()))
         elif code in b"qr\x94":
@@ -136,23 +149,31 @@ class _Reader:
             stack.append(Name(_is(module, str), _is(name, str)))
         elif code == ord("R"):
             arguments, function = stack.pop(), stack.pop()
-            call = Call(function, arguments)
-            content = _bytes(call)
-            stack.append(call if content is None else content)
+            stack.append(_known(Call(function, arguments)))
+        elif code == 0x81:
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(Call(function, arguments, of_class=True))
+        elif code == ord("Q"):
+            stack.append(Stored(stack.pop()))
         elif code == ord("b"):
             state = stack.pop()
-            _is(stack[-1], Call).state = state
+            if not isinstance(stack[-1], dict):  # attributes of a kind of dict are no content
+                _is(stack[-1], Call).state = state
         else:
             raise ValueError(f"is a pickle with the instruction {code:#04x}, which numbers do not need")
 
 
-def _bytes(call: Call) -> bytes | None:
-    """The bytes that a call stands for in version 2, which has no instruction for them; None: it is another."""
-    if call == Call(Name("__builtin__", "bytes"), ()):
+def _known(call: Call) -> Any:
+    """What a call stands for: bytes in version 2, which has no instruction for them, or a kind of dict; else itself."""
+    function, arguments = call.function, _is(call.arguments, tuple)
+    if function == Name("__builtin__", "bytes") and not arguments:
         return b""
-    if call.function == Name("_codecs", "encode") and len(call.arguments) == 2 and call.arguments[1] == "latin1":
-        return _is(call.arguments[0], str).encode("latin1")
-    return None
+    if function == Name("_codecs", "encode") and len(arguments) == 2 and arguments[1] == "latin1":
+        return _is(arguments[0], str).encode("latin1")
+    if function in DICTS:
+        given = arguments[-1] if arguments else None
+        return dict(given) if isinstance(given, dict | list) else {}
+    return call
 
 
 def _is(value: Any, kind: type) -> Any:

@@ -24,9 +24,11 @@ from ...data.identity import Identity
 from ...errors import CheckpointError, Diverged, printable
 from ...files import remove, set_aside
 from ...flow import SolutionFlow
+from ...models.official import Start
 from ...training.state import TrainState, build_flow
 from . import origin, published
 from .folder import MANIFEST, directory, list_checkpoints, remove_checkpoint, save_tensors, whole_directory
+from .foreign import load_official_run, official_file
 from .reading import (
     DATA,
     FORMAT,
@@ -55,12 +57,17 @@ __all__ = [
     "FORMAT",
     "LaterFormat",
     "Snapshot",
+    "Whole",
+    "begin_with",
     "directory",
     "export",
     "list_checkpoints",
     "load",
+    "load_whole",
     "load_with_config",
     "load_with_data",
+    "of_newest",
+    "official_file",
     "read_verified",
     "restore",
     "resume",
@@ -84,6 +91,19 @@ class Snapshot:
     """Content by file name."""
     tensors: dict[str, dict[str, Tensor]]
     """Tensors by file name and by their name in it."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A checkpoint in host memory; of an exported directory the averaged weights are both."""
+
+    config: Config
+    data: Identity | None
+    step: int
+    network: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    """"step", "exp_avg" and "exp_avg_sq" by the name of the parameter."""
 
 
 def snapshot(state: TrainState) -> "Snapshot | Parts":
@@ -173,9 +193,10 @@ def write(
     return final
 
 
-def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike) -> Path:
+def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike, data: Identity | None = None) -> Path:
     """Write the weights of `flow` and its configuration to a directory that `load` reads.
 
+    data: what it was trained on, for the names of classes and for the VAE of latents.
     Raises ValueError if they do not belong together or the directory exists already.
     """
     wanted = {name: value.shape for name, value in build_flow(config).state_dict().items()}
@@ -187,6 +208,8 @@ def export(flow: SolutionFlow, config: Config, folder: str | os.PathLike) -> Pat
         raise ValueError(f"folder {folder} exists already")
     with whole_directory(Path(folder)) as temporary:
         (temporary / "config.json").write_text(to_json(config))
+        if data is not None:
+            (temporary / DATA).write_text(identity.to_json(data))
         weights = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
         save_tensors(weights, temporary / "ema.safetensors")
     return Path(folder)
@@ -260,27 +283,46 @@ def restore(folder: Path, state: TrainState) -> None:
 
     together(parallel, verify)
     together(parallel, take)
+    counts = read_counts(folder, read)
+    _put(state, found, entries, str(folder))
+    state.step = counts["step"]
+    state.guard.restore(counts["skipped"], counts["in_row"])
+
+
+def begin_with(state: TrainState, start: Start, where: str) -> None:
+    """Put the weights, averages, moments and step of somebody's training into `state`, a teacher apart; all ranks of a
+    run do so. where: the file that they are of, for CheckpointError."""
+    numbers = enumerate(name for name, _ in state.flow.named_parameters())
+    entries = {number: dict(start.moments[name]) for number, name in numbers if start.moments}
+    _put(state, {"network": start.network, "ema": start.average}, entries, where)
+    state.step = start.step
+
+
+def _put(
+    state: TrainState, found: dict[str, dict[str, Tensor]], entries: dict[int, dict[str, Tensor]], where: str
+) -> None:
+    """Set the weights of a state, by kind and name, and its optimiser's entries, by the number of the parameter."""
+    parallel = state.parallel
     if parallel is not None:
         from .sharded import placed
 
-        mesh, parameters = parallel.host_mesh, [*state.flow.parameters()]
-        for kind, expected in _expected(state).items():
-            found[kind] = {name: placed(value, expected[name], mesh) for name, value in found[kind].items()}
+        mesh, parameters, all_expected = parallel.host_mesh, [*state.flow.parameters()], _expected(state)
+        for kind, tensors in found.items():
+            if kind in all_expected:
+                expected = all_expected[kind]
+                found[kind] = {name: placed(value, expected[name], mesh) for name, value in tensors.items()}
         for index, entry in entries.items():
             moments = {name: placed(value, parameters[index], mesh) for name, value in entry.items() if name != "step"}
             entries[index] = entry | moments
     state.ema.load_state_dict(found["ema"])
-    if state.teacher is not None:
+    if state.teacher is not None and "teacher" in found:
         state.teacher.load_state_dict(found["teacher"])
     groups = state.optimizer.state_dict()["param_groups"]
     try:
         state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: optimiser of another model: {error}") from None
+        raise CheckpointError(f"{where}: optimiser of another model: {error}") from None
     state.load_weights(found["network"])  # after the optimiser, whose masters they are
-    counts = read_counts(folder, read)
-    state.step = counts["step"]
-    state.guard.restore(counts["skipped"], counts["in_row"])
 
 
 def _check_belongs(folder: Path, files: dict[str, bytes], state: TrainState) -> None:
@@ -312,14 +354,14 @@ def _tensors_like(folder: Path, files: dict[str, bytes], state: TrainState) -> d
     if not shards.holds("optimizer") and not read_counts(folder, files)["step"]:
         moments = {}
     else:
-        moments = {"optimizer": _moments(state)}
+        moments = {"optimizer": _moments(state.flow)}
     return {"optimizer": {}} | shards.read(expected | moments, None if parallel is None else parallel.host_mesh)
 
 
-def _moments(state: TrainState) -> dict[str, Tensor]:
+def _moments(flow: SolutionFlow) -> dict[str, Tensor]:
     """Tensors of the shapes that the optimiser's state has once a step is made, by their names in a checkpoint."""
     found: dict[str, Tensor] = {}
-    for index, p in enumerate(state.flow.parameters()):
+    for index, p in enumerate(flow.parameters()):
         moment = p.detach() if p.dtype == torch.float32 else torch.empty(p.shape, device="meta")
         found |= {f"{index}.exp_avg": moment, f"{index}.exp_avg_sq": moment}
         found[f"{index}.step"] = torch.empty((), device="meta")
@@ -327,8 +369,8 @@ def _moments(state: TrainState) -> dict[str, Tensor]:
 
 
 def load(source: str | os.PathLike, device: str | torch.device = "cpu") -> SolutionFlow:
-    """The EMA weights of a run's newest whole checkpoint or of one checkpoint, or those of a directory that `export` or
-    `save_pretrained` has written.
+    """The EMA weights of a run's newest whole checkpoint or of one checkpoint, those of a directory that `export` or
+    `save_pretrained` has written, or of a file or working directory of the authors' trainer.
 
     Returns a SolutionFlow in eval mode, without gradients. Raises CheckpointError if there is
     nothing to load or it is damaged; of a run, damaged checkpoints are passed over with a warning on stderr.
@@ -348,17 +390,30 @@ def load_with_data(
     path = Path(source)
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint")
+    theirs = official_file(path)
+    if theirs is not None:
+        flow, config, data = load_official_run(theirs)
+        flow.origin = origin.Origin(config, data)
+        return flow.to(device).requires_grad_(False), config, data
     if (place := published.find(path)) is not None:
         flow, config, data = published.read(place)
         return flow.to(device).eval().requires_grad_(False), config, data
+    return of_newest(path, lambda folder: _load_one(folder, device))
+
+
+def of_newest(path: Path, use: Callable[[Path], T]) -> T:
+    """The result of `use` on a checkpoint or exported directory, or on the newest checkpoint of a run that it accepts.
+
+    Raises CheckpointError if there is none; damaged ones are passed over with a warning on stderr.
+    """
     if (path / MANIFEST).exists():
-        return _load_one(path, device)
+        return use(path)
     while True:
         found = list_checkpoints(path)
         if not found:
             raise CheckpointError(f"{path}: holds no checkpoint")
         try:
-            return _newest_usable(found, lambda folder: _load_one(folder, device), _warn)
+            return _newest_usable(found, use, _warn)
         except CheckpointError:
             if all(folder.is_dir() for folder in found):
                 raise
@@ -381,6 +436,46 @@ def _load_one(folder: Path, device: str | torch.device) -> tuple[SolutionFlow, C
     step = read_counts(folder, files)["step"] if "state.json" in files else None
     flow.origin = origin.of_checkpoint(folder, config, data, step)
     return flow.to(device).eval().requires_grad_(False), config, data
+
+
+def load_whole(source: str | os.PathLike) -> Whole:
+    """All of a run's newest whole checkpoint, or of one checkpoint, in host memory; of a directory that `export` or
+    `save_pretrained` has written what it has. Raises CheckpointError as `load` does."""
+    path = Path(source)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run or checkpoint")
+    if (place := published.find(path)) is not None:
+        flow, config, data = published.read(place)
+        weights = flow.float().state_dict()
+        return Whole(config, data, 0, weights, weights, {})
+    return of_newest(path, _load_whole)
+
+
+def _load_whole(folder: Path) -> Whole:
+    files = read_verified(folder)
+    config = read_config(folder, files)
+    flow = build_flow(config)
+    expected = flow.state_dict()
+    begun = "state.json" in files
+    step = read_counts(folder, files)["step"] if begun else 0
+    kinds = ("network", "ema", "optimizer") if begun else ("ema",)
+    if is_sharded(folder, files):
+        from .sharded import Shards
+
+        shards = Shards(folder)
+        moments = {"optimizer": _moments(flow)} if step or shards.holds("optimizer") else {}
+        found = {"optimizer": {}} | shards.read({"network": expected, "ema": expected} | moments)
+    else:
+        found = {kind: tensors_of(folder, files, f"{kind}.safetensors") for kind in kinds}
+    ema, network = found["ema"], found.get("network", found["ema"])
+    for weights in (ema, network):
+        check_weights(expected, weights, folder)
+    entries = {}
+    if begun:
+        entries = optimizer_entries(found["optimizer"], [*flow.parameters()], folder, begun=step > 0)
+    names = [name for name, _ in flow.named_parameters()]
+    by_name = {names[index]: entry for index, entry in entries.items()}
+    return Whole(config, read_identity(folder, files), step, network, ema, by_name)
 
 
 def read_verified(folder: Path, part: int = 0, parts: int = 1) -> dict[str, bytes]:

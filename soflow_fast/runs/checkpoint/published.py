@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...config.schema import Config, DataConfig, DiTConfig, from_dict, to_dict
+from ...config.schema import Config, DataConfig, DiTConfig, ObjectiveConfig, from_dict, to_dict
 from ...config.validation import validate
 from ...data import identity
 from ...data.identity import Identity
@@ -136,5 +136,7 @@ def _configuration(values: dict[str, Any]) -> Config:
     if origin is None:
         config = from_dict(given, Config(preset="", data=DataConfig(kind="images")))
         latent = config.model.in_channels not in (1, 3)  # which are no colours
+        if not config.model.null_label:
+            config = replace(config, objective=ObjectiveConfig(guidance_scale=1, label_drop=0))
         return validate(replace(config, data=DataConfig(kind="latents")) if latent else config)
     return validate(from_dict(given, origin.config))
