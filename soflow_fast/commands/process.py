@@ -100,6 +100,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except OSError:  # output to a full disk: Python would try again at exit, and complain
         _drop(sys.stdout)
     speak()
+    signals.expect_echoes(False)
     if at_once:
         # At a usual exit Python would end a thread in the midst of foreign code, and the exit code would be another.
         os._exit(code)

@@ -45,11 +45,11 @@ def forget() -> None:
     _echoes = False
 
 
-def expect_echoes() -> None:
+def expect_echoes(come: bool = True) -> None:
     """From now on a signal that comes again within seconds counts once: torchrun and srun forward to their processes
-    what a terminal or Slurm has sent to those as well."""
+    what a terminal or Slurm has sent to those as well. come: False: no longer."""
     global _echoes
-    _echoes = True
+    _echoes = come
 
 
 def _is_echo(signum: int) -> bool:

@@ -17,7 +17,7 @@ from soflow_fast import load, sample
 from soflow_fast import train as train_command
 from soflow_fast.config.presets import preset
 from soflow_fast.errors import ConfigError, Interrupted
-from soflow_fast.runs import checkpoint, images
+from soflow_fast.runs import checkpoint, images, signals
 from soflow_fast.sampling import Drawing
 from soflow_fast.training import precision
 from soflow_fast.training.state import build_flow
@@ -206,6 +206,24 @@ def test_several_processes_are_refused_by_the_first(
     monkeypatch.setenv("RANK", "0")
     alone = call(module, *given)
     assert alone.code == 2 and alone.err and "every GPU" not in alone.err
+
+
+def test_a_rank_that_is_refused_leaves_signals_as_they_were(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each counts, though one that comes again counts once among ranks."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    before = signal.getsignal(signal.SIGTERM)
+    came: list[int] = []
+    try:
+        assert call("train", "--env").code == 2
+        signals.watch(came.append)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        assert came == [signal.SIGTERM] * 2
+    finally:
+        signals.forget()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_of_several_processes_one_says_that_they_are_refused(
