@@ -95,6 +95,7 @@ def test_ranks_that_end_well_print_what_one_does(end: Any) -> None:
         ({"rank": None, "what": "each"}, 2, rf"rank (\d) {HOST}: --data x: shard \1 is not there"),
         ({"rank": None, "what": "alike"}, 2, "--data x: is not there"),
         ({"rank": None, "what": "arguments"}, 2, "--steps 0: must be positive"),
+        ({"rank": 1, "what": "arguments"}, 2, rf"rank 1 {HOST}: --steps 0: must be positive"),
         ({"rank": None, "what": "diverge"}, 1, "loss not finite at step 3"),
     ],
     ids=lambda value: value.get("what") if isinstance(value, dict) else "",
@@ -198,12 +199,14 @@ def test_a_signal_before_the_first_step_ends_all(end: Any) -> None:
     assert done.lines == ["soflow: stopped before the first step; the same command begins where this one did"]
 
 
-def test_a_rank_that_waits_for_the_others_hears_a_signal(started: Any, until: Any, tmp_path: Path) -> None:
-    alone = started.ranks(2, tmp_path, rank=1, step=0, what="arguments", seconds=0)[0]
-    time.sleep(1)
-    alone.kill(signal.SIGTERM)
-    assert alone.wait() == 143
-    assert alone.output.read_text() == "soflow: interrupted\n"
+def test_a_signal_to_a_rank_that_waits_for_the_others_ends_those_that_come_later(end: Any) -> None:
+    def stop(ranks: list[Any]) -> None:
+        time.sleep(1)
+        ranks[0].kill(signal.SIGTERM)
+
+    done = end(act=stop, rank=1, step=0, what="late", seconds=2)
+    assert done.codes == [143, 143]
+    assert done.text == "soflow: interrupted\n"
 
 
 @pytest.mark.slow

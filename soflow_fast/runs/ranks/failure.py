@@ -1,5 +1,6 @@
 """Why a run of several ranks ends, and whether an error is its cause or follows from another rank's."""
 
+import hashlib
 import json
 import re
 import traceback
@@ -35,6 +36,10 @@ class Failure:
             return self.text
         anonymous = common or self.kind == "all"
         return "error: " + (self.text if anonymous else named(self.text, self.rank, self.host))
+
+    def alike(self) -> str:
+        """The key under which ranks count that fail with the same text."""
+        return "alike/" + hashlib.sha256(self.text.encode()).hexdigest()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
