@@ -9,13 +9,11 @@ never returns. A second thread ends it where the first one gets no answer from t
 import os
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ...errors import ConfigError
@@ -24,6 +22,7 @@ from .. import signals
 from .failure import Failure, from_json, kind_of
 from .judge import Beat, Judge, Limits
 from .meeting import Ended, Meeting
+from .place import place
 
 End = Callable[[str, int, Callable[[], None]], NoReturn]
 """Prints a line on stderr, if it is not empty, calls a function, and ends the process with an exit code, from any
@@ -209,21 +208,13 @@ class Watch:
             self._marked = (self._marks, self._clock)
         self._count += 1
         self._rounds += 1
-        where, waits = self._where() if self._clock - self._marked[1] > 2 * self._limits.period else ("", False)
+        where, waits = place() if self._clock - self._marked[1] > 2 * self._limits.period else ("", False)
         beat = Beat(
             *(self._count, self._launch.host, self.step, self._phase, self._marks),
             *(statistics.median(list(self._seconds) or [0.0]), where, waits, self._is_lost(), self._leaves),
             self._judge.spare(),
         )
         self._store.set(f"beat/{self._launch.rank}", beat.to_json())
-
-    def _where(self) -> tuple[str, bool]:
-        """The line that the main thread is at, and whether it is one that waits for other ranks."""
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        if frame is None:
-            return "", False
-        code = frame.f_code
-        return f"{Path(code.co_filename).name}:{frame.f_lineno}", "/torch/distributed/" in code.co_filename
 
     def _is_lost(self) -> bool:
         return self._failure is not None and self._failure.kind == "lost"
@@ -308,11 +299,11 @@ class Watch:
             failure = from_json(self._verdict)
             own = failure.rank == self._launch.rank
             self._end_with(failure.line() if own else "", failure.code)
-        place = f"{self._launch.address}:{self._launch.port}"
+        where = f"{self._launch.address}:{self._launch.port}"
         if self._of_torchrun or self._launch.rank == 0:
             reason = (reason.strip().splitlines() or [""])[0]
             mine = self._launch.rank, self._launch.host
-            failure = Failure(*mine, f"lost the store at {place}: {reason}", 1, "judged")
+            failure = Failure(*mine, f"lost the store at {where}: {reason}", 1, "judged")
         else:
             failure = self._judge.dead([0], self.step)
         self._end_with(failure.line() if self._speaks() else "", 1)
