@@ -8,13 +8,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...errors import Diverged, ElsewhereError, Interrupted, UserError
+from ...errors import (
+    Diverged,
+    ElsewhereError,
+    ElsewhereOSError,
+    ElsewhereStorageError,
+    Interrupted,
+    UserError,
+)
 
 PACKAGE = Path(__file__).resolve().parents[2]
 OF_CONNECTIONS = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|process group|Socket|collective", re.IGNORECASE
 )
 """In the RuntimeErrors that torch raises where another rank has gone."""
+
+SECOND_HAND = (ElsewhereError, ElsewhereOSError, ElsewhereStorageError)
+"""Errors of another rank, which is to tell them."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,8 @@ class Failure:
     code: int
     """Of all processes."""
     kind: Literal["error", "signal", "lost", "judged", "all"]
-    """error: raised by that rank; lost: it lost another; judged: what others saw of it; all: nobody is to blame."""
+    """error: raised by that rank; lost: it lost another, or was told by it; judged: what others saw of it; all: nobody
+    is to blame."""
 
     def line(self, common: bool = False) -> str:
         """What is printed once. common: all ranks failed with this text, as one process would."""
@@ -66,7 +77,7 @@ def kind_of(error: BaseException) -> Literal["error", "signal", "lost"]:
         return "signal"
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # its name costs no import of torch
     by_text = isinstance(error, RuntimeError) and OF_CONNECTIONS.search(str(error))
-    return "lost" if of_torch or by_text or isinstance(error, ElsewhereError) else "error"
+    return "lost" if of_torch or by_text or isinstance(error, SECOND_HAND) else "error"
 
 
 def described(error: BaseException) -> str:
