@@ -37,7 +37,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     at_once = begun = ending = False
     place: Launch | None = None
     fault: BaseException | None = None
-    line = ""
+    line = kept = ""
 
     def stop(signum: int) -> None:
         if ending and place:  # torchrun ends the others where one has ended; its line and code are on their way
@@ -87,11 +87,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         elif place:
             code, line, fault = 1, described(error), error
             if kind_of(error) == "error":
-                of_rank(place.rank).note("".join(traceback.format_exception(error)))
+                notes = of_rank(place.rank)
+                notes.note("".join(traceback.format_exception(error)))
+                kept = notes.kept_apart()
         else:
             raise
     if fault and place:
-        line = _said_of_many(place, fault, line, code)
+        line = _said_of_many(place, fault, line, code, kept)
         at_once = at_once or isinstance(fault, Interrupted)  # a thread may still wait for the others to come
     elif fault and not isinstance(fault, Interrupted) and line:
         line = f"error: {line}"
@@ -167,7 +169,7 @@ def _end(stderr: TextIO, line: str, code: int, told: Callable[[], None]) -> NoRe
         os._exit(code)
 
 
-def _said_of_many(place: Launch, error: BaseException, text: str, code: int) -> str:
+def _said_of_many(place: Launch, error: BaseException, text: str, code: int, kept: str) -> str:
     """End all ranks for an error of this one, which does not return, before they have left each other.
 
     After that, and of commands whose processes do not meet, returns the line that this rank prints.
@@ -179,13 +181,14 @@ def _said_of_many(place: Launch, error: BaseException, text: str, code: int) -> 
         with suppress(OSError):
             sys.stdout.flush()
     if ranks and ranks.running:
-        ranks.failed(error, text, code)
+        ranks.failed(error, text, code, kept)
     if early:
-        watch.failed_early(place, error, text, code)
+        watch.failed_early(place, error, text, code, kept)
     if not text or isinstance(error, ElsewhereError):
         return ""
     if isinstance(error, Interrupted):
         return "" if place.rank else text
+    text += f"; its traceback is in {kept}" if kept else ""
     if place.rank == 0:
         return f"error: {text}"
     line = named(text, place.rank, place.host)

@@ -109,6 +109,15 @@ def test_an_error_is_told_once(end: Any, fault: dict[str, Any], code: int, line:
         assert 'raise KeyError("pixels")' in done.noted(1) and not done.noted(0)
 
 
+def test_a_traceback_that_comes_before_the_run_directory_is_kept(end: Any) -> None:
+    done = end(rank=1, what="early")
+    assert done.codes == [1, 1]
+    found = re.fullmatch(
+        rf"soflow: error: rank 1 {HOST}: KeyError: 'pixels' .*; its traceback is in (\S+)", done.text[:-1]
+    )
+    assert found and 'raise KeyError("pixels")' in Path(found[1]).read_text()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_ends_all(end: Any, rank: int) -> None:
     """Rank 0 takes the store with it."""

@@ -40,13 +40,16 @@ class Failure:
     kind: Literal["error", "signal", "lost", "judged", "all"]
     """error: raised by that rank; lost: it lost another, or was told by it; judged: what others saw of it; all: nobody
     is to blame."""
+    kept: str = ""
+    """A file with the traceback, where there is no run directory yet."""
 
     def line(self, common: bool = False) -> str:
         """What is printed once. common: all ranks failed with this text, as one process would."""
         if self.kind == "signal" or not self.text:
             return self.text
         anonymous = common or self.kind == "all"
-        return "error: " + (self.text if anonymous else named(self.text, self.rank, self.host))
+        text = self.text if anonymous else named(self.text, self.rank, self.host)
+        return f"error: {text}" + (f"; its traceback is in {self.kept}" if self.kept else "")
 
     def alike(self) -> str:
         """The key under which ranks count that fail with the same text."""

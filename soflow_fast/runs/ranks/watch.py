@@ -76,13 +76,14 @@ def watched(launch: Launch | None, hang_seconds: float = 0, limits: Limits | Non
     watch.leave()
 
 
-def failed_early(launch: Launch, error: BaseException, text: str, code: int) -> NoReturn:
-    """End all ranks, and this process, for an error of this one before they have met. text: one line."""
+def failed_early(launch: Launch, error: BaseException, text: str, code: int, kept: str = "") -> NoReturn:
+    """End all ranks, and this process, for an error of this one before they have met. text: one line; kept: the name
+    of a file with its traceback."""
     assert _end is not None
     meeting = _meeting or Meeting(launch, Limits())
-    line = meeting.leave_word(Failure(launch.rank, launch.host, text, code, kind_of(error)))
+    line = meeting.leave_word(Failure(launch.rank, launch.host, text, code, kind_of(error), kept))
     if line is None:  # all have met meanwhile
-        Watch(launch, meeting.store, 0, meeting.limits, _end).failed(error, text, code)
+        Watch(launch, meeting.store, 0, meeting.limits, _end).failed(error, text, code, kept)
     _end(line, code, meeting.linger)
 
 
@@ -152,10 +153,10 @@ class Watch:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def failed(self, error: BaseException, text: str, code: int) -> NoReturn:
+    def failed(self, error: BaseException, text: str, code: int, kept: str = "") -> NoReturn:
         """End all ranks, and this process, for an error of this one, unless another rank's was first. text: one line;
-        empty: print nothing."""
-        self._failure = Failure(self._launch.rank, self._launch.host, text, code, kind_of(error))
+        empty: print nothing. kept: the name of a file with its traceback."""
+        self._failure = Failure(self._launch.rank, self._launch.host, text, code, kind_of(error), kept)
         self._wake.set()
         self._over.wait(3 * self._limits.silence + self._limits.agreement)
         self._end_with(self._failure.line(), code)  # the thread is not there any more

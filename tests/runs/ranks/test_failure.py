@@ -51,6 +51,9 @@ def test_a_failure_in_a_line() -> None:
     assert from_json(failure.to_json()) == failure
     assert failure.line() == "error: rank 3 (gpu07): --data x: is gone"
     assert failure.line(common=True) == "error: --data x: is gone"
+    kept = Failure(3, "gpu07", "KeyError: 'x'", 1, "error", "/w/soflow-rank-3-77.txt")
+    assert kept.line() == "error: rank 3 (gpu07): KeyError: 'x'; its traceback is in /w/soflow-rank-3-77.txt"
+    assert kept.alike() == Failure(2, "gpu07", "KeyError: 'x'", 1, "error", "/w/soflow-rank-2-76.txt").alike()
     assert Failure(3, "", "x", 2, "error").line() == "error: rank 3: x"
     told = Failure(3, "gpu07", "cannot save: rank 1 (gpu07): No space left on device", 2, "error")
     assert told.line() == "error: cannot save: rank 1 (gpu07): No space left on device"
