@@ -45,6 +45,14 @@ class ElsewhereError(Exception):
         self.exit_code = exit_code
 
 
+class ElsewhereOSError(OSError):
+    """What the disk of another rank has refused, which tells it itself."""
+
+
+class ElsewhereStorageError(StorageError):
+    """An ElsewhereOSError, for the user."""
+
+
 class Interrupted(BaseException):
     """SIGINT, SIGTERM or SIGHUP, after whatever had to be saved was saved. Exit code 130, 143 or 129.
 
@@ -83,7 +91,8 @@ def storage(what: str) -> Iterator[None]:
 def storage_error(error: OSError, what: str) -> StorageError:
     """`error` as a StorageError that says what was being done and to which file."""
     name = f": {error.filename}" if error.filename else ""
-    return StorageError(f"{what}{name}: {error.strerror or error}")
+    kind = ElsewhereStorageError if isinstance(error, ElsewhereOSError) else StorageError
+    return kind(f"{what}{name}: {error.strerror or error}")
 
 
 def printable(text: str) -> str:

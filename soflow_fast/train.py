@@ -153,8 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
 
         print(dry_run(config, values.gpu, choices))
     else:
-        from .runs.trainer import train
-
+        with process.held():
+            from .runs.trainer import train
         train(config, choices)
 
 

@@ -7,8 +7,8 @@ import signal
 import stat
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NoReturn, TextIO
 
@@ -19,6 +19,7 @@ from ..runs.ranks import watch
 from ..runs.ranks.failure import described, kind_of, named
 from ..runs.ranks.notes import of_rank
 
+_held = _alone = False
 STORAGE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
@@ -36,16 +37,18 @@ def run(main: Callable[[], None]) -> NoReturn:
     at_once = begun = ending = False
     place: Launch | None = None
     fault: BaseException | None = None
-    line = ""
+    line = kept = ""
 
     def stop(signum: int) -> None:
         if ending and place:  # torchrun ends the others where one has ended; its line and code are on their way
             return
         if ending or len(signals.received()) > 1:  # an exception now would leave through the handler of the first one
             os._exit(128 + signum)
-        if begun:  # else nobody would catch it yet
+        if begun and not (_held and place):  # else nobody would catch it yet
             raise Interrupted(signum)
 
+    global _alone
+    _alone = False
     signals.forget()
     signals.watch(stop)  # from the first moment, so that even start-up ends with 143, 130 or 129
     _open_streams()
@@ -84,11 +87,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         elif place:
             code, line, fault = 1, described(error), error
             if kind_of(error) == "error":
-                of_rank(place.rank).note("".join(traceback.format_exception(error)))
+                notes = of_rank(place.rank)
+                notes.note("".join(traceback.format_exception(error)))
+                kept = notes.kept_apart()
         else:
             raise
     if fault and place:
-        line = _said_of_many(place, fault, line, code)
+        line = _said_of_many(place, fault, line, code, kept)
         at_once = at_once or isinstance(fault, Interrupted)  # a thread may still wait for the others to come
     elif fault and not isinstance(fault, Interrupted) and line:
         line = f"error: {line}"
@@ -107,8 +112,24 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Let a signal that comes to one of several ranks inside act at the end: a torch that is half imported could not
+    tell the others."""
+    global _held
+    _held = True
+    try:
+        yield
+    finally:
+        _held = False
+    if signals.received():
+        raise Interrupted(signals.received()[0])
+
+
 def alone(command: str, why: str = "takes every GPU of a machine by itself") -> None:
     """Raise ConfigError in each of several processes that torchrun or srun has started: a text in the first alone."""
+    global _alone
+    _alone = True
     place = launched()
     if place is not None:
         text = f"{command} {why}: start one process, not {place.world}"
@@ -121,7 +142,7 @@ def _become_rank(place: Launch) -> Callable[[], None]:
     signals.expect_echoes()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     stdout, stderr = sys.stdout, sys.stderr
-    watch.ends_with(partial(_end, stderr))
+    watch.ends_with(partial(_end, stderr), lambda line: _say(line, stderr))
     if place.rank == 0:
         return lambda: None
     plain, silent = os.dup(1), open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
@@ -149,22 +170,26 @@ def _end(stderr: TextIO, line: str, code: int, told: Callable[[], None]) -> NoRe
         os._exit(code)
 
 
-def _said_of_many(place: Launch, error: BaseException, text: str, code: int) -> str:
-    """End all ranks for an error of this one, which does not return, while they watch over each other.
+def _said_of_many(place: Launch, error: BaseException, text: str, code: int, kept: str) -> str:
+    """End all ranks for an error of this one, which does not return, before they have left each other.
 
-    Before and after, returns the line that this rank prints: arguments are wrong on all ranks alike, so that one for
-    each machine says it, as the files there may differ. Where the processes do not meet each is on its own.
+    After that, and of commands whose processes do not meet, returns the line that this rank prints.
     """
     ranks = watch.current()
-    if ranks and ranks.running:
+    early = ranks is None and not _alone and bool(text) and not isinstance(error, ElsewhereError)
+    if early or (ranks and ranks.running):
         signals.ignore()
         with suppress(OSError):
             sys.stdout.flush()
-        ranks.failed(error, text, code)
+    if ranks and ranks.running:
+        ranks.failed(error, text, code, kept)
+    if early:
+        watch.failed_early(place, error, text, code, kept)
     if not text or isinstance(error, ElsewhereError):
         return ""
     if isinstance(error, Interrupted):
         return "" if place.rank else text
+    text += f"; its traceback is in {kept}" if kept else ""
     if place.rank == 0:
         return f"error: {text}"
     line = named(text, place.rank, place.host)

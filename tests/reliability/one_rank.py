@@ -49,6 +49,11 @@ def main(folder: Path, fault: dict[str, Any], limits: Limits) -> None:
     assert launch is not None
     if fault.get("what") == "arguments" and fault["rank"] in (None, launch.rank):
         raise ConfigError("--steps 0: must be positive")
+    if fault.get("what") == "early" and fault["rank"] == launch.rank:
+        os.chdir(folder)
+        raise KeyError("pixels")
+    if fault.get("what") == "late" and fault["rank"] == launch.rank:
+        time.sleep(fault["seconds"])
     with watched(launch, fault.get("hang_seconds", 20), limits) as watch:
         mine = fault.get("rank", -1) in (None, launch.rank)
         if fault.get("what") == "device" and mine:

@@ -95,6 +95,7 @@ def test_ranks_that_end_well_print_what_one_does(end: Any) -> None:
         ({"rank": None, "what": "each"}, 2, rf"rank (\d) {HOST}: --data x: shard \1 is not there"),
         ({"rank": None, "what": "alike"}, 2, "--data x: is not there"),
         ({"rank": None, "what": "arguments"}, 2, "--steps 0: must be positive"),
+        ({"rank": 1, "what": "arguments"}, 2, rf"rank 1 {HOST}: --steps 0: must be positive"),
         ({"rank": None, "what": "diverge"}, 1, "loss not finite at step 3"),
     ],
     ids=lambda value: value.get("what") if isinstance(value, dict) else "",
@@ -106,6 +107,15 @@ def test_an_error_is_told_once(end: Any, fault: dict[str, Any], code: int, line:
     assert len(done.lines) == 1 and re.fullmatch(f"soflow: error: {line}", done.lines[0]), done.text
     if fault["what"] == "raise":  # the traceback is kept, but not one that only says that a connection is lost
         assert 'raise KeyError("pixels")' in done.noted(1) and not done.noted(0)
+
+
+def test_a_traceback_that_comes_before_the_run_directory_is_kept(end: Any) -> None:
+    done = end(rank=1, what="early")
+    assert done.codes == [1, 1]
+    found = re.fullmatch(
+        rf"soflow: error: rank 1 {HOST}: KeyError: 'pixels' .*; its traceback is in (\S+)", done.text[:-1]
+    )
+    assert found and 'raise KeyError("pixels")' in Path(found[1]).read_text()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -198,12 +208,14 @@ def test_a_signal_before_the_first_step_ends_all(end: Any) -> None:
     assert done.lines == ["soflow: stopped before the first step; the same command begins where this one did"]
 
 
-def test_a_rank_that_waits_for_the_others_hears_a_signal(started: Any, until: Any, tmp_path: Path) -> None:
-    alone = started.ranks(2, tmp_path, rank=1, step=0, what="arguments", seconds=0)[0]
-    time.sleep(1)
-    alone.kill(signal.SIGTERM)
-    assert alone.wait() == 143
-    assert alone.output.read_text() == "soflow: interrupted\n"
+def test_a_signal_to_a_rank_that_waits_for_the_others_ends_those_that_come_later(end: Any) -> None:
+    def stop(ranks: list[Any]) -> None:
+        time.sleep(1)
+        ranks[0].kill(signal.SIGTERM)
+
+    done = end(act=stop, rank=1, step=0, what="late", seconds=2)
+    assert done.codes == [143, 143]
+    assert done.text == "soflow: interrupted\n"
 
 
 @pytest.mark.slow

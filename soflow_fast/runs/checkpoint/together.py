@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from ...errors import CheckpointError, Diverged, ElsewhereError
+from ...errors import CheckpointError, Diverged, ElsewhereError, ElsewhereOSError
 from .reading import LaterFormat
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def together(parallel: "Parallel | None", work: Callable[[], T], group: Any = No
     group: the process group that is asked; None: that of all ranks. parallel: None for the only process.
 
     An error that it raises on one rank ends it on all: a CheckpointError or Diverged is raised by all alike, an
-    OSError or what interrupts a save by the others as an OSError that names the rank. Of anything else the others
-    raise ElsewhereError.
+    OSError or what interrupts a save by the others as an ElsewhereOSError that names the rank. Of anything else the
+    others raise ElsewhereError.
     """
     if parallel is None:
         return [work()]
@@ -78,4 +78,4 @@ def _told(fault: _Fault, name: str) -> Exception:
     if fault.kind == "other":
         return ElsewhereError(fault.number or 1)
     text = f"{name}: {fault.text}"
-    return OSError(text) if fault.number is None else OSError(fault.number, text, fault.file)
+    return ElsewhereOSError(text) if fault.number is None else ElsewhereOSError(fault.number, text, fault.file)

@@ -1,5 +1,6 @@
 """Why a run of several ranks ends, and whether an error is its cause or follows from another rank's."""
 
+import hashlib
 import json
 import re
 import traceback
@@ -7,13 +8,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...errors import Diverged, ElsewhereError, Interrupted, UserError
+from ...errors import (
+    Diverged,
+    ElsewhereError,
+    ElsewhereOSError,
+    ElsewhereStorageError,
+    Interrupted,
+    UserError,
+)
 
 PACKAGE = Path(__file__).resolve().parents[2]
 OF_CONNECTIONS = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|process group|Socket|collective", re.IGNORECASE
 )
 """In the RuntimeErrors that torch raises where another rank has gone."""
+
+SECOND_HAND = (ElsewhereError, ElsewhereOSError, ElsewhereStorageError)
+"""Errors of another rank, which is to tell them."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +38,22 @@ class Failure:
     code: int
     """Of all processes."""
     kind: Literal["error", "signal", "lost", "judged", "all"]
-    """error: raised by that rank; lost: it lost another; judged: what others saw of it; all: nobody is to blame."""
+    """error: raised by that rank; lost: it lost another, or was told by it; judged: what others saw of it; all: nobody
+    is to blame."""
+    kept: str = ""
+    """A file with the traceback, where there is no run directory yet."""
 
     def line(self, common: bool = False) -> str:
         """What is printed once. common: all ranks failed with this text, as one process would."""
         if self.kind == "signal" or not self.text:
             return self.text
         anonymous = common or self.kind == "all"
-        return "error: " + (self.text if anonymous else named(self.text, self.rank, self.host))
+        text = self.text if anonymous else named(self.text, self.rank, self.host)
+        return f"error: {text}" + (f"; its traceback is in {self.kept}" if self.kept else "")
+
+    def alike(self) -> str:
+        """The key under which ranks count that fail with the same text."""
+        return "alike/" + hashlib.sha256(self.text.encode()).hexdigest()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -61,7 +80,7 @@ def kind_of(error: BaseException) -> Literal["error", "signal", "lost"]:
         return "signal"
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # its name costs no import of torch
     by_text = isinstance(error, RuntimeError) and OF_CONNECTIONS.search(str(error))
-    return "lost" if of_torch or by_text or isinstance(error, ElsewhereError) else "error"
+    return "lost" if of_torch or by_text or isinstance(error, SECOND_HAND) else "error"
 
 
 def described(error: BaseException) -> str:

@@ -6,10 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
-from .failure import Failure
+from .failure import Failure, name
 
 BRIEF = ("data", "step")
 """The phases of a rank that last no longer than a usual step; others, as "save", are waited for with patience."""
+
+
+MOST_NAMED = 8
+"""Ranks in one line."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ class Beat:
     usual: float
     """Seconds of a usual step; 0 before the first one is done."""
     where: str = ""
-    """The main thread's line of code, once it has said nothing for a while."""
+    """Its line of code (`place`), once the main thread has said nothing for a while."""
     waits: bool = False
-    """Whether that line is one of torch's that wait for other ranks."""
+    """Whether it waits for other ranks there."""
     lost: bool = False
     """Whether it has lost the connection to another rank."""
     left: bool = False
@@ -126,7 +130,8 @@ class Judge:
 
     def _hang(self, quiet: float) -> Failure:
         """Blame the rank that is behind; of ranks at the same step, one that is not in the step, then one that does
-        not wait for others, then the one that is where no other is. If all are in the same place, nobody is named."""
+        not wait for others, then the one that is where no other is. If none differs, all are named with their places,
+        or nobody where these are the same."""
         places = Counter(beat.where for beat in self.beats.values())
         order = {
             rank: (beat.left, beat.step, beat.phase == "step", beat.waits, places[beat.where])
@@ -134,9 +139,15 @@ class Judge:
         }
         rank = min(order, key=lambda rank: (order[rank], rank))
         beat = self.beats[rank]
-        what = f"no progress for {quiet:.0f} s at step {beat.step}, in {beat.phase}"
-        if beat.where:
-            what += f" ({beat.where})"
-        if len(set(order.values())) == 1 and len(order) > 1:
-            return Failure(rank, beat.host, f"{what}, on all ranks", 1, "all")
-        return Failure(rank, beat.host, what, 1, "judged")
+        what = f"no progress for {quiet:.0f} s at step {beat.step}"
+        if len(set(order.values())) > 1 or len(order) == 1:
+            return Failure(rank, beat.host, f"{what}, in {_doing(beat)}", 1, "judged")
+        if len(places) == 1:
+            return Failure(rank, beat.host, f"{what}, in {_doing(beat)}, on all ranks", 1, "all")
+        each = [f"{name(rank, beat.host)} in {_doing(beat)}" for rank, beat in sorted(self.beats.items())]
+        more = f" and {len(each) - MOST_NAMED} more" if each[MOST_NAMED:] else ""
+        return Failure(rank, beat.host, f"{what}: {', '.join(each[:MOST_NAMED])}{more}", 1, "all")
+
+
+def _doing(beat: Beat) -> str:
+    return beat.phase + (f" ({beat.where})" if beat.where else "")

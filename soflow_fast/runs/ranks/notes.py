@@ -1,7 +1,10 @@
 """What a rank other than 0 would print: nothing on stdout, and stderr's lines in a file of its own."""
 
 import io
+import os
+import tempfile
 import threading
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -32,6 +35,20 @@ class Notes(io.TextIOBase):
         with self._lock:
             self.folder = folder
             self._put()
+
+    def kept_apart(self) -> str:
+        """The name of a file to which the lines go that have no folder yet, in the current one or that of temporary
+        files; empty: they have one, or no disk takes them."""
+        name = f"soflow-rank-{self.rank}-{os.getpid()}.txt"
+        for folder in (Path.cwd, tempfile.gettempdir):
+            with self._lock, suppress(OSError):
+                if self.folder is not None or not self._kept:
+                    return ""
+                path = Path(folder()) / name
+                with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
+                    file.writelines(self._kept)
+                return str(path)
+        return ""
 
     def write(self, text: str) -> int:
         with self._lock:

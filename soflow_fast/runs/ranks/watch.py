@@ -6,37 +6,39 @@ thread ends the process itself, by the function that `ends_with` was given: the 
 never returns. A second thread ends it where the first one gets no answer from the store.
 """
 
-import hashlib
 import os
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn
 
+from ...errors import ConfigError
 from ...launch import Launch
 from .. import signals
 from .failure import Failure, from_json, kind_of
 from .judge import Beat, Judge, Limits
+from .meeting import Ended, Meeting
+from .place import place
 
 End = Callable[[str, int, Callable[[], None]], NoReturn]
 """Prints a line on stderr, if it is not empty, calls a function, and ends the process with an exit code, from any
 thread."""
 
 _end: End | None = None
+_tell: Callable[[str], None] | None = None
 _watch: "Watch | None" = None
+_meeting: Meeting | None = None
 
 
-def ends_with(end: End | None) -> None:
-    """Let the process be ended by `end`. A new command begins in this process, which nobody watches yet."""
-    global _end, _watch
-    _end, _watch = end, None
+def ends_with(end: End | None, tell: Callable[[str], None] | None = None) -> None:
+    """Let the process be ended by `end`, and print other lines on stderr by `tell`. A new command begins in this
+    process, which nobody watches yet."""
+    global _end, _tell, _watch, _meeting
+    _end, _tell, _watch, _meeting = end, tell, None, None
 
 
 def current() -> "Watch | None":
@@ -50,22 +52,39 @@ def watched(launch: Launch | None, hang_seconds: float = 0, limits: Limits | Non
     neither in a program of somebody else's, in which nothing may end the process.
 
     hang_seconds: without progress, beyond ten usual steps, after which a rank hangs; 0: never.
-    Raises ConfigError if the others do not come.
+    The process is ended where they cannot meet or do not come, or one has failed before; where nothing may end it,
+    that is a ConfigError.
     """
-    global _watch
+    global _watch, _meeting
     if launch is None:
         yield Watch()
         return
-    from ...training.parallel import meet
-
     if hang_seconds:
         # NCCL would end processes of its own when it loses another one, before there is a verdict.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     limits = limits or Limits()
-    watch = Watch(launch, meet(launch, timedelta(seconds=limits.patience)), hang_seconds, limits, _end)
+    _meeting = Meeting(launch, limits, _tell)
+    try:
+        store = _meeting.meet()
+    except Ended as ended:
+        if _end is None:
+            raise ConfigError(str(ended)) from None
+        _end(ended.line, ended.code, _meeting.linger)
+    watch = Watch(launch, store, hang_seconds, limits, _end)
     _watch = watch if _end else None
     yield watch
     watch.leave()
+
+
+def failed_early(launch: Launch, error: BaseException, text: str, code: int, kept: str = "") -> NoReturn:
+    """End all ranks, and this process, for an error of this one before they have met. text: one line; kept: the name
+    of a file with its traceback."""
+    assert _end is not None
+    meeting = _meeting or Meeting(launch, Limits())
+    line = meeting.leave_word(Failure(launch.rank, launch.host, text, code, kind_of(error), kept))
+    if line is None:  # all have met meanwhile
+        Watch(launch, meeting.store, 0, meeting.limits, _end).failed(error, text, code, kept)
+    _end(line, code, meeting.linger)
 
 
 class Watch:
@@ -134,10 +153,10 @@ class Watch:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def failed(self, error: BaseException, text: str, code: int) -> NoReturn:
+    def failed(self, error: BaseException, text: str, code: int, kept: str = "") -> NoReturn:
         """End all ranks, and this process, for an error of this one, unless another rank's was first. text: one line;
-        empty: print nothing."""
-        self._failure = Failure(self._launch.rank, self._launch.host, text, code, kind_of(error))
+        empty: print nothing. kept: the name of a file with its traceback."""
+        self._failure = Failure(self._launch.rank, self._launch.host, text, code, kind_of(error), kept)
         self._wake.set()
         self._over.wait(3 * self._limits.silence + self._limits.agreement)
         self._end_with(self._failure.line(), code)  # the thread is not there any more
@@ -190,21 +209,13 @@ class Watch:
             self._marked = (self._marks, self._clock)
         self._count += 1
         self._rounds += 1
-        where, waits = self._where() if self._clock - self._marked[1] > 2 * self._limits.period else ("", False)
+        where, waits = place() if self._clock - self._marked[1] > 2 * self._limits.period else ("", False)
         beat = Beat(
             *(self._count, self._launch.host, self.step, self._phase, self._marks),
             *(statistics.median(list(self._seconds) or [0.0]), where, waits, self._is_lost(), self._leaves),
             self._judge.spare(),
         )
         self._store.set(f"beat/{self._launch.rank}", beat.to_json())
-
-    def _where(self) -> tuple[str, bool]:
-        """The line that the main thread is at, and whether it is one that waits for other ranks."""
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        if frame is None:
-            return "", False
-        code = frame.f_code
-        return f"{Path(code.co_filename).name}:{frame.f_lineno}", "/torch/distributed/" in code.co_filename
 
     def _is_lost(self) -> bool:
         return self._failure is not None and self._failure.kind == "lost"
@@ -215,8 +226,8 @@ class Watch:
         failure = self._failure
         if failure and failure.kind == "error" and not self._counted:
             self._counted = True
-            self._store.add("failed", 1)
-            self._store.add(_alike(failure), 1)
+            self._store.add(failure.alike(), 1)
+            self._store.add("failed", 1)  # after what is read once all have failed
         if failure and failure.kind == "lost":
             self._lost_since = self._lost_since or self._clock
             return failure if self._clock - self._lost_since > 1.5 * self._limits.silence else None
@@ -237,7 +248,7 @@ class Watch:
         while (failed := self._store.add("failed", 0)) < self._launch.world and self._clock < until:
             time.sleep(self._limits.period / 10)
             self._tick()
-        return failed == self._launch.world and self._store.add(_alike(failure), 0) == failed
+        return failed == self._launch.world and self._store.add(failure.alike(), 0) == failed
 
     def _finish(self, failure: Failure, common: bool = False) -> NoReturn:
         def told() -> None:
@@ -280,7 +291,7 @@ class Watch:
         seen, quiet = -1, 0.0
         while not self._over.wait(self._limits.period):
             seen, quiet = self._rounds, quiet + self._limits.period if seen == self._rounds else 0.0
-            if quiet > (1.5 * self._limits.silence if seen else self._limits.patience):
+            if quiet > (1.5 if seen else 2) * self._limits.silence:
                 self._without_store("no answer")
 
     def _without_store(self, reason: str) -> None:
@@ -289,11 +300,11 @@ class Watch:
             failure = from_json(self._verdict)
             own = failure.rank == self._launch.rank
             self._end_with(failure.line() if own else "", failure.code)
-        place = f"{self._launch.address}:{self._launch.port}"
+        where = f"{self._launch.address}:{self._launch.port}"
         if self._of_torchrun or self._launch.rank == 0:
             reason = (reason.strip().splitlines() or [""])[0]
             mine = self._launch.rank, self._launch.host
-            failure = Failure(*mine, f"lost the store at {place}: {reason}", 1, "judged")
+            failure = Failure(*mine, f"lost the store at {where}: {reason}", 1, "judged")
         else:
             failure = self._judge.dead([0], self.step)
         self._end_with(failure.line() if self._speaks() else "", 1)
@@ -315,8 +326,3 @@ class Watch:
         with self._ending:
             said, self._said = self._said, True
         self._end("" if said else line, code, told)
-
-
-def _alike(failure: Failure) -> str:
-    """The key under which ranks count that fail with the same text."""
-    return "alike/" + hashlib.sha256(failure.text.encode()).hexdigest()

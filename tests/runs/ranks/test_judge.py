@@ -98,6 +98,18 @@ def test_where_all_are_in_one_place_nobody_is_blamed() -> None:
     assert ranks.seconds_until()[1] == "error: no progress for 21 s at step 5, in step, on all ranks"
 
 
+def test_of_two_ranks_the_one_that_waits_is_innocent_and_both_are_named_where_neither_does() -> None:
+    ranks = Ranks(2)
+    ranks.steps(5)
+    ranks.beats[0] = replace(ranks.beats[0], where="graph.py:841", waits=True)
+    ranks.beats[1] = replace(ranks.beats[1], where="attention.py:7")
+    line = ranks.seconds_until()[1]
+    assert line == "error: rank 1 (gpu00): no progress for 21 s at step 5, in step (attention.py:7)"
+    ranks.beats[0] = replace(ranks.beats[0], waits=False)
+    each = "rank 0 (gpu00) in step (graph.py:841), rank 1 (gpu00) in step (attention.py:7)"
+    assert ranks.seconds_until()[1].endswith(f" s at step 5: {each}")
+
+
 def test_patience_before_the_first_step_in_long_phases_and_with_slow_steps() -> None:
     assert 600 <= Ranks(2).seconds_until()[0] <= 602
     ranks = Ranks(2)

@@ -1,7 +1,11 @@
 """What ranks other than 0 would print goes to their files."""
 
+import os
+import tempfile
 from io import StringIO
 from pathlib import Path
+
+import pytest
 
 from soflow_fast.runs.progress import Progress
 from soflow_fast.runs.ranks.notes import MOST_KEPT, Notes
@@ -28,6 +32,22 @@ def test_no_file_without_a_line_and_no_end_of_lines_without_a_file(tmp_path: Pat
     (empty := tmp_path / "empty").mkdir()
     Notes(2).keep_in(empty)
     assert not list(empty.iterdir())
+
+
+def test_lines_that_have_no_folder_yet_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (work := tmp_path / "work").mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    notes = Notes(3)
+    assert notes.kept_apart() == ""
+    notes.note("Traceback\n  KeyError")
+    name = f"soflow-rank-3-{os.getpid()}.txt"
+    assert notes.kept_apart() == str(work / name)
+    assert "KeyError" in (work / name).read_text()
+    assert notes.kept_apart() == str(tmp_path / name)  # as if the current folder took nothing
+    notes.keep_in(work)
+    notes.note("more")
+    assert notes.kept_apart() == ""
 
 
 def test_a_folder_that_is_gone_ends_nothing(tmp_path: Path) -> None:
