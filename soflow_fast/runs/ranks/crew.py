@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=10)
-"""How long a process waits for the others to start, and at most for a word of theirs later."""
+PATIENCE = timedelta(days=1)
+"""How long a rank waits at most for a word of others. The watch knows earlier which of them hangs or is dead, and which
+is at work for long."""
 
 
 class Crew:
@@ -39,7 +40,7 @@ class Crew:
         if parallel is not None:
             from .agreement import Agreement
 
-            self._agreement = Agreement()
+            self._agreement = Agreement(PATIENCE)
 
     @property
     def first(self) -> bool:
