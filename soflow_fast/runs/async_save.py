@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 1.0
 """Seconds that an abandoned save has to clean up; the next start removes the rest."""
-WRITING = timedelta(hours=1)
-"""How much longer than another rank's the writing of a rank may take."""
+WRITING = timedelta(days=1)
+"""How much longer than another rank's the writing of a rank may take. One that hangs is found by `ranks.watch`."""
 
 
 class _Abandoned(BaseException):

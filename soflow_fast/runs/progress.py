@@ -24,11 +24,18 @@ class Progress:
     """The output of a run of `total` steps. Whatever becomes of the stream, it does not end the run.
 
     A stream that went away is left alone from then on. What a full disk refuses is lost, or comes with a later line.
-    Of several ranks only rank 0 prints; the warnings of others go to their `notes`.
+    Of several ranks only rank 0 prints; the warnings of others go to their `notes`. `at_work` is called with all that
+    is to be printed, on each of them.
     """
 
-    def __init__(self, total: int, stream: TextIO | None = None, notes: Notes | None = None) -> None:
-        self.total = total
+    def __init__(
+        self,
+        total: int,
+        stream: TextIO | None = None,
+        notes: Notes | None = None,
+        at_work: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.total, self._at_work = total, at_work
         self._notes = notes if notes and notes.rank else None
         known: TextIO | None = stream or sys.stdout  # None where it was closed before Python began
         self._gone = known is None or getattr(known, "closed", False) or self._notes is not None
@@ -40,6 +47,7 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float], rate: float, images: float, now: float) -> None:
         """Show step `step` at `now` seconds: `metrics`, `rate` steps/s and `images` images/s."""
+        self._at_work()
         if not self._on_terminal and now - self._last < PLAIN_LINE_EVERY and step < self.total:
             return
         self._last = now
@@ -51,6 +59,7 @@ class Progress:
 
     def count(self, done: int, rate: float, now: float) -> None:
         """Show that `done` of the total are done at `now` seconds, `rate` a second, where they are images."""
+        self._at_work()
         if not self._on_terminal and now - self._last < PLAIN_LINE_EVERY and done < self.total:
             return
         self._last = now
@@ -62,6 +71,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the live line. Control sequences in it are made visible."""
+        self._at_work()
         self._show(lambda: self._print(printable(text)))
 
     def warn(self, text: str) -> None:

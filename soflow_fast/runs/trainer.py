@@ -62,7 +62,7 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         config = replace(config, precision=crew.chosen(config.precision))
         config = resolved(config, crew)
         run_dir = Path(config.run.run_dir)
-        progress = Progress(config.steps, notes=crew.notes)
+        progress = Progress(config.steps, notes=crew.notes, at_work=crew.watch.at_work)
         if choices == NOTHING_LEFT:
             run_directory.check(run_dir, config)  # before what takes seconds; and again when it is taken
         if config.data.kind == "digits-latent":

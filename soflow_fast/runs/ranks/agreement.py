@@ -1,6 +1,7 @@
 """Ranks stop at the same step, for a signal that has come to one of them or to all, or for a fault of one."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,11 +10,12 @@ import torch.distributed as dist
 class Agreement:
     """What ends the run, known to all ranks at the same step, without a wait for a GPU.
 
-    Made by all ranks together. Its words go by a gloo group of their own.
+    Made by all ranks together. Its words go by a gloo group of their own. patience: how long one waits for them; None:
+    as torch does.
     """
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+    def __init__(self, patience: timedelta | None = None) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=patience)
         self._word = torch.zeros(4, dtype=torch.int64)
         self._work: dist.Work | None = None
 

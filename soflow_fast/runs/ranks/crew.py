@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=10)
-"""How long a process waits for the others to start, and at most for a word of theirs later."""
+PATIENCE = timedelta(days=1)
+"""How long a rank waits at most for a word of others. The watch knows earlier which of them hangs or is dead, and which
+is at work for long."""
 OWN = {"run.run_dir", "run.device", "run.workers", "run.data_on_gpu", "data.path", "data.vae"}
 """Settings in which ranks may differ: each machine has its own. What they lead to is compared."""
 
@@ -42,7 +43,7 @@ class Crew:
         if parallel is not None:
             from .agreement import Agreement
 
-            self._agreement = Agreement()
+            self._agreement = Agreement(PATIENCE)
 
     @property
     def first(self) -> bool:

@@ -28,7 +28,9 @@ class Limits:
     agreement: float = 5.0
     """For which a rank that failed waits for the others, which may fail alike."""
     patience: float = 600.0
-    """For a first step, which compiles, and for phases that are not brief."""
+    """For the others to start."""
+    long: float = 3600.0
+    """Without a mark, for a first step, which compiles, and for phases that are not brief."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Judge:
             return math.inf
         limit = max(self._hang_seconds, 10 * max((beat.usual for beat in beats), default=0))
         brief = all(beat.usual and beat.phase in BRIEF for beat in beats)
-        return limit if brief and len(beats) == len(self._ranks) else max(limit, self._limits.patience)
+        return limit if brief and len(beats) == len(self._ranks) else max(limit, self._limits.long)
 
     def _hang(self, quiet: float) -> Failure:
         """Blame the rank that is behind; of ranks at the same step, one that is not in the step, then one that does

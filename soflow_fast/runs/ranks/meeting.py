@@ -168,7 +168,7 @@ class Meeting:
         waiting = threading.Thread(target=connect, daemon=True)
         waiting.start()
         waiting.join(patience + 1)
-        reason = found[0] if found else "no answer"
+        reason: Any = found[0] if found else "no answer"
         if isinstance(reason, Exception) and not isinstance(reason, (RuntimeError, ValueError)):
             raise reason  # no error of torch's about networks and stores
         if not found or isinstance(reason, Exception):

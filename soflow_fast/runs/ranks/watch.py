@@ -136,6 +136,10 @@ class Watch:
             self._begun = (step, now)
         self.step, self._phase, self._marks = step, phase, self._marks + 1
 
+    def at_work(self) -> None:
+        """Say that this rank does not hang, as a part of what it is at is done."""
+        self._marks += 1
+
     def leave(self) -> None:
         """Wait until every rank is done; then destroy the process group. Signals do nothing from then on.
 

@@ -60,10 +60,12 @@ def test_only_rank_0_shows_progress(tmp_path: Path) -> None:
     for rank in (0, 1):
         stream, notes = StringIO(), Notes(rank)
         notes.keep_in(tmp_path)
-        progress = Progress(10, stream, notes=notes)
+        marks: list[int] = []
+        progress = Progress(10, stream, notes=notes, at_work=lambda marks=marks: marks.append(1))
         progress.say("hello")
         progress.warn("careful")
         progress.count(10, 1.0, 0.0)
         assert bool(stream.getvalue()) == (rank == 0)
+        assert len(marks) == 3  # each rank is seen to be at work
         assert (tmp_path / notes.name).exists() == (rank == 1)
     assert "warning: careful" in (tmp_path / "warnings-rank-00001.txt").read_text()
