@@ -51,7 +51,14 @@ def parts(minutes: float, cpu: bool = False) -> list[Part]:
     step = [*python, "benchmarks.step", f"--seconds={12 * scale:g}", f"--within={WITHIN}"]
     step += ["--only=digits"] if cpu else ["--every"] * (minutes >= ALL)
     kernels = "tests/kernels/test_math.py" if cpu else "tests/kernels"
-    engine = ["tests/kernels/test_engine.py", "tests/training", "tests/models", "tests/sampling/test_one_step.py", "-m", "gpu"]
+    engine = [
+        "tests/kernels/test_engine.py",
+        "tests/training",
+        "tests/models",
+        "tests/sampling/test_one_step.py",
+        "-m",
+        "gpu",
+    ]
     largest = [*pytest, "benchmarks/test_step.py", "--record", "-k", "test_largest_batch"]
     operations = [*bounded, "benchmarks/test_kernels.py", "--record", f"--kernel-seconds={0.3 * scale:g}"]
     return [
