@@ -16,6 +16,17 @@ def flow_matching_samples(batch_size: int, fraction: float) -> int:
     return math.floor(fraction * batch_size + 0.5)
 
 
+def micro_batches(size: int, micro_batch: int) -> int:
+    """How many micro-batches of at most `micro_batch` a rank's share of `size` is cut into; one where that is not
+    above 0."""
+    return -(-size // micro_batch) if micro_batch > 0 else 1
+
+
+def ranks_of_a_copy(parallel: str, shard_ranks: int, world: int, here: int) -> int:
+    """Over how many of `world` ranks one copy of the state is cut; `here` are those of a node."""
+    return {"ddp": 1, "fsdp": world, "hsdp": shard_ranks or here}[parallel]
+
+
 def share(size: int, first: int, part: int, parts: int) -> Tensor:
     """The places in a batch of `size` that part `part` of `parts` takes, int64 [size / parts], rounded either way.
 

@@ -22,7 +22,7 @@ from ..launch import launched
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
 from ..models.official import Start, read_start
-from ..ranks import flow_matching_samples
+from ..ranks import flow_matching_samples, micro_batches
 from ..training import cpu_precision
 from ..training.consistency_target import resolve_target
 from ..training.cuda_graph import record_graph, why_not_graphed
@@ -323,7 +323,7 @@ def step_in_memory(
     Raises torch.OutOfMemoryError if one image does not fit, and of several ranks at once.
     """
     while True:
-        parts = -(-len(x0) // (state.config.micro_batch or len(x0)))
+        parts = micro_batches(len(x0), state.config.micro_batch)
         size = -(-len(x0) // parts)
         try:
             return train_step(state, x0, y)
@@ -454,14 +454,9 @@ def _micro_batch(share: Config, device: torch.device, crew: Crew) -> int:
     """The micro-batch that "auto" stands for with the memory that is free now. Raises ConfigError if none fits."""
     if device.type != "cuda":
         return 0
-    from ..training.memory_estimate import USABLE, largest_micro_batch, largest_that_fits
+    from ..training.memory_estimate import largest_micro_batch
 
-    free = torch.cuda.mem_get_info(device)[0]
-    if crew.parallel is None:
-        return largest_micro_batch(share, free)
-    return largest_that_fits(
-        share.batch_size, USABLE * free, lambda size: _peak(replace(share, micro_batch=size), crew)
-    )
+    return largest_micro_batch(share, torch.cuda.mem_get_info(device)[0], lambda tried: _peak(tried, crew))
 
 
 def resolve_attention(state: TrainState) -> str:

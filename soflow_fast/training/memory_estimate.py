@@ -21,6 +21,7 @@ from soflow_kernels.testing import as_on_gpu
 
 from ..config.schema import Config
 from ..errors import ConfigError
+from ..ranks import micro_batches
 from .precision import resolve_precision
 from .state import TrainState
 from .step import draw, train_step
@@ -205,7 +206,7 @@ def take_two_micro_batches(state: TrainState) -> tuple[int, int]:
     """
     config = state.config
     B = config.batch_size // state.world
-    parts = -(-B // min(config.micro_batch if config.micro_batch > 0 else B, B))
+    parts = micro_batches(B, config.micro_batch)
     size = -(-B // parts)
     n = min(B, 2 * size)
     state.config = replace(config, batch_size=n * state.world, micro_batch=size)
@@ -315,12 +316,18 @@ def _lasting(state: TrainState, storages: Storages) -> dict[str, set[int]]:
     }
 
 
-def largest_micro_batch(config: Config, memory: int) -> int:
+def largest_micro_batch(config: Config, memory: int, peak: Callable[[Config], int] | None = None) -> int:
     """The largest micro-batch whose step is predicted to stay within the usable part of `memory` bytes on a GPU.
-    Raises ConfigError where not even single images fit."""
-    return largest_that_fits(
-        config.batch_size, USABLE * memory, lambda size: estimate_memory(replace(config, micro_batch=size)).peak
-    )
+
+    peak: predicts the bytes of a configuration; None: `estimate_memory`. Raises ConfigError where not even single
+    images fit.
+    """
+
+    def predict(size: int) -> int:
+        tried = replace(config, micro_batch=size)
+        return estimate_memory(tried).peak if peak is None else peak(tried)
+
+    return largest_that_fits(config.batch_size, USABLE * memory, predict)
 
 
 def largest_that_fits(batch: int, limit: float, predict: Callable[[int], int]) -> int:

@@ -28,7 +28,7 @@ from ..flow import SolutionFlow
 from ..launch import Launch
 from ..models.dit import DiT
 from ..models.sharding import shard
-from ..ranks import flow_matching_samples, share_of_first
+from ..ranks import flow_matching_samples, micro_batches, ranks_of_a_copy, share_of_first
 
 BUCKET_MB = 25
 """Gradients that are reduced together, as torch chooses."""
@@ -70,7 +70,7 @@ class Parallel:
     @property
     def replicas(self) -> int:
         """How many ranks hold the same part of the state."""
-        return self.mesh["replicate"].size() if "replicate" in (self.mesh.mesh_dim_names or ()) else 1
+        return 1 if self.kind == "fsdp" else self.mesh.size(0)
 
     def rows(self, values: Tensor) -> Tensor:
         """What each rank gives, [n] of one dtype and size, as [world, n] on all of them."""
@@ -149,7 +149,7 @@ def join(
     Raises ConfigError if they do not come, if their settings differ, if two have the same GPU, or if the mesh does not
     fit them.
     """
-    shards = {"ddp": 1, "fsdp": launch.world, "hsdp": run.shard_ranks or launch.local_world}[run.parallel]
+    shards = ranks_of_a_copy(run.parallel, run.shard_ranks, launch.world, launch.local_world)
     if launch.world % shards:
         raise ConfigError(f"--parallel hsdp: the state is cut over {shards} ranks, {launch.world} are no multiple")
     if device.type == "cuda":
@@ -230,8 +230,7 @@ class Replicated:
         """After the backward of a micro-batch."""
         if self._quiet is None:
             return
-        self._quiet.__exit__(None, None, None)
-        self._quiet = None
+        self._speak()
         for p in self._low:
             if p.grad is not None:
                 self._sums[p] = self._sums[p] + p.grad if p in self._sums else p.grad.float()
@@ -239,10 +238,14 @@ class Replicated:
 
     def forget(self) -> None:
         """Drop what a step that failed has left."""
+        self._speak()
+        self._sums.clear()
+
+    def _speak(self) -> None:
+        """Let the next backward exchange gradients again."""
         if self._quiet is not None:
             self._quiet.__exit__(None, None, None)
             self._quiet = None
-        self._sums.clear()
 
     def _reduce(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         flat = bucket.buffer()
@@ -329,8 +332,7 @@ def check_shares(config: Config, world: int) -> None:
     """Raise ConfigError if some forward of sharded ranks would have consistency samples on some ranks and on others
     none: these would make one pass of the network less than those."""
     B = config.batch_size // world
-    micro = config.micro_batch if config.micro_batch > 0 else B
-    parts = -(-B // micro)
+    parts = micro_batches(B, config.micro_batch)
     first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
     shares = {share_of_first(config.batch_size, first, rank, world) for rank in range(world)}
     sizes = [B * (k + 1) // parts - B * k // parts for k in range(parts)]

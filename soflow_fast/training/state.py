@@ -16,6 +16,7 @@ from ..models.attention import Backend
 from ..models.dit import DiT
 from ..models.paired_forward import missed_part
 from ..objective import Objective
+from ..ranks import micro_batches
 from ..rng import generator
 from .consistency_target import ConsistencyTarget, resolve_target
 from .cuda_graph import GraphedFunction, why_not_graphed
@@ -158,8 +159,7 @@ class TrainState:
             from .parallel import Replicated, Sharded
 
             B = config.batch_size // world
-            parts = -(-B // (config.micro_batch if config.micro_batch > 0 else B))
-            network = flow.network
+            parts, network = micro_batches(B, config.micro_batch), flow.network
             engine = (
                 Sharded(parallel, network) if sharded else Replicated(parallel, network, reduce_dtype, parts, graphed)
             )

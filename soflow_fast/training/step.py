@@ -23,7 +23,7 @@ from soflow_kernels import AdamWEMA, clip_scale, on_gpu
 from ..models.dit import TapedOutputs
 from ..models.float8 import is_twin
 from ..objective import ConsistencyPoints, LossTerm, with_null
-from ..ranks import flow_matching_samples, share, share_of_first
+from ..ranks import flow_matching_samples, micro_batches, share, share_of_first
 from ..rng import generator
 from .consistency_target import CHECKED_SAMPLES, quotient_cosine, value_and_increment
 from .cuda_graph import WARM_UP, WARM_UP_OF_REPLICAS, GraphedFunction
@@ -178,8 +178,7 @@ def update(
     state.optimizer.zero_grad(set_to_none=True)
     if state.engine is not None:
         state.engine.forget()
-    micro = config.micro_batch if config.micro_batch > 0 else B
-    parts = -(-B // micro)
+    parts = micro_batches(B, config.micro_batch)
     low = parts == 1 and isinstance(state.optimizer, AdamWEMA)  # the others take gradients in float32
     # Replicas add up in float32 as well, in their own way: their engine takes gradients in the dtype of parameters.
     state.sum_gradients_in(None if low or (state.engine and state.engine.sums_itself) else torch.float32)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from ...config.schema import Config
+from ...ranks import micro_batches
 from ..memory_estimate import BLOCK, PassingMemory, estimate_passing
 from .links import Layout
 from .parameters import ParameterGroup, ParameterGroups
@@ -79,7 +80,7 @@ def gpu_memory(config: Config, groups: ParameterGroups, where: Layout, low: bool
     passing: of a step of this share on one GPU.
     """
     averages = 1 if config.objective.teacher == "student" else 2
-    parts = -(-config.batch_size // config.micro_batch) if config.micro_batch > 0 else 1
+    parts = micro_batches(config.batch_size, config.micro_batch)
     buffers = _stored((shape.numel() for shape in groups.buffers), 4)
     if where.shards.size == 1:
         return _replicated(config, groups, averages, parts, low, buffers, passing)
@@ -107,8 +108,7 @@ def _replicated(
     state = {
         "weights": _stored(rounded, 2) + _stored(full, 4) + buffers,
         "masters": _stored(rounded, 4),
-        "moments": 2 * _stored(whole, 4) + BLOCK * len(whole),
-        "averages": averages * (_stored(whole, 4) + buffers),
+        **_of_optimizer(whole, averages, buffers),
         "gathered": 0,
     }
     before = GpuMemory(
@@ -139,8 +139,7 @@ def _sharded(
     state = {
         "weights": _stored(mine, 4) + buffers,
         "masters": 0,
-        "moments": 2 * _stored(mine, 4) + BLOCK * len(mine),
-        "averages": averages * (_stored(mine, 4) + buffers),
+        **_of_optimizer(mine, averages, buffers),
     }
     cut = _stored(mine, 4)
     earlier = cut if parts > 1 else 0
@@ -182,6 +181,12 @@ def _by_dtype(groups: ParameterGroups, low: bool) -> tuple[list[int], list[int]]
     """The numbers of each parameter in low precision, and of each in float32."""
     rounded = [n for group in groups.all() if low and group.low for n in group.part(1)]
     return rounded, [n for group in groups.all() if not (low and group.low) for n in group.part(1)]
+
+
+def _of_optimizer(held: list[int], averages: int, buffers: int) -> dict[str, int]:
+    """The float32 moments and averages of tensors with so many numbers, and their counts of steps."""
+    stored = _stored(held, 4)
+    return {"moments": 2 * stored + BLOCK * len(held), "averages": averages * (stored + buffers)}
 
 
 def _stored(numbers: Iterable[int], size: int) -> int:

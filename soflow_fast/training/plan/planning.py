@@ -9,7 +9,7 @@ import torch
 from ...config.gpus import GPUS
 from ...config.schema import AUTO, Config
 from ...errors import ConfigError
-from ...ranks import flow_matching_samples
+from ...ranks import flow_matching_samples, micro_batches, ranks_of_a_copy
 from ..consistency_target import resolve_target
 from ..cuda_graph import why_not_graphed
 from ..memory_estimate import USABLE, PassingMemory, as_counted, largest_that_fits
@@ -110,7 +110,7 @@ def plan(config: Config, cluster: Cluster) -> Plan:
     resolved = replace(config, micro_batch=micro_batch, run=share.run)
     if sharded:
         check_sharded(resolved, config.precision, ranks)
-    parts = -(-share.batch_size // micro_batch) if micro_batch > 0 else 1
+    parts = micro_batches(share.batch_size, micro_batch)
     size = -(-share.batch_size // parts)
 
     target = resolve_target(as_counted(share), precision, torch.device("cuda"))
@@ -152,7 +152,7 @@ def passing_in(share: Config, sharded: bool) -> PassingMemory:
     """What comes and goes in a step on a rank. Where parameters are cut, no gradient stays whole from one micro-batch
     to the next: it is that of a step of one micro-batch."""
     if sharded and 0 < share.micro_batch < share.batch_size:
-        parts = -(-share.batch_size // share.micro_batch)
+        parts = micro_batches(share.batch_size, share.micro_batch)
         share = replace(share, batch_size=-(-share.batch_size // parts), micro_batch=0)
     return passing_memory(share)
 
@@ -164,7 +164,7 @@ def peak_of_rank(share: Config, gpus: int, nodes: int) -> int:
     """
     groups = parameter_groups(build_flow(share).network)
     ranks = gpus * nodes
-    cut = {"ddp": 1, "fsdp": ranks, "hsdp": share.run.shard_ranks or gpus}[share.run.parallel]
+    cut = ranks_of_a_copy(share.run.parallel, share.run.shard_ranks, ranks, gpus)
     where = Layout(Group(cut, 1), Group(ranks // cut, 1))  # which of them share a node is no matter here
     low = as_counted(share).precision == "bf16"
     return gpu_memory(share, groups, where, low, passing_in(share, cut > 1)).peak
