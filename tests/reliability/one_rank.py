@@ -69,12 +69,11 @@ def main(folder: Path, fault: dict[str, Any], limits: Limits) -> None:
                 if mine and step == fault["step"]:
                     come_to_grief(fault, watch, progress)
                 watch.mark(step, "step")
-                agreement.begin(step, pending)
+                stopped, _ = agreement.reach(step, pending)
                 total = torch.ones(1)
                 dist.all_reduce(total)
                 assert total == launch.world
                 time.sleep(fault.get("seconds", 0.02))
-                stopped, _ = agreement.end()
                 step += 1
                 (folder / f"steps-{launch.rank}").write_text(str(step))
         if stopped:

@@ -97,8 +97,7 @@ class Crew:
         """
         if self._agreement is None:
             return 0, fault
-        self._agreement.begin(step, pending, fault)
-        return self._agreement.end()
+        return self._agreement.reach(step, pending, fault)
 
     @property
     def notes(self) -> Notes | None:

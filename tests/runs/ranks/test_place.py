@@ -37,7 +37,7 @@ def waits_here(launch: Launch, how: str) -> tuple[str, bool]:
     module = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
 
     def work() -> None:
-        agreement.begin(0, [])
+        agreement.reach(0, [])
         loss = module(torch.ones(1, 2)).sum()
         if launch.rank:
             time.sleep(0.6)
@@ -49,8 +49,7 @@ def waits_here(launch: Launch, how: str) -> tuple[str, bool]:
     def agree() -> None:
         if launch.rank:
             time.sleep(0.6)
-        agreement.begin(0, [])
-        agreement.end()
+        agreement.reach(0, [])
 
     return seen_during(agree if how == "agreement" else work)
 
