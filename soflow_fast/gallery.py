@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
             with enough_memory("there is not enough memory for its network"):
                 drawn.append(ways(run.folder, device))
         except UserError as error:
-            reason = str(error).removeprefix("--vae ").rstrip(".")
-            run.notes.append(f"No way from noise to image is drawn: {reason}.")
+            reason = str(error).removeprefix(f"{run.folder}: ").removeprefix("--vae ").rstrip(".")
+            run.notes.append(f"No way of noise is drawn: {reason}.")
             drawn.append(None)
     content = page(runs, drawn, now()).encode()
     from .files import make_folder, write_file

@@ -50,7 +50,8 @@ class Page:
         self.scheme(dark)
         self._call("Page.navigate", url=url)
         end = time.monotonic() + PATIENCE
-        while not self.value("document.documentElement.dataset.ready === 'yes' && document.readyState === 'complete'"):
+        ready = "document.documentElement?.dataset.ready === 'yes' && document.readyState === 'complete'"
+        while not self.value(ready):
             assert time.monotonic() < end and not self.errors, self.errors
             time.sleep(0.05)
         self.frame()

@@ -39,6 +39,7 @@ function logTicks(low, high, most) {
 function short(value) {
   const size = Math.abs(value);
   if (size === 0) return "0";
+  if (size >= 1e15) return value.toExponential(1).replace(/\.0e/, "e").replace("+", "");
   if (size >= 1e9) return trimmed(value / 1e9, 3) + "G";
   if (size >= 1e6) return trimmed(value / 1e6, 3) + "M";
   if (size >= 1e4) return trimmed(value / 1e3, 4) + "k";
@@ -167,7 +168,8 @@ class Chart {
       svg(this.svg, "text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, wrong.length ? "no finite value" : "no run shown");
       return;
     }
-    const [left, right, top, bottom] = [52, several ? Math.min(112, width * 0.26) : 50, 10, 26];
+    const longest = Math.max(...seen.map(({ run }) => run.name.length));
+    const [left, right, top, bottom] = [46, several ? Math.min(longest * 6.8 + 14, 116, width * 0.28) : 50, 10, 26];
     const xHigh = Math.max(...seen.flatMap(({ x }) => x), ...wrong);
     const xLow = Math.min(...seen.map(({ x }) => x[0]), xHigh > 0 ? 0 : xHigh);
     const [yLow, yHigh] = this.range(seen);
@@ -238,7 +240,7 @@ class Chart {
     for (let k = labels.length - 1, most = bottom; k >= 0; k--, most -= 14) labels[k].y = Math.min(labels[k].y, most);
     for (const { line, y } of labels) {
       const colour = `var(--run-${line.number % 8})`;
-      const letters = Math.floor((right - 9) / 6.4);
+      const letters = Math.floor((right - 9) / 6.6);
       const name = line.run.name;
       const text = several ? (name.length > letters ? `${name.slice(0, letters - 1)}…` : name) : short(line.y[line.y.length - 1]);
       svg(this.svg, "text", { class: "label", x: width - right + 7, y: y + 4, style: `fill:${colour}` }, text);

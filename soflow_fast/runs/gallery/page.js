@@ -27,10 +27,10 @@ const METRICS = {
   fm_loss: ["Loss", "Flow-matching loss", "Weighted error of the velocity"],
   sc_loss: ["Loss", "Consistency loss", "As it enters the gradient; it may be below 0"],
   fm_mse: ["Loss", "Flow-matching error", "Mean squared error of the velocity, unweighted"],
-  sc_mse: ["Quotient", "Mean q²", "Mean square of the consistency quotient: it goes to 0 where rounding swallows the quotient"],
+  sc_mse: ["Quotient", "Mean q²", "Mean square of the consistency quotient: rounding makes it large"],
   q_cosine: ["Quotient", "q cosine", "Cosine of the quotient with its float32 value: 1 is exact", "linear"],
-  fm_weight: ["Quotient", "Weight, flow matching", "Mean adaptive weight of its samples"],
-  sc_weight: ["Quotient", "Weight, consistency", "Mean adaptive weight of its samples"],
+  fm_weight: ["Optimiser", "Weight, flow matching", "Mean adaptive weight of its samples"],
+  sc_weight: ["Quotient", "Weight, consistency", "Mean adaptive weight of its samples: it fades as q² grows"],
   grad_norm: ["Optimiser", "Gradient norm", "Before clipping"],
   lr: ["Optimiser", "Learning rate", "", "linear"],
   images_per_s: ["Speed and memory", "Throughput", "Images per second", "linear"],
@@ -88,8 +88,7 @@ function overview() {
     const head = make(card, "div", "head");
     make(head, "h3", "", run.name);
     make(head, "span", run.status === "training now" ? "pill now" : "pill", run.status);
-    const meter = make(make(card, "div", "meter"), "i");
-    meter.style.width = `${run.steps ? Math.min(100, (100 * run.step) / run.steps) : 0}%`;
+    if (run.steps) make(make(card, "div", "meter"), "i").style.width = `${Math.min(100, (100 * run.step) / run.steps)}%`;
     make(card, "p", "note", `Step ${run.step.toLocaleString("en")}${run.steps ? ` of ${run.steps.toLocaleString("en")}` : ""}, ${spoken(run.seconds)} of training`);
     const figures = make(card, "div", "figures");
     const figure = (value, title) => {
@@ -187,8 +186,8 @@ function strip(parent, title, times, rows) {
   const box = make(parent, "div", "strip");
   make(box, "p", "", title);
   const way = make(box, "div", "way");
-  const longest = Math.min(14, Math.max(3, ...rows.map(([name]) => name.length)));
-  way.style.gridTemplateColumns = `minmax(${Math.min(4, longest)}ch, ${longest}ch) repeat(${times.length}, minmax(0, 1fr))`;
+  const longest = Math.min(12, Math.max(2, ...rows.map(([name]) => name.length)));
+  way.style.gridTemplateColumns = `${longest + 1}ch repeat(${times.length}, minmax(0, 1fr))`;
   for (const [name, images] of rows) {
     make(way, "span", "name", name);
     images.forEach((uri, k) => {
@@ -299,7 +298,7 @@ function configuration() {
     for (const { name, values, differs } of rows) {
       const row = make(body, "tr", differs && rows === data.config ? "differs" : "");
       make(make(row, "th"), "code", "", name);
-      for (const value of values) make(make(row, "td"), "code", "", value);
+      for (const value of values) make(make(row, "td"), "code", "", value || "–");
     }
   };
   const differing = data.config.filter(({ differs }) => differs);
@@ -312,6 +311,7 @@ function configuration() {
   fill($("fields"), data.config);
 }
 
+document.body.classList.toggle("one", runs.length === 1 && runs[0].grids.length > 0 && runs[0].ways !== null);
 theme();
 header();
 overview();

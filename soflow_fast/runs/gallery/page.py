@@ -106,5 +106,6 @@ def _configurations(runs: list[Run]) -> list[dict[str, Any]]:
     rows = []
     for name in sorted(names, key=lambda name: name.startswith("run.")):
         values = [json.dumps(run.config[name]) if name in run.config else "" for run in runs]
-        rows.append({"name": name, "values": values, "differs": len(set(values)) > 1})
+        known = {value for run, value in zip(runs, values, strict=True) if run.config}
+        rows.append({"name": name, "values": values, "differs": len(known) > 1})
     return rows

@@ -1,4 +1,4 @@
-"""What a run directory shows, read without trusting it: it may be written to meanwhile, damaged, or of another version."""
+"""What a run directory shows, read without trust: it may be written to meanwhile, damaged, or of another version."""
 
 import contextlib
 import fcntl
@@ -67,10 +67,12 @@ def read_run(folder: Path) -> Run:
     if not entries:
         notes.append("There are no metrics yet: metrics.jsonl is missing or empty.")
     if damaged:
-        notes.append(f"{damaged} line{'s' if damaged > 1 else ''} of metrics.jsonl cannot be read and are left out.")
+        lines = "1 line of metrics.jsonl is" if damaged == 1 else f"{damaged} lines of metrics.jsonl are"
+        notes.append(f"{lines} damaged and left out.")
     found, seconds = curves(entries)
     steps, step = int(_number(config.get("steps"))), entries[-1]["step"] if entries else 0
-    grids = read_grids(folder / "samples", step, notes)
+    ended = not steps or step >= steps
+    grids = read_grids(folder / "samples", step if ended else None, notes)
     training = is_held(folder)
     status = "training now" if training else "finished" if steps and step >= steps else "stopped"
     figures = [
@@ -120,8 +122,8 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
     return [entries[step] for step in sorted(entries)], damaged
 
 
-def read_grids(folder: Path, last: int, notes: list[str]) -> list[Grid]:
-    """The grids in a folder of samples. last: the step of final.png."""
+def read_grids(folder: Path, last: int | None, notes: list[str]) -> list[Grid]:
+    """The grids in a folder of samples. last: the step of final.png; None: that is of an earlier end of the run."""
     found: list[tuple[int, Path, int]] = []
     latents = False
     with contextlib.suppress(OSError):
@@ -129,10 +131,10 @@ def read_grids(folder: Path, last: int, notes: list[str]) -> list[Grid]:
             match = re.fullmatch(r"(?:step-(\d{1,12})|final)\.(png|npy)", path.name)
             if match and match[2] == "npy":
                 latents = True
-            elif match:
+            elif match and (match[1] or last is not None):
                 with contextlib.suppress(OSError):
-                    found.append((int(match[1]) if match[1] else last, path, path.stat().st_size))
-    found.sort(key=lambda item: item[0])
+                    found.append((int(match[1] or last or 0), path, path.stat().st_size))
+    found.sort(key=lambda item: (item[0], item[1].name.startswith("final")))
     if not found:
         notes.append(
             "Its samples are latents, in .npy: the VAE that makes images of them was not there."
