@@ -1,8 +1,8 @@
 """Stand-ins for optional packages, by which their operations are counted on tensors without data.
 
-`counted_packages()` lets the engine find quack-kernels' products and flash-attn's packed attention. They compute nothing:
-they have the shapes of their results, and FLOPs as of the products and attention that they are. What they read and write
-is what their arguments and results are; their epilogues are taken to cost no time of their own.
+`counted_packages()` lets the engine find quack-kernels' products and flash-attn's packed attention. They compute
+nothing: they have the shapes of their results, and FLOPs as of the products and attention that they are. What they read
+and write is what their arguments and results are; their epilogues are taken to cost no time of their own.
 """
 
 import contextlib

@@ -71,8 +71,8 @@ def build_keeping(counted: Config) -> TrainState:
 
 
 def build_with_packages(counted: Config) -> TrainState:
-    """Our state with quack-kernels' products of MLPs and flash-attn's packed attention. Its GELUs are made again, in the
-    epilogues of those products."""
+    """Our state with quack-kernels' products of MLPs and flash-attn's packed attention. Its GELUs are made again, in
+    the epilogues of those products."""
     state = build_as_on_gpu(override(counted, {"run.recompute": "none"}))
     state.flow.network.mlp = "quack"
     return state

@@ -51,8 +51,8 @@ def test_packages_save_the_passes_that_they_are_for(rows: dict[str, dict]) -> No
     plain, packed = rows["soflow-fast"], rows["soflow-fast, with quack-kernels and flash-attn"]
     assert packed["flops"] == plain["flops"]
     tokens, inner, qkv = 4 * BATCH * 4 * 2, 4 * 128, 3 * 128
-    # The GELU's read and write in the forward; in the backward its two reads and two writes, but for the bias's sum; the
-    # three gradients that are read and written once more.
+    # The GELU's read and write in the forward; in the backward its two reads and two writes, but for the bias's sum;
+    # the three gradients that are read and written once more.
     saved = tokens * (inner * (2 + 4 - 1) + qkv)
     assert saved < plain["other_bytes"] - packed["other_bytes"] < 1.05 * saved  # and the parts of sums over rows
 
