@@ -17,7 +17,7 @@ from typing import Any
 PATIENCE = 60.0
 """Seconds that an answer may take."""
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync --disable-default-apps --disable-extensions --disable-dev-shm-usage --mute-audio
+--disable-component-update --disable-sync --disable-default-apps --disable-extensions --disable-dev-shm-usage
 --hide-scrollbars --force-color-profile=srgb --remote-debugging-pipe"""
 # Chromium listens at file descriptor 3 and answers at 4.
 START = "import os, sys; os.dup2({}, 3); os.dup2({}, 4); os.execv(sys.argv[1], sys.argv[1:])"

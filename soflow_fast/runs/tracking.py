@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -90,8 +89,7 @@ class Tracker:
         if self._thread.is_alive():
             self._warn(f"{self.name} has not taken all within {CLOSE_SECONDS:g} s of the end")
             if self._process is not None:
-                with suppress(OSError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.kill()
                 self._thread.join(CLOSE_SECONDS)
 
     def _put(self, step: int, content: Any) -> None:

@@ -38,7 +38,7 @@ from .metrics import Boards, MetricsLog, NoLog, TensorBoard
 from .progress import Progress
 from .ranks.crew import ALONE, Crew, assemble
 from .ranks.watch import watched
-from .samples import Grids, evaluate
+from .samples import Grids, evaluate, named_figures
 from .tracking import Tracker, check_installed
 
 
@@ -326,8 +326,7 @@ def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress, cre
         data = state.config.data
         if data.of_digits and state.config.model.num_classes and (grids.vae is not None or not data.latent):
             figures = evaluate(state, run_dir if crew.first else None, progress.say, grids.decoded)
-            named = {f"eval/{name}_nfe{k}": v for k, found in figures.items() for name, v in found._asdict().items()}
-            board.write({"step": state.step, **named})
+            board.write({"step": state.step, **named_figures(figures)})
 
 
 def step_in_memory(

@@ -24,8 +24,9 @@ from PIL import Image
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import AttentionBackend, from_json, to_json
 
-COMMANDS = {name: importlib.import_module(f"soflow_fast.{name}") for name in ("train", "sample", "evaluate", "export")}
-train, sample, evaluate, _ = COMMANDS.values()
+NAMES = ("train", "sample", "evaluate", "export", "gallery")
+COMMANDS = {name: importlib.import_module(f"soflow_fast.{name}") for name in NAMES}
+train, sample, evaluate, *_ = COMMANDS.values()
 Call = Callable[..., Any]
 
 
@@ -57,6 +58,7 @@ TRAIN = {
         ("sample", "help out n nfe labels vae seed device"),
         ("evaluate", "help n nfe vae seed device json"),
         ("export", "help format"),
+        ("gallery", "help out device"),
     ],
 )
 def test_the_flags_are_these_and_help_names_each(

@@ -180,6 +180,7 @@ OUT_OF_RANGE = {
     "data.kind": "image",
     "run.init_kind": "unet",
     "run.workers": -2,
+    "run.track": "mlflow",
     "run.log_every": 0,
     "run.sample_every": -1,
     "run.checkpoint_every": -1,
@@ -257,7 +258,7 @@ def test_every_field_has_its_range_tested() -> None:
 
 def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
     choices = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
-    assert len(choices) == 18
+    assert len(choices) == 19
     for name, allowed in choices.items():
         for value in allowed:
             validate(override(Config(), {name: value}))

@@ -202,8 +202,8 @@ def test_a_run_is_tracked_from_its_first_line_to_its_figures(
     assert numbers == [(entry.pop("step"), entry) for entry in log]
     assert [step for step, values in [*told, last_grid] if "samples" in values] == [4, 6]
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["nfe"]
-    assert figures[0] == 6 and figures[1]["eval/accuracy_nfe1"] == found["1"]["accuracy"]
-    assert figures[1]["eval/frechet_nfe2"] == found["2"]["frechet"]
+    assert figures[0] == 6 and figures[1]["eval_accuracy"] == found["1"]["accuracy"]
+    assert figures[1]["eval_frechet_nfe2"] == found["2"]["frechet"]
     assert call("train", *flags, "--steps", "6").code == 0
     assert len(seen("init")) == 1, "a run that has ended tells nothing again"
 

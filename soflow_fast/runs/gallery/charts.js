@@ -242,7 +242,8 @@ class Chart {
       const colour = `var(--run-${line.number % 8})`;
       const letters = Math.floor((right - 9) / 6.6);
       const name = line.run.name;
-      const text = several ? (name.length > letters ? `${name.slice(0, letters - 1)}…` : name) : short(line.y[line.y.length - 1]);
+      const last = line.y[line.y.length - 1];
+      const text = several ? (name.length > letters ? `${name.slice(0, letters - 1)}…` : name) : short(Number(last.toPrecision(3)));
       svg(this.svg, "text", { class: "label", x: width - right + 7, y: y + 4, style: `fill:${colour}` }, text);
     }
   }

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 MOST_POINTS = 500
@@ -53,7 +54,7 @@ def curve(steps: list[int], values: list[float]) -> Curve:
     wrong = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
     count = min(len(finite), MOST_POINTS)
     edges = [k * len(finite) // count for k in range(count + 1)] if count else []
-    parts = [finite[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [finite[a:b] for a, b in pairwise(edges)]
     return Curve(
         steps=[part[-1][0] for part in parts],
         mean=[math.fsum(value / len(part) for _, value in part) for part in parts],

@@ -101,7 +101,7 @@ def _code(code: dict[str, Any]) -> str | None:
 
 
 def _configurations(runs: list[Run]) -> list[dict[str, Any]]:
-    """Every field of the configurations, its value in each run and whether they differ; what a run learns comes first."""
+    """Every field of the configurations, its value in each run and whether they differ; what is learned comes first."""
     names = dict.fromkeys(name for run in runs for name in run.config)
     rows = []
     for name in sorted(names, key=lambda name: name.startswith("run.")):

@@ -98,7 +98,7 @@ def told_apart(runs: list[Run]) -> None:
 
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of metrics.jsonl that are objects with a step, by step, the last of each; and how many are damaged.
+    """The lines of metrics.jsonl that are objects with a step, in order, those of one step as one; and the damaged ones.
 
     A last line that is cut off is no damage: the run is writing it."""
     try:
@@ -116,7 +116,7 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
             damaged += bool(line.strip()) and number < len(lines) - 1
             continue
         if type(step) is int and 0 <= step < 2**53:
-            entries[step] = entry
+            entries[step] = {**entries.get(step, {}), **entry}
         else:
             damaged += 1
     return [entries[step] for step in sorted(entries)], damaged
