@@ -98,7 +98,7 @@ def told_apart(runs: list[Run]) -> None:
 
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of metrics.jsonl that are objects with a step, in order, those of one step as one; and the damaged ones.
+    """The lines of metrics.jsonl that are objects with a step, in order, one for each step; how many are damaged.
 
     A last line that is cut off is no damage: the run is writing it."""
     try:
