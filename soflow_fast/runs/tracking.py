@@ -17,13 +17,15 @@ from typing import Any
 from torch import Tensor
 
 from ..config.schema import Config, flatten
-from ..errors import ConfigError
+from ..errors import ConfigError, printable
 from .images import png
 
 TRACKING = "tracking.json"
 """The file of a run directory with the id of the run in each tracker."""
 MOST_WAITING, MOST_GRIDS = 10_000, 4
 """Lines of numbers, and grids among them, that may wait for a tracker; those beyond are left out."""
+MOST_SAID = 300
+"""Characters of what a tracker said as it failed."""
 CLOSE_SECONDS = 15.0
 """Seconds that the end of a run waits for its tracker."""
 
@@ -99,6 +101,8 @@ class Tracker:
         if self._waiting.qsize() < MOST_WAITING:
             self._waiting.put((step, content))
         else:
+            if isinstance(content, Tensor):
+                self._grids.release()
             self._too_slow()
 
     def _too_slow(self) -> None:
@@ -145,7 +149,8 @@ class Tracker:
         if self._process.wait():
             output.seek(0)
             lines = output.read()[-4096:].decode(errors="replace").strip().splitlines()
-            self._fault = lines[-1].strip() if lines else f"it ended with exit code {self._process.returncode}"
+            said = printable(lines[-1].strip())[:MOST_SAID] if lines else ""
+            self._fault = said or f"it ended with exit code {self._process.returncode}"
 
 
 def _write_line(file: Any, order: Mapping[str, Any]) -> None:

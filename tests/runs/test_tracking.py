@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from forked import on_ranks
 
 from soflow_fast import preset
 from soflow_fast.config.schema import Config
 from soflow_fast.errors import ConfigError
-from soflow_fast.runs import samples, tracking
+from soflow_fast.launch import Launch
+from soflow_fast.runs import samples, tracking, trainer
 from soflow_fast.runs.tracking import Tracker, check_installed
 
 WANDB = """
@@ -206,6 +208,21 @@ def test_a_run_is_tracked_from_its_first_line_to_its_figures(
     assert figures[1]["eval_frechet_nfe2"] == found["2"]["frechet"]
     assert call("train", *flags, "--steps", "6").code == 0
     assert len(seen("init")) == 1, "a run that has ended tells nothing again"
+
+
+def train_two(launch: Launch, folder: Path) -> bool:
+    samples.EVALUATION_SAMPLES = 100
+    fields = {"model.hidden_size": 16, "model.depth": 1, "model.num_heads": 2, "run.log_every": 2, "batch_size": 8}
+    given = {"run_dir": str(folder), "track": "wandb", "device": "cpu", "steps": 4, "run.sample_every": 2, **fields}
+    trainer.train(preset("digits", **given))
+    return launch.rank == 0
+
+
+def test_of_two_ranks_the_first_tracks(seen: Seen, tmp_path: Path) -> None:
+    assert on_ranks(2, train_two, tmp_path / "run") == [True, False]
+    assert len(seen("init")) == len(seen("finish")) == 1
+    assert [entry["step"] for entry in seen("log") if "fm_loss" in entry["values"]] == [2, 4]
+    assert [entry["step"] for entry in seen("log") if "samples" in entry["values"]] == [2, 4]
 
 
 # The packages themselves, where they are installed.
