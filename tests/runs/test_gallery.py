@@ -354,9 +354,9 @@ def test_values_are_read_by_the_pointer_and_by_keys(browser: chromium.Page, writ
     assert browser.value("document.getElementById('tip').hidden")
     browser.value(f"{chart}.focus()")
     browser.key("End")
-    assert "step 1200: " in browser.value("document.getElementById('said').textContent")
+    assert "step 1,200: " in browser.value("document.getElementById('said').textContent")
     browser.key("ArrowLeft")
-    assert "step 1198: " in browser.value("document.getElementById('said').textContent")
+    assert "step 1,198: " in browser.value("document.getElementById('said').textContent")
     browser.key("Escape")
     assert browser.value("document.getElementById('tip').hidden") and browser.errors == []
 
