@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
+from soflow_fast import preset
+from soflow_fast.data.dataset import LatentSpace
+from soflow_fast.data.identity import Identity
 from soflow_fast.errors import CheckpointError, ConfigError
+from soflow_fast.flow import SolutionFlow
+from soflow_fast.models.dit import DiT
 from soflow_fast.runs import checkpoint
 from soflow_fast.runs.gallery import pictures, reading, ways
 from soflow_fast.runs.gallery.curves import MOST_POINTS, curve, curves
@@ -205,6 +211,34 @@ def test_a_way_begins_with_the_noise_and_ends_with_the_sample(run_dir: Path) -> 
         assert error <= 1, "a batch of another size rounds differently"
 
 
+def test_latents_are_shown_by_their_vae_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VAE that shows the first channel, four times as large."""
+    config = preset("digits-latent", **{"model.hidden_size": 16, "model.depth": 1, "model.num_heads": 2})
+    flow = SolutionFlow(DiT(config.model)).eval()
+    space = LatentSpace("a-vae", 1.0, 0.0)
+    data = Identity("latents", 10, (4, 4, 4), tuple("abcdefghij"), (1,) * 10, "0", space)
+    asked: list[tuple[str, bool, int]] = []
+
+    class Enlarging:
+        def decoded(self, x: torch.Tensor, space: LatentSpace) -> torch.Tensor:
+            return x[:, :1].repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+    def load_vae(name: str, device: torch.device, *, local: bool, channels: int) -> Enlarging:
+        asked.append((name, local, channels))
+        return Enlarging()
+
+    monkeypatch.setattr(ways, "load_vae", load_vae)
+    monkeypatch.setattr(ways, "load_with_data", lambda place, device: (flow, config, data))
+    found = ways.ways(tmp_path, CPU)
+    assert asked == [("a-vae", True, 4)] and found.label == "e"
+    assert [name for name, _ in found.by_label] == ["a", "c", "e", "h", "j"]
+    with Image.open(io.BytesIO(base64.b64decode(found.by_label[0][1][0].partition(",")[2]))) as image:
+        assert image.size == (16, 16)
+    monkeypatch.setattr(ways, "load_with_data", lambda place, device: (flow, config, replace(data, space=None)))
+    with pytest.raises(CheckpointError, match="do not say of which VAE"):
+        ways.ways(tmp_path, CPU)
+
+
 def test_a_run_without_a_checkpoint_has_no_way(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         ways.ways(make_run(tmp_path / "run"), CPU)
@@ -356,7 +390,7 @@ def test_values_are_read_by_the_pointer_and_by_keys(browser: chromium.Page, writ
     browser.key("End")
     assert "step 1,200: " in browser.value("document.getElementById('said').textContent")
     browser.key("ArrowLeft")
-    assert "step 1,198: " in browser.value("document.getElementById('said').textContent")
+    assert "step 1,197: " in browser.value("document.getElementById('said').textContent")
     browser.key("Escape")
     assert browser.value("document.getElementById('tip').hidden") and browser.errors == []
 

@@ -43,7 +43,7 @@ def embedded(data: Any) -> str:
 
 
 def _part(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files("soflow_fast.runs.gallery").joinpath(name).read_text(encoding="utf-8")
 
 
 def _run(run: Run, ways: Ways | None) -> dict[str, Any]:

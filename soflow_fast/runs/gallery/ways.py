@@ -1,5 +1,6 @@
 """The way of noise to images through a trained network: f(x_1, 1, s) for s from 1 to 0."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ def ways(run_dir: Path, device: torch.device) -> Ways:
     """
     flow, config, data = load_with_data(run_dir, device)
     model = config.model
-    finish = lambda x: x  # noqa: E731
+    finish: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
     if config.data.latent or not has_colours(model.in_channels):
         space = data.space if data is not None else None
         if space is None or not space.vae:
@@ -65,7 +66,8 @@ def ways(run_dir: Path, device: torch.device) -> Ways:
     drawn = torch.stack([_states(flow, noise, torch.tensor([y for _, y in rows]), s) for s in times.tolist()], 1)
     if not torch.isfinite(drawn).all():
         raise UserError("its samples are not finite")
-    cells = [[cell(image) for image in _pixels(finish, way.to(device))] for way in drawn]
+    with torch.no_grad():
+        cells = [[cell(image) for image in to_uint8(finish(way.to(device))).cpu()] for way in drawn]
     return Ways(
         times=[round(s, 3) for s in times.tolist()],
         by_label=[(named(label), cells[k]) for k, label in enumerate(labels)],
@@ -85,10 +87,3 @@ def _states(flow: SolutionFlow, noise: Tensor, y: Tensor, s: float) -> Tensor:
         t = torch.ones(len(x), device=x.device, dtype=x.dtype)
         found.append(flow.solution(x, t, torch.full_like(t, s), labels.to(x.device)).float().cpu())
     return torch.cat(found)
-
-
-def _pixels(finish: object, x: Tensor) -> Tensor:
-    """uint8 [n, H, W, C] of the states of a way."""
-    assert callable(finish)
-    with torch.no_grad():
-        return to_uint8(finish(x)).cpu()
