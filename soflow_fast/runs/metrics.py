@@ -167,6 +167,16 @@ class Boards:
             board.close()
 
 
+def named_figures(figures: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Figures by number of network calls, under the names of their curves: eval_frechet of one, eval_frechet_nfe2 of
+    two."""
+    return {
+        f"eval_{name}" + (f"_nfe{nfe}" if nfe > 1 else ""): value
+        for nfe, values in figures.items()
+        for name, value in values.items()
+    }
+
+
 class NoLog:
     """In the place of all on a rank that writes nothing."""
 

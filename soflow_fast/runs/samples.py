@@ -75,12 +75,3 @@ def evaluate(
     if run_dir is not None:
         write_file(run_dir / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode(), synced=False)
     return figures
-
-
-def named_figures(figures: dict[int, DigitScores]) -> dict[str, float]:
-    """Figures by the names of their curves: eval_frechet of one network call, eval_frechet_nfe2 of two."""
-    return {
-        f"eval_{name}" + (f"_nfe{nfe}" if nfe > 1 else ""): value
-        for nfe, scores in figures.items()
-        for name, value in scores._asdict().items()
-    }

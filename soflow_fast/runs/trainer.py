@@ -34,11 +34,11 @@ from . import checkpoint, run_directory, signals
 from .async_save import Saver
 from .batches.resident import on_device_bytes
 from .batches.upload import Batches
-from .metrics import Boards, MetricsLog, NoLog, TensorBoard
+from .metrics import Boards, MetricsLog, NoLog, TensorBoard, named_figures
 from .progress import Progress
 from .ranks.crew import ALONE, Crew, assemble
 from .ranks.watch import watched
-from .samples import Grids, evaluate, named_figures
+from .samples import Grids, evaluate
 from .tracking import Tracker, check_installed
 
 
@@ -326,7 +326,8 @@ def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress, cre
         data = state.config.data
         if data.of_digits and state.config.model.num_classes and (grids.vae is not None or not data.latent):
             figures = evaluate(state, run_dir if crew.first else None, progress.say, grids.decoded)
-            board.write({"step": state.step, **named_figures(figures)})
+            named = named_figures({nfe: scores._asdict() for nfe, scores in figures.items()})
+            board.write({"step": state.step, **named})
 
 
 def step_in_memory(

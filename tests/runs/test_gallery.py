@@ -114,7 +114,7 @@ def test_a_run_is_read_with_its_grids_in_order(tmp_path: Path) -> None:
     assert (run.name, run.status, run.step, run.steps, run.seconds) == ("run", "finished", 60, 60, 15.0)
     assert [shot.step for shot in run.grids] == [20, 40, 60, 60]
     assert run.grids[-1].uri == pictures.uri(grid(99), "png"), "final.png comes last"
-    assert run.figures == [("step", 60.0), ("1.frechet", 2.5)]
+    assert run.figures == [("step", 60), ("1.frechet", 2.5), ("1.text", "x")]
     assert run.config["optim.lr"] == 0.1
     assert run.notes == ["4 of 5 sample grids are shown."]
     config = json.loads((folder / "config.json").read_text())

@@ -44,17 +44,26 @@ function meta(name) {
     const [group, title, about, scale] = METRICS[name];
     return { group, title, about, scale };
   }
-  const group = /^eval/.test(name) ? "Evaluation" : /loss|mse/.test(name) ? "Loss" : "More";
-  return { group, title: name.replace(/^eval(uation)?[/_.]/, "").replaceAll("_", " "), about: "" };
+  const group = /^eval[/_.]./.test(name) ? "Evaluation" : /loss|mse/.test(name) ? "Loss" : "More";
+  if (group === "Evaluation") {
+    const [, figure, calls] = /^eval[/_.]?(.*?)(?:_nfe(\d+))?$/s.exec(name);
+    return { group, title: figureTitle(`${calls || 1}.${figure}`), about: "" };
+  }
+  return { group, title: name.replaceAll("_", " "), about: "" };
 }
 
-const FIGURES = { accuracy: "classified as their label", frechet: "Fréchet distance", near_copies: "near copies", fid: "FID", sfid: "sFID", is: "Inception Score", kid: "KID", precision: "precision", recall: "recall" };
+const FIGURES = { accuracy: "Classified as their label", frechet: "Fréchet distance", near_copies: "Near copies", fid: "FID", sfid: "sFID", is: "Inception Score", kid: "KID", precision: "Precision", recall: "Recall", "fd-dinov2": "FD-DINOv2" };
 
 function figureTitle(name) {
-  const match = /^(\d+)\.(.+)$/.exec(name);
-  if (!match) return name.replaceAll("_", " ");
-  const title = Object.hasOwn(FIGURES, match[2]) ? FIGURES[match[2]] : match[2].replaceAll("_", " ");
-  return `${title}, ${match[1]} call${match[1] === "1" ? "" : "s"}`;
+  const [, calls, rest] = /^(?:(\d+)\.)?(.+)$/s.exec(name) || [name, undefined, name];
+  const words = rest.replaceAll(/[_.]/g, " ");
+  const title = Object.hasOwn(FIGURES, rest) ? FIGURES[rest] : words.charAt(0).toUpperCase() + words.slice(1);
+  return calls ? `${title}, ${calls} call${calls === "1" ? "" : "s"}` : title;
+}
+
+function figureText(value) {
+  if (typeof value === "string") return value;
+  return Number.isInteger(value) ? value.toLocaleString("en") : short(value);
 }
 
 function theme() {
@@ -96,7 +105,7 @@ function overview() {
       make(box, "b", "", value);
       make(box, "span", "", title);
     };
-    run.figures.filter(([name]) => /^\d+\./.test(name)).slice(0, 2).forEach(([name, value]) => figure(short(value), figureTitle(name)));
+    run.figures.filter(([name]) => /^\d+\./.test(name)).slice(0, 2).forEach(([name, value]) => figure(figureText(value), figureTitle(name)));
     const speed = run.curves.images_per_s;
     if (speed && speed.mean.length) {
       const sorted = speed.mean.slice().sort((a, b) => a - b);
@@ -227,7 +236,7 @@ function figureTable() {
     make(row, "th", "", figureTitle(name));
     for (const run of runs) {
       const found = run.figures.find(([key]) => key === name);
-      make(row, "td", "", found ? short(found[1]) : "–");
+      make(row, "td", "", found ? figureText(found[1]) : "–");
     }
   }
 }

@@ -18,6 +18,8 @@ from .pictures import MOST_FILE, shown
 
 MOST_LOG = 2**29
 """Bytes of metrics.jsonl that are read."""
+MOST_TEXT = 200
+"""Characters of a text of evaluation.json."""
 MOST_GRIDS, MOST_GRID_BYTES = 100, 16 * 2**20
 """Sample grids of a run in a page, and their bytes together: of more, some are shown, evenly over the training."""
 
@@ -49,8 +51,8 @@ class Run:
     """By the name in metrics.jsonl."""
     seconds: float
     grids: list[Grid]
-    figures: list[tuple[str, float]]
-    """Of evaluation.json, by name."""
+    figures: list[tuple[str, float | str]]
+    """Of evaluation.json, and what stands beside them, by name."""
     notes: list[str] = field(default_factory=list)
     """What is not shown, and why, each a sentence."""
 
@@ -76,9 +78,9 @@ def read_run(folder: Path) -> Run:
     training = is_held(folder)
     status = "training now" if training else "finished" if steps and step >= steps else "stopped"
     figures = [
-        (name.removeprefix("nfe."), float(value))
+        (name.removeprefix("nfe."), value[:MOST_TEXT] if isinstance(value, str) else value)
         for name, value in flattened(_json(folder / "evaluation.json")).items()
-        if type(value) in (int, float) and math.isfinite(value)
+        if isinstance(value, str) or (type(value) in (int, float) and abs(value) < math.inf)
     ]
     code = source_code.read(folder)
     name = printable(folder.resolve().name)
