@@ -104,7 +104,7 @@ const AXES = {
 };
 
 class Chart {
-  // meta: {title, about, scale}; lines: [{run, curve, number}]; shared: {axis, smooth, hidden}
+  // meta: {title, about, scale}; lines: [{run, curve, number}]; shared: {axis, smooth, hidden, several}
   constructor(parent, name, meta, lines, shared) {
     Object.assign(this, { name, meta, lines, shared });
     const card = parent.appendChild(document.createElement("article"));
@@ -155,7 +155,7 @@ class Chart {
     this.svg.replaceChildren();
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     const { axis, smooth } = this.shared;
-    const several = this.lines.length > 1;
+    const { several } = this.shared;
     const seen = this.visible().filter(({ curve }) => curve.mean.length);
     for (const line of seen) {
       line.x = positions(line.run, line.curve, axis);
@@ -282,7 +282,7 @@ class Chart {
       const row = tip.appendChild(document.createElement("div"));
       row.style.setProperty("--colour", `var(--run-${number % 8})`);
       row.appendChild(document.createElement("i"));
-      row.appendChild(document.createElement("span")).textContent = this.lines.length > 1 ? name : "";
+      row.appendChild(document.createElement("span")).textContent = this.shared.several ? name : "";
       row.appendChild(document.createElement("b")).textContent = text;
     }
     tip.hidden = false;

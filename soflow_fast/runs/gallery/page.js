@@ -248,7 +248,7 @@ function headRow(table, first, columns) {
 }
 
 function curves() {
-  const shared = { axis: "steps", smooth: 0.8, hidden: new Set() };
+  const shared = { axis: "steps", smooth: 0.8, hidden: new Set(), several: runs.length > 1 };
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))].filter((name) => !KEPT.has(name));
   const order = Object.keys(METRICS);
   names.sort((a, b) => (order.indexOf(a) + 1 || 99) - (order.indexOf(b) + 1 || 99) || (a < b ? -1 : 1));
