@@ -227,6 +227,8 @@ def to_authors(config: Config, working_dir: str) -> str:
         )
         has = f"{model.in_channels} channels, {model.num_classes} classes"
         raise ValueError(f"model: their code knows {known}, not {has}")
+    if model.qk_norm:
+        raise ValueError("model.qk_norm: their network has no norms of queries and keys")
     flat, spelt = flatten(config), _spelt
     if not model.null_label:
         flat["objective.label_drop"] = 0.0

@@ -70,6 +70,10 @@ class DiTConfig:
     """Whether the table has that row.
 
     A network without it was trained with every label, and is not asked for samples without one."""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys over the head dimension, each with a weight, which bounds the logits of attention.
+
+    The published networks have none."""
 
     @classmethod
     def named(cls, size: str, **others: Any) -> "DiTConfig":

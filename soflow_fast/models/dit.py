@@ -24,6 +24,7 @@ from soflow_kernels import (
     layernorm_modulate,
     on_gpu,
 )
+from soflow_kernels.qk_norm import rms_norm_reference
 
 from ..config.schema import DiTConfig
 from ..config.validation import validate_model
@@ -33,6 +34,7 @@ from .fused_layers import (
     BlockModulation,
     BlockOutputs,
     BlockWeights,
+    HeadNorms,
     PendingResidual,
     SavePolicy,
     fused_block,
@@ -138,25 +140,56 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm over the head dimension with a weight, [..., head_dim]: statistics and product in float32, rounded once,
+    as timm's RmsNorm does."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm_reference(x, self.weight, EPS)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention on tokens [B, T, D]: qkv, softmax(q k' / sqrt(head_dim)) v, proj."""
+    """Multi-head self-attention on tokens [B, T, D]: qkv, softmax(q k' / sqrt(head_dim)) v, proj.
+
+    With `qk_norm` each head of q and of k is normalised first, by `q_norm` and `k_norm` (names as in timm).
+    """
 
     backend: Backend = "sdpa"
+    q_norm: HeadNorm
+    k_norm: HeadNorm
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.qk_norm = num_heads, qk_norm
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        if qk_norm:
+            self.q_norm, self.k_norm = HeadNorm(hidden_size // num_heads), HeadNorm(hidden_size // num_heads)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = call_layer(self.qkv, x)
-        packed = self.parts(qkv.dtype, qkv.device) == 1
-        return call_layer(self.proj, self.attend(qkv) if packed else self.attend(*qkv.chunk(3, -1)))
+        if self.parts(qkv.dtype, qkv.device) == 1:
+            return call_layer(self.proj, self.attend(qkv))
+        q, k, v = qkv.chunk(3, -1)
+        if self.qk_norm:
+            q, k = (
+                norm(part.unflatten(-1, (self.num_heads, -1))).flatten(2)
+                for norm, part in ((self.q_norm, q), (self.k_norm, k))
+            )
+        return call_layer(self.proj, self.attend(q, k, v))
 
     def parts(self, dtype: torch.dtype, device: torch.device) -> int:
-        """The number of tensors in which `attend` takes q, k and v: as the backend puts together their gradients."""
-        return 1 if takes_packed(self.backend, dtype, device.type) else 3
+        """The number of tensors in which `attend` takes q, k and v: as the backend puts together their gradients.
+        Normalised q and k are tensors of their own."""
+        return 1 if not self.qk_norm and takes_packed(self.backend, dtype, device.type) else 3
+
+    def norms(self) -> list[HeadNorm]:
+        """The norms of q and k, where there are some."""
+        return [self.q_norm, self.k_norm] if self.qk_norm else []
 
     def attend(self, *qkv: Tensor) -> Tensor:
         """The attention between the two linear layers: q, k and v [B, T, D], or one [B, T, 3 D] -> [B, T, D]."""
@@ -210,7 +243,7 @@ class Block(Unit, nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         D = config.hidden_size
-        self.attn = Attention(D, config.num_heads)
+        self.attn = Attention(D, config.num_heads, config.qk_norm)
         self.mlp = MLP(D, int(D * config.mlp_ratio))
         self.adaLN_modulation: Any = Modulation(D, 6)
 
@@ -228,6 +261,11 @@ class Block(Unit, nn.Module):
     def linears(self) -> list[nn.Linear]:
         """The linear layers on tokens, in the order in which they are run."""
         return [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
+
+    def weights(self, dtype: torch.dtype) -> BlockWeights:
+        """All that the fused block multiplies with, products in a dtype. The weights of norms of q and k keep theirs."""
+        linears = (weights_of(layer, dtype) for layer in self.linears())
+        return BlockWeights(*linears, HeadNorms(*(n.weight for n in self.attn.norms())) if self.attn.qk_norm else None)
 
 
 class FinalLayer(nn.Module):
@@ -258,6 +296,12 @@ KINDS: Kinds = {
     **plain_kind(Block, {"attn": Attention, "mlp": MLP, "adaLN_modulation": Modulation}),
     **plain_kind(FinalLayer, {"linear": nn.Linear, "adaLN_modulation": Modulation}),
 }
+QK_NORM_KINDS: Kinds = {
+    **KINDS,
+    **plain_kind(HeadNorm, parameters=("weight",)),
+    **plain_kind(Attention, {"qkv": nn.Linear, "q_norm": HeadNorm, "k_norm": HeadNorm, "proj": nn.Linear}),
+}
+"""Of a network with `qk_norm`."""
 
 
 class DiT(nn.Module):
@@ -302,8 +346,8 @@ class DiT(nn.Module):
         whole: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
     ) -> None:
         """The public initialisation: Xavier uniform, zero biases; label table and the two Linear weights of the **t**
-        embedder N(0, 0.02), while the s embedder keeps Xavier; adaLN and output layers zero. Nothing on the meta
-        device.
+        embedder N(0, 0.02), while the s embedder keeps Xavier; adaLN and output layers zero, norms of q and k
+        one. Nothing on the meta device.
 
         whole: gives what is drawn into for a parameter, where that is only a part of one.
         """
@@ -321,16 +365,20 @@ class DiT(nn.Module):
                 nn.init.normal_(weight, std=0.02, generator=source)
         for layer in (*self.modulation_layers(), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
+        for block in self.blocks:
+            for norm in block.attn.norms():
+                nn.init.ones_(norm.weight)
 
     def modulation_layers(self) -> list[nn.Linear]:
         """The layers from SiLU(c) to shifts, scales and gates: six rows of D for each block, two for the last norm."""
         parts: list[Any] = [*self.blocks, self.final_layer]
         return [part.adaLN_modulation[1] for part in parts]
 
-    def low_precision_layers(self) -> list[nn.Linear]:
+    def low_precision_layers(self) -> list[nn.Module]:
         """The layers whose parameters are in low precision in a step in low precision: those of the blocks, and all
         modulations."""
-        return [*(layer for block in self.blocks for layer in block.linears()), *self.modulation_layers()]
+        inside = (layer for block in self.blocks for layer in (*block.linears(), *block.attn.norms()))
+        return [*inside, *self.modulation_layers()]
 
     def units(self) -> list[Any]:
         """The parts that hold all parameters but those of the two ends, in the order in which they run: the blocks and
@@ -363,7 +411,8 @@ class DiT(nn.Module):
             ("final_layer", self.final_layer, FinalLayer),
         ]
         for name, module, kind in parts:
-            found = changed_part(module, kind, KINDS, float8=float8, sharding=self.sharding)
+            kinds = QK_NORM_KINDS if self.config.qk_norm else KINDS
+            found = changed_part(module, kind, kinds, float8=float8, sharding=self.sharding)
             if found is not None:
                 return f"{name}.{found}" if found else name
         if self.sharding is not None:
@@ -485,7 +534,7 @@ class DiT(nn.Module):
         save: SavePolicy,
         tape: TapedOutputs | None,
     ) -> PendingResidual:
-        weights = BlockWeights(*(weights_of(layer, residual.x.dtype) for layer in block.linears()))
+        weights = block.weights(residual.x.dtype)
         run: Any = fused_block if self.compile_backend is None else _compiled_block(self.compile_backend)
         if self.recompute == "block" and torch.is_grad_enabled():
             run = functools.partial(_checkpoint, run)

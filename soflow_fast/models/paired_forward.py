@@ -26,6 +26,7 @@ from soflow_kernels import (
     gate_residual_layernorm_modulate_increment,
     layernorm_modulate_increment,
     on_gpu,
+    qk_rms_norm_increment,
     silu_increment,
     time_embedding_increment,
 )
@@ -36,7 +37,6 @@ from .fused_layers import (
     EPS,
     BlockModulation,
     BlockOutputs,
-    BlockWeights,
     PendingResidual,
     SavePolicy,
     fused_block,
@@ -162,7 +162,7 @@ class _IncrementPass:
         for k, block in zip(range(len(net.blocks)), units, strict=False):
             pairs = self.modulation(block.adaLN_modulation, c, dc, None if m is None else m[6 * k : 6 * k + 6])
             if residual is not None:
-                weights = BlockWeights(*(weights_of(layer, self.operand) for layer in block.linears()))
+                weights = block.weights(self.operand)
                 modulation = BlockModulation(*(value for value, _ in pairs))
                 attn, save = block.attn, SavePolicy(norms=True, inner=True)
                 parts = attn.parts(self.operand, x.device)
@@ -221,6 +221,10 @@ class _IncrementPass:
             (split_heads(value.to(self.between), attn.num_heads), split_heads(increment, attn.num_heads))
             for value, increment in zip((at.q, at.k, at.v), increments, strict=True)
         )
+        if at.normed_q is not None and at.normed_k is not None:
+            dq, dk = qk_rms_norm_increment(q, k, attn.q_norm.weight, attn.k_norm.weight, eps=EPS)
+            normed = (split_heads(value.to(self.between), attn.num_heads) for value in (at.normed_q, at.normed_k))
+            q, k = zip(normed, (dq, dk), strict=True)
         branch = at.proj, self.product(merge_heads(attention_increment(q, k, v)), attn.proj)
         dx, dn = self.norm(at.x2, PendingIncrement(dx, branch, gate1, b_proj), shift2, scale2, self.between)
         inner = bias_gelu_increment((at.fc1, self.product(dn, mlp.fc1)), b_fc1)

@@ -190,6 +190,9 @@ def read_start(
             raise CheckpointError(
                 f"{where}: its label table has {row}; give --set model.null_label={str(model.null_label).lower()}"
             )
+        if model.qk_norm != config.model.qk_norm:
+            norms = "norms of queries and keys" if model.qk_norm else "no norms of queries and keys"
+            raise CheckpointError(f"{where}: has {norms}; give --set model.qk_norm={str(model.qk_norm).lower()}")
         if one_time.is_one_time(tensors):
             if kind is None:
                 raise CheckpointError(
