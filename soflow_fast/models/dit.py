@@ -263,9 +263,10 @@ class Block(Unit, nn.Module):
         return [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
 
     def weights(self, dtype: torch.dtype) -> BlockWeights:
-        """All that the fused block multiplies with, products in a dtype. The weights of norms of q and k keep theirs."""
+        """What the fused block multiplies with: of products in a dtype, of norms of q and k in their own."""
         linears = (weights_of(layer, dtype) for layer in self.linears())
-        return BlockWeights(*linears, HeadNorms(*(n.weight for n in self.attn.norms())) if self.attn.qk_norm else None)
+        norms = HeadNorms(self.attn.q_norm.weight, self.attn.k_norm.weight) if self.attn.qk_norm else None
+        return BlockWeights(*linears, norms)
 
 
 class FinalLayer(nn.Module):

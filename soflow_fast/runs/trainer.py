@@ -473,8 +473,9 @@ def resolve_attention(state: TrainState) -> str:
         "tf32" if state.precision == "tf32" else "fp32", device
     ):  # as in the DiT, which has no autocast inside
         if name == "auto":
-            return choose(device, dtype, B, model.num_heads, T, head_dim, time.perf_counter, compiled=compiled)
-        try_out(name, device, dtype, B, model.num_heads, T, head_dim, compiled=compiled)
+            shape = B, model.num_heads, T, head_dim
+            return choose(device, dtype, *shape, time.perf_counter, compiled=compiled, apart=model.qk_norm)
+        try_out(name, device, dtype, B, model.num_heads, T, head_dim, compiled=compiled, apart=model.qk_norm)
         return name
 
 

@@ -14,7 +14,7 @@ LAYOUTS = ("packed", "packed heads", *testing.LAYOUTS)
 
 
 def inputs(shape, dtype, device, layout="packed", seed=0):
-    """q and k as a packed product leaves them ("packed heads": as [B, H, T, d]), their weights, and weights of outputs."""
+    """q and k as a packed product leaves them ("packed heads": as [B, H, T, d]), their weights, and those of outputs."""
     generator = torch.Generator().manual_seed(seed)
     B, M, L, d = shape
     if layout == "packed":
@@ -188,7 +188,7 @@ def test_compile_equals_eager(device):
     tensors, douts = inputs((2, 3, 2, 24), torch.float32, device)
     torch.compiler.reset()
     backend = "inductor" if device == "cuda" else "aot_eager"
-    compiled = torch.compile(lambda q, k, q_weight, k_weight: qk_rms_norm(q, k, q_weight, k_weight), fullgraph=True, backend=backend)  # fmt: skip
+    compiled = torch.compile(lambda **given: qk_rms_norm(**given), fullgraph=True, backend=backend)
     eager, found = testing.grads(qk_rms_norm, tensors, douts), testing.grads(compiled, tensors, douts)
     assert all(torch.equal(found[name], value) for name, value in eager.items())
 

@@ -3,8 +3,8 @@ a = sqrt(mean(h^2) + eps) of a row, and a' at its end,
 
     d = w (dh / a' - h (a'^2 - a^2) / (a a' (a + a'))),   a'^2 - a^2 = mean(dh (2 h + dh))
 
-A row that shrinks to less than half of its size has d = w ((h + dh) / a' - h / a) instead: there nothing cancels in this
-difference, and the terms above, divided by a small a', do.
+A row that shrinks to less than half of its size has d = w ((h + dh) / a' - h / a) instead: there nothing cancels in
+this difference, and the terms above, divided by a small a', do.
 
 q, dq, k, dk: [B, H, T, d] or [B, T, H, d], any strides; weights: [d]; bfloat16, float16 or float32, each of its own.
 Bytes, with S = one pass over q: 6 S, as only the increments are written. The kernel is laid out as

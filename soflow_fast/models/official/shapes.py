@@ -70,7 +70,7 @@ def fitted(config: DiTConfig, weights: Mapping[str, Tensor], where: str) -> DiTC
     wrong = next((name for name in weights if name.endswith((".attn.q_norm.bias", ".attn.k_norm.bias"))), None)
     if wrong is not None:
         raise CheckpointError(
-            f"{where}: {wrong} belongs to a LayerNorm of queries or keys; the DiT here has RMSNorm there, without a bias"
+            f"{where}: {wrong} is of a LayerNorm of queries or keys; the DiT here has RMSNorm there, without a bias"
         )
     config = replace(config, qk_norm=NORM in weights)
     usual = public_heads(config.depth, config.hidden_size)
