@@ -32,8 +32,8 @@ from soflow_kernels._reduce import finish, split_rows
 from soflow_kernels._rows import power_of_two
 
 MAX_HEAD_DIM = 1024
-MAX_ROWS = 2**31 - 2**16
-"""Rows are numbered in 32 bits, addresses in 64."""
+MAX_ROWS = 2**30
+"""Rows are numbered in 32 bits, addresses in 64; of a head of 16 numbers more are 34 GB in bf16."""
 # With 4 warps a thread has 16 numbers of each tensor, two 16-byte loads in bf16; of the backward, which holds four
 # tensors and two sums, 8.
 TILE = 2048

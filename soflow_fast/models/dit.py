@@ -266,7 +266,7 @@ class Block(Unit, nn.Module):
         """What the fused block multiplies with: of products in a dtype, of norms of q and k in their own."""
         linears = (weights_of(layer, dtype) for layer in self.linears())
         norms = HeadNorms(self.attn.q_norm.weight, self.attn.k_norm.weight) if self.attn.qk_norm else None
-        return BlockWeights(*linears, norms)
+        return BlockWeights(*linears, heads=norms)
 
 
 class FinalLayer(nn.Module):

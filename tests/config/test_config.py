@@ -211,6 +211,7 @@ FREE = {
         "data.flip",
         "data.resize",
         "data.skip_bad",
+        "model.qk_norm",
         "run.init",
         "run.resume_official",
         "run.run_dir",

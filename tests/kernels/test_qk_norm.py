@@ -14,7 +14,7 @@ LAYOUTS = ("packed", "packed heads", *testing.LAYOUTS)
 
 
 def inputs(shape, dtype, device, layout="packed", seed=0):
-    """q and k as a packed product leaves them ("packed heads": as [B, H, T, d]), their weights, and those of outputs."""
+    """q and k as a packed product leaves them ("packed heads": as [B, H, T, d]), their weights, and the outputs'."""
     generator = torch.Generator().manual_seed(seed)
     B, M, L, d = shape
     if layout == "packed":
@@ -76,6 +76,22 @@ def test_many_rows_in_several_chunks(device):
     tensors, douts = inputs((3, 80, 2, 8), torch.float32, device)
     assert qk_norm.split_rows(1, 480, qk_norm.LEAST_ROWS)[0] > 3
     check(tensors, douts)
+
+
+def test_far_apart_in_memory(device):
+    """The second sample begins 2^31 numbers after the first: only 64-bit addresses reach it. A GPU needs 4.3 GB."""
+    memory = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
+    q = memory.as_strided((2, 1, 2, 16), (2**31, 32, 16, 1))
+    k = memory[32:].as_strided((2, 1, 2, 16), (2**31, 32, 16, 1))
+    values = torch.randn(2, 2, 1, 2, 16, generator=torch.Generator().manual_seed(0)).half().to(device)
+    q.copy_(values[0])
+    k.copy_(values[1])
+    weights = torch.ones(16, device=device), torch.full((16,), 2.0, device=device)
+    with torch.no_grad():
+        got, want = qk_rms_norm(q, k, *weights), qk_rms_norm(*values, *weights)
+        dgot = qk_norm._qk_rms_norm_backward(k, q, q, k, *weights, 1e-6)
+        dwant = qk_norm._qk_rms_norm_backward(values[1], values[0], *values, *weights, 1e-6)
+    assert all(torch.equal(a, b) for a, b in zip((*got, *dgot), (*want, *dwant), strict=True))
 
 
 def test_a_row_of_zeros_and_large_rows(device):
