@@ -94,7 +94,9 @@ def _training(origin: Origin) -> Iterator[str]:
     config = origin.config
     steps = f"{config.steps}" if origin.step in (None, config.steps) else f"{origin.step} of {config.steps}"
     rows = [("steps", steps), ("images per step", config.batch_size), ("precision", config.precision)]
-    rows += [("guidance", config.objective.guidance_scale), ("decay of the average", config.optim.ema_decay)]
+    trained = config.model.guidance_range
+    guidance = f"{trained[0]:g} to {trained[1]:g}, chosen by samples" if trained else config.objective.guidance_scale
+    rows += [("guidance", guidance), ("decay of the average", config.optim.ema_decay)]
     rows += [(name, value) for name, value in origin.code.items() if value]
     yield "## Training"
     yield _table(["", ""], rows)

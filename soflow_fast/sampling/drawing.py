@@ -9,6 +9,7 @@ from torch import Tensor
 from ..flow import SolutionFlow
 from ..rng import generator
 from .devices import copied, uploaded
+from .guidance import chosen_guidance, scales
 
 BATCH = 64
 """Images per network call when noise is drawn from a seed."""
@@ -24,6 +25,7 @@ def sample(
     seed: int | None = None,
     shape: Sequence[int] | None = None,
     batch_size: int = BATCH,
+    guidance: float | None = None,
 ) -> Tensor:
     """Images [B, C, H, W] in the scale of the training data, from `nfe` network calls each.
 
@@ -38,14 +40,18 @@ def sample(
             The network runs on exactly `batch_size` images at a time (the last batch is filled up), so that image i is
             the same to the bit however many others are drawn with it.
         shape: with `seed`: [B, C, H, W]; may be left out where the network has a `config` and y is given.
+        guidance: of a network with a `guidance_range`: the scale w, at no further calls; None: the geometric mean of
+            the range. Samples without a label have none.
 
     Raises:
-        ValueError: for nfe < 1, noise and seed both or neither given, shapes or labels that do not fit.
+        ValueError: for nfe < 1, noise and seed both or neither given, shapes or labels that do not fit, a guidance that
+            the network was not trained for.
     """
     if (noise is None) == (seed is None):
         raise ValueError("give either noise, one tensor per network call, or a seed")
     if noise is None:
-        batches = list(sample_batches(flow, y, nfe=nfe, seed=int(seed or 0), shape=shape, batch_size=batch_size))
+        settings = {"seed": int(seed or 0), "shape": shape, "batch_size": batch_size, "guidance": guidance}
+        batches = list(sample_batches(flow, y, nfe=nfe, **settings))
         return torch.cat(batches) if batches else next(flow.parameters()).new_empty(_shape(flow, y, shape))
     labels, parameter = _checked(flow, y, nfe), next(flow.parameters())
     if len(noise) != nfe:
@@ -53,7 +59,7 @@ def sample(
     if any(n.shape != noise[0].shape for n in noise):
         raise ValueError(f"noise must be of one shape, got {[list(n.shape) for n in noise]}")
     labels = None if labels is None else labels.to(parameter.device)
-    return _solve(flow, lambda k: noise[k].to(parameter), nfe, labels)
+    return _solve(flow, lambda k: noise[k].to(parameter), nfe, labels, chosen_guidance(flow, guidance))
 
 
 def sample_batches(
@@ -64,12 +70,13 @@ def sample_batches(
     seed: int = 0,
     shape: Sequence[int] | None = None,
     batch_size: int = BATCH,
+    guidance: float | None = None,
 ) -> Iterator[Tensor]:
     """The images of `sample` from a seed, in batches [at most `batch_size`, C, H, W], each drawn when it is asked for.
 
     Raises ValueError as `sample` does, before the first batch.
     """
-    drawing = Drawing.of(flow, y, nfe=nfe, seed=seed, shape=shape, batch_size=batch_size)
+    drawing = Drawing.of(flow, y, nfe=nfe, seed=seed, shape=shape, batch_size=batch_size, guidance=guidance)
     return (drawing.batch(flow, rows)[: len(rows)] for rows in drawing.batches())
 
 
@@ -85,6 +92,8 @@ class Drawing:
     nfe: int
     seed: int
     batch_size: int
+    guidance: float | None = None
+    """The scale w for a network that sees it; None: for one that does not."""
 
     @classmethod
     def of(
@@ -96,6 +105,7 @@ class Drawing:
         seed: int = 0,
         shape: Sequence[int] | None = None,
         batch_size: int = BATCH,
+        guidance: float | None = None,
     ) -> "Drawing":
         """The arguments of `sample`, checked. Raises ValueError."""
         labels = _checked(flow, y, nfe)
@@ -104,7 +114,7 @@ class Drawing:
         shape = tuple(_shape(flow, labels, shape))
         if labels is not None and len(labels) != shape[0]:
             raise ValueError(f"y must hold {shape[0]} labels, got {len(labels)}")
-        return cls(shape, labels, nfe, seed, batch_size)
+        return cls(shape, labels, nfe, seed, batch_size, chosen_guidance(flow, guidance))
 
     def batches(self) -> Iterator[range]:
         """The numbers of the images of each batch."""
@@ -122,7 +132,7 @@ class Drawing:
             return uploaded(drawn.to(parameter.dtype), parameter.device)
 
         labels = None if self.labels is None else uploaded(self.labels[index], parameter.device)
-        return _solve(flow, noise, self.nfe, labels)
+        return _solve(flow, noise, self.nfe, labels, self.guidance)
 
 
 Finish = Callable[[Tensor], Tensor]
@@ -156,12 +166,15 @@ def image_noise(seed: int, index: int, call: int, shape: Sequence[int]) -> Tenso
     return torch.randn(tuple(shape), generator=generator(seed, index, call, "sample noise"))
 
 
-def _solve(flow: SolutionFlow, noise: Callable[[int], Tensor], nfe: int, labels: Tensor | None) -> Tensor:
+def _solve(
+    flow: SolutionFlow, noise: Callable[[int], Tensor], nfe: int, labels: Tensor | None, guidance: float | None
+) -> Tensor:
     """Images from `nfe` network calls; `noise(k)` is the noise of call k."""
     x = noise(0)
+    w = scales(flow, guidance, labels, x)
     for k in range(nfe):
         t, after = (torch.full((len(x),), 1 - i / nfe, device=x.device, dtype=x.dtype) for i in (k, k + 1))
-        x = flow.solution(x, t, torch.zeros_like(t), labels)
+        x = flow.solution(x, t, torch.zeros_like(t), labels, w)
         if k + 1 < nfe:
             x = flow.point(x, noise(k + 1), after)[0]
     return x
