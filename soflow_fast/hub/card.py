@@ -109,9 +109,10 @@ def _figures(figures: dict[str, Any]) -> Iterator[str]:
         return
     yield "## Figures"
     match figures:
-        case {"samples": int(samples), "nfe": dict(calls), **others} if not others and _are_rows(calls):
+        case {"samples": int(samples), "nfe": dict(calls), **more} if _are_rows(calls) and more.keys() <= {"guidance"}:
             few = f", fewer than the {FEW} that are usual" if samples < FEW else ""
-            yield f"Of {samples} samples{few}, of the average of the weights:"
+            scale = f" at guidance {_number(more['guidance'])}" if more else ""
+            yield f"Of {samples} samples{scale}{few}, of the average of the weights:"
             names = list(dict.fromkeys(name for row in calls.values() for name in row))
             rows = [[number, *(_number(row.get(name)) for name in names)] for number, row in calls.items()]
             yield _table(["network calls", *(name.replace("_", " ") for name in names)], rows)

@@ -266,7 +266,7 @@ class DiT(nn.Module):
 
     pos_embed: Tensor
     blocks: Any  # a ModuleList of Block
-    w_embedder: Any = None
+    w_embedder: Any
     """A TimeEmbedder of 1 - 1/w; None: the network sees no guidance scale."""
     recompute = "none"
     """The parts that a backward makes again beside norms and GELUs: "none", "mlp" (its first linear layer), "block"."""
@@ -292,8 +292,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimeEmbedder(D)
         self.s_embedder = TimeEmbedder(D)
-        if config.guidance_range is not None:
-            self.w_embedder = TimeEmbedder(D)
+        self.w_embedder = None if config.guidance_range is None else TimeEmbedder(D)
         self.y_embedder = LabelEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
