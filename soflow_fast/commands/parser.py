@@ -162,4 +162,5 @@ def user_value(call: Callable[[], T], name: str) -> T:
     except UserError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        named = str(error).startswith(f"{name.removeprefix('--')} ")  # after the argument that the flag is
+        raise ConfigError(f"--{error}" if named else f"{name}: {error}") from None

@@ -132,9 +132,7 @@ def beginning(config: Config, run_dir: Path) -> Start | None:
         kind = None if run.init_kind == "soflow" else run.init_kind
         ranged = config.model.guidance_range is not None
         if ranged and run.resume_official:
-            raise ConfigError(
-                f"{flag} {place}: its network sees no guidance scale; --guidance-range begins with --init"
-            )
+            raise ConfigError(f"{flag} {place}: its network sees no guidance scale; with --guidance-range give --init")
         initial = initial_weights(config) if ranged or kind is not None else None
         try:
             start = read_start(str(theirs), config, kind=kind, initial=initial, with_moments=bool(run.resume_official))
