@@ -114,14 +114,19 @@ class Objective:
         """Whether the target needs the network's own velocity with a label as well (w > 1 and m < 1)."""
         return self.guided and self.config.mix_ratio < 1
 
-    def guidance(self, w: Tensor | None = None) -> dict[str, Any]:
-        """The settings of the velocity target, as the kernels take them; w: scales [B] in place of the one of all."""
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """The settings of the velocity target, as the kernels take them."""
         c = self.config
         return {
-            "guidance_scale": c.guidance_scale if w is None else w,
+            "guidance_scale": c.guidance_scale,
             "guidance_decay_time": c.guidance_decay_time,
             "mix_ratio": c.mix_ratio,
         }
+
+    def _guidance_at(self, w: Tensor | None) -> dict[str, Any]:
+        """`guidance` with scales [B] in place of the one of all, where there are some."""
+        return self.guidance if w is None else {**self.guidance, "guidance_scale": w}
 
     def look_ahead(
         self,
@@ -141,7 +146,7 @@ class Objective:
         v_null, v_label: the network's velocity without and with the label; v_null None: no guidance, the target is v_t;
         v_label None: m is 1. label_dropped [B] bool; None: none was. w [B]: None: the one scale of all.
         """
-        return euler_lookahead(x_t, v_t, t, l, v_null, v_label, label_dropped, **self.guidance(w))
+        return euler_lookahead(x_t, v_t, t, l, v_null, v_label, label_dropped, **self._guidance_at(w))
 
     # Losses from the network's outputs
 
@@ -158,7 +163,8 @@ class Objective:
         """mean_i w_i mean(delta_i^2) for delta = v - target, with w_i = 1 / (|db/ds(t, t)| (mean(delta_i^2) + eps)^p)
         detached; the target is `look_ahead`'s, mixed with the student's own velocity."""
         settings = {"p": self.config.p, "eps": self.config.eps, "velocity_slope": flow.velocity_slope}
-        return LossTerm(*flow_matching_loss(output, v_t, t, v_null, label_dropped, **self.guidance(w), **settings))
+        settings |= self._guidance_at(w)
+        return LossTerm(*flow_matching_loss(output, v_t, t, v_null, label_dropped, **settings))
 
     def quotient(self, flow: SolutionFlow, at: ConsistencyPoints, value: Tensor, increment: Tensor) -> Tensor:
         """q = (f(x_t, t, s) - f(x_l, l, s)) / (t - l) for x_l = x_t + target (l - t), [B, C, H, W], without gradient.
@@ -201,7 +207,7 @@ class Objective:
         x_t, v_t = flow.point(x0, x1, t)
         output = flow.network(x_t, t, t, *conditions(with_null(flow, y, label_dropped), w))
         v_null = None
-        if self.guided and y is not None:
+        if y is not None and (self.guided or w is not None):
             with torch.no_grad():
                 v_null = flow.velocity(x_t, t, None, ones_like(w))
         return self.flow_matching_term(flow, output, v_t, t, v_null, label_dropped, w)
@@ -235,9 +241,9 @@ class Objective:
         given = conditions(label, w)
         v_null = v_label = None
         with torch.no_grad():
-            if self.guided and y is not None:
+            if y is not None and (self.guided or w is not None):
                 v_null = flow.velocity(x_t, t, None, ones_like(w))
-                v_label = flow.velocity(x_t, t, label, w) if self.mixed else None
+                v_label = flow.velocity(x_t, t, label, w) if self.config.mix_ratio < 1 else None
             target, dx, x_l = self.look_ahead(x_t, v_t, t, l, v_null, v_label, label_dropped, w)
         output = flow.network(x_t, t, s, *given)
         with torch.no_grad():

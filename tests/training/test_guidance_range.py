@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ import torch
 from soflow_fast import Objective, ObjectiveConfig, TrainState, preset, train_step
 from soflow_fast.commands.dry_run import forward_flops
 from soflow_fast.objective import without_guidance
+from soflow_fast.training.consistency_target import resolve_target
+from soflow_fast.training.memory_estimate import estimate_memory
+from soflow_fast.training.plan.parameters import parameter_groups
+from soflow_fast.training.plan.work import passes
+from soflow_fast.training.state import build_flow
 from soflow_fast.training.step import Draws, draw
+from soflow_fast.training.time_estimate import count_step
 from soflow_kernels.lookahead import guided_target
 from tests.training.test_step import TINY, batch
 
@@ -117,6 +124,23 @@ def test_the_target_is_each_samples_own():
         mine = (value[k : k + 1] for value in (v_t, v_null, v_t, draws.t))
         wanted = guided_target(*mine, None, float(w[k]), 0.8, 0.25)
         torch.testing.assert_close(target[k : k + 1], wanted)
+
+
+def test_what_a_step_needs_is_predicted_with_the_embedder():
+    config = build().config
+    plain = dataclasses.replace(config, model=TINY)
+    parameters = 256 * 32 + 32 + 32 * 32 + 32
+    a, b = estimate_memory(config), estimate_memory(plain)
+    assert a.averages - b.averages >= 4 * parameters and a.moments - b.moments >= 8 * parameters
+    groups = [parameter_groups(build_flow(each).network) for each in (config, plain)]
+    assert groups[0].ends.numel - groups[1].ends.numel == parameters
+    # One product more in each pass over the network, and its two in the backward; the other kernels take it along.
+    counts = [Counter(op.name for op in count_step(each)) for each in (config, plain)]
+    kernels = [Counter({name: n for name, n in each.items() if "/" in name}) for each in counts]
+    assert not kernels[1] - kernels[0] and sum((kernels[0] - kernels[1]).values()) <= 1  # the sums of three biases
+    unguided = dataclasses.replace(config, objective=ObjectiveConfig(guidance_scale=1.0))
+    target = resolve_target(unguided, "fp32", torch.device("cpu"))
+    assert passes(unguided, target, "fp32", 8)["guidance"] == 1
 
 
 def test_a_network_that_sees_scales_needs_them():
