@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .commands import process
-from .commands.parser import DEVICES, MOST_CALLS, MOST_SEED, Parser, user_value, whole_number
+from .commands.parser import DEVICES, GUIDANCE, MOST_CALLS, MOST_SEED, Parser, number, user_value, whole_number
 from .config.schema import nearest
 from .errors import ConfigError, Diverged, StorageError, enough_memory, storage_error
 
@@ -47,6 +47,7 @@ def parser() -> Parser:
     p.add_argument(
         "--labels", metavar="A,B,...", help="classes by number or name, or null, repeated in turn (default: all)"
     )
+    p.add_argument("--guidance", metavar="W", help=GUIDANCE)
     p.add_argument("--vae", metavar="NAME", help="of a model of latents: decode them by this AutoencoderKL, or none")
     p.add_argument("--seed", default="0", metavar="N", help="of the noise (default: 0)")
     p.add_argument("--device", default="auto", metavar="D", help=DEVICES)
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     values = parser().parse(arguments)
     process.alone("sample")
     n, nfe = whole_number("--n", values.n, 1, MOST), whole_number("--nfe", values.nfe, 1, MOST_CALLS)
+    guidance = number("--guidance", values.guidance)
     seed, out = whole_number("--seed", values.seed, 0, MOST_SEED), Path(values.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file")
@@ -66,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from .runs import images as pictures
     from .runs.checkpoint import load_with_data
-    from .sampling import Devices, Drawing, draw_on
+    from .sampling import Devices, Drawing, chosen_guidance, draw_on
     from .training.precision import resolve_devices
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer at a time, or on another --device"):
@@ -84,7 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
         decoder = _decoder(values.vae, space, devices[0], model.in_channels) if latents else None
         shape = (n, model.in_channels, model.input_size, model.input_size)
         y = None if labels is None else torch.tensor(labels)
-        drawing = user_value(lambda: Drawing.of(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
+        w = user_value(lambda: chosen_guidance(flow, guidance), "--guidance")
+        drawing = user_value(lambda: Drawing.of(flow, y, nfe=nfe, seed=seed, shape=shape, guidance=w), "--labels")
         as_they_are = latents and decoder is None
         ending, content = ("npy", pictures.npy) if as_they_are else ("png", pictures.png)
 

@@ -111,6 +111,24 @@ def digits(run: dict) -> str:
     return page(head, len(head), lines, run, note)
 
 
+def guidance(run: dict) -> str:
+    """A record of benchmarks.guidance as Markdown: a line per scale and training, mean and range over the seeds."""
+    groups: dict[tuple[int, str], list[dict]] = {}
+    for row in run["rows"]:
+        groups.setdefault((row["guidance"], row["trained"]), []).append(row)
+    lines = []
+    for (w, trained), rows in sorted(groups.items(), key=lambda item: item[0][0]):
+        figures = [spread([row[name] for row in rows], places) for name, places in (("accuracy", 4), ("frechet", 1))]
+        lines.append([str(w), trained, *figures])
+    first, seeds = run["rows"][0], len({row["seed"] for row in run["rows"]})
+    note = (
+        f"The digits, {first['steps']} steps of each training, {seeds} seed{'s' * (seeds != 1)}; {first['samples']} "
+        f"samples of one network call. `{run['command']}`."
+    )
+    head = ["guidance of the samples", "trained for", "classified as their label", "Frechet distance"]
+    return page(head, len(head), lines, run, note)
+
+
 def precision_errors(run: dict) -> str:
     """A record of benchmarks.precision as Markdown: relative error and cosine of the quotient, by r and way."""
     rows = [row for row in run["rows"] if row["kind"] == "error"]
@@ -369,6 +387,7 @@ BLOCKS = {
     "sampling": Block("docs/performance.md", "sampling", sampling),
     "reading": Block("docs/data.md", "reading", reading),
     "digits": Block("docs/performance.md", "digits", digits),
+    "guidance": Block("docs/sampling.md", "guidance", guidance),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
     "step-batch": Block("docs/performance.md", "step-batch", table),
     "distance": Block("docs/precision.md", "distance", distance),

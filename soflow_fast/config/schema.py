@@ -39,6 +39,8 @@ QuotientPrecision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 
 SWITCH = bool | None
 """The type of a field that is true, false or left to the machine."""
+RANGE = tuple[float, float] | None
+"""The type of a field that is a range, or none."""
 AUTO = -1
 """The micro-batch that is found at start-up."""
 
@@ -75,6 +77,10 @@ class DiTConfig:
     """RMSNorm of queries and keys over the head dimension, each with a weight, which bounds the logits of attention.
 
     The published networks have none."""
+    guidance_range: tuple[float, float] | None = None
+    """Guidance scales, as 1,4, of which each image is trained with one of its own, in place of one for all.
+
+    The network has an embedder for it (w), so that samples choose it without a second call (arXiv 2512.02012)."""
 
     @classmethod
     def named(cls, size: str, **others: Any) -> "DiTConfig":
@@ -101,7 +107,7 @@ class ObjectiveConfig:
     """The SoFlow objective; the defaults are the public ImageNet recipe (arXiv 2512.15657)."""
 
     guidance_scale: float = 3.0
-    """w of the guided velocity; 1 is no guidance."""
+    """w of the guided velocity; 1 is no guidance. Of a network with a range of them it has no part."""
     guidance_decay_time: float = 0.8
     """t_d: guidance fades for t > t_d; 1 or more: never."""
     mix_ratio: float = 0.25
@@ -299,6 +305,7 @@ SHORT_NAMES = {
     "batch_size": "batch_size",
     "micro_batch": "micro_batch",
     "precision": "precision",
+    "guidance_range": "model.guidance_range",
     "guidance_precision": "guidance_precision",
     "quotient": "quotient",
     "quotient_precision": "quotient_precision",
@@ -415,7 +422,9 @@ def shown(value: Any) -> str:
 def check_type(name: str, value: Any, given: Any = None) -> None:
     """Raise ValueError, showing `given` or else `value`, if `value` is not of the type of the field `name`."""
     kind = TYPES[name]
-    parts = get_args(kind) if get_origin(kind) is tuple else ()
+    parts = get_args(kind) if get_origin(kind) is tuple else (float, float) if kind == RANGE else ()
+    if kind == RANGE and value is None:
+        return
     if parts:
         fits = isinstance(value, tuple) and len(value) == len(parts) and all(map(_is, value, parts))
     else:
@@ -423,7 +432,7 @@ def check_type(name: str, value: Any, given: Any = None) -> None:
     if not fits:
         words = {int: "a whole number", float: "a number", bool: "true or false", SWITCH: "true, false"}
         wanted = "two numbers" if parts else words.get(kind, "text")
-        or_auto = " or auto" if name == "micro_batch" or kind == SWITCH else ""
+        or_auto = " or auto" if name == "micro_batch" or kind == SWITCH else " or none" if kind == RANGE else ""
         raise ValueError(f"{name} must be {wanted}{or_auto}, got {shown(value if given is None else given)}")
 
 
@@ -468,7 +477,9 @@ def _replace(config: Config, changes: Mapping[str, Any], known: Iterable[str]) -
 
 def _read(value: Any, kind: Any) -> Any:
     """`value`, from JSON or as typed, as a field of type `kind` has it; what does not fit stays as it is."""
-    if get_origin(kind) is tuple:
+    if kind == RANGE and value in ("", "none"):
+        return None
+    if get_origin(kind) is tuple or (kind == RANGE and value is not None):
         parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
         return tuple(_read(part, float) for part in parts) if isinstance(parts, (list, tuple)) else value
     if kind == SWITCH and value == "auto":

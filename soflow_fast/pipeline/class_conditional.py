@@ -15,6 +15,7 @@ from ..hub import add_card, upload
 from ..hub.card import model_card
 from ..runs.images import to_uint8
 from ..runs.latents.vae import factors, quiet
+from ..sampling.guidance import chosen_guidance, scales
 from .flow_model import FlowModel
 
 with quiet():
@@ -116,6 +117,7 @@ class SoFlowPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_scale: float | None = None,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Draw images: solve from noise to the data and, in each further step, re-noise the result and solve again.
 
@@ -131,6 +133,8 @@ class SoFlowPipeline(DiffusionPipeline):
             return_dict: an ImagePipelineOutput, with `images`; else a tuple of these.
             callback_on_step_end: called with (pipeline, step, time, {"latents": x}) after each step. x is what is
                 solved for, an image or latent without noise; "latents" of the dict that it returns take its place.
+            guidance_scale: w, of a flow that was trained for a range of them, at no further calls; None: the geometric
+                mean of the range.
 
         Raises:
             ValueError: for arguments that are wrong or do not fit, naming the argument.
@@ -148,6 +152,11 @@ class SoFlowPipeline(DiffusionPipeline):
         shape = (n, model.in_channels, model.input_size, model.input_size)
         self._check(shape, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
+        try:
+            guidance = chosen_guidance(self.flow, guidance_scale)
+        except ValueError as error:
+            raise ValueError(str(error).replace("guidance", "guidance_scale", 1)) from None
+
         dtype = self.flow.dtype
         generators = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
 
@@ -157,6 +166,7 @@ class SoFlowPipeline(DiffusionPipeline):
         # A network without classes has no other label than none.
         y = labels.repeat_interleave(int(num_images_per_label)).to(device) if model.num_classes else None
         x = noise() if latents is None else latents.to(device, dtype)
+        w = scales(self.flow, guidance, y, x)
         self._interrupt, self._num_timesteps = False, int(num_inference_steps)
         progress_bar: Any = self.progress_bar
         with progress_bar(total=num_inference_steps) as bar:
@@ -164,7 +174,7 @@ class SoFlowPipeline(DiffusionPipeline):
                 t = torch.full((n,), 1 - step / num_inference_steps, device=device)
                 if step:
                     x = self.flow.point(x, noise(), t)[0]
-                x = self.flow(x, t, torch.zeros_like(t), y)  # a call, for the hooks that move it to a GPU in time
+                x = self.flow(x, t, torch.zeros_like(t), y, w)  # a call, for the hooks that move it to a GPU in time
                 if callback_on_step_end is not None:
                     given = {name: x for name in callback_on_step_end_tensor_inputs}
                     x = (callback_on_step_end(self, step, t[0], given) or {}).get("latents", x)

@@ -22,6 +22,7 @@ from ..launch import launched
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
 from ..models.official import Start, read_start
+from ..models.official.one_time import silent_embedder
 from ..ranks import flow_matching_samples, micro_batches
 from ..training import cpu_precision
 from ..training.consistency_target import resolve_target
@@ -129,7 +130,10 @@ def beginning(config: Config, run_dir: Path) -> Start | None:
         raise CheckpointError(f"{flag} {place}: no file of the authors' trainer")
     if theirs is not None:
         kind = None if run.init_kind == "soflow" else run.init_kind
-        initial = None if kind is None else initial_weights(config)
+        ranged = config.model.guidance_range is not None
+        if ranged and run.resume_official:
+            raise ConfigError(f"{flag} {place}: its network sees no guidance scale; with --guidance-range give --init")
+        initial = initial_weights(config) if ranged or kind is not None else None
         try:
             start = read_start(str(theirs), config, kind=kind, initial=initial, with_moments=bool(run.resume_official))
         except CheckpointError as error:
@@ -143,9 +147,13 @@ def beginning(config: Config, run_dir: Path) -> Start | None:
     for name in ("model", "flow"):
         mine, theirs = getattr(config, name), getattr(other, name)
         changed = [f.name for f in fields(mine) if getattr(mine, f.name) != getattr(theirs, f.name)]
+        if config.model.guidance_range is not None and "guidance_range" in changed:
+            changed.remove("guidance_range")  # an embedder that is new, or for other scales
         if changed:
             raise ConfigError(f"--init {config.run.init}: of another network: {name}.{changed[0]} differs")
     weights = flow.float().state_dict()  # which may have been given away in half precision
+    if config.model.guidance_range is not None and other.model.guidance_range is None:
+        weights |= silent_embedder("network.w_embedder", initial_weights(config))
     return Start(weights, weights, {})
 
 

@@ -163,7 +163,7 @@ class TrainState:
             engine = (
                 Sharded(parallel, network) if sharded else Replicated(parallel, network, reduce_dtype, parts, graphed)
             )
-        objective = Objective(config.objective)
+        objective = Objective(config.objective, config.model.guidance_range)
         guard = NonfiniteGuard(device)  # in a loop of one's own, a refused step is left out, and that is all
         return cls(
             config,

@@ -21,6 +21,7 @@ from benchmarks.report import compare, pages, record
 from benchmarks.studies import (
     digits,
     distance,
+    guidance,
     increments,
     plan,
     precision,
@@ -36,7 +37,8 @@ from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
 MODULES = [
-    digits, distance, increments, plan, precision, prediction, quality_for_time, sampling, scaling, step, sweeps,
+    digits, distance, guidance, increments, plan, precision, prediction, quality_for_time, sampling, scaling, step,
+    sweeps,
 ]  # fmt: skip
 
 
@@ -57,6 +59,8 @@ MISTAKES = [
     (digits, "--seeds 9223372036854775808", "--seeds"),
     (digits, "--seeds 1.5", "--seeds"),
     (digits, "--seeds 3 3", "--seeds"),
+    (guidance, "--seeds 3 3", "--seeds"),
+    (guidance, "--steps 0", "--steps"),
     (precision, "--seeds -1", "--seeds"),
     (precision, "--steps 0", "--steps"),
     (precision, "--workers 0", "--workers"),
@@ -115,8 +119,8 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "ceilings", "digits", "distance", "gpu", "increments", "plan", "precision", "prediction", "quality_for_time",
-    "reading", "sampling", "scaling", "soak", "step", "sweeps",
+    "ceilings", "digits", "distance", "gpu", "guidance", "increments", "plan", "precision", "prediction",
+    "quality_for_time", "reading", "sampling", "scaling", "soak", "step", "sweeps",
 )  # fmt: skip
 
 
