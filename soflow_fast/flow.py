@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from soflow_kernels import path_point
 
-from .config.schema import Coefficients, FlowConfig, FlowPath
-from .config.validation import validate_flow
+from .config.schema import Coefficients, FlowConfig, FlowPath, ObjectiveConfig, ObjectiveKind
+from .config.validation import validate_flow, validate_objective
 
 HALF_PI = math.pi / 2
 
@@ -39,13 +39,27 @@ class SolutionFlow(nn.Module):
     origin: Any = None
     """The training that the weights are of, as `load` has found it (`runs.checkpoint.origin`); None: not known."""
 
-    def __init__(self, network: nn.Module, path: FlowPath = "linear", coefficients: Coefficients = "euler") -> None:
-        """`network(x, t, s, y)` gives N, of the shape of x. Raises ValueError for an unknown path or coefficients."""
+    def __init__(
+        self,
+        network: nn.Module,
+        path: FlowPath = "linear",
+        coefficients: Coefficients = "euler",
+        objective: ObjectiveKind = "soflow",
+    ) -> None:
+        """`network(x, t, s, y)` gives N, of the shape of x. objective: that it is trained by, which decides how samples
+        are drawn unless that is said. Raises ValueError for an unknown path, coefficients or objective."""
         super().__init__()
         validate_flow(FlowConfig(path, coefficients))
+        validate_objective(ObjectiveConfig(kind=objective), "objective.")
         self.network = network
         self.path = path
         self.coefficients = coefficients
+        self.objective = objective
+
+    @property
+    def solves(self) -> bool:
+        """Whether the network has learned solutions, which take one call from noise to data; else the velocity alone."""
+        return self.objective != "flow-matching"
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t = alpha x_0 + beta x_1, and its velocity v_t = alpha' x_0 + beta' x_1, both [B, C, H, W]."""

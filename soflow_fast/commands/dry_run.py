@@ -53,7 +53,9 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
     where the value at t is not the student's own output).
     """
     objective = state.objective
-    consistency = 1 - flow_matching_samples(config.batch_size, config.objective.fm_fraction) / config.batch_size
+    consistency = (
+        1 - flow_matching_samples(config.batch_size, config.objective.flow_matching_fraction) / config.batch_size
+    )
     guided = objective.guided and config.model.num_classes > 0
     guidance = guided * (1 + consistency * objective.mixed)
     target = state.target

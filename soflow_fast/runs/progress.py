@@ -18,6 +18,7 @@ PLAIN_LINE_EVERY = 10.0
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 """Errors of a reader that went away, of a terminal that was closed, and of a closed file."""
 LABELS = {"fm_loss": "fm", "sc_loss": "sc", "sc_mse": "mean q^2"}
+MEANFLOW_LABELS = {"fm_loss": "fm", "sc_loss": "mf", "sc_mse": "mean error^2"}
 
 
 class Progress:
@@ -25,7 +26,7 @@ class Progress:
 
     A stream that went away is left alone from then on. What a full disk refuses is lost, or comes with a later line.
     Of several ranks only rank 0 prints; the warnings of others go to their `notes`. `at_work` is called with all that
-    is to be printed, on each of them.
+    is to be printed, on each of them. `labels`: what the metrics that it shows are called.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class Progress:
         stream: TextIO | None = None,
         notes: Notes | None = None,
         at_work: Callable[[], None] = lambda: None,
+        labels: Mapping[str, str] = LABELS,
     ) -> None:
-        self.total, self._at_work = total, at_work
+        self.total, self._at_work, self._labels = total, at_work, labels
         self._notes = notes if notes and notes.rank else None
         known: TextIO | None = stream or sys.stdout  # None where it was closed before Python began
         self._gone = known is None or getattr(known, "closed", False) or self._notes is not None
@@ -53,7 +55,7 @@ class Progress:
         self._last = now
         left = (self.total - step) / rate if rate else float("inf")
         parts = [f"step {step}/{self.total}", f"{duration(left)} left"]
-        parts += [f"{label} {metrics[name]:.3f}" for name, label in LABELS.items() if name in metrics]
+        parts += [f"{label} {metrics[name]:.3f}" for name, label in self._labels.items() if name in metrics]
         parts += [f"{images:.0f} img/s", f"{metrics['memory_mb']:.0f} MB"]
         self._show_line("  ".join(parts))
 

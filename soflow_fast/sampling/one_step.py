@@ -21,12 +21,14 @@ class OneStep:
         compile: the blocks by torch.compile; the first call of each size of batch takes its time.
         cuda_graph: record the call and replay it; calls of another size than the first run as they are.
 
-    Raises ConfigError for what the device lacks.
+    Raises ConfigError for what the device lacks, and ValueError for a flow that takes many steps.
     """
 
     def __init__(
         self, flow: SolutionFlow, *, precision: str = "auto", compile: bool = False, cuda_graph: bool = False
     ) -> None:
+        if not flow.solves:
+            raise ValueError(f"flow: was trained by {flow.objective}, whose samples take many calls; see `sample`")
         self.flow = flow.requires_grad_(False).eval()
         self.device = next(flow.parameters()).device
         self.precision = resolve_precision(precision, self.device)
