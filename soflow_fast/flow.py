@@ -58,7 +58,7 @@ class SolutionFlow(nn.Module):
 
     @property
     def solves(self) -> bool:
-        """Whether the network has learned solutions, which take one call from noise to data; else the velocity alone."""
+        """Whether the network has learned solutions, so that one call goes from noise to data; else the velocity."""
         return self.objective != "flow-matching"
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

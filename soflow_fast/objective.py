@@ -188,7 +188,7 @@ class Objective:
         that of the weighted squared error without the division by |b|. Its value means nothing.
 
         Of MeanFlow it is mean_i w_i mean(delta_i^2) with delta = N_t - u_tgt (`average_velocity`), a sample's w_i being
-        (mean(delta_i^2) + eps / numbers)^-p: what is published, but for a factor numbers^(p - 1), which is 1 with p = 1.
+        (mean(delta_i^2) + eps / numbers)^-p: as published, but for a factor numbers^(p - 1), which is 1 with p = 1.
         """
         c = self.config
         if self.is_meanflow:

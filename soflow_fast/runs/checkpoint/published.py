@@ -1,9 +1,10 @@
 """Directories in which weights are given away: config.json and safetensors, as the Hugging Face hub has them.
 
 config.json has {"model", "flow", "data", "run"}: the network, the path and coefficients (and the objective, where it is
-not SoFlow's), the identity of the data and what is known of the training, the latter two null where nothing is. model.safetensors has the weights, manifest.json
-the SHA-256 of both; README.md may be edited and is in no manifest. The folder `flow` of a pipeline is the same, its
-weights in diffusion_pytorch_model.safetensors and without a manifest, as diffusers writes it.
+not SoFlow's), the identity of the data and what is known of the training, the latter two null where nothing is.
+model.safetensors has the weights, manifest.json the SHA-256 of both; README.md may be edited and is in no manifest. The
+folder `flow` of a pipeline is the same, its weights in diffusion_pytorch_model.safetensors and without a manifest, as
+diffusers writes it.
 """
 
 import hashlib
