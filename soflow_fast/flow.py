@@ -95,8 +95,10 @@ class SolutionFlow(nn.Module):
         return self.to_solution(self.network(x, t, s, y), x, t, s)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-        """The same as `solution`."""
-        return self.solution(x, t, s, y)
+        """The step from t to s: `solution`, or Euler's along the velocity of a flow that has learned that alone."""
+        if self.solves:
+            return self.solution(x, t, s, y)
+        return x + per_sample(s - t, x) * self.velocity(x, t, y)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write config.json, model.safetensors and a model card to a folder (`hub.save_pretrained`)."""

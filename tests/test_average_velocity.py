@@ -86,7 +86,7 @@ def test_derivative_of_an_average_is_the_averages():
 
 @pytest.mark.parametrize("p", [1.0, 0.5])
 def test_loss_and_gradient_are_the_published_ones(p):
-    """With du/dt of forward mode: |.|^2 is a sum over a sample, eps stands beside it, and p other than 1 has a factor."""
+    """With du/dt of forward mode: |.|^2 is a sum over a sample, eps is beside it, and p other than 1 has a factor."""
     state = build(dataclasses.replace(MEANFLOW, p=p, eps=0.3))
     flow, objective = state.flow.double(), state.objective
     at = points(objective)

@@ -10,7 +10,7 @@ from ..config.schema import SamplingMethod
 from ..flow import SolutionFlow
 from ..rng import generator
 from .devices import copied, uploaded
-from .solving import checked_method, checked_times, noise_count, solve
+from .solving import checked_method, checked_times, noise_count, solve, usual_calls
 
 BATCH = 64
 """Images per network call when noise is drawn from a seed."""
@@ -23,7 +23,7 @@ def sample(
     *,
     nfe: int | None = None,
     times: Sequence[float] | None = None,
-    method: SamplingMethod = "renoise",
+    method: SamplingMethod | None = None,
     noise: Sequence[Tensor] | Tensor | None = None,
     seed: int | None = None,
     shape: Sequence[int] | None = None,
@@ -36,9 +36,11 @@ def sample(
     Args:
         flow: the trained flow; runs on the device and in the dtype of its parameters.
         y: labels [B]; None: the null label.
-        nfe: number of function evaluations, at least 1; None: as many as `times` has, or 1.
+        nfe: number of function evaluations, at least 1; None: as many as `times` has, or 1, of a flow that was trained
+            by flow matching 10.
         times: t_0 = 1, t_1, ..., falling, one for each network call; None: evenly spaced.
-        method: "renoise", as above; "consecutive": solve from t_k to t_{k+1}; "euler": go there along the velocity.
+        method: "renoise", as above; "consecutive": solve from t_k to t_{k+1}; "euler": go there along the velocity;
+            None: "renoise", of a flow that was trained by flow matching "euler", which is then the only one.
         noise: standard normal noise [B, C, H, W], one for each network call of "renoise" and else one; nothing else is
             random.
         seed: instead of `noise`: image i has noise of its own, a function of (seed, i, call) drawn on the CPU.
@@ -48,7 +50,7 @@ def sample(
 
     Raises:
         ValueError: for nfe < 1, noise and seed both or neither given, times, shapes or labels that do not fit, and for
-            a method that is none.
+            a method that is none or not the flow's.
     """
     if (noise is None) == (seed is None):
         raise ValueError("give either noise, one tensor per network call, or a seed")
@@ -58,7 +60,7 @@ def sample(
         )
         batches = [drawing.batch(flow, rows)[: len(rows)] for rows in drawing.batches()]
         return torch.cat(batches) if batches else next(flow.parameters()).new_empty(drawing.shape)
-    times, method = checked_times(nfe, times), checked_method(method)
+    times, method = checked_times(nfe, times, usual_calls(flow)), checked_method(method, flow)
     labels, parameter, wanted = _checked(flow, y), next(flow.parameters()), noise_count(times, method)
     if len(noise) != wanted:
         each = "one tensor per network call" if method == "renoise" else f"one tensor for method {method}"
@@ -75,7 +77,7 @@ def sample_batches(
     *,
     nfe: int | None = None,
     times: Sequence[float] | None = None,
-    method: SamplingMethod = "renoise",
+    method: SamplingMethod | None = None,
     seed: int = 0,
     shape: Sequence[int] | None = None,
     batch_size: int = BATCH,
@@ -111,13 +113,13 @@ class Drawing:
         *,
         nfe: int | None = None,
         times: Sequence[float] | None = None,
-        method: SamplingMethod = "renoise",
+        method: SamplingMethod | None = None,
         seed: int = 0,
         shape: Sequence[int] | None = None,
         batch_size: int = BATCH,
     ) -> "Drawing":
         """The arguments of `sample`, checked. Raises ValueError."""
-        times, method = checked_times(nfe, times), checked_method(method)
+        times, method = checked_times(nfe, times, usual_calls(flow)), checked_method(method, flow)
         labels = _checked(flow, y)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
