@@ -2,9 +2,9 @@
 
 On each network of `pytest benchmarks/` after some steps of training, at the samples of one batch where r != t. The
 error is relative to forward mode in float64; the time is that of the derivative alone, beside a student's forward that
-is there in any case, everything in turn. The engine's are a pair of float32 forwards, one of which is the student's, and
-increments that ride along on it; the baselines' are torch.func.jvp, which makes the values again, and tangents beside
-the student's values. Nothing is asserted of the times.
+is there in any case, everything in turn. The engine's are a pair of float32 forwards, of which the student's is one,
+and increments that ride along on it; the baselines' are torch.func.jvp, which makes the values again, and tangents
+beside the student's values. Nothing is asserted of the times.
 """
 
 import copy
