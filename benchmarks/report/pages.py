@@ -190,8 +190,8 @@ def derivative(run: dict) -> str:
         lines.append([first, second, row["way"], f"{row['error']:.1e}", quartiles(row["seconds"], 1e-3)])
         before = case, precision
     note = (
-        f"After {run['rows'][0]['steps']} steps of training; the error is relative to forward mode in float64, the time "
-        f"that of the derivative alone, everything in turn. `{run['command']}`."
+        f"After {run['rows'][0]['steps']} steps of training; the error is relative to forward mode in float64, the "
+        f"time that of the derivative alone, everything in turn. `{run['command']}`."
     )
     return page(["network and batch", "student", "du/dt by", "error", "ms (quartiles)"], 3, lines, run, note)
 
