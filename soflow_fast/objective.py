@@ -194,8 +194,7 @@ class Objective:
         if self.is_meanflow:
             du = self.quotient(flow, at, value, increment)
             target = average_velocity.average_velocity_target(at.target, at.t, at.s, du)
-            settings = {"p": c.p, "eps": self.eps(output), "velocity_slope": 1.0}
-            return LossTerm(*flow_matching_loss(output, target, at.t, **settings))
+            return LossTerm(*flow_matching_loss(output, target, at.t, p=c.p, eps=self.eps(output)))
         times = at.t, at.l, at.s
         settings = {"p": c.p, "eps": c.eps, "coefficients": flow.coefficients}
         return LossTerm(*consistency_loss(output, increment, at.x, at.target, *times, value=value, **settings))
