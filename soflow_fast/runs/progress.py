@@ -25,7 +25,8 @@ class Progress:
 
     A stream that went away is left alone from then on. What a full disk refuses is lost, or comes with a later line.
     Of several ranks only rank 0 prints; the warnings of others go to their `notes`. `at_work` is called with all that
-    is to be printed, on each of them.
+    is to be printed, on each of them. `since`: seconds of the
+    clock; what is counted within PLAIN_LINE_EVERY of it gets no plain line.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Progress:
         stream: TextIO | None = None,
         notes: Notes | None = None,
         at_work: Callable[[], None] = lambda: None,
+        since: float = float("-inf"),
     ) -> None:
         self.total, self._at_work = total, at_work
         self._notes = notes if notes and notes.rank else None
@@ -43,7 +45,7 @@ class Progress:
         self._console = _Console(file=self._stream, soft_wrap=True, markup=False, highlight=False, emoji=False)
         self._on_terminal = not self._gone and self._stream.isatty() and not self._console.is_dumb_terminal
         self._live: Live | None = None
-        self._last = float("-inf")
+        self._last = self._since = since
 
     def update(self, step: int, metrics: Mapping[str, float], rate: float, images: float, now: float) -> None:
         """Show step `step` at `now` seconds: `metrics`, `rate` steps/s and `images` images/s."""
@@ -60,7 +62,8 @@ class Progress:
     def count(self, done: int, rate: float, now: float) -> None:
         """Show that `done` of the total are done at `now` seconds, `rate` a second, where they are images."""
         self._at_work()
-        if not self._on_terminal and now - self._last < PLAIN_LINE_EVERY and done < self.total:
+        quiet = done < self.total or self._last == self._since
+        if not self._on_terminal and now - self._last < PLAIN_LINE_EVERY and quiet:
             return
         self._last = now
         left = (self.total - done) / rate if rate else float("inf")
