@@ -140,13 +140,14 @@ class Drawing:
     def batch(self, flow: SolutionFlow, rows: range) -> Tensor:
         """A batch of `batches`, [batch_size, C, H, W] on the device of a flow: the last image fills up a short one."""
         parameter = next(flow.parameters())
-        index = [min(i, rows[-1]) for i in range(rows.start, rows.start + self.batch_size)]
+        filled = torch.arange(self.batch_size).clamp(max=len(rows) - 1)
 
         def noise(k: int) -> Tensor:
-            drawn = torch.stack([image_noise(self.seed, i, k, self.shape[1:]) for i in index])
-            return uploaded(drawn.to(parameter.dtype), parameter.device)
+            drawn = torch.stack([image_noise(self.seed, i, k, self.shape[1:]) for i in rows])
+            return uploaded(drawn[filled].to(parameter.dtype), parameter.device)
 
-        labels = None if self.labels is None else uploaded(self.labels[index], parameter.device)
+        own = None if self.labels is None else self.labels[rows.start : rows.stop]
+        labels = None if own is None else uploaded(own[filled], parameter.device)
         return solve(flow, noise, self.times, self.method, labels)
 
 
