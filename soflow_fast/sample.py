@@ -116,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
             labels=chosen if isinstance(chosen, str) else ",".join(map(str, chosen)),
             format=values.format,
             latents=as_they_are,
+            flow=f"{flow.path} path, {flow.coefficients} coefficients",
             weights=weights_digest(flow),
             vae=f"{vae.weights} {space[1:]}" if vae and space else "",
             **way,
@@ -132,15 +133,18 @@ def main(arguments: list[str] | None = None) -> None:
             draw = lambda wanted: several.results((drawing, rows) for rows in wanted)  # noqa: E731
             drawn.fill(folder, [*drawing.batches()], draw, y, grid_images=GRID)
     if y is not None and names:
-        listed = list(dict.fromkeys([*names, NULL][label] for label in y.tolist()))
-        more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-        print(f"classes: {', '.join(listed[:SHOWN])}{more}")
+        print(_classes(list(dict.fromkeys([*names, NULL][label] for label in y.tolist()))))
     calls = f"of {len(times)} network call{'s' if len(times) > 1 else ''} each"
     if as_they_are:
         hint = f"--vae {space.vae if space is not None and space.vae else 'NAME'}"
         print(f"{n} latents {calls}, as .npy: {out}; {hint} decodes them")
     else:
         print(f"{n} images {calls}: {out / ('grid.png' if values.format == 'png' else 'samples.npz')}")
+
+
+def _classes(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"classes: {', '.join(names[:SHOWN])}{more}"
 
 
 def _numbers(flag: str, text: str) -> list[float]:

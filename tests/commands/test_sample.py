@@ -52,9 +52,9 @@ def test_arrays_in_the_layout_of_adm(finished: Any, call: Call, tmp_path: Path) 
 
 
 def test_images_are_the_same_in_batches_of_any_size_up_to_rounding(finished: Any, call: Call, tmp_path: Path) -> None:
-    """Sums of float32 in another order: a byte differs by one where it was about to, which one in a thousand may be.
+    """Sums of float32 in another order: a byte differs by one where it is within 2e-5 of the next, one in 200.
 
-    Samples themselves differ by less than 1e-5 (docs/sampling.md); a byte is 8e-3 wide.
+    Samples themselves differ by less than 2e-5 (docs/sampling.md); a byte is 8e-3 wide.
     """
     drawn = {}
     for size in (1, 256):
@@ -67,7 +67,7 @@ def test_images_are_the_same_in_batches_of_any_size_up_to_rounding(finished: Any
     flow, y = load(finished.folder), torch.arange(40) % 10
     for method in ("renoise", "consecutive", "euler"):
         one, many = (sample(flow, y, nfe=2, method=method, seed=0, batch_size=size) for size in (1, 256))
-        assert (one - many).abs().max() < 1e-5, method
+        assert (one - many).abs().max() < 2e-5, method
 
 
 def test_the_same_command_goes_on_and_another_is_refused(

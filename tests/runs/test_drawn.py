@@ -28,6 +28,7 @@ SETTINGS = drawn.Settings(
     batch_size=4,
     format="png",
     latents=False,
+    flow="linear path, euler coefficients",
     weights="a",
     vae="",
 )

@@ -31,6 +31,8 @@ class Settings:
     format: SampleFormat
     latents: bool
     """Whether the samples are written as they are, float32 in .npy, in place of images."""
+    flow: str
+    """Path and coefficients."""
     weights: str
     """SHA-256 of names and values of the network's weights."""
     vae: str
