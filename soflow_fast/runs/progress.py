@@ -15,6 +15,8 @@ from .ranks.notes import Notes
 
 PLAIN_LINE_EVERY = 10.0
 """Seconds between progress lines where the output is not a terminal."""
+BAR = 20
+"""Characters of a bar."""
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 """Errors of a reader that went away, of a terminal that was closed, and of a closed file."""
 LABELS = {"fm_loss": "fm", "sc_loss": "sc", "sc_mse": "mean q^2"}
@@ -67,7 +69,9 @@ class Progress:
             return
         self._last = now
         left = (self.total - done) / rate if rate else float("inf")
-        self._show_line(f"{done}/{self.total} images  {duration(left)} left  {rate:.0f} img/s")
+        filled = BAR * done // self.total
+        bar = f"  [{'#' * filled}{'-' * (BAR - filled)}]" if self._on_terminal else ""  # last: a narrow one cuts it off
+        self._show_line(f"{done}/{self.total} images  {duration(left)} left  {rate:.0f} img/s{bar}")
 
     def _show_line(self, line: str) -> None:
         self._show(lambda: self._show_live(line) if self._on_terminal else self._print(line))
