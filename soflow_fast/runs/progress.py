@@ -15,6 +15,8 @@ from .ranks.notes import Notes
 
 PLAIN_LINE_EVERY = 10.0
 """Seconds between progress lines where the output is not a terminal."""
+BAR = 20
+"""Characters of a bar."""
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 """Errors of a reader that went away, of a terminal that was closed, and of a closed file."""
 LABELS = {"fm_loss": "fm", "sc_loss": "sc", "sc_mse": "mean q^2"}
@@ -26,7 +28,8 @@ class Progress:
 
     A stream that went away is left alone from then on. What a full disk refuses is lost, or comes with a later line.
     Of several ranks only rank 0 prints; the warnings of others go to their `notes`. `at_work` is called with all that
-    is to be printed, on each of them. `labels`: what the metrics that it shows are called.
+    is to be printed, on each of them. `labels`: what the metrics that it shows are called. `since`: seconds of the
+    clock; what is counted within PLAIN_LINE_EVERY of it gets no plain line.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Progress:
         notes: Notes | None = None,
         at_work: Callable[[], None] = lambda: None,
         labels: Mapping[str, str] = LABELS,
+        since: float = float("-inf"),
     ) -> None:
         self.total, self._at_work, self._labels = total, at_work, labels
         self._notes = notes if notes and notes.rank else None
@@ -45,7 +49,7 @@ class Progress:
         self._console = _Console(file=self._stream, soft_wrap=True, markup=False, highlight=False, emoji=False)
         self._on_terminal = not self._gone and self._stream.isatty() and not self._console.is_dumb_terminal
         self._live: Live | None = None
-        self._last = float("-inf")
+        self._last = self._since = since
 
     def update(self, step: int, metrics: Mapping[str, float], rate: float, images: float, now: float) -> None:
         """Show step `step` at `now` seconds: `metrics`, `rate` steps/s and `images` images/s."""
@@ -62,11 +66,14 @@ class Progress:
     def count(self, done: int, rate: float, now: float) -> None:
         """Show that `done` of the total are done at `now` seconds, `rate` a second, where they are images."""
         self._at_work()
-        if not self._on_terminal and now - self._last < PLAIN_LINE_EVERY and done < self.total:
+        quiet = done < self.total or self._last == self._since
+        if not self._on_terminal and now - self._last < PLAIN_LINE_EVERY and quiet:
             return
         self._last = now
         left = (self.total - done) / rate if rate else float("inf")
-        self._show_line(f"{done}/{self.total} images  {duration(left)} left  {rate:.0f} img/s")
+        filled = BAR * done // self.total
+        bar = f"  [{'#' * filled}{'-' * (BAR - filled)}]" if self._on_terminal else ""  # last: a narrow one cuts it off
+        self._show_line(f"{done}/{self.total} images  {duration(left)} left  {rate:.0f} img/s{bar}")
 
     def _show_line(self, line: str) -> None:
         self._show(lambda: self._show_live(line) if self._on_terminal else self._print(line))

@@ -3,5 +3,16 @@
 from .devices import Devices
 from .drawing import BATCH, Drawing, draw_on, image_noise, sample, sample_batches
 from .one_step import OneStep
+from .solving import checked_times
 
-__all__ = ["BATCH", "Devices", "Drawing", "OneStep", "draw_on", "image_noise", "sample", "sample_batches"]
+__all__ = [
+    "BATCH",
+    "Devices",
+    "Drawing",
+    "OneStep",
+    "checked_times",
+    "draw_on",
+    "image_noise",
+    "sample",
+    "sample_batches",
+]

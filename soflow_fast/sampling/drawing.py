@@ -142,36 +142,39 @@ class Drawing:
     def batch(self, flow: SolutionFlow, rows: range) -> Tensor:
         """A batch of `batches`, [batch_size, C, H, W] on the device of a flow: the last image fills up a short one."""
         parameter = next(flow.parameters())
-        index = [min(i, rows[-1]) for i in range(rows.start, rows.start + self.batch_size)]
+        filled = torch.arange(self.batch_size).clamp(max=len(rows) - 1)
 
         def noise(k: int) -> Tensor:
-            drawn = torch.stack([image_noise(self.seed, i, k, self.shape[1:]) for i in index])
-            return uploaded(drawn.to(parameter.dtype), parameter.device)
+            drawn = torch.stack([image_noise(self.seed, i, k, self.shape[1:]) for i in rows])
+            return uploaded(drawn[filled].to(parameter.dtype), parameter.device)
 
-        labels = None if self.labels is None else uploaded(self.labels[index], parameter.device)
+        own = None if self.labels is None else self.labels[rows.start : rows.stop]
+        labels = None if own is None else uploaded(own[filled], parameter.device)
         return solve(flow, noise, self.times, self.method, labels)
 
 
-Finish = Callable[[Tensor], Tensor]
-"""What makes images of samples."""
+Finish = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+"""What makes images of samples, or several forms of them."""
 
 
 def draw_on(
     flow: SolutionFlow, finish_on: Callable[[torch.device], Finish | None] = lambda device: None
-) -> Callable[[torch.device], Callable[[tuple[Drawing, range]], tuple[Tensor, Tensor]]]:
+) -> Callable[[torch.device], Callable[[tuple[Drawing, range]], tuple[Tensor, ...]]]:
     """What `Devices` need to draw batches of a `Drawing`, each device by a copy of the flow.
 
     A batch is (drawing, rows) with rows of `drawing.batches()`. It becomes a bool [], whether the samples are finite,
-    and the images. finish_on: gives what makes images of samples on a device, None: the samples are what is wanted.
+    and the images, or each form of them. finish_on: gives what makes images of samples on a device, None: the samples
+    are what is wanted.
     """
 
-    def work_on(device: torch.device) -> Callable[[tuple[Drawing, range]], tuple[Tensor, Tensor]]:
+    def work_on(device: torch.device) -> Callable[[tuple[Drawing, range]], tuple[Tensor, ...]]:
         own, finish = copied(flow, device), finish_on(device)
 
-        def draw(batch: tuple[Drawing, range]) -> tuple[Tensor, Tensor]:
+        def draw(batch: tuple[Drawing, range]) -> tuple[Tensor, ...]:
             drawing, rows = batch
             x = drawing.batch(own, rows)[: len(rows)]
-            return torch.isfinite(x).all(), x if finish is None else finish(x)
+            made = x if finish is None else finish(x)
+            return torch.isfinite(x).all(), *(made if isinstance(made, tuple) else (made,))
 
         return draw
 
