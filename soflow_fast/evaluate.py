@@ -28,7 +28,7 @@ def parser() -> Parser:
     p = Parser(prog="python -m soflow_fast.evaluate", description=__doc__)
     p.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported directory")
     p.add_argument("--n", default="4000", metavar="N", help="samples (default: 4000)")
-    p.add_argument("--nfe", default="1,2", metavar="N,...", help="network calls per image (default: 1,2)")
+    p.add_argument("--nfe", metavar="N,...", help="network calls per image (default: 1,2; of flow matching 10)")
     p.add_argument("--guidance", metavar="W", help=GUIDANCE)
     p.add_argument("--vae", metavar="NAME", help="of a model of latents: its VAE, if it lies elsewhere by now")
     p.add_argument("--seed", default="0", metavar="N", help="of the noise (default: 0)")
@@ -43,12 +43,14 @@ def main(arguments: list[str] | None = None) -> None:
     process.alone("evaluate")
     n, seed = whole_number("--n", values.n, 100, MOST), whole_number("--seed", values.seed, 0, MOST_SEED)
     guidance = number("--guidance", values.guidance)
-    calls = dict.fromkeys(whole_number("--nfe", part.strip(), 1, MOST_CALLS) for part in values.nfe.split(","))
+    parts = [] if values.nfe is None else values.nfe.split(",")
+    calls = dict.fromkeys(whole_number("--nfe", part.strip(), 1, MOST_CALLS) for part in parts)
 
     from .evaluation import describe, measure_digits
     from .runs.checkpoint import load_with_data
     from .runs.latents.vae import load_vae
     from .sampling import Devices, chosen_guidance, draw_on
+    from .sampling.solving import usual_calls
     from .training.precision import resolve_devices
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer, or on another --device"):
@@ -69,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
             decode_on = lambda device: None  # noqa: E731
         w = user_value(lambda: chosen_guidance(flow, guidance), "--guidance")
+        calls = calls or dict.fromkeys((1, 2) if flow.solves else (usual_calls(flow),))
         with Devices(devices, draw_on(flow, decode_on)) as several:
             figures = {nfe: measure_digits(flow, n, nfe, seed, several=several, guidance=w) for nfe in calls}
     if values.json:

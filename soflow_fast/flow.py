@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from soflow_kernels import path_point
 
-from .config.schema import Coefficients, FlowConfig, FlowPath
-from .config.validation import validate_flow
+from .config.schema import Coefficients, FlowConfig, FlowPath, ObjectiveConfig, ObjectiveKind
+from .config.validation import validate_flow, validate_objective
 
 HALF_PI = math.pi / 2
 
@@ -45,13 +45,27 @@ class SolutionFlow(nn.Module):
     origin: Any = None
     """The training that the weights are of, as `load` has found it (`runs.checkpoint.origin`); None: not known."""
 
-    def __init__(self, network: nn.Module, path: FlowPath = "linear", coefficients: Coefficients = "euler") -> None:
-        """`network(x, t, s, y)` gives N, of the shape of x. Raises ValueError for an unknown path or coefficients."""
+    def __init__(
+        self,
+        network: nn.Module,
+        path: FlowPath = "linear",
+        coefficients: Coefficients = "euler",
+        objective: ObjectiveKind = "soflow",
+    ) -> None:
+        """`network(x, t, s, y)` gives N, of the shape of x. objective: that it is trained by, which decides how samples
+        are drawn unless that is said. Raises ValueError for an unknown path, coefficients or objective."""
         super().__init__()
         validate_flow(FlowConfig(path, coefficients))
+        validate_objective(ObjectiveConfig(kind=objective), "objective.")
         self.network = network
         self.path = path
         self.coefficients = coefficients
+        self.objective = objective
+
+    @property
+    def solves(self) -> bool:
+        """Whether the network has learned solutions, so that one call goes from noise to data; else the velocity."""
+        return self.objective != "flow-matching"
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t = alpha x_0 + beta x_1, and its velocity v_t = alpha' x_0 + beta' x_1, both [B, C, H, W]."""
@@ -88,8 +102,10 @@ class SolutionFlow(nn.Module):
         return self.to_solution(self.network(x, t, s, *conditions(y, w)), x, t, s)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        """The same as `solution`."""
-        return self.solution(x, t, s, y, w)
+        """The step from t to s: `solution`, or Euler's along the velocity of a flow that has learned that alone."""
+        if self.solves:
+            return self.solution(x, t, s, y, w)
+        return x + per_sample(s - t, x) * self.velocity(x, t, y, w)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write config.json, model.safetensors and a model card to a folder (`hub.save_pretrained`)."""

@@ -1,4 +1,7 @@
-"""The SoFlow objective: times, guidance, flow matching and solution consistency (arXiv 2512.15657).
+"""The objectives: times, guidance and losses of SoFlow (arXiv 2512.15657), of flow matching alone, and of MeanFlow.
+
+SoFlow is flow matching beside solution consistency. MeanFlow (`average_velocity`) puts another loss in the place of
+consistency, between points as close as its derivative wants them; flow matching puts none.
 
 It takes a flow, any object with SolutionFlow's methods, and imports no model. `flow_matching` and `consistency` call
 the network themselves, one loss at a time; the training step batches the same calls over both losses and puts their
@@ -15,6 +18,7 @@ from soflow_kernels import consistency_loss, euler_lookahead, flow_matching_loss
 from soflow_kernels.lookahead import Lookahead, guidance_decay
 from soflow_kernels.losses import quotient
 
+from . import average_velocity
 from .config.schema import ObjectiveConfig
 from .config.validation import validate_objective
 from .flow import SolutionFlow, conditions
@@ -28,7 +32,7 @@ class LossTerm(NamedTuple):
 
     loss: Tensor
     mse: Tensor
-    """Mean of delta^2 (flow matching) or of q^2 (consistency), detached."""
+    """Mean of delta^2 (flow matching), of q^2 (consistency) or of |u - u_tgt|^2 (MeanFlow), detached."""
     weight: Tensor
     """Mean of the per-sample weights w_i, detached."""
 
@@ -53,7 +57,11 @@ class ConsistencyPoints(NamedTuple):
 
 
 class Objective:
-    """The two losses of SoFlow under one configuration; holds no state. Raises ValueError for a wrong configuration."""
+    """The two losses of an objective under one configuration; holds no state.
+
+    The second one is called consistency, of MeanFlow too, and has no samples in flow matching. Raises ValueError for a
+    wrong configuration.
+    """
 
     def __init__(
         self, config: ObjectiveConfig | None = None, guidance_range: tuple[float, float] | None = None
@@ -62,6 +70,15 @@ class Objective:
         self.config = config or ObjectiveConfig()
         self.guidance_range = guidance_range
         validate_objective(self.config)
+
+    @property
+    def is_meanflow(self) -> bool:
+        """Whether the second loss is MeanFlow's."""
+        return self.config.kind == "meanflow"
+
+    def eps(self, like: Tensor) -> float:
+        """eps beside the mean of a sample's squares, `like` [B, ...] being the samples: MeanFlow adds it to the sum."""
+        return self.config.eps / (like[0].numel() if self.is_meanflow else 1)
 
     # Times
 
@@ -77,17 +94,23 @@ class Objective:
         return c.r_end
 
     def middle_time(self, t: Tensor, s: Tensor, step: float, total_steps: float) -> Tensor:
-        """l = min(t + r (s - t), t - 1e-4), [B]: where the consistency loss looks ahead to."""
+        """l = min(t + r (s - t), t - 1e-4), [B]: where the consistency loss looks ahead to; of MeanFlow near t."""
+        if self.is_meanflow:
+            return t - average_velocity.STEP
         return torch.minimum(t + self.r(step, total_steps) * (s - t), t - TIME_GAP)
 
     def flow_matching_times(self, n: int, source: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-        """t [n], logit-normal."""
+        """t [n], logit-normal; of MeanFlow the larger of two."""
+        if self.is_meanflow:
+            return average_velocity.ordered_times(n, self.config.mf_time, source, dtype)[0]
         return _logit_normal(n, self.config.fm_time, source, dtype)
 
     def consistency_times(
         self, n: int, source: torch.Generator, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """t and s [n], logit-normal each, with s <= t - 1e-4."""
+        """t and s [n], logit-normal each, with s <= t - 1e-4; of MeanFlow the larger and the smaller of two."""
+        if self.is_meanflow:
+            return average_velocity.ordered_times(n, self.config.mf_time, source, dtype)
         t = _logit_normal(n, self.config.sc_time, source, dtype).clamp_min(TIME_GAP)
         s = _logit_normal(n, self.config.sc_end_time, source, dtype)
         return t, torch.minimum(s, t - TIME_GAP)
@@ -162,15 +185,17 @@ class Objective:
     ) -> LossTerm:
         """mean_i w_i mean(delta_i^2) for delta = v - target, with w_i = 1 / (|db/ds(t, t)| (mean(delta_i^2) + eps)^p)
         detached; the target is `look_ahead`'s, mixed with the student's own velocity."""
-        settings = {"p": self.config.p, "eps": self.config.eps, "velocity_slope": flow.velocity_slope}
+        settings = {"p": self.config.p, "eps": self.eps(output), "velocity_slope": flow.velocity_slope}
         settings |= self._guidance_at(w)
         return LossTerm(*flow_matching_loss(output, v_t, t, v_null, label_dropped, **settings))
 
     def quotient(self, flow: SolutionFlow, at: ConsistencyPoints, value: Tensor, increment: Tensor) -> Tensor:
         """q = (f(x_t, t, s) - f(x_l, l, s)) / (t - l) for x_l = x_t + target (l - t), [B, C, H, W], without gradient.
 
-        value is N_t = N(x_t, t, s), increment is N_l - N_t with N_l = N(x_l, l, s).
+        value is N_t = N(x_t, t, s), increment is N_l - N_t with N_l = N(x_l, l, s). Of MeanFlow it is du/dt.
         """
+        if self.is_meanflow:
+            return average_velocity.derivative(increment, at.t, at.l)
         return quotient(value, increment, at.x, at.target, at.t, at.l, at.s, flow.coefficients)
 
     def consistency_term(
@@ -180,8 +205,15 @@ class Objective:
 
         output is the student's N_t, the only one with a gradient; value and increment are `quotient`'s. Its gradient is
         that of the weighted squared error without the division by |b|. Its value means nothing.
+
+        Of MeanFlow it is mean_i w_i mean(delta_i^2) with delta = N_t - u_tgt (`average_velocity`), a sample's w_i being
+        (mean(delta_i^2) + eps / numbers)^-p: as published, but for a factor numbers^(p - 1), which is 1 with p = 1.
         """
         c = self.config
+        if self.is_meanflow:
+            du = self.quotient(flow, at, value, increment)
+            target = average_velocity.average_velocity_target(at.target, at.t, at.s, du)
+            return LossTerm(*flow_matching_loss(output, target, at.t, p=c.p, eps=self.eps(output)))
         times = at.t, at.l, at.s
         settings = {"p": c.p, "eps": c.eps, "coefficients": flow.coefficients}
         return LossTerm(*consistency_loss(output, increment, at.x, at.target, *times, value=value, **settings))

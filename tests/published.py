@@ -46,7 +46,8 @@ def known_run(folder: Path, space: LatentSpace | None = None, **changes: Any) ->
 def assert_same(a: SolutionFlow, b: SolutionFlow) -> None:
     """The same weights to the bit, in the same dtype, of the same flow."""
     left, right = a.state_dict(), b.state_dict()
-    assert left.keys() == right.keys() and (a.path, a.coefficients) == (b.path, b.coefficients)
+    assert left.keys() == right.keys()
+    assert (a.path, a.coefficients, a.objective) == (b.path, b.coefficients, b.objective)
     assert all(value.dtype == right[name].dtype and torch.equal(value, right[name]) for name, value in left.items())
 
 

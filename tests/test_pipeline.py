@@ -88,6 +88,19 @@ def test_the_samples_are_those_of_sample(steps: int, pipe: SoFlowPipeline) -> No
     assert np.array_equal(np.stack([np.asarray(image) for image in drawn[3]]), to_uint8(wanted)[..., 0].numpy())
 
 
+@pytest.mark.parametrize("steps", [None, 3])
+def test_flow_matching_goes_along_its_velocity(steps: int | None, tmp_path: Path) -> None:
+    pipe = quiet(SoFlowPipeline(flow=small_flow(objective="flow-matching"), vae=None))
+    noise = torch.randn(2, 1, 8, 8, generator=source(5))
+    wanted = sample(pipe.flow, [1, 2], nfe=steps or 10, method="euler", noise=[noise])
+    drawn = pipe([1, 2], steps, latents=noise, output_type="latent").images
+    torch.testing.assert_close(drawn, wanted, rtol=1e-6, atol=1e-6)
+    assert pipe.num_timesteps == (steps or 10)
+    pipe.save_pretrained(tmp_path)
+    back = quiet(SoFlowPipeline.from_pretrained(tmp_path))
+    assert torch.equal(back([1, 2], steps, latents=noise, output_type="latent").images, drawn)
+
+
 def test_the_noise_may_be_given_and_of_a_generator_for_each_image(pipe: SoFlowPipeline) -> None:
     noise = torch.cat([torch.randn(1, 1, 8, 8, generator=source(seed)) for seed in (3, 4)])
     given = pipe([5, 6], latents=noise, output_type="pt").images

@@ -198,6 +198,22 @@ def increments(run: dict) -> str:
     return page(["network and batch", "what", "ms (quartiles)", "ratio"], 2, lines, run, note)
 
 
+def derivative(run: dict) -> str:
+    """A record of benchmarks.derivative as Markdown: a line per case, precision and way."""
+    lines, before = [], ("", "")
+    for row in run["rows"]:
+        case, precision = row["case"], row["precision"]
+        first = case if case != before[0] else ""
+        second = precision if (case, precision) != before else ""
+        lines.append([first, second, row["way"], f"{row['error']:.1e}", quartiles(row["seconds"], 1e-3)])
+        before = case, precision
+    note = (
+        f"After {run['rows'][0]['steps']} steps of training; the error is relative to forward mode in float64, the "
+        f"time that of the derivative alone, everything in turn. `{run['command']}`."
+    )
+    return page(["network and batch", "student", "du/dt by", "error", "ms (quartiles)"], 3, lines, run, note)
+
+
 def cpu(run: dict) -> str:
     """A record of benchmarks.cpu as Markdown: a line per case and recipe."""
     lines = []
@@ -342,9 +358,10 @@ def quality_for_time(run: dict) -> str:
         ]
         lines.append([*cells, spread([points[-1]["accuracy"] for points in each], 4)])
     seeds, steps = len({row["seed"] for row in run["rows"]}), run["rows"][0]["points"][-1]["step"]
+    many = next((f" (of flow matching {n} calls)" for row in run["rows"] if (n := row.get("nfe", 1)) > 1), "")
     note = (
-        f"Mean over {seeds} seeds (lowest to highest) of {steps} steps each; one-step samples of the averaged weights, "
-        f"judging them is not in the seconds. `{run['command']}`."
+        f"Mean over {seeds} seeds (lowest to highest) of {steps} steps each; one-step samples{many} of the averaged "
+        f"weights, judging them is not in the seconds. `{run['command']}`."
     )
     picture = "![Frechet distance of one-step digits by seconds of training](quality.svg)"
     return f"{markdown(head, len(head) - 1, lines)}\n\n{picture}\n\n{measured(run, note)}"
@@ -394,6 +411,7 @@ BLOCKS = {
     "soak": Block("docs/reliability.md", "soak", soak),
     "cpu": Block("docs/performance.md", "cpu", cpu),
     "increments": Block("docs/precision.md", "increments", increments),
+    "derivative": Block("docs/precision.md", "derivative", derivative),
     "precision-quality": Block(
         "docs/precision.md", "precision", precision_quality, (plots.precision, "docs/precision.svg")
     ),

@@ -54,8 +54,8 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
     They add up from its three calls: guidance, student with backward (3), look-ahead (1 per consistency sample, or 2
     where the value at t is not the student's own output).
     """
-    objective = state.objective
-    consistency = 1 - flow_matching_samples(config.batch_size, config.objective.fm_fraction) / config.batch_size
+    objective, B = state.objective, config.batch_size
+    consistency = 1 - flow_matching_samples(B, config.objective.flow_matching_fraction) / B
     guided = objective.guided and config.model.num_classes > 0
     guidance = guided * (1 + consistency * objective.mixed)
     target = state.target

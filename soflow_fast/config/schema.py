@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 FlowPath = Literal["linear", "trig"]
 Coefficients = Literal["euler", "trig"]
+ObjectiveKind = Literal["soflow", "flow-matching", "meanflow"]
 RSchedule = Literal["exponent", "cosine", "linear", "constant"]
 Teacher = Literal["student", "ema"]
 LRSchedule = Literal["constant", "cosine"]
@@ -33,6 +34,7 @@ InitKind = Literal["soflow", "dit", "sit"]
 ReduceDtype = Literal["fp32", "bf16"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
 SamplingMethod = Literal["renoise", "consecutive", "euler"]
+SampleFormat = Literal["png", "npz", "both"]
 GuidancePrecision = Literal["step", "fp8"]
 QuotientKind = Literal["auto", "increments", "pair"]
 QuotientPrecision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
@@ -104,8 +106,13 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The SoFlow objective; the defaults are the public ImageNet recipe (arXiv 2512.15657)."""
+    """What is learned; the defaults are SoFlow's public ImageNet recipe (arXiv 2512.15657)."""
 
+    kind: ObjectiveKind = "soflow"
+    """Objective; soflow: one-step solutions by their consistency, meanflow: the same by average velocities,
+    flow-matching: the velocity alone, which takes many steps to sample.
+
+    MeanFlow is arXiv 2505.13447."""
     guidance_scale: float = 3.0
     """w of the guided velocity; 1 is no guidance. Of a network with a range of them it has no part."""
     guidance_decay_time: float = 0.8
@@ -120,7 +127,7 @@ class ObjectiveConfig:
     """r at the first step: how far the middle time l lies from t towards s."""
     r_end: float = 0.002
     fm_fraction: float = 0.75
-    """lambda: fraction of the batch that takes the flow-matching loss."""
+    """lambda: fraction of the batch that takes the flow-matching loss; of flow-matching it is all, whatever this is."""
     label_drop: float = 0.1
     fm_time: tuple[float, float] = (-0.2, 1.0)
     """Mean and deviation of logit t, flow matching."""
@@ -128,6 +135,8 @@ class ObjectiveConfig:
     """Mean and deviation of logit t, consistency."""
     sc_end_time: tuple[float, float] = (-1.0, 0.8)
     """Mean and deviation of logit s, consistency."""
+    mf_time: tuple[float, float] = (-0.4, 1.0)
+    """Mean and deviation of the logits of both times, meanflow, in place of the three others."""
     teacher: Teacher = "student"
     """Network behind the consistency target; student: the stop-gradient student, ema: an average of its weights.
 
@@ -136,6 +145,11 @@ class ObjectiveConfig:
     """Decay of the teacher's average.
 
     It is apart from the average that is sampled; at first it is (1 + step) / (10 + step)."""
+
+    @property
+    def flow_matching_fraction(self) -> float:
+        """The fraction of the batch that takes the flow-matching loss, at one time each: l = s = t."""
+        return 1.0 if self.kind == "flow-matching" else self.fm_fraction
 
 
 @dataclass(frozen=True)
@@ -307,6 +321,7 @@ SHORT_NAMES = {
     "precision": "precision",
     "guidance_range": "model.guidance_range",
     "guidance_precision": "guidance_precision",
+    "objective": "objective.kind",
     "quotient": "quotient",
     "quotient_precision": "quotient_precision",
     "teacher": "objective.teacher",

@@ -74,11 +74,17 @@ def validate(config: Config) -> Config:
     check("hang_seconds", 0 <= run.hang_seconds <= 10**6, "in [0, 10^6]")
 
     objective = config.objective
+    euler = objective.kind != "meanflow" or config.flow.coefficients == "euler"
+    what = "euler with the objective meanflow, whose network is the average velocity"
+    _checks(config.flow, "flow.")("coefficients", euler, what)
     unasked = config.model.null_label or (objective.label_drop == 0 and objective.guidance_scale == 1)
     what = "true unless objective.label_drop is 0 and objective.guidance_scale is 1"
     _checks(config.model, "model.")("null_label", unasked, what)
 
     check = _checks(config, "")
+    for name in ("quotient", "quotient_precision"):
+        fits = objective.kind != "flow-matching" or getattr(config, name) == "auto"
+        check(name, fits, "left at auto with the objective flow-matching, which has no quotient")
     check("steps", 1 <= config.steps < 10**8, "in [1, 10^8)")  # a checkpoint's name has 8 digits
     check("batch_size", 1 <= config.batch_size <= 2**20, "in [1, 2^20]")
     check("micro_batch", config.micro_batch >= AUTO, "at least 0, or auto")
@@ -130,7 +136,9 @@ def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
     usual = ObjectiveConfig().teacher_decay
     fits = objective.teacher != "student" or objective.teacher_decay == usual
     check("teacher_decay", fits, f"left at {usual} with the teacher student, which is no average")
-    for name in ("fm_time", "sc_time", "sc_end_time"):
+    fits = objective.kind != "flow-matching" or objective.teacher == "student"
+    check("teacher", fits, "student with the objective flow-matching, whose target is the data's velocity")
+    for name in ("fm_time", "sc_time", "sc_end_time", "mf_time"):
         check(name, getattr(objective, name)[1] > 0, "a mean and a deviation above 0")
 
 

@@ -36,7 +36,7 @@ from .async_save import Saver
 from .batches.resident import on_device_bytes
 from .batches.upload import Batches
 from .metrics import MetricsLog, NoLog, TensorBoard
-from .progress import Progress
+from .progress import LABELS, MEANFLOW_LABELS, Progress
 from .ranks.crew import ALONE, Crew, assemble
 from .ranks.watch import watched
 from .samples import Grids, evaluate
@@ -63,7 +63,8 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         config = replace(config, precision=crew.chosen(config.precision))
         config = resolved(config, crew)
         run_dir = Path(config.run.run_dir)
-        progress = Progress(config.steps, notes=crew.notes, at_work=crew.watch.at_work)
+        labels = MEANFLOW_LABELS if config.objective.kind == "meanflow" else LABELS
+        progress = Progress(config.steps, notes=crew.notes, at_work=crew.watch.at_work, labels=labels)
         if choices == NOTHING_LEFT:
             run_directory.check(run_dir, config)  # before what takes seconds; and again when it is taken
         if config.data.kind == "digits-latent":
@@ -233,7 +234,7 @@ def _loop(
     held = bytes_to_hold(config, source, state.device, crew)
     if held:
         progress.say(f"all samples lie on the GPU, {held / 1e9:.2f} GB")
-    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
+    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.flow_matching_fraction)
     batches = Batches(source, state.device, state.rank, state.world, config.run.workers, resident=held > 0)
     with (
         closing(batches),
@@ -407,7 +408,9 @@ def resolved(config: Config, crew: Crew = ALONE) -> Config:
     run = replace(config.run, run_dir=_run_dir(config), device=str(device))
     precision = resolve_precision(config.precision, device)
     how = resolve_target(config, precision, device)
-    config = replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)
+    config = replace(config, run=run, precision=precision)
+    if config.objective.kind != "flow-matching":  # which has no quotient
+        config = replace(config, quotient=how.kind, quotient_precision=how.precision)
     mine = replace(config, batch_size=config.batch_size // crew.size)
     if config.micro_batch == AUTO:
         fits = min(size or mine.batch_size for size in crew.all(_micro_batch(mine, device, crew)))

@@ -23,7 +23,8 @@ class OneStep:
         cuda_graph: record the call and replay it; calls of another size than the first run as they are.
         guidance: of a network with a `guidance_range`: the scale w; None: as `sample` has it.
 
-    Raises ConfigError for what the device lacks, ValueError for a guidance that the network was not trained for.
+    Raises ConfigError for what the device lacks, and ValueError for a flow that takes many steps and for a guidance
+    that the network was not trained for.
     """
 
     def __init__(
@@ -35,6 +36,8 @@ class OneStep:
         cuda_graph: bool = False,
         guidance: float | None = None,
     ) -> None:
+        if not flow.solves:
+            raise ValueError(f"flow: was trained by {flow.objective}, whose samples take many calls; see `sample`")
         self.guidance = chosen_guidance(flow, guidance)
         self.flow = flow.requires_grad_(False).eval()
         self.device = next(flow.parameters()).device

@@ -11,18 +11,26 @@ from ..config.schema import SamplingMethod, shown
 from ..flow import SolutionFlow, per_sample
 from .guidance import scales
 
+EULER_CALLS = 10
+"""Network calls of each sample of a flow that has learned the velocity alone, where their number is not said."""
 
-def checked_times(nfe: int | None, times: Sequence[float] | None) -> tuple[float, ...]:
+
+def usual_calls(flow: SolutionFlow) -> int:
+    """The network calls of each sample of a flow, where their number is not said."""
+    return 1 if flow.solves else EULER_CALLS
+
+
+def checked_times(nfe: int | None, times: Sequence[float] | None, usual: int = 1) -> tuple[float, ...]:
     """The times t_0 = 1 > t_1 > ... > 0 of the network calls, after the last of which comes time 0.
 
-    nfe: how many they are; None: as many as `times` has, or one. times: None: they are evenly spaced.
+    nfe: how many they are; None: as many as `times` has, or `usual`. times: None: they are evenly spaced.
 
     Raises ValueError.
     """
     if nfe is not None and nfe < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe}")
     if times is None:
-        count = nfe or 1
+        count = nfe or usual
         return tuple(1 - k / count for k in range(count))
     found = tuple(float(t) for t in times)
     if nfe is not None and len(found) != nfe:
@@ -32,10 +40,14 @@ def checked_times(nfe: int | None, times: Sequence[float] | None) -> tuple[float
     return found
 
 
-def checked_method(method: str) -> SamplingMethod:
-    """A method that is one. Raises ValueError."""
+def checked_method(method: str | None, flow: SolutionFlow) -> SamplingMethod:
+    """A method that is one, and fits a flow; None: the flow's own. Raises ValueError."""
+    if method is None:
+        return "renoise" if flow.solves else "euler"
     for known in get_args(SamplingMethod):
         if method == known:
+            if method != "euler" and not flow.solves:
+                raise ValueError(f"method must be euler, got {method!r}: the flow was trained by {flow.objective}")
             return known
     raise ValueError(f"method must be one of {', '.join(get_args(SamplingMethod))}, got {shown(method)}")
 

@@ -10,6 +10,8 @@ the consistency loss learns anything. Two ways to it:
 Increments are made from the parameters, without calling the layers. Where a part of the network was replaced, wrapped
 or hooked, so that calling it matters, a float32 pair takes their place: whatever acts there acts at both ends.
 
+MeanFlow (`average_velocity`) takes its derivative du/dt by the same increments, over a shorter interval.
+
 Whose increment: "student" is the published stop-gradient target (arXiv 2512.15657); "ema" takes both ends from an
 average of the student's weights and the value from the student, which stays bounded as l -> t.
 """
@@ -64,6 +66,10 @@ def resolve_target(config: Config, precision: str, device: torch.device) -> Cons
         raise ConfigError(f"--quotient-precision tf32: only NVIDIA GPUs have it, the device is {device.type}")
     if kind == "pair" and precision == "fp8" and matmul in ("bf16", "fp16"):
         raise ConfigError(f"--quotient-precision {matmul}: a pair in a step of fp8 is fp32 or tf32")
+    if kind == "pair" and matmul != "fp32" and config.objective.kind == "meanflow":
+        raise ConfigError(
+            f"--quotient pair: of {matmul} forwards MeanFlow's derivative is rounding error; fp32 is right"
+        )
     return ConsistencyTarget(kind, matmul, teacher)
 
 

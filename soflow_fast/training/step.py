@@ -66,7 +66,7 @@ class Draws(NamedTuple):
 def _n_fm(state: TrainState, B: int) -> int:
     """The number of this rank's B samples that take the flow-matching loss."""
     whole = B * state.world
-    first = flow_matching_samples(whole, state.config.objective.fm_fraction)
+    first = flow_matching_samples(whole, state.config.objective.flow_matching_fraction)
     return share_of_first(whole, first, state.rank, state.world)
 
 
@@ -81,7 +81,7 @@ def draw(state: TrainState, shape: torch.Size) -> Draws:
     def source(purpose: str) -> torch.Generator:
         return generator(config.seed, state.step, 0, purpose, state.device)
 
-    n_fm = flow_matching_samples(whole, config.objective.fm_fraction)
+    n_fm = flow_matching_samples(whole, config.objective.flow_matching_fraction)
     x1 = torch.randn(whole, *shape[1:], generator=source("noise"), device=state.device)
     times = source("time")
     t_fm = objective.flow_matching_times(n_fm, times)
@@ -202,7 +202,7 @@ def update(
     # Replicas add up in float32 as well, in their own way: their engine takes gradients in the dtype of parameters.
     state.sum_gradients_in(None if low or (state.engine and state.engine.sums_itself) else torch.float32)
     ranks = state.parallel.world if state.parallel is not None else 1
-    whole_fm = draws.n_fm if ranks == 1 else flow_matching_samples(B * ranks, config.objective.fm_fraction)
+    whole_fm = draws.n_fm if ranks == 1 else flow_matching_samples(B * ranks, config.objective.flow_matching_fraction)
     totals: dict[str, Tensor] = {}
     flags: FiniteFlags = {}
     note_finite(flags, "input", x0)
@@ -403,7 +403,7 @@ def _measured_by_all(state: TrainState, x0: Tensor, y: Tensor | None, draws: Dra
     nothing = torch.zeros((), device=state.device)
     mine = [nothing, nothing] if measured is None else [measured.float(), nothing + 1]
     total, ranks = state.parallel.rows(torch.stack(mine)).sum(0)
-    B, fraction = len(x0) * state.world, state.config.objective.fm_fraction
+    B, fraction = len(x0) * state.world, state.config.objective.flow_matching_fraction
     return total / ranks if flow_matching_samples(B, fraction) < B else None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -283,12 +284,19 @@ def test_a_reader_that_goes_away_is_no_error(environment: dict[str, str]) -> Non
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_sampling_on_a_full_disk_writes_nothing(mount: Call, finished: Any, refused: Call) -> None:
-    disk = mount("size=64k")
-    for place in (disk / "out", disk):
-        line = refused("sample", finished.folder, "--out", place, "--n", "64")
-        assert f"--out {place}" in line and "No space left" in line
-        assert os.listdir(disk) == []
+def test_sampling_on_a_full_disk_keeps_whole_images_and_goes_on(
+    mount: Call, finished: Any, refused: Call, call: Call, files: Call, tmp_path: Path
+) -> None:
+    disk, flags = mount("size=64k"), ["--n", "64", "--batch-size", "8"]
+    line = refused("sample", finished.folder, "--out", disk / "out", *flags)
+    assert f"--out {disk / 'out'}" in line and "No space left" in line
+    assert call("sample", finished.folder, "--out", tmp_path / "whole", *flags).code == 0
+    left, whole = files(disk / "out"), files(tmp_path / "whole")
+    assert 3 < len(left) < 64 and left.items() <= whole.items()
+    subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+    result = call("sample", finished.folder, "--out", disk / "out", *flags)
+    assert result.code == 0 and files(disk / "out") == whole
+    assert re.match(r"\d+ of 64 are there already\n", result.out)
 
 
 def test_a_read_only_disk(mount: Call, finished: Any, tiny: list[str], refused: Call) -> None:

@@ -155,6 +155,7 @@ OUT_OF_RANGE = {
     "model.guidance_range": (4.0, 1.0),
     "flow.path": "straight",
     "flow.coefficients": "eulre",
+    "objective.kind": "mean-flow",
     "objective.guidance_scale": 0.5,
     "objective.guidance_decay_time": -1,
     "objective.mix_ratio": 1.5,
@@ -168,6 +169,7 @@ OUT_OF_RANGE = {
     "objective.fm_time": (0, 0),
     "objective.sc_time": (0, -1),
     "objective.sc_end_time": (0, 0),
+    "objective.mf_time": (0, 0),
     "objective.teacher": "emaa",
     "objective.teacher_decay": 1,
     "optim.lr": 0,
@@ -258,7 +260,7 @@ def test_every_field_has_its_range_tested() -> None:
 
 def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
     choices = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
-    assert len(choices) == 18
+    assert len(choices) == 19
     for name, allowed in choices.items():
         for value in allowed:
             validate(override(Config(), {name: value}))
@@ -388,3 +390,31 @@ def test_a_teachers_decay_needs_a_teacher() -> None:
     with pytest.raises(ValueError, match=r"^objective\.teacher_decay must be left at 0\.99 with the teacher student"):
         validate(override(config, {"teacher_decay": 0.5}))
     validate(override(config, {"teacher_decay": 0.5, "teacher": "ema"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"objective": "flow-matching", "teacher": "ema"}, "objective.teacher"),
+        ({"objective": "flow-matching", "quotient": "pair"}, "quotient"),
+        ({"objective": "flow-matching", "quotient_precision": "fp32"}, "quotient_precision"),
+        ({"objective": "meanflow", "flow.coefficients": "trig"}, "flow.coefficients"),
+    ],
+)
+def test_what_an_objective_has_no_use_for_is_refused(changes: dict[str, str], field: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{field} must be .* with the objective {changes['objective']}") as error:
+        validate(override(preset("digits"), changes))
+    assert "\n" not in str(error.value)
+    validate(override(preset("digits"), {**changes, "objective": "soflow"}))
+
+
+def test_a_run_of_flow_matching_begins_with_the_file_of_another(tmp_path: Path) -> None:
+    """Whose quotient was resolved; its own is left open, as it has none."""
+    from soflow_fast.train import configuration
+
+    path = tmp_path / "config.json"
+    path.write_text(to_json(resolved(preset("digits", device="cpu"))))
+    config, _ = configuration(["--config", str(path), "--objective", "flow-matching"])
+    assert (config.quotient, config.quotient_precision) == ("auto", "auto")
+    assert (resolved(config).quotient, resolved(config).objective.flow_matching_fraction) == ("auto", 1.0)
+    assert resolved(override(config, {"objective": "meanflow"})).quotient != "auto"

@@ -65,5 +65,5 @@ def passes(config: Config, target: ConsistencyTarget, precision: str, size: int)
     guided = (objective.guidance_scale > 1 or config.model.guidance_range) and config.model.num_classes > 0
     # A pair is both ends, unless one of them is the student's own output.
     own = target.kind == "increments" or (target.teacher == "student" and target.precision == precision)
-    each = (1 if own else 2) * (flow_matching_samples(size, objective.fm_fraction) < size)
+    each = (1 if own else 2) * (flow_matching_samples(size, objective.flow_matching_fraction) < size)
     return {"guidance": int(bool(guided)), "student": 1, "target": each, "backward": 1}

@@ -19,6 +19,7 @@ from benchmarks.harness import ceilings, command
 from benchmarks.harness.cases import Case
 from benchmarks.report import compare, pages, record
 from benchmarks.studies import (
+    derivative,
     digits,
     distance,
     guidance,
@@ -37,8 +38,8 @@ from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
 MODULES = [
-    digits, distance, guidance, increments, plan, precision, prediction, quality_for_time, sampling, scaling, step,
-    sweeps,
+    derivative, digits, distance, guidance, increments, plan, precision, prediction, quality_for_time, sampling,
+    scaling, step, sweeps,
 ]  # fmt: skip
 
 
@@ -70,7 +71,9 @@ MISTAKES = [
     (precision, "--recipes other", "--recipes"),
     (distance, "--steps 0", "--steps"),
     (distance, "--wide-steps x", "--wide-steps"),
-    *((module, f"--seconds {value}", "--seconds") for module in (increments, sampling, scaling, step, sweeps)
+    (derivative, "--steps 0", "--steps"),
+    *((module, f"--seconds {value}", "--seconds")
+      for module in (derivative, increments, sampling, scaling, step, sweeps)
       for value in ("inf", "nan", "-1", "soon", "1e300")),
     *((module, f"--within {value}", "--within") for module in (sampling, step, sweeps) for value in
       ("inf", "nan", "-1")),
@@ -119,7 +122,7 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "ceilings", "digits", "distance", "gpu", "guidance", "increments", "plan", "precision", "prediction",
+    "ceilings", "derivative", "digits", "distance", "gpu", "guidance", "increments", "plan", "precision", "prediction",
     "quality_for_time", "reading", "sampling", "scaling", "soak", "step", "sweeps",
 )  # fmt: skip
 
