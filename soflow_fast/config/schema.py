@@ -31,6 +31,7 @@ AttentionBackend = Literal[
 MLPProducts = Literal["auto", "kernels", "quack"]
 Parallelism = Literal["ddp", "fsdp", "hsdp"]
 InitKind = Literal["soflow", "dit", "sit"]
+Track = Literal["none", "wandb", "trackio"]
 ReduceDtype = Literal["fp32", "bf16"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
 SamplingMethod = Literal["renoise", "consecutive", "euler"]
@@ -226,6 +227,8 @@ class RunConfig:
     """Updates between checkpoints; 0: only the last."""
     check_quotient_every: int = 500
     """Updates between measurements of the cosine of the quotient with its float32 value on a few samples; 0: never."""
+    track: Track = "none"
+    """Service that is sent numbers, grids and configuration too, by its package, beside TensorBoard."""
     keep: int = 2
     """Newest checkpoints that stay, at least 2.
 
@@ -335,6 +338,7 @@ SHORT_NAMES = {
     "attention": "run.attention",
     "parallel": "run.parallel",
     "checkpoint_every": "run.checkpoint_every",
+    "track": "run.track",
     "keep": "run.keep",
     "on_nonfinite": "run.on_nonfinite",
 }

@@ -35,11 +35,12 @@ from . import checkpoint, run_directory, signals
 from .async_save import Saver
 from .batches.resident import on_device_bytes
 from .batches.upload import Batches
-from .metrics import MetricsLog, NoLog, TensorBoard
+from .metrics import Boards, MetricsLog, NoLog, TensorBoard, named_figures
 from .progress import LABELS, MEANFLOW_LABELS, Progress
 from .ranks.crew import ALONE, Crew, assemble
 from .ranks.watch import watched
 from .samples import Grids, evaluate
+from .tracking import Tracker, check_installed
 
 
 def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
@@ -63,6 +64,8 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         config = replace(config, precision=crew.chosen(config.precision))
         config = resolved(config, crew)
         run_dir = Path(config.run.run_dir)
+        if crew.first:
+            check_installed(config.run.track)
         labels = MEANFLOW_LABELS if config.objective.kind == "meanflow" else LABELS
         progress = Progress(config.steps, notes=crew.notes, at_work=crew.watch.at_work, labels=labels)
         if choices == NOTHING_LEFT:
@@ -105,13 +108,25 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
             if mlp.said:
                 progress.say(mlp.said)
             grids = Grids(state, found.space, progress.say)
-            if state.step < config.steps:
-                listed = str(run_dir / run_directory.LEFT_OUT)
-                for line in identity.describe(source.dataset, found, config.data.path, listed):
-                    progress.say(line)
-                _train(state, source, grids, run_dir, progress, crew)
-            _end(state, grids, run_dir, progress, crew)
+            with closing(_boards(state, run_dir, progress, crew)) as board:
+                if state.step < config.steps:
+                    listed = str(run_dir / run_directory.LEFT_OUT)
+                    for line in identity.describe(source.dataset, found, config.data.path, listed):
+                        progress.say(line)
+                    _train(state, source, grids, run_dir, progress, crew, board)
+                _end(state, grids, run_dir, progress, crew, board)
         return state
+
+
+def _boards(state: TrainState, run_dir: Path, progress: Progress, crew: Crew) -> Boards:
+    """What shows the numbers and grids of the rest of a run, beside its own files: nothing once they are all shown."""
+    ended = state.step == state.config.steps and any((run_dir / "samples").glob("final.*"))
+    if ended or not crew.first:
+        return Boards()
+    board = TensorBoard(run_dir / "tensorboard", state.step, progress.warn)
+    if state.config.run.track == "none":
+        return Boards(board)
+    return Boards(board, Tracker(state.config, run_dir, state.step > 0, progress.warn))
 
 
 def beginning(config: Config, run_dir: Path) -> Start | None:
@@ -202,11 +217,13 @@ def _graph_note(state: TrainState) -> str:
     return f", no CUDA graph{f': {why}' if why else ''}"
 
 
-def _train(state: TrainState, source: Source, grids: Grids, run_dir: Path, progress: Progress, crew: Crew) -> None:
+def _train(
+    state: TrainState, source: Source, grids: Grids, run_dir: Path, progress: Progress, crew: Crew, board: Boards
+) -> None:
     """Train to the last step. Raises Interrupted once a signal has come and the state is saved."""
     first = state.step
     with signals.collected(idle=lambda: state.step == first) as pending:
-        _loop(state, source, grids, run_dir, progress, pending, crew)
+        _loop(state, source, grids, run_dir, progress, pending, crew, board)
         signal, _ = crew.told(state.step, pending, False)  # one that came as the last step was saved
     if signal:
         crew.watch.leave()  # together, before any of them goes
@@ -223,6 +240,7 @@ def _loop(
     progress: Progress,
     pending: list[int],
     crew: Crew,
+    board: Boards,
 ) -> None:
     """Step until the last step is done or a signal is pending; log, draw and save on the way."""
     config, every = state.config, state.config.run
@@ -239,7 +257,6 @@ def _loop(
     with (
         closing(batches),
         closing(progress),
-        closing(TensorBoard(run_dir / "tensorboard", first, progress.warn) if crew.first else NoLog()) as board,
         Saver(run_dir, every.keep, progress.warn, before=log.sync, parallel=crew.parallel) as saver,
     ):
         while state.step < config.steps:
@@ -302,20 +319,24 @@ def _loop(
                 return
 
 
-def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress, crew: Crew) -> None:
+def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress, crew: Crew, board: Boards) -> None:
     """Draw the last grid and evaluate. Raises StorageError where the disk refuses: all else is saved already."""
     crew.watch.mark(state.step, "evaluation")
     if not crew.draws:
         return
     with storage(f"--run-dir {run_dir}: the checkpoint of step {state.step} is saved, but not all else"):
-        kind, content, _ = grids.draw()
+        kind, content, grid = grids.draw()
         path = run_dir / "samples" / f"final.{kind}"
+        if grid is not None:
+            board.image(grid, state.step)
         if crew.first:
             write_file(path, content, synced=False)
         progress.say(f"trained {state.step} steps; samples: {path}")
         data = state.config.data
         if data.of_digits and state.config.model.num_classes and (grids.vae is not None or not data.latent):
-            evaluate(state, run_dir if crew.first else None, progress.say, grids.decoded)
+            figures = evaluate(state, run_dir if crew.first else None, progress.say, grids.decoded)
+            named = named_figures({nfe: scores._asdict() for nfe, scores in figures.items()})
+            board.write({"step": state.step, **named})
 
 
 def step_in_memory(

@@ -183,6 +183,7 @@ OUT_OF_RANGE = {
     "data.kind": "image",
     "run.init_kind": "unet",
     "run.workers": -2,
+    "run.track": "mlflow",
     "run.log_every": 0,
     "run.sample_every": -1,
     "run.checkpoint_every": -1,
