@@ -35,6 +35,12 @@ from soflow_kernels.losses import (
 )
 from soflow_kernels.packed_gradient import qkv_gradient
 from soflow_kernels.patch import patch_dit
+from soflow_kernels.rmsnorm import (
+    gate_residual_rmsnorm_modulate,
+    gate_residual_rmsnorm_modulate_reference,
+    rmsnorm_modulate,
+    rmsnorm_modulate_reference,
+)
 from soflow_kernels.time_embedding import dual_time_embedding, dual_time_embedding_reference
 from soflow_kernels.version import __version__
 
@@ -65,6 +71,8 @@ __all__ = [
     "gate_residual_layernorm_modulate_increment_reference",
     "gate_residual_layernorm_modulate_reference",
     "gate_residual_reference",
+    "gate_residual_rmsnorm_modulate",
+    "gate_residual_rmsnorm_modulate_reference",
     "layernorm_modulate",
     "layernorm_modulate_increment",
     "layernorm_modulate_increment_reference",
@@ -76,6 +84,8 @@ __all__ = [
     "path_point",
     "path_point_reference",
     "qkv_gradient",
+    "rmsnorm_modulate",
+    "rmsnorm_modulate_reference",
     "silu_increment",
     "silu_increment_reference",
     "status",

@@ -34,6 +34,7 @@ from soflow_kernels import (
     lookahead,
     losses,
     packed_gradient,
+    rmsnorm,
     time_embedding,
 )
 from soflow_kernels.increment import adaln as increment_adaln
@@ -56,6 +57,7 @@ MODULES = (
     lookahead,
     losses,
     packed_gradient,
+    rmsnorm,
     time_embedding,
 )
 POINTERS = {
