@@ -34,7 +34,7 @@ from soflow_kernels.losses import (
     flow_matching_loss_reference,
 )
 from soflow_kernels.packed_gradient import qkv_gradient
-from soflow_kernels.patch import patch_dit
+from soflow_kernels.patch import layers, patch_dit
 from soflow_kernels.rmsnorm import (
     gate_residual_rmsnorm_modulate,
     gate_residual_rmsnorm_modulate_reference,
@@ -77,6 +77,7 @@ __all__ = [
     "layernorm_modulate_increment",
     "layernorm_modulate_increment_reference",
     "layernorm_modulate_reference",
+    "layers",
     "linear_gelu",
     "linear_gelu_reference",
     "on_gpu",

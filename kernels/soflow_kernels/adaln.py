@@ -170,7 +170,7 @@ def _gate_and_bias(gate_ptr, bias_ptr, gate_at, FIRST: tl.constexpr, WIDTH: tl.c
 
 @jit
 def _factor(scale_row, weight_ptr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """1 + scale, times the weight of the norm where it has one: what a segment of the normalised row is multiplied by."""
+    """1 + scale, times the weight of the norm where it has one: what a normalised row is multiplied by, a segment."""
     factor = 1 + load(scale_row, FIRST, WIDTH, D)
     if weight_ptr is not None:
         factor *= load(weight_ptr, FIRST, WIDTH, D)
@@ -204,23 +204,24 @@ def _forward_kernel(
         y_at = b * y_b + t * y_t
         sum_at = row * D
         x = _residual(x_ptr, y_ptr, bias_ptr, sum_ptr, x_at, y_at, sum_at, gate, bias, 0, MAIN, D)
-        if TAIL:
-            x_tail = _residual(x_ptr, y_ptr, bias_ptr, sum_ptr, x_at, y_at, sum_at, gate_tail, bias_tail, MAIN, TAIL, D)
         if CENTRED:
             total = tl.sum(x, axis=0)
-            if TAIL:
+        if TAIL:
+            x_tail = _residual(x_ptr, y_ptr, bias_ptr, sum_ptr, x_at, y_at, sum_at, gate_tail, bias_tail, MAIN, TAIL, D)
+            if CENTRED:
                 total += tl.sum(x_tail, axis=0)
+        if CENTRED:
             mean = total / D
             # The variance from the centred values: E[x^2] - mean^2 would cancel.
             x = centre(x, mean, 0, MAIN, D)
-            if TAIL:
-                x_tail = centre(x_tail, mean, MAIN, TAIL, D)
-            if mean_ptr is not None:
-                tl.store(mean_ptr + row, mean)
         square = tl.sum(x * x, axis=0)
         if TAIL:
+            if CENTRED:
+                x_tail = centre(x_tail, mean, MAIN, TAIL, D)
             square += tl.sum(x_tail * x_tail, axis=0)
         rstd = 1 / tl.sqrt(square / D + eps)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + row, mean)
         if rstd_ptr is not None:
             tl.store(rstd_ptr + row, rstd)
         out_row = out_ptr + row * D

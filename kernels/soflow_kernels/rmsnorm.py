@@ -187,8 +187,8 @@ def rmsnorm_modulate(
 ) -> Tensor:  # fmt: skip
     """RMS(x) weight (1 + scale) + shift: RMSNorm, then adaLN's modulation (arXiv 2501.01423, arXiv 2212.09748).
 
-    x: [B, T, D]; shift, scale: [B, D]; weight: [D] or None, that of the norm; bfloat16, float16, float32 or float64, any
-    strides (views with a contiguous last dimension, such as chunks of one modulation tensor, are taken without a copy).
+    x: [B, T, D]; shift, scale: [B, D]; weight: [D] or None, that of the norm; bfloat16, float16, float32 or float64,
+    any strides (views with a contiguous last dimension, such as chunks of one modulation tensor, without a copy).
     Returns [B, T, D] in `out_dtype`, by default the dtype of x. Differentiable in x, shift, scale and weight. D above
     8192, float64 and DTensors take the reference.
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
@@ -219,8 +219,8 @@ def gate_residual_rmsnorm_modulate(
 
 
 def inspect_cases() -> Iterator[tuple[str, Callable]]:
-    """(label, call): forward and backward at the shapes of LightningDiT, whose weight is float32 beside bfloat16 tokens,
-    for `python -m soflow_kernels.inspect`."""
+    """(label, call): forward and backward at the shapes of LightningDiT, whose weight is float32 beside bfloat16
+    tokens, for `python -m soflow_kernels.inspect`."""
     for dtype, D in itertools.product((torch.bfloat16, torch.float32), (768, 1024, 1152)):
         x, m = (torch.empty(shape, dtype=dtype) for shape in ((256, 256, D), (256, D)))
         weight, rstd = torch.empty(D), torch.empty(256, 256)

@@ -1,4 +1,4 @@
-"""RMSNorm with modulation, alone and behind the gated residual, against float64 beside eager PyTorch in the same dtype."""
+"""RMSNorm with modulation against float64, beside eager PyTorch in the same dtype."""
 
 from functools import partial
 
@@ -183,7 +183,7 @@ def test_wrong_arguments_are_named(device):
             with pytest.raises(ValueError, match=f"^{GATED}: {name} must have shape"):
                 gate_residual_rmsnorm_modulate(**{**tensors, name: tensors[name][..., 1:]})
     x, _, _, shift, scale, weight = tensors.values()
-    with pytest.raises(ValueError, match="^rmsnorm_modulate: weight must have shape"):
+    with pytest.raises(ValueError, match=r"^rmsnorm_modulate: weight must have shape"):
         rmsnorm_modulate(x, shift, scale, weight[1:])
     with pytest.raises(ValueError, match="out_dtype must be"):
         rmsnorm_modulate(x, shift, scale, out_dtype=torch.int32)
