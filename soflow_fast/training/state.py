@@ -147,8 +147,7 @@ class TrainState:
             guide = SolutionFlow(float8.float8_twin(flow.network), config.flow.path, config.flow.coefficients)
         recompute = config.run.recompute
         flow.network.recompute = "none" if recompute in ("auto", "nothing") else recompute
-        if recompute == "nothing":
-            flow.network.keep_norms = True
+        flow.network.keep_norms = None if recompute == "auto" else recompute == "nothing"
         if config.run.compile:
             for network in (flow.network, *([teacher.network] if teacher else [])):
                 network.compile_blocks()
