@@ -22,6 +22,7 @@ FLOORS = (
     {"errors", "ranks", "rng", "version"},
     {"config", "files", "launch"},
     {"data", "flow"},
+    {"average_velocity"},
     {"objective"},
     {"models"},
     {"training"},

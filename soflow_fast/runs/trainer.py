@@ -22,6 +22,7 @@ from ..launch import launched
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
 from ..models.official import Start, read_start
+from ..models.official.one_time import silent_embedder
 from ..ranks import flow_matching_samples, micro_batches
 from ..training import cpu_precision
 from ..training.consistency_target import resolve_target
@@ -35,7 +36,7 @@ from .async_save import Saver
 from .batches.resident import on_device_bytes
 from .batches.upload import Batches
 from .metrics import Boards, MetricsLog, NoLog, TensorBoard, named_figures
-from .progress import Progress
+from .progress import LABELS, MEANFLOW_LABELS, Progress
 from .ranks.crew import ALONE, Crew, assemble
 from .ranks.watch import watched
 from .samples import Grids, evaluate
@@ -65,7 +66,8 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         run_dir = Path(config.run.run_dir)
         if crew.first:
             check_installed(config.run.track)
-        progress = Progress(config.steps, notes=crew.notes, at_work=crew.watch.at_work)
+        labels = MEANFLOW_LABELS if config.objective.kind == "meanflow" else LABELS
+        progress = Progress(config.steps, notes=crew.notes, at_work=crew.watch.at_work, labels=labels)
         if choices == NOTHING_LEFT:
             run_directory.check(run_dir, config)  # before what takes seconds; and again when it is taken
         if config.data.kind == "digits-latent":
@@ -144,7 +146,10 @@ def beginning(config: Config, run_dir: Path) -> Start | None:
         raise CheckpointError(f"{flag} {place}: no file of the authors' trainer")
     if theirs is not None:
         kind = None if run.init_kind == "soflow" else run.init_kind
-        initial = None if kind is None else initial_weights(config)
+        ranged = config.model.guidance_range is not None
+        if ranged and run.resume_official:
+            raise ConfigError(f"{flag} {place}: its network sees no guidance scale; with --guidance-range give --init")
+        initial = initial_weights(config) if ranged or kind is not None else None
         try:
             start = read_start(str(theirs), config, kind=kind, initial=initial, with_moments=bool(run.resume_official))
         except CheckpointError as error:
@@ -158,9 +163,13 @@ def beginning(config: Config, run_dir: Path) -> Start | None:
     for name in ("model", "flow"):
         mine, theirs = getattr(config, name), getattr(other, name)
         changed = [f.name for f in fields(mine) if getattr(mine, f.name) != getattr(theirs, f.name)]
+        if config.model.guidance_range is not None and "guidance_range" in changed:
+            changed.remove("guidance_range")  # an embedder that is new, or for other scales
         if changed:
             raise ConfigError(f"--init {config.run.init}: of another network: {name}.{changed[0]} differs")
     weights = flow.float().state_dict()  # which may have been given away in half precision
+    if config.model.guidance_range is not None and other.model.guidance_range is None:
+        weights |= silent_embedder("network.w_embedder", initial_weights(config))
     return Start(weights, weights, {})
 
 
@@ -243,7 +252,7 @@ def _loop(
     held = bytes_to_hold(config, source, state.device, crew)
     if held:
         progress.say(f"all samples lie on the GPU, {held / 1e9:.2f} GB")
-    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
+    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.flow_matching_fraction)
     batches = Batches(source, state.device, state.rank, state.world, config.run.workers, resident=held > 0)
     with (
         closing(batches),
@@ -420,15 +429,17 @@ def resolved(config: Config, crew: Crew = ALONE) -> Config:
     run = replace(config.run, run_dir=_run_dir(config), device=str(device))
     precision = resolve_precision(config.precision, device)
     how = resolve_target(config, precision, device)
-    config = replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)
+    config = replace(config, run=run, precision=precision)
+    if config.objective.kind != "flow-matching":  # which has no quotient
+        config = replace(config, quotient=how.kind, quotient_precision=how.precision)
     mine = replace(config, batch_size=config.batch_size // crew.size)
     if config.micro_batch == AUTO:
         fits = min(size or mine.batch_size for size in crew.all(_micro_batch(mine, device, crew)))
         config = replace(config, micro_batch=0 if fits == mine.batch_size else fits)
     if config.run.recompute == "auto":
-        on_gpu = device.type == "cuda"  # a CPU keeps norms and GELUs in any case
+        on_gpu = device.type == "cuda"  # on a CPU memory is not what is short
         mine = replace(mine, micro_batch=config.micro_batch)
-        kinds = crew.all(recompute_in(mine, torch.cuda.mem_get_info(device)[0], crew) if on_gpu else "none")
+        kinds = crew.all(recompute_in(mine, torch.cuda.mem_get_info(device)[0], crew) if on_gpu else "nothing")
         config = replace(config, run=replace(config.run, recompute=kinds[0] if len(set(kinds)) == 1 else "none"))
     return config
 
@@ -494,8 +505,9 @@ def resolve_attention(state: TrainState) -> str:
         "tf32" if state.precision == "tf32" else "fp32", device
     ):  # as in the DiT, which has no autocast inside
         if name == "auto":
-            return choose(device, dtype, B, model.num_heads, T, head_dim, time.perf_counter, compiled=compiled)
-        try_out(name, device, dtype, B, model.num_heads, T, head_dim, compiled=compiled)
+            shape = B, model.num_heads, T, head_dim
+            return choose(device, dtype, *shape, time.perf_counter, compiled=compiled, apart=model.qk_norm)
+        try_out(name, device, dtype, B, model.num_heads, T, head_dim, compiled=compiled, apart=model.qk_norm)
         return name
 
 
