@@ -32,6 +32,7 @@ from soflow_fast.runs.gallery.page import embedded, page
 from soflow_fast.runs.gallery.reading import read_log, read_run, told_apart
 from soflow_fast.runs.images import png, to_uint8
 from soflow_fast.sampling import sample
+from soflow_fast.sampling.drawing import image_noise
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)&amp;"
 CPU = torch.device("cpu")
@@ -222,6 +223,25 @@ def test_a_way_begins_with_the_noise_and_ends_with_the_sample(trained: Path) -> 
         shown = Image.open(io.BytesIO(base64.b64decode(ends[f"seed {seed}"].partition(",")[2])))
         error = (torch.tensor(list(shown.tobytes())) - expected.flatten().int()).abs().max()
         assert error <= 1, "a batch of another size rounds differently"
+
+
+@pytest.mark.parametrize("changes", [{"objective.kind": "flow-matching"}, {"model.guidance_range": (1.0, 4.0)}])
+def test_a_way_of_a_flow_of_another_kind_ends_with_its_sample_too(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Euler's steps of a velocity are the calls of its sample; a scale of guidance is that of the sample."""
+    config = preset("digits", **{"model.hidden_size": 16, "model.depth": 1, "model.num_heads": 2, **changes})
+    network = DiT(config.model).eval()
+    for number, parameter in enumerate(network.parameters()):
+        with torch.no_grad():
+            parameter.copy_(0.2 * image_noise(number, 0, 0, parameter.shape))
+    flow = SolutionFlow(network, objective=config.objective.kind)
+    monkeypatch.setattr(ways, "load_with_data", lambda place, device: (flow, config, None))
+    monkeypatch.setattr(ways, "cell", lambda image: image)
+    found = ways.ways(tmp_path, CPU)
+    assert found.solves == ("objective.kind" not in changes)
+    (expected,) = to_uint8(sample(flow, [4], seed=2))
+    assert (found.by_seed[2][1][-1].int() - expected.int()).abs().max() <= 1, "a batch of another size rounds otherwise"
 
 
 def test_latents_are_shown_by_their_vae_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
