@@ -67,7 +67,7 @@ def test_the_flags_are_these_and_help_names_each(
     monkeypatch.setenv("COLUMNS", "120")
     result = call(module, "--help")
     assert (result.code, result.err) == (0, "")
-    listed = re.findall(r"(?<=[ ,])--[a-z][a-z-]*", "".join(re.findall(r"^  -.*?(?:   |$)", result.out, re.MULTILINE)))
+    listed = re.findall(r"(?<=[ ,])--[a-z][a-z-]*", "".join(re.findall(r"^  -.*?(?:  |$)", result.out, re.MULTILINE)))
     assert listed == COMMANDS[module].parser().flags()
     assert sorted(listed) == sorted(f"--{flag}" for flag in flags.split())
     assert f"python -m soflow_fast.{module}" in result.out
