@@ -98,6 +98,45 @@ def test_a_configuration_from_before_there_were_norms_of_queries_and_keys(saved:
     assert not load(saved).network.config.qk_norm
 
 
+def test_a_flow_for_a_range_of_guidance_scales_is_given_away_as_such(tmp_path: Path) -> None:
+    flow = small_flow(guidance_range=(1.0, 4.0))
+    flow.save_pretrained(tmp_path / "given")
+    back = SolutionFlow.from_pretrained(tmp_path / "given")
+    assert_same(back, flow)
+    assert back.network.config == flow.network.config
+    assert torch.equal(sample(back, [1, 2], seed=0, guidance=3), sample(flow, [1, 2], seed=0, guidance=3))
+    run = known_run(tmp_path / "run", **{"model.guidance_range": (1.0, 4.0)})
+    load(run).save_pretrained(tmp_path / "known")
+    text = (tmp_path / "known" / "README.md").read_text()
+    assert "| guidance | 1 to 4, chosen by samples |" in text and "--guidance-range 1.0,4.0" in text
+    figures = {"samples": 4000, "guidance": 2.0, "nfe": {"1": FIGURES}}
+    assert "Of 4000 samples at guidance 2, fewer" in "".join(card._figures(figures))
+
+
+@pytest.mark.parametrize("objective", ["flow-matching", "meanflow"])
+def test_the_objective_is_given_away_too(objective: Any, tmp_path: Path) -> None:
+    """Of a run and of a flow of nobody, so that samples are drawn as they are to be."""
+    nobody, trained = small_flow(objective=objective), load(known_run(tmp_path / "run", objective=objective))
+    for name, flow in (("nobody", nobody), ("trained", trained)):
+        flow.save_pretrained(tmp_path / name)
+        back, config, _ = load_with_data(tmp_path / name)
+        assert_same(back, flow)
+        assert config.objective.kind == objective
+        assert torch.equal(sample(back, [1, 2], seed=0), sample(flow, [1, 2], seed=0))
+        text = (tmp_path / name / "README.md").read_text()
+        wanted = (
+            ("by flow matching", "nfe=10", "- flow-matching") if objective == "flow-matching" else ("MeanFlow", "nfe=1")
+        )
+        assert all(part in text for part in wanted) and "[SoFlow]" not in text
+    assert f"--objective {objective}" in (tmp_path / "trained" / "README.md").read_text()
+    values = json.loads((tmp_path / "nobody" / "config.json").read_text())
+    values["flow"]["objective"] = "else"
+    (tmp_path / "nobody" / "config.json").write_text(json.dumps(values))
+    (tmp_path / "nobody" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"objective\.kind must be one of soflow"):
+        load(tmp_path / "nobody")
+
+
 def test_whatever_load_reads_can_be_had(run: Path, tmp_path: Path) -> None:
     flow = load(run)
     export(flow, flow.origin.config, tmp_path / "exported")

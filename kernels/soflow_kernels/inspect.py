@@ -35,6 +35,7 @@ from soflow_kernels import (
     losses,
     packed_gradient,
     qk_norm,
+    rmsnorm,
     time_embedding,
 )
 from soflow_kernels.increment import adaln as increment_adaln
@@ -60,6 +61,7 @@ MODULES = (
     losses,
     packed_gradient,
     qk_norm,
+    rmsnorm,
     time_embedding,
 )
 POINTERS = {

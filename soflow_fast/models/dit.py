@@ -306,10 +306,13 @@ QK_NORM_KINDS: Kinds = {
 
 
 class DiT(nn.Module):
-    """N(x, t, s; y), the network of a SolutionFlow, from `DiTConfig`. Raises ValueError for a wrong configuration."""
+    """N(x, t, s; y, w), the network of a SolutionFlow, from `DiTConfig`; w, a guidance scale for each sample, is of one
+    with a `guidance_range` alone. Raises ValueError for a wrong configuration."""
 
     pos_embed: Tensor
     blocks: Any  # a ModuleList of Block
+    w_embedder: Any
+    """A TimeEmbedder of 1 - 1/w; None: the network sees no guidance scale."""
     recompute = "none"
     """The parts that a backward makes again beside norms and GELUs: "none", "mlp" (its first linear layer), "block"."""
     keep_norms: bool | None = None
@@ -334,6 +337,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimeEmbedder(D)
         self.s_embedder = TimeEmbedder(D)
+        self.w_embedder = None if config.guidance_range is None else TimeEmbedder(D)
         self.y_embedder = LabelEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
@@ -347,8 +351,8 @@ class DiT(nn.Module):
         whole: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
     ) -> None:
         """The public initialisation: Xavier uniform, zero biases; label table and the two Linear weights of the **t**
-        embedder N(0, 0.02), while the s embedder keeps Xavier; adaLN and output layers zero, norms of q and k
-        one. Nothing on the meta device.
+        embedder N(0, 0.02), while the s embedder keeps Xavier, as that of w does; adaLN and output layers zero, norms
+        of q and k one. Nothing on the meta device.
 
         whole: gives what is drawn into for a parameter, where that is only a part of one.
         """
@@ -407,6 +411,7 @@ class DiT(nn.Module):
             ("x_embedder", self.x_embedder, PatchEmbed),
             ("t_embedder", self.t_embedder, TimeEmbedder),
             ("s_embedder", self.s_embedder, TimeEmbedder),
+            *([] if self.w_embedder is None else [("w_embedder", self.w_embedder, TimeEmbedder)]),
             ("y_embedder", self.y_embedder, LabelEmbedder),
             *((f"blocks.{k}", block, Block) for k, block in enumerate(self.blocks)),
             ("final_layer", self.final_layer, FinalLayer),
@@ -421,11 +426,15 @@ class DiT(nn.Module):
             return next((name for name, module in self.named_modules() if module is whole), None)
         return None
 
-    def conditioning(self, t: Tensor, s: Tensor, y: Tensor | None) -> Tensor:
-        """SiLU(c), c = e_t(t) + e_s(t - s) + e_y(y), [B, D]; times [B] are not scaled, y None is the null label. All
-        embedders must be plain."""
+    def conditioning(self, t: Tensor, s: Tensor, y: Tensor | None, w: Tensor | None = None) -> Tensor:
+        """SiLU(c), c = e_t(t) + e_s(t - s) + e_y(y), [B, D], with w + e_w(1 - 1/w); times [B] are not scaled, y None is
+        the null label. All embedders must be plain."""
         of_t, of_s = (tuple(embedder.mlp.parameters()) for embedder in (self.t_embedder, self.s_embedder))
-        return dual_time_embedding(t, s, y, of_t, of_s, self.y_embedder.embedding_table.weight, max_period=MAX_PERIOD)
+        of_y = self.y_embedder.embedding_table.weight
+        if w is None:
+            return dual_time_embedding(t, s, y, of_t, of_s, of_y, max_period=MAX_PERIOD)
+        third = {"g": guidance_time(w), "g_weights": tuple(self.w_embedder.mlp.parameters())}
+        return dual_time_embedding(t, s, y, of_t, of_s, of_y, max_period=MAX_PERIOD, **third)
 
     def modulations(self, c: Tensor, dtype: torch.dtype, tape: TapedOutputs | None = None) -> list[Tensor]:
         """Modulations from SiLU(c) [B, D], all in one product: six [B, D] for each block, then shift and scale of the
@@ -439,9 +448,17 @@ class DiT(nn.Module):
         return list(out.split(D, dim=1))
 
     def forward(
-        self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, tape: TapedOutputs | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        y: Tensor | None = None,
+        w: Tensor | None = None,
+        *,
+        tape: TapedOutputs | None = None,
     ) -> Tensor:
-        """The network's output, [B, C, H, W], for x [B, C, H, W], times t and s [B], labels y [B] (None: null).
+        """The network's output, [B, C, H, W], for x [B, C, H, W], times t and s [B], labels y [B] (None: null), and
+        guidance scales w [B] where there is a `guidance_range`.
 
         The blocks compute in the dtype of autocast where it is on, else in that of `pos_embed`, whatever the dtype of
         their weights, residual and modulations included; the statistics of norms are float32 in any case. The two ends
@@ -450,24 +467,28 @@ class DiT(nn.Module):
         on the way; all layers must then be plain.
         Raises ValueError for shapes that do not fit the configuration.
         """
-        self.check_input(x, t, s, y)
+        self.check_input(x, t, s, y, w)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.pos_embed.dtype
         changed = self.changed_part()
         with torch.autocast(device, enabled=False):
             if changed is None and not watched_everywhere():
-                out = self.unpatchify(self._fused(x, t, s, y, dtype, tape))
+                out = self.unpatchify(self._fused(x, t, s, y, w, dtype, tape))
             elif tape is not None:
                 raise ValueError(f"tape: {changed or 'every module'} is watched or changed, its outputs are not taken")
             else:
-                out = self.unpatchify(self._called(x, t, s, y, dtype))
+                out = self.unpatchify(self._called(x, t, s, y, w, dtype))
         # FSDP's hook on a view would be lost if somebody wrote to it.
         return out if self.sharding is None else out.clone()
 
-    def _called(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _called(
+        self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, w: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """Patches [B, T, patch^2 C], every module called."""
         labels = torch.full(t.shape, self.num_classes, device=t.device) if y is None else y
         c = self.t_embedder(t) + self.s_embedder(t - s) + self.y_embedder(labels)
+        if w is not None:
+            c = c + self.w_embedder(guidance_time(w))
         x = self._watched((self.x_embedder(x) + self.pos_embed).to(dtype))
         for block in self.blocks:
             if self.recompute == "block" and torch.is_grad_enabled():
@@ -482,10 +503,17 @@ class DiT(nn.Module):
         return x
 
     def _fused(
-        self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, dtype: torch.dtype, tape: TapedOutputs | None
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        y: Tensor | None,
+        w: Tensor | None,
+        dtype: torch.dtype,
+        tape: TapedOutputs | None,
     ) -> Tensor:
         """Patches [B, T, patch^2 C], fused across the borders of modules."""
-        c = self.conditioning(t, s, y)
+        c = self.conditioning(t, s, y, w)
         x = self._watched(rounded_sum(self.x_embedder(x), self.pos_embed, dtype))
         keep_norms = self.keep_norms
         if keep_norms is None:
@@ -553,16 +581,21 @@ class DiT(nn.Module):
         n, B = self.config.input_size // p, x.shape[0]  # len() would fix a batch of any size, for torch.export
         return x.reshape(B, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, n * p, n * p)
 
-    def check_input(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None) -> None:
-        """Raise ValueError naming the input whose shape does not fit, or a label that is missing."""
+    def check_input(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, w: Tensor | None = None) -> None:
+        """Raise ValueError naming the input whose shape does not fit, or a label or guidance scale that is missing."""
         shape = (self.config.in_channels, self.config.input_size, self.config.input_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != shape:
             raise ValueError(f"x must be [B, {shape[0]}, {shape[1]}, {shape[2]}], got {list(x.shape)}")
-        for name, value in (("t", t), ("s", s), ("y", y)):
+        for name, value in (("t", t), ("s", s), ("y", y), ("w", w)):
             if value is not None and value.shape != x.shape[:1]:
                 raise ValueError(f"{name} must be [{x.shape[0]}], got {list(value.shape)}")
         if y is None and not self.config.null_label:
             raise ValueError("y must be given: the network was trained with a label each, it has no null label")
+        if (w is None) != (self.w_embedder is None):
+            if w is not None:
+                raise ValueError("w must be left out: the network has no embedder of guidance scales (guidance_range)")
+            low, high = self.config.guidance_range or ()
+            raise ValueError(f"w must be given: the network sees a guidance scale for each sample, {low:g} to {high:g}")
 
 
 def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -573,6 +606,12 @@ def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
 @functools.cache
 def _compiled_block(backend: str | Callable[..., Any]) -> Callable[..., tuple[PendingResidual, BlockOutputs]]:
     return torch.compile(fused_block, backend=backend, fullgraph=True, dynamic=False)
+
+
+def guidance_time(w: Tensor) -> Tensor:
+    """1 - 1/w, [B]: what the embedder of guidance scales w sees. As times it is in [0, 1), 0 without guidance; the
+    guided velocity's distance from the labelled one grows evenly with it (iMF, arXiv 2512.02012; TVM embeds 1/w)."""
+    return 1 - w.reciprocal()
 
 
 def sinusoids(t: Tensor) -> Tensor:

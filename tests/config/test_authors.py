@@ -96,6 +96,12 @@ def test_what_is_written_is_read_again_by_us_and_by_yaml(size: str) -> None:
     assert type(theirs["total_steps"]) is int and theirs["time_mean"] == [-0.2, -1.0, 0.2]
 
 
+@pytest.mark.parametrize("kind", ["flow-matching", "meanflow"])
+def test_what_their_code_would_take_for_its_own_is_not_written(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"^objective.kind: their code trains and samples soflow, not {kind}"):
+        to_authors(override(imagenet256("B/4"), {"objective": kind}), "/a")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

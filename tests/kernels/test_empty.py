@@ -35,6 +35,8 @@ def trained(B: int, T: int, device: str) -> dict[str, Case]:
             [x, x, m, m, m, b],
         ),
         "gate_residual": (k.gate_residual, [x, x, m, b]),
+        "rmsnorm_modulate": (k.rmsnorm_modulate, [x, m, m, b]),
+        "gate_residual_rmsnorm_modulate": (k.gate_residual_rmsnorm_modulate, [x, x, m, m, m, b]),
         "bias_gelu": (k.bias_gelu, [x, b]),
         "linear_gelu": (k.linear_gelu, [x, ones(16, D), ones(16)]),
         "path_point": (lambda x0, x1: k.path_point(x0, x1, t), [image, image]),

@@ -75,10 +75,10 @@ def graphs(monkeypatch):
     return made
 
 
-def state(precision="fp32", teacher="student", qk_norm=False, **fields):
+def state(precision="fp32", teacher="student", qk_norm=False, guidance_range=None, **fields):
     config = preset("digits", precision=precision, device="cpu", batch_size=8, steps=40, **fields)
     objective = ObjectiveConfig(teacher=teacher)
-    model = dataclasses.replace(SIZES, qk_norm=qk_norm)
+    model = dataclasses.replace(SIZES, qk_norm=qk_norm, guidance_range=guidance_range)
     run = TrainState.build(dataclasses.replace(config, model=model, objective=objective))
     with torch.no_grad():  # off the initial zeros, where half of the gradients vanish
         for i, p in enumerate(run.flow.parameters()):
@@ -99,6 +99,7 @@ SETTINGS = [
     {"micro_batch": 3, "optim.lr": 1e-2},
     {"optimizer": "torch", "optim.lr": 1e-2, "recompute": "mlp"},
     {"optimizer": "torch", "optim.lr": 1e-2, "precision": "bf16"},
+    {"optim.lr": 1e-2, "precision": "bf16", "guidance_range": (1.0, 4.0)},
 ]
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...config.schema import DIT_SIZES, DiTConfig
 from ...errors import CheckpointError
+from .one_time import W_EMBEDDER
 from .wrapped import FIRST
 
 TABLE = "y_embedder.embedding_table.weight"
@@ -21,6 +22,8 @@ def infer(weights: Mapping[str, Tensor], where: str, num_classes: int | None = N
 
     num_classes: None: by the label table, where it is of a well-known number. Raises CheckpointError for another one.
     """
+    if W_EMBEDDER in weights:
+        raise CheckpointError(f"{where}: sees guidance scales; give a DiTConfig with guidance_range")
     try:
         hidden_size, in_channels, patch_size, _ = weights[FIRST].shape
         depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))

@@ -124,6 +124,22 @@ def test_the_second_time_is_learned_from_the_first_step_on(tmp_path) -> None:
     assert float(made.network.s_embedder.mlp[2].weight.grad.abs().amax()) > 1e-6
 
 
+@pytest.mark.parametrize("kind", ["dit", "sit"])
+def test_a_guidance_scale_changes_nothing_at_first_and_is_learned_from_the_first_step_on(kind: str, tmp_path) -> None:
+    weights, path = one_time_weights(), tmp_path / "theirs.pt"
+    torch.save({"model": weights, "ema": weights, "args": None}, path)
+    model = replace(CONFIG, guidance_range=(1.0, 4.0))
+    made = SolutionFlow(DiT(model))
+    start = read_start(str(path), Config(model=model), kind=kind, initial=made.state_dict())
+    made.load_state_dict(start.network)
+    plain = begun(weights, kind, FlowConfig(), tmp_path)
+    x, t, s, y = batch()
+    w = torch.linspace(1, 4, len(x))
+    assert torch.equal(made.network(x, t, s, y, w), plain.network(x, t, s, y))
+    made.network(x, t, s, y, w).square().mean().backward()
+    assert float(made.network.w_embedder.mlp[2].weight.grad.abs().amax()) > 1e-6
+
+
 def test_the_sinusoids_of_the_rest_are_turned_exactly() -> None:
     weight = torch.randn(7, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.rand(9, dtype=torch.float64)
