@@ -40,14 +40,13 @@ def parser() -> Parser:
     p.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported directory")
     p.add_argument("--out", required=True, metavar="DIR", help="where the images go")
     p.add_argument("--n", default="64", metavar="N", help="how many (default: 64)")
-    p.add_argument("--nfe", metavar="N", help="network calls per image (default: 1, or as many as --times)")
+    p.add_argument("--nfe", metavar="N", help="network calls per image (default: 1, of flow matching 10)")
     p.add_argument("--times", metavar="1,T,...", help="of the network calls, falling to above 0 (default: even steps)")
     p.add_argument(
         "--method",
         choices=methods,
-        default=methods[0],
         help="from one time to the next: solve to 0 and add new noise, solve to the next, or go along the velocity: "
-        f"{', '.join(methods)} (default: {methods[0]})",
+        f"{', '.join(methods)} (default: {methods[0]}, of flow matching {methods[-1]})",
     )
     p.add_argument(
         "--labels",
@@ -84,14 +83,17 @@ def main(arguments: list[str] | None = None) -> None:
     from .runs.checkpoint import load_with_data
     from .runs.latents.vae import weights_digest
     from .sampling import Devices, Drawing, checked_times, draw_on
+    from .sampling.solving import checked_method, usual_calls
     from .training.precision import resolve_devices
 
-    times = user_value(lambda: checked_times(nfe, given), "--times")
+    user_value(lambda: checked_times(nfe, given), "--times")  # before anything is loaded
     with enough_memory(
         f"--batch-size {size}: out of memory with {values.run}; give a smaller one, or another --device"
     ):
         devices = resolve_devices(values.device)
         flow, config, data = load_with_data(values.run, devices[0])
+        times = checked_times(nfe, given, usual_calls(flow))
+        method = user_value(lambda: checked_method(values.method, flow), "--method")
         model = config.model
         names = data.classes if data is not None and len(data.classes) == model.num_classes else ()
         chosen = parsed_labels(values.labels, model.num_classes, names)
@@ -109,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         if vae is not None:
             space = space or LatentSpace(vae.name, vae.scale, vae.shift)
         shape = (n, model.in_channels, model.input_size, model.input_size)
-        way: Any = {"times": times, "method": values.method, "seed": seed, "batch_size": size}
+        way: Any = {"times": times, "method": method, "seed": seed, "batch_size": size}
         drawing = user_value(lambda: Drawing.of(flow, y, shape=shape, **way), "--labels")
         settings = drawn.Settings(
             n=n,

@@ -31,5 +31,7 @@ def test_a_run_is_judged_and_drawn_as_its_objective_asks(
     drawn = call("sample", run, "--out", tmp_path / "out", "--n", "2", "--device", "cpu")
     assert f"2 images of {calls[0]} network call" in drawn.out
     if kind == "flow-matching":
+        line = call("sample", run, "--out", tmp_path / "no", "--method", "renoise", "--device", "cpu").err
+        assert "--method: method must be euler, got 'renoise': the flow was trained by flow-matching" in line
         refused = call("train", "digits", "--objective", kind, "--teacher", "ema", *SMALL)
         assert (refused.code, refused.err.count("\n")) == (2, 1) and "--teacher must be student" in refused.err
