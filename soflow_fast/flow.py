@@ -23,6 +23,11 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
+def conditions(y: Tensor | None, w: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The last arguments of a network: labels [B], and guidance scales [B] where it takes them."""
+    return (y,) if w is None else (y, w)
+
+
 class SolutionFlow(nn.Module):
     """f(x, t, s) = a(t, s) x + b(t, s) N(x, t, s): the state at time s of the velocity ODE through x at time t.
 
@@ -31,7 +36,8 @@ class SolutionFlow(nn.Module):
     | "linear" | 1 - t, t |    | "euler" | 1, s - t |
     | "trig" | cos(pi t / 2), sin(pi t / 2) |    | "trig" | cos(pi/2 (s - t)), sin(pi/2 (s - t)) |
 
-    `network` is any module with the call `network(x, t, s, y)` and the attribute `num_classes`, the null label.
+    `network` is any module with the call `network(x, t, s, y)` and the attribute `num_classes`, the null label. One
+    that was trained for a range of guidance scales takes these too, `network(x, t, s, y, w)`, w [B].
     Its parameters' names are `network.` and the network's own, as in the public checkpoints.
     """
 
@@ -86,19 +92,20 @@ class SolutionFlow(nn.Module):
         a, b = self.solution_coefficients(t, s)
         return per_sample(a, x) * x + per_sample(b, x) * output
 
-    def velocity(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """v(x, t; y), the velocity of the ODE, [B, C, H, W]; y [B] labels, None: the null label."""
-        return self.to_velocity(self.network(x, t, t, y))
+    def velocity(self, x: Tensor, t: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """v(x, t; y), the velocity of the ODE, [B, C, H, W]; y [B] labels, None: the null label; w [B] guidance scales
+        of a network that takes them."""
+        return self.to_velocity(self.network(x, t, t, *conditions(y, w)))
 
-    def solution(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-        """f(x, t, s; y), the state at time s <= t, [B, C, H, W]; f(x, t, t) = x."""
-        return self.to_solution(self.network(x, t, s, y), x, t, s)
+    def solution(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """f(x, t, s; y), the state at time s <= t, [B, C, H, W]; f(x, t, t) = x. y, w: as for `velocity`."""
+        return self.to_solution(self.network(x, t, s, *conditions(y, w)), x, t, s)
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """The step from t to s: `solution`, or Euler's along the velocity of a flow that has learned that alone."""
         if self.solves:
-            return self.solution(x, t, s, y)
-        return x + per_sample(s - t, x) * self.velocity(x, t, y)
+            return self.solution(x, t, s, y, w)
+        return x + per_sample(s - t, x) * self.velocity(x, t, y, w)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write config.json, model.safetensors and a model card to a folder (`hub.save_pretrained`)."""

@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 from .commands import process
 from .commands.labels import BALANCED, NULL, labels_of, parsed_labels
-from .commands.parser import DEVICES, MOST_CALLS, MOST_SEED, Parser, user_value, whole_number
+from .commands.parser import DEVICES, GUIDANCE, MOST_CALLS, MOST_SEED, Parser, number, user_value, whole_number
 from .config.schema import SampleFormat, SamplingMethod, shown
 from .errors import ConfigError, enough_memory
 
@@ -48,6 +48,7 @@ def parser() -> Parser:
         help="from one time to the next: solve to 0 and add new noise, solve to the next, or go along the velocity: "
         f"{', '.join(methods)} (default: {methods[0]}, of flow matching {methods[-1]})",
     )
+    p.add_argument("--guidance", metavar="W", help=GUIDANCE)
     p.add_argument(
         "--labels",
         default=BALANCED,
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     n, size = whole_number("--n", values.n, 1, MOST), whole_number("--batch-size", values.batch_size, 1, MOST_AT_ONCE)
     nfe = None if values.nfe is None else whole_number("--nfe", values.nfe, 1, MOST_CALLS)
     given = None if values.times is None else _numbers("--times", values.times)
+    guidance = number("--guidance", values.guidance)
     seed, out = whole_number("--seed", values.seed, 0, MOST_SEED), Path(values.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file")
@@ -82,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     from .runs import images as pictures
     from .runs.checkpoint import load_with_data
     from .runs.latents.vae import weights_digest
-    from .sampling import Devices, Drawing, checked_times, draw_on
+    from .sampling import Devices, Drawing, checked_times, chosen_guidance, draw_on
     from .sampling.solving import checked_method, usual_calls
     from .training.precision import resolve_devices
 
@@ -111,7 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
         if vae is not None:
             space = space or LatentSpace(vae.name, vae.scale, vae.shift)
         shape = (n, model.in_channels, model.input_size, model.input_size)
-        way: Any = {"times": times, "method": method, "seed": seed, "batch_size": size}
+        w = user_value(lambda: chosen_guidance(flow, guidance), "--guidance")
+        way: Any = {"times": times, "method": method, "seed": seed, "batch_size": size, "guidance": w}
         drawing = user_value(lambda: Drawing.of(flow, y, shape=shape, **way), "--labels")
         settings = drawn.Settings(
             n=n,

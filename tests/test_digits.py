@@ -12,7 +12,7 @@ import torch
 
 from soflow_fast import load, sample
 from soflow_fast.data.digits import load_digits, to_pixels
-from soflow_fast.evaluation import digit_scores, frechet_distance
+from soflow_fast.evaluation import digit_scores, frechet_distance, measure_digits
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,6 +86,16 @@ def test_default_command_learns_from_the_start(tmp_path):
     losses = [json.loads(line)["fm_mse"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     # One value every ten steps, each of one batch: from 1.48 at first to 1.06 on average at the end.
     assert len(losses) == 6 and sum(losses[-3:]) / 3 < 0.8 * losses[0]
+
+
+@pytest.mark.slow
+def test_one_network_draws_at_every_scale_of_its_range(tmp_path):
+    """A fifth of the default training. More guidance: more samples are their label, and they are less like the data."""
+    train(tmp_path / "run", "--steps", "600", "--guidance-range", "1,4")
+    flow = load(tmp_path / "run")
+    weak, middle, strong = (measure_digits(flow, 2000, 1, seed=1, guidance=w) for w in (1, 2, 4))
+    assert weak.accuracy + 0.1 < middle.accuracy < strong.accuracy
+    assert 1.1 * max(weak.frechet, middle.frechet) < strong.frechet
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ AttentionBackend = Literal[
 MLPProducts = Literal["auto", "kernels", "quack"]
 Parallelism = Literal["ddp", "fsdp", "hsdp"]
 InitKind = Literal["soflow", "dit", "sit"]
+Track = Literal["none", "wandb", "trackio"]
 ReduceDtype = Literal["fp32", "bf16"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
 SamplingMethod = Literal["renoise", "consecutive", "euler"]
@@ -41,6 +42,8 @@ QuotientPrecision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 
 SWITCH = bool | None
 """The type of a field that is true, false or left to the machine."""
+RANGE = tuple[float, float] | None
+"""The type of a field that is a range, or none."""
 AUTO = -1
 """The micro-batch that is found at start-up."""
 
@@ -73,6 +76,14 @@ class DiTConfig:
     """Whether the table has that row.
 
     A network without it was trained with every label, and is not asked for samples without one."""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys over the head dimension, each with a weight, which bounds the logits of attention.
+
+    The published networks have none."""
+    guidance_range: tuple[float, float] | None = None
+    """Guidance scales, as 1,4, of which each image is trained with one of its own, in place of one for all.
+
+    The network has an embedder for it (w), so that samples choose it without a second call (arXiv 2512.02012)."""
 
     @classmethod
     def named(cls, size: str, **others: Any) -> "DiTConfig":
@@ -104,7 +115,7 @@ class ObjectiveConfig:
 
     MeanFlow is arXiv 2505.13447."""
     guidance_scale: float = 3.0
-    """w of the guided velocity; 1 is no guidance."""
+    """w of the guided velocity; 1 is no guidance. Of a network with a range of them it has no part."""
     guidance_decay_time: float = 0.8
     """t_d: guidance fades for t > t_d; 1 or more: never."""
     mix_ratio: float = 0.25
@@ -216,6 +227,8 @@ class RunConfig:
     """Updates between checkpoints; 0: only the last."""
     check_quotient_every: int = 500
     """Updates between measurements of the cosine of the quotient with its float32 value on a few samples; 0: never."""
+    track: Track = "none"
+    """Service that is sent numbers, grids and configuration too, by its package, beside TensorBoard."""
     keep: int = 2
     """Newest checkpoints that stay, at least 2.
 
@@ -232,7 +245,7 @@ class RunConfig:
     """Record the whole step as one CUDA graph; by default where every operation of it can be recorded."""
     recompute: Recompute = "auto"
     """Values that the backward makes again to save memory; nothing: none, none: norms and GELUs alone, mlp: each MLP's
-    first product too, block: all of each block; auto: nothing where the GPU has room for it, else none."""
+    first product too, block: all of each block; auto: nothing on a CPU and where the GPU has room for it, else none."""
     attention: AttentionBackend = "auto"
     """Attention backend; auto: the fastest as measured, sdpa: torch picks; --env says which are usable."""
     mlp: MLPProducts = "auto"
@@ -309,6 +322,7 @@ SHORT_NAMES = {
     "batch_size": "batch_size",
     "micro_batch": "micro_batch",
     "precision": "precision",
+    "guidance_range": "model.guidance_range",
     "guidance_precision": "guidance_precision",
     "objective": "objective.kind",
     "quotient": "quotient",
@@ -324,6 +338,7 @@ SHORT_NAMES = {
     "attention": "run.attention",
     "parallel": "run.parallel",
     "checkpoint_every": "run.checkpoint_every",
+    "track": "run.track",
     "keep": "run.keep",
     "on_nonfinite": "run.on_nonfinite",
 }
@@ -426,7 +441,9 @@ def shown(value: Any) -> str:
 def check_type(name: str, value: Any, given: Any = None) -> None:
     """Raise ValueError, showing `given` or else `value`, if `value` is not of the type of the field `name`."""
     kind = TYPES[name]
-    parts = get_args(kind) if get_origin(kind) is tuple else ()
+    parts = get_args(kind) if get_origin(kind) is tuple else (float, float) if kind == RANGE else ()
+    if kind == RANGE and value is None:
+        return
     if parts:
         fits = isinstance(value, tuple) and len(value) == len(parts) and all(map(_is, value, parts))
     else:
@@ -434,7 +451,7 @@ def check_type(name: str, value: Any, given: Any = None) -> None:
     if not fits:
         words = {int: "a whole number", float: "a number", bool: "true or false", SWITCH: "true, false"}
         wanted = "two numbers" if parts else words.get(kind, "text")
-        or_auto = " or auto" if name == "micro_batch" or kind == SWITCH else ""
+        or_auto = " or auto" if name == "micro_batch" or kind == SWITCH else " or none" if kind == RANGE else ""
         raise ValueError(f"{name} must be {wanted}{or_auto}, got {shown(value if given is None else given)}")
 
 
@@ -479,7 +496,9 @@ def _replace(config: Config, changes: Mapping[str, Any], known: Iterable[str]) -
 
 def _read(value: Any, kind: Any) -> Any:
     """`value`, from JSON or as typed, as a field of type `kind` has it; what does not fit stays as it is."""
-    if get_origin(kind) is tuple:
+    if kind == RANGE and value in ("", "none"):
+        return None
+    if get_origin(kind) is tuple or (kind == RANGE and value is not None):
         parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
         return tuple(_read(part, float) for part in parts) if isinstance(parts, (list, tuple)) else value
     if kind == SWITCH and value == "auto":

@@ -59,10 +59,11 @@ def _what(flow: SolutionFlow, origin: Origin | None) -> str:
     parameters = sum(p.numel() for p in flow.parameters()) / 1e6
     of_latents = origin is not None and origin.config.data.latent
     kind = f"{'latents' if of_latents else 'samples'} of {model.in_channels} x {model.input_size} x {model.input_size}"
+    norms = ", normalised queries and keys" if model.qk_norm else ""
     classes = f"{model.num_classes} classes" if model.num_classes else "no classes"
     return (
         f"{_kind(flow)}: a DiT of {parameters:.2f} M parameters (depth {model.depth}, hidden "
-        f"size {model.hidden_size}, patches of {model.patch_size}) for {kind}, {classes}, {flow.path} path, "
+        f"size {model.hidden_size}, patches of {model.patch_size}{norms}) for {kind}, {classes}, {flow.path} path, "
         f"{flow.coefficients} coefficients."
     )
 
@@ -108,7 +109,9 @@ def _training(origin: Origin) -> Iterator[str]:
     config = origin.config
     steps = f"{config.steps}" if origin.step in (None, config.steps) else f"{origin.step} of {config.steps}"
     rows = [("steps", steps), ("images per step", config.batch_size), ("precision", config.precision)]
-    rows += [("guidance", config.objective.guidance_scale), ("decay of the average", config.optim.ema_decay)]
+    trained = config.model.guidance_range
+    guidance = f"{trained[0]:g} to {trained[1]:g}, chosen by samples" if trained else config.objective.guidance_scale
+    rows += [("guidance", guidance), ("decay of the average", config.optim.ema_decay)]
     rows += [(name, value) for name, value in origin.code.items() if value]
     yield "## Training"
     yield _table(["", ""], rows)
@@ -121,9 +124,10 @@ def _figures(figures: dict[str, Any]) -> Iterator[str]:
         return
     yield "## Figures"
     match figures:
-        case {"samples": int(samples), "nfe": dict(calls), **others} if not others and _are_rows(calls):
+        case {"samples": int(samples), "nfe": dict(calls), **more} if _are_rows(calls) and more.keys() <= {"guidance"}:
             few = f", fewer than the {FEW} that are usual" if samples < FEW else ""
-            yield f"Of {samples} samples{few}, of the average of the weights:"
+            scale = f" at guidance {_number(more['guidance'])}" if more else ""
+            yield f"Of {samples} samples{scale}{few}, of the average of the weights:"
             names = list(dict.fromkeys(name for row in calls.values() for name in row))
             rows = [[number, *(_number(row.get(name)) for name in names)] for number, row in calls.items()]
             yield _table(["network calls", *(name.replace("_", " ") for name in names)], rows)

@@ -11,7 +11,7 @@ from ..data.dataset import LatentSpace
 from ..errors import ConfigError
 from ..evaluation import DigitScores, describe, measure_digits
 from ..files import write_file
-from ..sampling import sample
+from ..sampling import chosen_guidance, sample
 from ..sampling.solving import usual_calls
 from ..training.state import TrainState
 from .images import has_colours, make_grid, npy, png, to_uint8
@@ -69,12 +69,14 @@ def evaluate(
 
     run_dir: None of a rank that only takes part in the drawing.
     decode: makes images of samples that are latents."""
-    figures = {}
-    say(f"evaluating {EVALUATION_SAMPLES} samples")
+    figures, guidance = {}, chosen_guidance(state.ema, None)
+    say(f"evaluating {EVALUATION_SAMPLES} samples{'' if guidance is None else f' at guidance {guidance:g}'}")
     for nfe in (1, 2) if state.ema.solves else (usual_calls(state.ema),):
         figures[nfe] = measure_digits(state.ema, EVALUATION_SAMPLES, nfe, seed=0, decode=decode)
         say(describe(nfe, figures[nfe]))
     content = {"step": state.step, "samples": EVALUATION_SAMPLES, "nfe": {k: v._asdict() for k, v in figures.items()}}
+    if guidance is not None:
+        content["guidance"] = guidance
     if run_dir is not None:
         write_file(run_dir / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode(), synced=False)
     return figures

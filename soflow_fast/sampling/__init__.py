@@ -2,6 +2,7 @@
 
 from .devices import Devices
 from .drawing import BATCH, Drawing, draw_on, image_noise, sample, sample_batches
+from .guidance import chosen_guidance
 from .one_step import OneStep
 from .solving import checked_times
 
@@ -11,6 +12,7 @@ __all__ = [
     "Drawing",
     "OneStep",
     "checked_times",
+    "chosen_guidance",
     "draw_on",
     "image_noise",
     "sample",

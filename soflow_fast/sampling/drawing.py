@@ -10,6 +10,7 @@ from ..config.schema import SamplingMethod
 from ..flow import SolutionFlow
 from ..rng import generator
 from .devices import copied, uploaded
+from .guidance import chosen_guidance
 from .solving import checked_method, checked_times, noise_count, solve, usual_calls
 
 BATCH = 64
@@ -28,6 +29,7 @@ def sample(
     seed: int | None = None,
     shape: Sequence[int] | None = None,
     batch_size: int = BATCH,
+    guidance: float | None = None,
 ) -> Tensor:
     """Images [B, C, H, W] in the scale of the training data, from `nfe` network calls each.
 
@@ -47,16 +49,26 @@ def sample(
             The network runs on exactly `batch_size` images at a time (the last batch is filled up), so that image i is
             the same to the bit however many others are drawn with it.
         shape: with `seed`: [B, C, H, W]; may be left out where the network has a `config` and y is given.
+        guidance: of a network with a `guidance_range`: the scale w, at no further calls; None: the geometric mean of
+            the range. Samples without a label have none.
 
     Raises:
-        ValueError: for nfe < 1, noise and seed both or neither given, times, shapes or labels that do not fit, and for
-            a method that is none or not the flow's.
+        ValueError: for nfe < 1, noise and seed both or neither given, times, shapes or labels that do not fit, for a
+            method that is none or not the flow's, and for a guidance that the network was not trained for.
     """
     if (noise is None) == (seed is None):
         raise ValueError("give either noise, one tensor per network call, or a seed")
     if noise is None:
         drawing = Drawing.of(
-            flow, y, nfe=nfe, times=times, method=method, seed=int(seed or 0), shape=shape, batch_size=batch_size
+            flow,
+            y,
+            nfe=nfe,
+            times=times,
+            method=method,
+            seed=int(seed or 0),
+            shape=shape,
+            batch_size=batch_size,
+            guidance=guidance,
         )
         batches = [drawing.batch(flow, rows)[: len(rows)] for rows in drawing.batches()]
         return torch.cat(batches) if batches else next(flow.parameters()).new_empty(drawing.shape)
@@ -68,7 +80,7 @@ def sample(
     if any(n.shape != noise[0].shape for n in noise):
         raise ValueError(f"noise must be of one shape, got {[list(n.shape) for n in noise]}")
     labels = None if labels is None else labels.to(parameter.device)
-    return solve(flow, lambda k: noise[k].to(parameter), times, method, labels)
+    return solve(flow, lambda k: noise[k].to(parameter), times, method, labels, chosen_guidance(flow, guidance))
 
 
 def sample_batches(
@@ -81,12 +93,14 @@ def sample_batches(
     seed: int = 0,
     shape: Sequence[int] | None = None,
     batch_size: int = BATCH,
+    guidance: float | None = None,
 ) -> Iterator[Tensor]:
     """The images of `sample` from a seed, in batches [at most `batch_size`, C, H, W], each drawn when it is asked for.
 
     Raises ValueError as `sample` does, before the first batch.
     """
-    drawing = Drawing.of(flow, y, nfe=nfe, times=times, method=method, seed=seed, shape=shape, batch_size=batch_size)
+    settings = {"seed": seed, "shape": shape, "batch_size": batch_size, "guidance": guidance}
+    drawing = Drawing.of(flow, y, nfe=nfe, times=times, method=method, **settings)
     return (drawing.batch(flow, rows)[: len(rows)] for rows in drawing.batches())
 
 
@@ -104,6 +118,8 @@ class Drawing:
     method: SamplingMethod
     seed: int
     batch_size: int
+    guidance: float | None = None
+    """The scale w for a network that sees it; None: for one that does not."""
 
     @classmethod
     def of(
@@ -117,6 +133,7 @@ class Drawing:
         seed: int = 0,
         shape: Sequence[int] | None = None,
         batch_size: int = BATCH,
+        guidance: float | None = None,
     ) -> "Drawing":
         """The arguments of `sample`, checked. Raises ValueError."""
         times, method = checked_times(nfe, times, usual_calls(flow)), checked_method(method, flow)
@@ -126,7 +143,7 @@ class Drawing:
         shape = tuple(_shape(flow, labels, shape))
         if labels is not None and len(labels) != shape[0]:
             raise ValueError(f"y must hold {shape[0]} labels, got {len(labels)}")
-        return cls(shape, labels, times, method, seed, batch_size)
+        return cls(shape, labels, times, method, seed, batch_size, chosen_guidance(flow, guidance))
 
     @property
     def nfe(self) -> int:
@@ -150,7 +167,7 @@ class Drawing:
 
         own = None if self.labels is None else self.labels[rows.start : rows.stop]
         labels = None if own is None else uploaded(own[filled], parameter.device)
-        return solve(flow, noise, self.times, self.method, labels)
+        return solve(flow, noise, self.times, self.method, labels, self.guidance)
 
 
 Finish = Callable[[Tensor], Tensor | tuple[Tensor, ...]]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config.schema import SamplingMethod, shown
 from ..flow import SolutionFlow, per_sample
+from .guidance import scales
 
 EULER_CALLS = 10
 """Network calls of each sample of a flow that has learned the velocity alone, where their number is not said."""
@@ -62,6 +63,7 @@ def solve(
     times: Sequence[float],
     method: SamplingMethod,
     labels: Tensor | None,
+    guidance: float | None = None,
 ) -> Tensor:
     """Samples [B, C, H, W] from one network call at each of the times; at t_k, with t_n = 0 after the last:
 
@@ -71,17 +73,19 @@ def solve(
     | "consecutive" | f(x, t_k, t_{k+1}) |
     | "euler" | x + (t_{k+1} - t_k) v(x, t_k) |
 
-    noise: gives standard normal noise number k, for k below `noise_count`, [B, C, H, W].
+    noise: gives standard normal noise number k, for k below `noise_count`, [B, C, H, W]. guidance: as
+    `chosen_guidance` gives it.
     """
     x = noise(0)
+    w = scales(flow, guidance, labels, x)
     for k, now in enumerate(times):
         t, after = (_filled(x, value) for value in (now, times[k + 1] if k + 1 < len(times) else 0.0))
         if method == "euler":
-            x = x + per_sample(after - t, x) * flow.velocity(x, t, labels)
+            x = x + per_sample(after - t, x) * flow.velocity(x, t, labels, w)
         elif method == "consecutive":
-            x = flow.solution(x, t, after, labels)
+            x = flow.solution(x, t, after, labels, w)
         else:
-            x = flow.solution(x, t, torch.zeros_like(t), labels)
+            x = flow.solution(x, t, torch.zeros_like(t), labels, w)
             if k + 1 < len(times):
                 x = flow.point(x, noise(k + 1), after)[0]
     return x

@@ -147,8 +147,7 @@ class TrainState:
             guide = flow_of(config, float8.float8_twin(flow.network))
         recompute = config.run.recompute
         flow.network.recompute = "none" if recompute in ("auto", "nothing") else recompute
-        if recompute == "nothing":
-            flow.network.keep_norms = True
+        flow.network.keep_norms = None if recompute == "auto" else recompute == "nothing"
         if config.run.compile:
             for network in (flow.network, *([teacher.network] if teacher else [])):
                 network.compile_blocks()
@@ -163,7 +162,7 @@ class TrainState:
             engine = (
                 Sharded(parallel, network) if sharded else Replicated(parallel, network, reduce_dtype, parts, graphed)
             )
-        objective = Objective(config.objective)
+        objective = Objective(config.objective, config.model.guidance_range)
         guard = NonfiniteGuard(device)  # in a loop of one's own, a refused step is left out, and that is all
         return cls(
             config,

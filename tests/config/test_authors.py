@@ -131,6 +131,7 @@ def test_what_their_code_does_not_let_be_chosen_is_named() -> None:
     for changes, message in (
         ({"model.depth": 3}, "their code builds DiT-B-4, .*, not depth 3"),
         ({"model.num_heads": 6}, "not depth 12, hidden_size 768, 6 heads"),
+        ({"model.qk_norm": True}, "^model.qk_norm: their network has no norms of queries and keys$"),
         ({"model.num_classes": 7}, "their code knows Imagenet of 4 channels, 1000 classes or CIFAR10"),
     ):
         with pytest.raises(ValueError, match=message):

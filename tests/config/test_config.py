@@ -152,6 +152,7 @@ OUT_OF_RANGE = {
     "model.mlp_ratio": 0,
     "model.num_classes": -1,
     "model.null_label": False,  # with labels that are dropped
+    "model.guidance_range": (4.0, 1.0),
     "flow.path": "straight",
     "flow.coefficients": "eulre",
     "objective.kind": "mean-flow",
@@ -182,6 +183,7 @@ OUT_OF_RANGE = {
     "data.kind": "image",
     "run.init_kind": "unet",
     "run.workers": -2,
+    "run.track": "mlflow",
     "run.log_every": 0,
     "run.sample_every": -1,
     "run.checkpoint_every": -1,
@@ -213,6 +215,7 @@ FREE = {
         "data.flip",
         "data.resize",
         "data.skip_bad",
+        "model.qk_norm",
         "run.init",
         "run.resume_official",
         "run.run_dir",
@@ -237,7 +240,8 @@ def test_a_value_out_of_range_is_refused_by_name(name: str) -> None:
         ("steps", 2.5), ("steps", True), ("batch_size", "8"), ("seed", 1.0), ("precision", None), ("optim.lr", "1"),
         ("optim.betas", [0.9, 0.99]), ("optim.betas", (0.9,)), ("data.flip", 1), ("data.path", 3), ("run.keep", 2.0),
         ("run.compile", "on"), ("run.compile", None), ("run.cuda_graph", 1), ("optim.lr", math.nan),
-        ("optim.lr", math.inf), ("optim.betas", (0.9, math.nan)),
+        ("optim.lr", math.inf), ("optim.betas", (0.9, math.nan)), ("model.guidance_range", [1.0, 4.0]),
+        ("model.guidance_range", (1.0,)), ("model.guidance_range", "1,4"), ("model.guidance_range", False),
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
@@ -245,10 +249,8 @@ def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> No
     *path, last = name.split(".")
     config = Config()
     changed = replace(getattr(config, path[0]) if path else config, **{last: value})
-    with pytest.raises(
-        ValueError,
-        match=rf"^{name} must be (a whole number|a number|two numbers|true or false|true, false or auto|text), ",
-    ):
+    what = "a whole number|a number|two numbers( or none)?|true or false|true, false or auto|text"
+    with pytest.raises(ValueError, match=rf"^{name} must be ({what}), "):
         validate(replace(config, **{path[0]: changed}) if path else changed)
     validate(replace(config, optim=replace(config.optim, lr=1)))  # a whole number is a number
 
@@ -298,6 +300,15 @@ def test_preset_refuses_what_it_does_not_know() -> None:
     assert preset("digits", precision="fp32", steps="5", **{"objective.eps": 0.1}).objective.eps == 0.1
 
 
+@pytest.mark.parametrize("typed", ["1,4", "(1.0, 4.0)", [1, 4]])
+def test_a_range_is_typed_read_and_left_out(typed: Any) -> None:
+    config = override(Config(), {"guidance_range": typed})
+    assert config.model.guidance_range == (1.0, 4.0)
+    assert from_json(to_json(config)) == config
+    for nothing in ("", "none", None):
+        assert override(config, {"guidance_range": nothing}) == Config()
+
+
 def test_sizes_by_name() -> None:
     assert DiTConfig.named("DiT-XL/2") == DiTConfig.named("XL/2") == DiTConfig()
     with pytest.raises(ValueError, match=r"unknown DiT size 'X/2'.*B/4"):
@@ -317,6 +328,7 @@ CONFIGURATIONS = st.fixed_dictionaries(
         "model.num_heads": small,
         "model.mlp_ratio": st.floats(-0.1, 2),
         "model.num_classes": small,
+        "model.guidance_range": st.none() | st.tuples(st.floats(0.5, 2), st.floats(1, 4)),
         "flow.path": st.sampled_from(["linear", "trig", "line"]),
         "flow.coefficients": st.sampled_from(["euler", "trig", ""]),
         "objective.guidance_scale": st.floats(0.5, 3),

@@ -204,9 +204,12 @@ def test_a_folder_without_an_image_is_nobodys(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     with (
         pytest.raises(MemoryError),
-        drawn.taken(tmp_path / "old", SETTINGS, "run", False, pytest.fail) as folder,
+        drawn.taken(tmp_path / "old", replace(SETTINGS, format="both"), "run", False, pytest.fail) as folder,
     ):
         drawn.fill(folder, BATCHES, draw, LABELS)
+    assert os.listdir(tmp_path / "old") == [".lock"]
+    (tmp_path / "old" / "samples.json").write_text(replace(SETTINGS, seed=1).to_json("run"))  # a kill before the first
+    (tmp_path / "old" / ".parts").mkdir()
     assert filled(tmp_path / "old", replace(SETTINGS, batch_size=2)) == BATCHES
 
 

@@ -169,6 +169,7 @@ def test_gradients_may_be_reduced_in_bf16(kind: str) -> None:
         {"run.check_quotient_every": 2, "model.num_classes": 0},
         {"objective.fm_fraction": 0.0},
         {"objective.fm_fraction": 1.0},
+        {"model.guidance_range": (1.0, 4.0), "objective.mix_ratio": 0.25, "micro_batch": 4},
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),
 )

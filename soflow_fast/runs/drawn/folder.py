@@ -64,7 +64,7 @@ class Folder:
 def taken(out: Path, settings: Settings, run: str, overwrite: bool, warn: Callable[[str], None]) -> Iterator[Folder]:
     """Make the folder if need be, and be the only process that draws into it.
 
-    A folder that is new and gets no image is removed at the end.
+    Of a folder that gets no image nothing is left at the end but what was there before.
 
     Args:
         run: what is drawn from, of whose path the manifest has the last part.
@@ -81,7 +81,8 @@ def taken(out: Path, settings: Settings, run: str, overwrite: bool, warn: Callab
             held.callback(_leave, out, new)
             ours = _check(out, settings, overwrite)
             for name in os.listdir(out):
-                if STALE.fullmatch(name) or (not ours and _is_made(name)):
+                is_file = name == PARTS or not (out / name).is_dir()
+                if is_file and (STALE.fullmatch(name) or (not ours and _is_made(name))):
                     remove(out / name)
             folder = Folder(out, settings, run)
             write_file(out / MANIFEST, settings.to_json(Path(run).name).encode())
@@ -131,7 +132,7 @@ def _check(out: Path, settings: Settings, overwrite: bool) -> bool:
             return False
         raise ConfigError(f"--out {out}: {error}; {advice}") from None
     changed = settings.differences(old) if old is not None else []
-    if changed and not overwrite and any(map(_is_made, names)):
+    if changed and not overwrite and _holds_any(out):
         raise ConfigError(f"--out {out}: holds images of another command ({'; '.join(changed)}); {advice}")
     return old is not None and not changed
 
@@ -141,10 +142,16 @@ def _is_made(name: str) -> bool:
     return name in (GRID, NPZ, PARTS) or IMAGE.fullmatch(name) is not None
 
 
+def _holds_any(out: Path) -> bool:
+    """Whether a folder holds anything that `sample` has made."""
+    names = os.listdir(out)
+    return any(_is_made(name) for name in names if name != PARTS) or (PARTS in names and any((out / PARTS).iterdir()))
+
+
 def _leave(out: Path, new: bool) -> None:
     with suppress(OSError):
-        names = set(os.listdir(out))
-        if new and names <= {LOCK, MANIFEST, PARTS} and not (PARTS in names and os.listdir(out / PARTS)):
-            for name in names:
+        if not _holds_any(out):
+            for name in (PARTS, MANIFEST, *((LOCK,) if new else ())):
                 remove(out / name)
-            out.rmdir()
+            if new:
+                out.rmdir()

@@ -37,6 +37,8 @@ class Settings:
     """SHA-256 of names and values of the network's weights."""
     vae: str
     """The same of the VAE that decodes, with scale and shift of the latents; "": none does."""
+    guidance: float | None = None
+    """The scale that samples have chosen, of a network that takes one."""
 
     def to_json(self, run: str) -> str:
         """The text of the manifest. run: the name of what the weights were loaded from."""

@@ -22,6 +22,7 @@ from benchmarks.studies import (
     derivative,
     digits,
     distance,
+    guidance,
     increments,
     plan,
     precision,
@@ -37,8 +38,8 @@ from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
 MODULES = [
-    derivative, digits, distance, increments, plan, precision, prediction, quality_for_time, sampling, scaling, step,
-    sweeps,
+    derivative, digits, distance, guidance, increments, plan, precision, prediction, quality_for_time, sampling,
+    scaling, step, sweeps,
 ]  # fmt: skip
 
 
@@ -59,6 +60,8 @@ MISTAKES = [
     (digits, "--seeds 9223372036854775808", "--seeds"),
     (digits, "--seeds 1.5", "--seeds"),
     (digits, "--seeds 3 3", "--seeds"),
+    (guidance, "--seeds 3 3", "--seeds"),
+    (guidance, "--steps 0", "--steps"),
     (precision, "--seeds -1", "--seeds"),
     (precision, "--steps 0", "--steps"),
     (precision, "--workers 0", "--workers"),
@@ -119,7 +122,7 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "ceilings", "derivative", "digits", "distance", "gpu", "increments", "plan", "precision", "prediction",
+    "ceilings", "derivative", "digits", "distance", "gpu", "guidance", "increments", "plan", "precision", "prediction",
     "quality_for_time", "reading", "sampling", "scaling", "soak", "step", "sweeps",
 )  # fmt: skip
 
