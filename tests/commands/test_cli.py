@@ -55,7 +55,7 @@ TRAIN = {
     [
         ("train", " ".join(TRAIN.values())),
         ("sample", "help out n nfe labels vae seed device"),
-        ("evaluate", "help n nfe vae seed device json"),
+        ("evaluate", "help n nfe times vae seed reference metrics inception dinov2 device json"),
         ("export", "help format"),
     ],
 )
@@ -65,7 +65,9 @@ def test_the_flags_are_these_and_help_names_each(
     monkeypatch.setenv("COLUMNS", "120")
     result = call(module, "--help")
     assert (result.code, result.err) == (0, "")
-    listed = re.findall(r"(?<=[ ,])--[a-z][a-z-]*", "".join(re.findall(r"^  -.*?(?:   |$)", result.out, re.MULTILINE)))
+    listed = re.findall(
+        r"(?<=[ ,])--[a-z][a-z0-9-]*", "".join(re.findall(r"^  -.*?(?:   |$)", result.out, re.MULTILINE))
+    )
     assert listed == COMMANDS[module].parser().flags()
     assert sorted(listed) == sorted(f"--{flag}" for flag in flags.split())
     assert f"python -m soflow_fast.{module}" in result.out
