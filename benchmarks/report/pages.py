@@ -249,7 +249,7 @@ def prediction(run: dict) -> str:
         for k, row in enumerate(group):
             launches = "" if row["launches"] is None else str(row["launches"])
             sizes = [number(row["bytes"] / 1e9), number(row["other_bytes"] / 1e9), number(row["flops"] / 1e12)]
-            times = [number(row["predicted_ms"][gpu]) for gpu in gpus]
+            times = [number(row["predicted_ms"][gpu]) if gpu in row["predicted_ms"] else "" for gpu in gpus]
             lines.append([case if k == 0 else "", row["recipe"], launches, *sizes, *times])
     head = ["network and batch", "recipe", "launches", "GB", "GB of others", "TFLOP", *(f"{g} ms" for g in gpus)]
     note = (
