@@ -171,23 +171,12 @@ def _evaluate_flow(values: argparse.Namespace, n: int | None, seed: int, schedul
     decode_on = lambda device: None if vae is None else partial(vae.on(device).decoded, space=space)  # noqa: E731
     if values.reference:
         finish_on = finish_with(to_uint8, decode_on)
-        side = model.input_size if vae is None else _decoded_size(vae, model, space)
-        judge = _judge(values, side, devices)
+        judge = _judge(values, model.input_size * (1 if vae is None else vae.pixels), devices)
         shape = (model.in_channels, model.input_size, model.input_size)
         _report(values, AgainstReference(flow, judge, n or N, shape, finish_on), seed, schedules)
     else:
         with Devices(devices, draw_on(flow, decode_on)) as several:
             _report(values, OfDigits(flow, n or DIGITS_N, several), seed, schedules)
-
-
-def _decoded_size(vae: Any, model: Any, space: Any) -> int:
-    """Height and width of the images of latents."""
-    import torch
-
-    device = next(vae.model.parameters()).device
-    return vae.decoded(
-        torch.zeros(1, model.in_channels, model.input_size, model.input_size, device=device), space
-    ).shape[-1]
 
 
 def _report(values: argparse.Namespace, measure: "Measure", seed: int, schedules: list[Schedule]) -> None:

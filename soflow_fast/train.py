@@ -35,7 +35,7 @@ MOST_EPOCHS = 10**6
 MOST_GPUS, MOST_NODES = 1024, 2**16
 
 FLAGS = {
-    "the run": "run_dir init resume_official steps seed device checkpoint_every keep on_nonfinite",
+    "the run": "run_dir init resume_official steps seed device eval_every reference checkpoint_every keep on_nonfinite",
     "the data": "data resize skip_bad batch_size",
     "learning": "teacher teacher_decay guidance_precision quotient quotient_precision",
     "speed and memory": "precision micro_batch recompute attention optimizer compile cuda_graph parallel",

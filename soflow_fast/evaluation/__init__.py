@@ -6,7 +6,7 @@ from .images import Images, is_npz, open_images
 from .inception_score import inception_score
 from .judge import Figures, Judge, judge_for
 from .kernel_distance import kernel_distance
-from .measurement import AgainstReference, Measure, Measurement, OfDigits, finish_with
+from .measurement import AgainstReference, Measure, Measurement, OfDigits, finish_with, labels_in_turn
 from .metrics import FEW, Metric, metrics_of
 from .neighbours import precision_recall
 from .networks import NETWORKS, Extracted, Extractor, RandomFeatures, open_networks
@@ -40,6 +40,7 @@ __all__ = [
     "is_npz",
     "judge_for",
     "kernel_distance",
+    "labels_in_turn",
     "measure_digits",
     "metrics_of",
     "open_images",

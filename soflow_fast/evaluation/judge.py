@@ -117,6 +117,8 @@ class Judge:
         metrics: as `metrics_of` gives them.
         extractors: by name, at least those of the metrics.
         devices: take turns with batches.
+        threads: whether each device has a thread of its own; without, there is one device, which draws in this thread.
+        tick: is called after each batch.
 
     Raises ConfigError for metrics that the reference does not have what is needed for, and DataError.
     """
@@ -127,8 +129,11 @@ class Judge:
         metrics: Sequence[Metric],
         extractors: Mapping[str, Extractor],
         devices: Sequence[torch.device],
+        *,
+        threads: bool = True,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self.metrics, self._devices = tuple(metrics), devices
+        self.metrics, self._devices, self._threads, self._tick = tuple(metrics), devices, threads, tick
         for metric in metrics:
             if lacking := missing(reference, metric):
                 raise ConfigError(f"{reference.flag}{reference.path}: {lacking}, which {metric.written} needs")
@@ -171,9 +176,9 @@ class Judge:
 
             return work
 
-        def made(several: Devices[tuple[Drawing, range]]) -> Iterator[Sequence[Tensor]]:
+        def images(results: Iterable[tuple[Tensor, ...]]) -> Iterator[Sequence[Tensor]]:
             nonlocal size
-            for finite, side, *found in several.results((drawing, rows) for rows in drawing.batches()):
+            for finite, side, *found in results:
                 if not finite:
                     raise Diverged(
                         f"samples of {drawing.nfe} network calls are not finite: there is nothing to evaluate"
@@ -181,8 +186,13 @@ class Judge:
                 size = int(side)
                 yield found
 
-        with exact_convolutions(), Devices(self._devices, work_on) as several:
-            found = self._collected(made(several), needed, drawing.shape[0])
+        batches = ((drawing, rows) for rows in drawing.batches())
+        with exact_convolutions(), contextlib.ExitStack() as ends:
+            if self._threads:
+                results = ends.enter_context(Devices(self._devices, work_on)).results(batches)
+            else:
+                results = map(work_on(self._devices[0]), batches)
+            found = self._collected(images(results), needed, drawing.shape[0])
         return self._figures(metrics, found, size, "samples")
 
     def _measured_images(self, images: Images, needed: dict[str, set[str]]) -> dict[str, Measured]:
@@ -213,7 +223,8 @@ class Judge:
         measured = {name: Measured(figures, count) for name, figures in needed.items()}
         for found in results:
             for k, part in enumerate(measured.values()):
-                part.add(*found[3 * k : 3 * k + 3])
+                part.add(*(value.cpu() for value in found[3 * k : 3 * k + 3]))
+            self._tick()
         return measured
 
     def _figures(self, metrics: Sequence[Metric], ours: dict[str, Measured], size: int, where: str) -> Figures:
@@ -253,12 +264,21 @@ class Judge:
 
 
 def judge_for(
-    reference: Images, names: str, devices: Sequence[torch.device], *, inception: str = "", dinov2: str = ""
+    reference: Images,
+    names: str,
+    devices: Sequence[torch.device],
+    *,
+    inception: str = "",
+    dinov2: str = "",
+    threads: bool = True,
+    tick: Callable[[], None] = lambda: None,
 ) -> Judge:
     """The judge of metrics by name, with commas between them.
 
     names: "": all of Inception that the reference has what is needed for, and FD-DINOv2 where `dinov2` is given.
-    inception, dinov2: as `open_networks` takes them. Raises ConfigError and DataError.
+    inception, dinov2: as `open_networks` takes them. threads, tick: as `Judge` does.
+
+    Raises ConfigError and DataError.
     """
     if names:
         try:
@@ -269,7 +289,7 @@ def judge_for(
         known = metrics_of([*OF_INCEPTION, *["fd-dinov2"] * bool(dinov2)], NETWORKS)
         metrics = [metric for metric in known if not missing(reference, metric)]
     networks = open_networks(dict.fromkeys(metric.extractor for metric in metrics), inception=inception, dinov2=dinov2)
-    return Judge(reference, metrics, networks, devices)
+    return Judge(reference, metrics, networks, devices, threads=threads, tick=tick)
 
 
 def needed_for(metrics: Iterable[Metric]) -> dict[str, set[str]]:

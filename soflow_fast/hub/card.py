@@ -17,6 +17,8 @@ FREE = ("run.", "preset", "data.path", "data.vae", "data.skip_bad", "micro_batch
 """Fields that belong to one machine, or to the command's own arguments."""
 FEW = 50_000
 """Samples below which figures are said to be of few."""
+BESIDE = {"reference", "few"}
+"""What may stand beside the figures of samples that were compared with a reference."""
 
 
 def model_card(flow: SolutionFlow, origin: Origin | None, name: str, use: str = "") -> str:
@@ -107,14 +109,23 @@ def _figures(figures: dict[str, Any]) -> Iterator[str]:
         return
     yield "## Figures"
     match figures:
-        case {"samples": int(samples), "nfe": dict(calls), **others} if not others and _are_rows(calls):
+        case {"samples": int(samples), "nfe": dict(calls), **others} if _are_rows(calls) and others.keys() <= BESIDE:
             few = f", fewer than the {FEW} that are usual" if samples < FEW else ""
-            yield f"Of {samples} samples{few}, of the average of the weights:"
+            yield f"Of {samples} samples{few}, of the average of the weights{_against(others.get('reference'))}:"
             names = list(dict.fromkeys(name for row in calls.values() for name in row))
             rows = [[number, *(_number(row.get(name)) for name in names)] for number, row in calls.items()]
             yield _table(["network calls", *(name.replace("_", " ") for name in names)], rows)
         case _:
             yield f"```json\n{json.dumps(figures, indent=2)}\n```"
+
+
+def _against(reference: Any) -> str:
+    match reference:
+        case {"path": str(path), "images": int(images), "statistics": bool(statistics)}:
+            what = [f"{images} images"] * bool(images) + ["statistics"] * statistics
+            return f", compared with {_text(path)} ({' and '.join(what)})"
+        case _:
+            return ""
 
 
 def _are_rows(calls: dict[str, Any]) -> bool:

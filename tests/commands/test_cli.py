@@ -40,8 +40,8 @@ def png_size(content: bytes) -> tuple[int, int]:
 
 
 TRAIN = {
-    "the run": "latent config set epochs run-dir init resume-official steps seed device checkpoint-every keep "
-    "on-nonfinite",
+    "the run": "latent config set epochs run-dir init resume-official steps seed device eval-every reference "
+    "checkpoint-every keep on-nonfinite",
     "the data": "data resize no-resize skip-bad no-skip-bad batch-size",
     "learning": "teacher teacher-decay guidance-precision quotient quotient-precision",
     "speed and memory": "precision micro-batch recompute attention optimizer compile no-compile cuda-graph "
