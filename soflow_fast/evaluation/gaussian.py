@@ -61,8 +61,8 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Dowson and Landau 1982; FID: arXiv 1706.08500, equation 6).
 
     The trace of (A B)^(1/2) is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric: two symmetric eigenvalue problems
-    in float64, whose values below zero are rounding and are taken for zero. So singular covariances, of fewer samples
-    than dimensions, need no ridge.
+    in float64. Eigenvalues within rounding of zero are taken for zero: their roots would be a hundred million times as
+    large as they are. So singular covariances, of fewer samples than dimensions, need no ridge.
 
     Raises ValueError if the dimensions differ or a number is not finite.
     """
@@ -71,11 +71,17 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"Gaussians of {a.mean.shape[0]} and of {b.mean.shape[0]} dimensions have no distance")
     values, vectors = eigh(a.covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    root = (vectors * _roots(values)) @ vectors.T
     product = root @ b.covariance @ root
-    cross = np.sqrt(eigh((product + product.T) / 2, eigvals_only=True).clip(0)).sum()
+    cross = _roots(eigh((product + product.T) / 2, eigvals_only=True)).sum()
     traces = np.trace(a.covariance) + np.trace(b.covariance)
     return float(((a.mean - b.mean) ** 2).sum() + traces - 2 * cross)
+
+
+def _roots(values: np.ndarray) -> np.ndarray:
+    """Of the eigenvalues of a symmetric matrix without negative ones, up to rounding."""
+    rounding = len(values) * np.finfo(np.float64).eps * values.max(initial=0)
+    return np.sqrt(np.where(values > rounding, values, 0))
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray, ridge: float = 1e-3) -> float:

@@ -136,7 +136,7 @@ def _read(place: str) -> Weights:
         size = weights["cls_token"].shape[-1]
         right = size % HEAD == 0 and weights["patch_embed.proj.weight"].shape == (size, 3, PATCH, PATCH)
         if not right or "register_tokens" in weights:
-            raise ConfigError(f"{flag}: is no DINOv2 without registers with patches of {PATCH}")
+            raise ValueError(f"it must be without registers, with patches of {PATCH}")
         with torch.no_grad():
             class_token(weights, torch.zeros(1, 3, SIZE, SIZE))
     except (KeyError, RuntimeError, ValueError) as error:
