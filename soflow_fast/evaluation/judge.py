@@ -134,9 +134,7 @@ class Judge:
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.metrics, self._devices, self._threads, self._tick = tuple(metrics), devices, threads, tick
-        for metric in metrics:
-            if lacking := missing(reference, metric):
-                raise ConfigError(f"{reference.flag}{reference.path}: {lacking}, which {metric.written} needs")
+        check_reference(reference, metrics)
         needed = needed_for(metrics)
         self._extractors = {name: extractors[name] for name in needed}
         known = {f for f, name in STATISTICS.items() if name in reference.statistics}
@@ -205,7 +203,8 @@ class Judge:
 
         @torch.no_grad()
         def extract(images: Tensor) -> tuple[Tensor, ...]:
-            images, found = images.to(device).expand(-1, 3, -1, -1), []
+            # Contiguous: convolutions of other layouts round apart, and an image is to have the same features.
+            images, found = images.to(device).expand(-1, 3, -1, -1).contiguous(), []
             for network, figures in networks:
                 features, spatial, logits = network(images)
                 none = features.new_empty(len(features), 0)
@@ -285,6 +284,7 @@ def judge_for(
             metrics = metrics_of(names.split(","), NETWORKS)
         except ValueError as error:
             raise ConfigError(f"--metrics {names}: {error}") from None
+        check_reference(reference, metrics)  # before networks are loaded
     else:
         known = metrics_of([*OF_INCEPTION, *["fd-dinov2"] * bool(dinov2)], NETWORKS)
         metrics = [metric for metric in known if not missing(reference, metric)]
@@ -298,6 +298,13 @@ def needed_for(metrics: Iterable[Metric]) -> dict[str, set[str]]:
     for metric in metrics:
         needed.setdefault(metric.extractor, set()).add(metric.figure)
     return needed
+
+
+def check_reference(reference: Images, metrics: Iterable[Metric]) -> None:
+    """Raise ConfigError for a metric that a reference does not have what is needed for."""
+    for metric in metrics:
+        if lacking := missing(reference, metric):
+            raise ConfigError(f"{reference.flag}{reference.path}: {lacking}, which {metric.written} needs")
 
 
 def missing(reference: Images, metric: Metric) -> str:

@@ -1,6 +1,7 @@
 """The model card: what weights are, how to use them, and how they came to be, as far as that is known."""
 
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -123,7 +124,7 @@ def _against(reference: Any) -> str:
     match reference:
         case {"path": str(path), "images": int(images), "statistics": bool(statistics)}:
             what = [f"{images} images"] * bool(images) + ["statistics"] * statistics
-            return f", compared with {_text(path)} ({' and '.join(what)})"
+            return f", compared with {_text(os.path.basename(path.rstrip('/')))} ({' and '.join(what)})"
         case _:
             return ""
 

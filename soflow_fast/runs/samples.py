@@ -110,6 +110,9 @@ class Evaluations:
         self._of_digits = config.data.of_digits and config.model.num_classes > 0 and not latents_stay
         self.samples = run.eval_samples or EVALUATION_SAMPLES
         self._against: AgainstReference | None = None
+        if run.eval_every and not self.wanted:
+            what = "digits with labels, and with their VAE at hand,"
+            raise ConfigError(f"--eval-every {run.eval_every}: without --reference PATH {what} alone are evaluated")
         if not run.reference:
             return
         if latents_stay:

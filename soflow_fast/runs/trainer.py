@@ -61,7 +61,8 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         config, chosen = choose_precision(config) if crew.first else (config, "")
         config = replace(config, precision=crew.chosen(config.precision))
         config = resolved(config, crew)
-        check_evaluations(config.run)
+        if crew.first:  # who measures
+            check_evaluations(config.run)
         run_dir = Path(config.run.run_dir)
         progress = Progress(config.steps, notes=crew.notes, at_work=crew.watch.at_work)
         if choices == NOTHING_LEFT:
