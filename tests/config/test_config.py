@@ -182,6 +182,8 @@ OUT_OF_RANGE = {
     "run.workers": -2,
     "run.log_every": 0,
     "run.sample_every": -1,
+    "run.eval_every": -1,
+    "run.eval_samples": 99,
     "run.checkpoint_every": -1,
     "run.check_quotient_every": -1,
     "run.keep": 1,
@@ -218,6 +220,7 @@ FREE = {
         "optim.ema_warmup",
     ),
     *("run.compile", "run.cuda_graph", "run.data_on_gpu"),
+    *("run.reference", "run.metrics", "run.inception", "run.dinov2"),
 }
 
 
