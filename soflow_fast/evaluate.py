@@ -15,6 +15,7 @@ Every GPU that is visible draws, or those that --device names; the figures are t
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,19 +138,20 @@ def _evaluate_images(values: argparse.Namespace) -> None:
 
 def _judge(values: argparse.Namespace, size: int, devices: Any) -> "Judge":
     from .evaluation import judge_for, open_images
+    from .runs.progress import Counter
 
     say = (lambda text: None) if values.json else partial(print, file=sys.stderr)
     reference = open_images(values.reference, flag="--reference ", size=size, say=say)
-    return judge_for(
-        reference, values.metrics or "", devices, inception=values.inception or "", dinov2=values.dinov2 or ""
-    )
+    weights = {"inception": values.inception or "", "dinov2": values.dinov2 or ""}
+    return judge_for(reference, values.metrics or "", devices, **weights, tick=Counter())
 
 
 def _evaluate_flow(values: argparse.Namespace, n: int | None, seed: int, schedules: list[Schedule]) -> None:
     """Of samples that are drawn."""
+    from .data.dataset import LatentSpace
     from .evaluation import AgainstReference, OfDigits, finish_with
     from .runs.checkpoint import load_with_data
-    from .runs.images import to_uint8
+    from .runs.images import has_colours, to_uint8
     from .runs.latents.vae import load_vae
     from .sampling import Devices, draw_on
     from .training.precision import resolve_devices
@@ -161,22 +163,30 @@ def _evaluate_flow(values: argparse.Namespace, n: int | None, seed: int, schedul
     of_digits = config.data.of_digits and model.num_classes == 10 and alike
     if not of_digits and not values.reference:
         raise ConfigError(f"{values.run}: only labelled digits can be evaluated without --reference PATH")
-    vae = None
-    if config.data.latent:
-        if space is None:
-            raise ConfigError(f"{values.run}: does not say which latents it was trained on")
-        vae = load_vae(values.vae or space.vae, devices[0], channels=model.in_channels)
+    vae, side = None, model.input_size
+    if config.data.latent or not has_colours(model.in_channels):
+        name = values.vae or (space.vae if space is not None else "")
+        if not name:
+            raise ConfigError(f"{values.run}: does not say which latents it was trained on; give --vae NAME")
+        vae = load_vae(name, devices[0], channels=model.in_channels)
+        space = space or LatentSpace(vae.name, vae.scale, vae.shift)
+        side *= vae.pixels
     elif values.vae:
         raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
-    decode_on = lambda device: None if vae is None else partial(vae.on(device).decoded, space=space)  # noqa: E731
+    decode_on = partial(_decoder, vae, space)
     if values.reference:
         finish_on = finish_with(to_uint8, decode_on)
-        judge = _judge(values, model.input_size * (1 if vae is None else vae.pixels), devices)
+        judge = _judge(values, side, devices)
         shape = (model.in_channels, model.input_size, model.input_size)
         _report(values, AgainstReference(flow, judge, n or N, shape, finish_on), seed, schedules)
     else:
         with Devices(devices, draw_on(flow, decode_on)) as several:
             _report(values, OfDigits(flow, n or DIGITS_N, several), seed, schedules)
+
+
+def _decoder(vae: Any, space: Any, device: Any) -> Callable[[Any], Any] | None:
+    """What makes images of latents on a device; vae: None, as the samples are images."""
+    return None if vae is None else partial(vae.on(device).decoded, space=space)
 
 
 def _report(values: argparse.Namespace, measure: "Measure", seed: int, schedules: list[Schedule]) -> None:

@@ -206,7 +206,8 @@ class Npz(Images):
         square = len(shape) == 4 and shape[1] == shape[2] > 0 and shape[3] in (1, 3)
         if dtype != np.uint8 or fortran or not square:
             raise ValueError(f"{ARRAY} must be uint8 [N, H, H, 3], got {dtype} {list(shape)}")
-        return shape
+        n, height, width, channels = shape
+        return n, height, width, channels
 
     def __len__(self) -> int:
         return self._shape[0]

@@ -31,6 +31,8 @@ STATISTICS = {"frechet": "mu", "spatial": "mu_s"}
 Finish = Callable[[torch.device], Callable[[Tensor], Tensor]]
 """Gives, for a device, what makes images, uint8 [n, C, H, W], of samples there."""
 
+Tick = Callable[[int, int], None]
+
 
 @dataclass(frozen=True)
 class Against:
@@ -118,7 +120,7 @@ class Judge:
         extractors: by name, at least those of the metrics.
         devices: take turns with batches.
         threads: whether each device has a thread of its own; without, there is one device, which draws in this thread.
-        tick: is called after each batch.
+        tick: is told, after each batch, how many images of how many are measured.
 
     Raises ConfigError for metrics that the reference does not have what is needed for, and DataError.
     """
@@ -131,7 +133,7 @@ class Judge:
         devices: Sequence[torch.device],
         *,
         threads: bool = True,
-        tick: Callable[[], None] = lambda: None,
+        tick: Tick = lambda done, total: None,
     ) -> None:
         self.metrics, self._devices, self._threads, self._tick = tuple(metrics), devices, threads, tick
         check_reference(reference, metrics)
@@ -223,7 +225,7 @@ class Judge:
         for found in results:
             for k, part in enumerate(measured.values()):
                 part.add(*(value.cpu() for value in found[3 * k : 3 * k + 3]))
-            self._tick()
+            self._tick(next(iter(measured.values())).count, count)
         return measured
 
     def _figures(self, metrics: Sequence[Metric], ours: dict[str, Measured], size: int, where: str) -> Figures:
@@ -270,7 +272,7 @@ def judge_for(
     inception: str = "",
     dinov2: str = "",
     threads: bool = True,
-    tick: Callable[[], None] = lambda: None,
+    tick: Tick = lambda done, total: None,
 ) -> Judge:
     """The judge of metrics by name, with commas between them.
 

@@ -135,7 +135,9 @@ class Evaluations:
         reference = open_images(run.reference, flag="--reference ", size=size, say=say)
         weights = {"inception": run.inception, "dinov2": run.dinov2}
         try:
-            return judge_for(reference, run.metrics, [self.state.device], **weights, threads=False, tick=at_work)
+            return judge_for(
+                reference, run.metrics, [self.state.device], **weights, threads=False, tick=lambda *_: at_work()
+            )
         except ConfigError as error:  # the flags are those of `evaluate`
             raise ConfigError(re.sub(r"^--(metrics|inception|dinov2)\b", r"run.\1", str(error))) from None
 

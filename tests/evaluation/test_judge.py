@@ -180,11 +180,12 @@ def test_samples_that_are_drawn_are_those_of_sample(flow: SolutionFlow, referenc
     drawing = Drawing.of(flow, labels, nfe=2, seed=3)
     finish = finish_with(to_uint8, lambda device: None)
     expected = judged_by(reference).of_images(saved)
-    ticks: list[int] = []
-    for settings in ({"devices": 1}, {"devices": 2}, {"threads": False, "tick": lambda: ticks.append(1)}):
+    ticks: list[tuple[int, int]] = []
+    for settings in ({"devices": 1}, {"devices": 2}, {"threads": False, "tick": lambda *told: ticks.append(told)}):
         found = judged_by(reference, **settings).of_flow(flow, drawing, finish)
         assert found == expected, settings
-    assert len(ticks) == 4 + 3  # batches of the reference and of the samples
+    reference_told, samples_told = [(64, 200), (128, 200), (192, 200), (200, 200)], [(64, 130), (128, 130), (130, 130)]
+    assert ticks == reference_told + samples_told
     only = judged_by(reference).of_flow(flow, drawing, finish, only=metrics_of(["fid"], [])[0])
     assert only.values == {"fid": expected.values["fid"]}
 

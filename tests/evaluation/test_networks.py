@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from soflow_fast.errors import ConfigError
 from soflow_fast.evaluation import RandomFeatures, open_networks
-from soflow_fast.evaluation.networks import dinov2, inception
+from soflow_fast.evaluation.networks import inception_v3, vit
 from tests.evaluation.small import pictures
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_dinov2_is_transformers_model(swiglu: bool, tmp_path: Path) -> None:
     config = transformers.Dinov2Config(**size, use_swiglu_ffn=swiglu)
     model = transformers.Dinov2Model.from_pretrained(folder, config=config).eval()
     with torch.no_grad():
-        expected = model(pixel_values=dinov2.prepared(pictures(2, 0, 32))).pooler_output
+        expected = model(pixel_values=vit.prepared(pictures(2, 0, 32))).pooler_output
     # float32 through two layers, by other kernels.
     torch.testing.assert_close(features_of(folder), expected, rtol=1e-4, atol=1e-5)
 
@@ -112,12 +112,12 @@ def test_dinov2_scales_its_positions_as_the_authors_do(tmp_path: Path) -> None:
     """From 37 x 37 to 16 x 16 by a factor of 16.1 / 37, as `interpolate_offset=0.1` of their code has it."""
     theirs = their_weights(37)
     table = theirs["pos_embed"]
-    found = dinov2._positions(table)
+    found = vit._positions(table)
     assert found.shape == (1, 257, 128) and torch.equal(found[:, 0], table[:, 0])
     # Bicubic interpolation has the values of a ramp, here of the column, at (i + 1/2) / factor - 1/2, within 0.05: its
     # filter, as torch has it, is exact on constants alone. By 16 / 37 the last would be 0.2 off.
     ramp = torch.arange(37.0).expand(37, 37).reshape(1, -1, 1)
-    scaled = dinov2._positions(torch.cat([torch.zeros(1, 1, 1), ramp], 1))[0, 1:, 0].view(16, 16)
+    scaled = vit._positions(torch.cat([torch.zeros(1, 1, 1), ramp], 1))[0, 1:, 0].view(16, 16)
     expected = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5
     torch.testing.assert_close(scaled[7, 1:-1], expected[1:-1], rtol=0, atol=0.06)
 
@@ -125,8 +125,8 @@ def test_dinov2_scales_its_positions_as_the_authors_do(tmp_path: Path) -> None:
 def test_images_are_prepared_by_pillow() -> None:
     image = pictures(1, 0, 32)
     scaled = Image.fromarray(image[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
-    x = dinov2.prepared(image)
-    back = (x[0].permute(1, 2, 0) * torch.tensor(dinov2.DEVIATION) + torch.tensor(dinov2.MEAN)) * 255
+    x = vit.prepared(image)
+    back = (x[0].permute(1, 2, 0) * torch.tensor(vit.DEVIATION) + torch.tensor(vit.MEAN)) * 255
     np.testing.assert_allclose(back.numpy(), np.asarray(scaled), atol=1e-3)
 
 
@@ -185,7 +185,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise found
             return found
 
-        monkeypatch.setattr(inception.importlib, "import_module", import_module)
+        monkeypatch.setattr(inception_v3.importlib, "import_module", import_module)
 
     return install
 
@@ -266,7 +266,7 @@ def test_without_torch_fidelity_its_weights_or_a_network(
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     line = refused()
     assert line.startswith("--inception FILE is needed: https://github.com/toshas/torch-fidelity/")
-    cached = tmp_path / "hub" / "checkpoints" / inception.URL.rpartition("/")[2]
+    cached = tmp_path / "hub" / "checkpoints" / inception_v3.URL.rpartition("/")[2]
     cached.write_bytes(b"half of it")
     assert "is damaged" in refused()
 
@@ -276,11 +276,11 @@ def test_downloaded_weights_are_compared_with_their_sha_256(
 ) -> None:
     installed(torchvision=sys, torch_fidelity=fidelity())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
-    monkeypatch.setattr(inception, "URL", weights.as_uri())
+    monkeypatch.setattr(inception_v3, "SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(inception_v3, "URL", weights.as_uri())
     for _ in range(2):  # fetched, and found
         assert "inception" in open_networks(["inception"])
     assert (tmp_path / "hub" / "checkpoints" / weights.name).exists()
     (tmp_path / "hub" / "checkpoints" / weights.name).unlink()
-    monkeypatch.setattr(inception, "SHA256", "0" * 8)
+    monkeypatch.setattr(inception_v3, "SHA256", "0" * 8)
     assert "cannot be fetched (invalid hash value" in refused()

@@ -17,11 +17,11 @@ def open_networks(names: Iterable[str], *, inception: str = "", dinov2: str = ""
     found: dict[str, Extractor] = {}
     for name in names:
         if name == "inception":
-            from .inception import Inception
+            from .inception_v3 import Inception
 
             found[name] = Inception(inception)
         elif name == "dinov2":
-            from .dinov2 import Dinov2
+            from .vit import Dinov2
 
             if not dinov2:
                 raise ConfigError("--dinov2 FILE is needed: weights of DINOv2 are never downloaded")
