@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .commands import process
-from .commands.parser import DEVICES, MOST_CALLS, MOST_SEED, Parser, user_value, whole_number
+from .commands.parser import DEVICES, GUIDANCE, MOST_CALLS, MOST_SEED, Parser, number, user_value, whole_number
 from .errors import ConfigError, enough_memory
 
 if TYPE_CHECKING:
@@ -42,10 +42,11 @@ def parser() -> Parser:
     p = Parser(prog="python -m soflow_fast.evaluate", description=__doc__)
     p.add_argument("run", metavar="RUN|DIR|NPZ", help="run, checkpoint or exported directory; images")
     p.add_argument("--n", metavar="N", help=f"samples (default: {DIGITS_N} of digits, {N} with --reference)")
-    p.add_argument("--nfe", metavar="N,...", help="network calls per image (default: 1,2)")
+    p.add_argument("--nfe", metavar="N,...", help="network calls per image (default: 1,2; of flow matching 10)")
     p.add_argument(
         "--times", metavar="T,...", help="of the calls, such as 1,0.6; search: those with the least distance"
     )
+    p.add_argument("--guidance", metavar="W", help=GUIDANCE)
     p.add_argument("--vae", metavar="NAME", help="of a model of latents: its VAE, if it lies elsewhere by now")
     p.add_argument("--seed", metavar="N", help="of the noise (default: 0)")
     p.add_argument("--reference", metavar="PATH", help="images to compare with, or an .npz of ADM")
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     values = parser().parse(arguments)
     process.alone("evaluate")
     n = None if values.n is None else whole_number("--n", values.n, 100, MOST)
-    seed = whole_number("--seed", values.seed or "0", 0, MOST_SEED)
+    seed, guidance = whole_number("--seed", values.seed or "0", 0, MOST_SEED), number("--guidance", values.guidance)
     schedules = _schedules(values)
     if not values.reference:
         for flag in ("metrics", "inception", "dinov2"):
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         if _is_images(values.run):
             _evaluate_images(values)
         else:
-            _evaluate_flow(values, n, seed, schedules)
+            _evaluate_flow(values, n, seed, guidance, schedules)
 
 
 def _is_images(path: str) -> bool:
@@ -95,8 +96,10 @@ Schedule = tuple[int, tuple[float, ...] | None]
 
 
 def _schedules(values: argparse.Namespace) -> list[Schedule]:
-    """What --nfe and --times ask for; with --times search, the calls whose times are sought."""
-    text = values.nfe if values.nfe is not None else ("2" if values.times == "search" else "1,2")
+    """What --nfe and --times ask for, nothing: what is usual; with --times search, the calls whose times are sought."""
+    if values.nfe is None and values.times is None:
+        return []
+    text = values.nfe if values.nfe is not None else "2"
     calls = dict.fromkeys(whole_number("--nfe", part.strip(), 1, MOST_CALLS) for part in text.split(","))
     if values.times is None:
         return [(nfe, None) for nfe in calls]
@@ -115,7 +118,7 @@ def _schedules(values: argparse.Namespace) -> list[Schedule]:
 
 def _evaluate_images(values: argparse.Namespace) -> None:
     """Of a set of images."""
-    for flag in ("n", "nfe", "times", "vae", "seed"):
+    for flag in ("n", "nfe", "times", "guidance", "vae", "seed"):
         if getattr(values, flag) is not None:
             raise ConfigError(f"--{flag} {getattr(values, flag)}: {values.run} is images, of which none are drawn")
     if not values.reference:
@@ -146,14 +149,17 @@ def _judge(values: argparse.Namespace, size: int, devices: Any) -> "Judge":
     return judge_for(reference, values.metrics or "", devices, **weights, tick=Counter())
 
 
-def _evaluate_flow(values: argparse.Namespace, n: int | None, seed: int, schedules: list[Schedule]) -> None:
+def _evaluate_flow(
+    values: argparse.Namespace, n: int | None, seed: int, guidance: float | None, schedules: list[Schedule]
+) -> None:
     """Of samples that are drawn."""
     from .data.dataset import LatentSpace
     from .evaluation import AgainstReference, OfDigits, finish_with
     from .runs.checkpoint import load_with_data
     from .runs.images import has_colours, to_uint8
     from .runs.latents.vae import load_vae
-    from .sampling import Devices, draw_on
+    from .sampling import Devices, chosen_guidance, draw_on
+    from .sampling.solving import usual_calls
     from .training.precision import resolve_devices
 
     devices = resolve_devices(values.device)
@@ -174,14 +180,18 @@ def _evaluate_flow(values: argparse.Namespace, n: int | None, seed: int, schedul
     elif values.vae:
         raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
     decode_on = partial(_decoder, vae, space)
+    w = user_value(lambda: chosen_guidance(flow, guidance), "--guidance")
+    schedules = schedules or [(nfe, None) for nfe in ((1, 2) if flow.solves else (usual_calls(flow),))]
+    if w is not None and not values.json:
+        print(f"guidance {w:g}")
     if values.reference:
         finish_on = finish_with(to_uint8, decode_on)
         judge = _judge(values, side, devices)
         shape = (model.in_channels, model.input_size, model.input_size)
-        _report(values, AgainstReference(flow, judge, n or N, shape, finish_on), seed, schedules)
+        _report(values, AgainstReference(flow, judge, n or N, shape, finish_on, w), seed, schedules)
     else:
         with Devices(devices, draw_on(flow, decode_on)) as several:
-            _report(values, OfDigits(flow, n or DIGITS_N, several), seed, schedules)
+            _report(values, OfDigits(flow, n or DIGITS_N, several, w), seed, schedules)
 
 
 def _decoder(vae: Any, space: Any, device: Any) -> Callable[[Any], Any] | None:

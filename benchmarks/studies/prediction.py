@@ -115,7 +115,7 @@ def operations(way: Way, config: Config) -> list[Operation]:
 def compiled_bytes(config: Config) -> int:
     """Bytes beside products and attention of the compiled blocks of the authors' recipe, by `COMPILED_PASSES`: two
     forwards of the flow-matching samples, four of the others, one backward of all."""
-    model, fm = config.model, config.objective.fm_fraction
+    model, fm = config.model, config.objective.flow_matching_fraction
     activation = config.batch_size * (model.input_size // model.patch_size) ** 2 * model.hidden_size * 2
     forward, backward = COMPILED_PASSES
     return round(model.depth * activation * (forward * (2 * fm + 4 * (1 - fm)) + backward))

@@ -43,16 +43,24 @@ class Measure(Protocol):
 
 
 class OfDigits:
-    """Digits, which need no reference. several: draw and decode n of them, see `measure_digits`."""
+    """Digits, which need no reference. several: draw and decode n of them, see `measure_digits`. guidance: as for
+    `sample`."""
 
     distance = "Frechet distance"
 
-    def __init__(self, flow: SolutionFlow, n: int, several: Devices[tuple[Drawing, range]]) -> None:
-        self._flow, self._n, self._several = flow, n, several
+    def __init__(
+        self,
+        flow: SolutionFlow,
+        n: int,
+        several: Devices[tuple[Drawing, range]],
+        guidance: float | None = None,
+    ) -> None:
+        self._flow, self._n, self._several, self._guidance = flow, n, several, guidance
 
     def at(self, nfe: int, times: Times | None, seed: int) -> Measurement:
         """See Measure."""
-        scores = measure_digits(self._flow, self._n, nfe, seed, several=self._several, times=times)
+        way: Any = {"several": self._several, "times": times, "guidance": self._guidance}
+        scores = measure_digits(self._flow, self._n, nfe, seed, **way)
         return Measurement(shown(times) + describe(nfe, scores), scores._asdict())
 
     def distance_at(self, times: Times, seed: int) -> float:
@@ -61,7 +69,7 @@ class OfDigits:
 
     def about(self) -> dict[str, Any]:
         """See Measure."""
-        return {"samples": self._n, "reference": {"path": "digits", "images": REAL}}
+        return {"samples": self._n, "reference": {"path": "digits", "images": REAL}, **of_guidance(self._guidance)}
 
 
 class AgainstReference:
@@ -72,14 +80,20 @@ class AgainstReference:
         n: how many are drawn.
         shape: [C, H, W] of a sample.
         finish_on: gives what makes images, uint8 [n, C, H, W], of samples on a device.
-
-    Raises ConfigError where a metric is asked for that n images are too few for.
+        guidance: as for `sample`.
     """
 
     def __init__(
-        self, flow: SolutionFlow, judge: Judge, n: int, shape: tuple[int, int, int], finish_on: Finish
+        self,
+        flow: SolutionFlow,
+        judge: Judge,
+        n: int,
+        shape: tuple[int, int, int],
+        finish_on: Finish,
+        guidance: float | None = None,
     ) -> None:
         self._flow, self._judge, self._n, self._shape, self._finish_on = flow, judge, n, shape, finish_on
+        self._guidance = guidance
         distances = [metric for metric in judge.metrics if metric.figure == "frechet"]
         self._metric = distances[0] if distances else None
         self.distance = self._metric.written if self._metric else ""
@@ -100,17 +114,22 @@ class AgainstReference:
 
     def about(self) -> dict[str, Any]:
         """See Measure."""
-        return self._judge.about(self._n)
+        return {**self._judge.about(self._n), **of_guidance(self._guidance)}
 
     def _drawing(self, nfe: int, times: Times | None, seed: int) -> Drawing:
-        shape = (self._n, *self._shape)
-        return Drawing.of(self._flow, labels_in_turn(self._flow, self._n), nfe=nfe, times=times, seed=seed, shape=shape)
+        way: Any = {"times": times, "seed": seed, "shape": (self._n, *self._shape), "guidance": self._guidance}
+        return Drawing.of(self._flow, labels_in_turn(self._flow, self._n), nfe=nfe, **way)
 
 
 def labels_in_turn(flow: SolutionFlow, n: int) -> Tensor | None:
     """0, 1, ... of a flow's classes and again, int64 [n]; None: it has none."""
     classes = getattr(flow.network, "num_classes", 0)
     return torch.arange(n) % classes if classes else None
+
+
+def of_guidance(guidance: float | None) -> dict[str, float]:
+    """A scale as it stands beside figures; None: the network sees none, and nothing stands there."""
+    return {} if guidance is None else {"guidance": guidance}
 
 
 def shown(times: Times | None) -> str:

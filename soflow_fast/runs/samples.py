@@ -24,7 +24,8 @@ from ..evaluation import (
     open_images,
 )
 from ..files import write_file
-from ..sampling import Drawing, sample
+from ..sampling import Drawing, chosen_guidance, sample
+from ..sampling.solving import usual_calls
 from ..training.state import TrainState
 from .images import has_colours, make_grid, npy, png, to_uint8
 from .latents.vae import VAE, load_vae
@@ -36,7 +37,7 @@ EVALUATION_SAMPLES = 4000
 
 
 class Grids:
-    """The grids of a run: one-step samples of the EMA weights, of the same noise and labels every time.
+    """The grids of a run: samples of the EMA weights in as few calls as usual, of the same noise and labels every time.
 
     Latents are decoded by their VAE where it is on this machine and fits them, and else kept as they are, in .npy:
     they are no colours.
@@ -146,6 +147,12 @@ class Evaluations:
         """Whether there is something to measure by."""
         return bool(self.state.config.run.reference) or self._of_digits
 
+    def on_the_way(self) -> tuple[str, dict[int, dict[str, float]]]:
+        """The figures of samples in as few calls as usual, as a line and as `evaluate` returns them."""
+        nfe = usual_calls(self.state.ema)
+        line, figures = self.at(nfe)
+        return line, {nfe: figures}
+
     def at(self, nfe: int) -> tuple[str, dict[str, float]]:
         """The figures of samples of `nfe` network calls, as a line and by name; nothing of a rank that only draws."""
         if self._against is not None:
@@ -164,16 +171,23 @@ class Evaluations:
         return {"samples": self.samples} if self._against is None else self._against.about()
 
 
-def evaluate(evaluations: Evaluations, run_dir: Path | None, say: Callable[[str], None]) -> None:
+def evaluate(evaluations: Evaluations, run_dir: Path | None, say: Callable[[str], None]) -> dict[int, dict[str, float]]:
     """Print the figures of samples drawn with 1 and with 2 network calls, and keep them in evaluation.json.
 
+    Of a flow that has learned the velocity alone: with as many calls as usual. Returns the figures by name, for each
+    number of calls.
+
     run_dir: None of a rank that only takes part in the drawing."""
-    figures: dict[int, dict[str, float]] = {}
-    say(f"evaluating {evaluations.samples} samples")
-    for nfe in (1, 2):
+    ema, figures = evaluations.state.ema, {}
+    guidance = chosen_guidance(ema, None)
+    say(f"evaluating {evaluations.samples} samples{'' if guidance is None else f' at guidance {guidance:g}'}")
+    for nfe in (1, 2) if ema.solves else (usual_calls(ema),):
         line, figures[nfe] = evaluations.at(nfe)
         if line:
             say(line)
     content = {"step": evaluations.state.step, **evaluations.about(), "nfe": figures}
+    if guidance is not None:
+        content["guidance"] = guidance
     if run_dir is not None:
         write_file(run_dir / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode(), synced=False)
+    return figures

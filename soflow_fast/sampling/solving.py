@@ -9,19 +9,28 @@ from torch import Tensor
 
 from ..config.schema import SamplingMethod, shown
 from ..flow import SolutionFlow, per_sample
+from .guidance import scales
+
+EULER_CALLS = 10
+"""Network calls of each sample of a flow that has learned the velocity alone, where their number is not said."""
 
 
-def checked_times(nfe: int | None, times: Sequence[float] | None) -> tuple[float, ...]:
+def usual_calls(flow: SolutionFlow) -> int:
+    """The network calls of each sample of a flow, where their number is not said."""
+    return 1 if flow.solves else EULER_CALLS
+
+
+def checked_times(nfe: int | None, times: Sequence[float] | None, usual: int = 1) -> tuple[float, ...]:
     """The times t_0 = 1 > t_1 > ... > 0 of the network calls, after the last of which comes time 0.
 
-    nfe: how many they are; None: as many as `times` has, or one. times: None: they are evenly spaced.
+    nfe: how many they are; None: as many as `times` has, or `usual`. times: None: they are evenly spaced.
 
     Raises ValueError.
     """
     if nfe is not None and nfe < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe}")
     if times is None:
-        count = nfe or 1
+        count = nfe or usual
         return tuple(1 - k / count for k in range(count))
     found = tuple(float(t) for t in times)
     if nfe is not None and len(found) != nfe:
@@ -31,10 +40,14 @@ def checked_times(nfe: int | None, times: Sequence[float] | None) -> tuple[float
     return found
 
 
-def checked_method(method: str) -> SamplingMethod:
-    """A method that is one. Raises ValueError."""
+def checked_method(method: str | None, flow: SolutionFlow) -> SamplingMethod:
+    """A method that is one, and fits a flow; None: the flow's own. Raises ValueError."""
+    if method is None:
+        return "renoise" if flow.solves else "euler"
     for known in get_args(SamplingMethod):
         if method == known:
+            if method != "euler" and not flow.solves:
+                raise ValueError(f"method must be euler, got {method!r}: the flow was trained by {flow.objective}")
             return known
     raise ValueError(f"method must be one of {', '.join(get_args(SamplingMethod))}, got {shown(method)}")
 
@@ -50,6 +63,7 @@ def solve(
     times: Sequence[float],
     method: SamplingMethod,
     labels: Tensor | None,
+    guidance: float | None = None,
 ) -> Tensor:
     """Samples [B, C, H, W] from one network call at each of the times; at t_k, with t_n = 0 after the last:
 
@@ -59,17 +73,19 @@ def solve(
     | "consecutive" | f(x, t_k, t_{k+1}) |
     | "euler" | x + (t_{k+1} - t_k) v(x, t_k) |
 
-    noise: gives standard normal noise number k, for k below `noise_count`, [B, C, H, W].
+    noise: gives standard normal noise number k, for k below `noise_count`, [B, C, H, W]. guidance: as
+    `chosen_guidance` gives it.
     """
     x = noise(0)
+    w = scales(flow, guidance, labels, x)
     for k, now in enumerate(times):
         t, after = (_filled(x, value) for value in (now, times[k + 1] if k + 1 < len(times) else 0.0))
         if method == "euler":
-            x = x + per_sample(after - t, x) * flow.velocity(x, t, labels)
+            x = x + per_sample(after - t, x) * flow.velocity(x, t, labels, w)
         elif method == "consecutive":
-            x = flow.solution(x, t, after, labels)
+            x = flow.solution(x, t, after, labels, w)
         else:
-            x = flow.solution(x, t, torch.zeros_like(t), labels)
+            x = flow.solution(x, t, torch.zeros_like(t), labels, w)
             if k + 1 < len(times):
                 x = flow.point(x, noise(k + 1), after)[0]
     return x

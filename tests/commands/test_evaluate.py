@@ -131,6 +131,7 @@ WRONG = [
     (["IMAGES"], ["IMAGES", "--reference PATH"]),
     (["IMAGES", "--reference", "IMAGES", "--nfe", "2"], ["--nfe 2", "none are drawn"]),
     (["IMAGES", "--reference", "IMAGES", "--seed", "0"], ["--seed 0", "none are drawn"]),
+    (["IMAGES", "--reference", "IMAGES", "--guidance", "2"], ["--guidance 2", "none are drawn"]),
     (["mu.npz", "--reference", "IMAGES"], ["mu.npz", "no images"]),
     (["IMAGES", "--reference", "mu.npz", "--metrics", "kid"], ["--reference mu.npz", "no images"]),
     (["empty", "--reference", "IMAGES"], ["empty", "no checkpoint"]),

@@ -69,9 +69,11 @@ def test_tensorboard_has_the_figures(tmp_path: Path) -> None:
     trainer.train(configuration(tmp_path / "run", eval_every=3))
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
-    (point,) = board.Scalars("eval_accuracy")
+    point, last = board.Scalars("eval_accuracy")
     (entry,) = [entry for entry in lines(tmp_path / "run") if "eval_accuracy" in entry]
     assert point.step == entry["step"] == 3 and point.value == pytest.approx(entry["eval_accuracy"])
+    final = json.loads((tmp_path / "run" / "evaluation.json").read_text())["nfe"]
+    assert last.step == 6 and last.value == pytest.approx(final["1"]["accuracy"])
 
 
 def test_a_resumed_run_has_each_evaluation_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

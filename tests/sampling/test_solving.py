@@ -117,3 +117,22 @@ def test_a_method_that_is_none_and_noise_that_is_not_asked_for_are_refused() -> 
     for method in ("consecutive", "euler"):
         with pytest.raises(ValueError, match=f"one tensor for method {method}: 1, got 3"):
             sample(flow, times=TIMES, method=method, noise=noise(3))
+
+
+def test_a_flow_that_has_learned_its_velocity_alone_goes_along_it() -> None:
+    """By Euler's method in ten calls, unless it is said otherwise; there are no solutions to draw by."""
+    flow = SolutionFlow(Network(), objective="flow-matching")
+    given: dict[str, Any] = {"seed": 3, "shape": (5, *SHAPE)}
+    for nfe in (None, 4):
+        wanted = sample(SolutionFlow(Network()), nfe=nfe or 10, method="euler", **given)
+        assert torch.equal(sample(flow, nfe=nfe, **given), wanted)
+    drawing = Drawing.of(flow, **given)
+    assert (drawing.method, drawing.nfe) == ("euler", 10) and Drawing.of(flow, times=TIMES, **given).nfe == 3
+    for method in ("renoise", "consecutive"):
+        with pytest.raises(ValueError, match=f"method must be euler, got '{method}': .* trained by flow-matching"):
+            sample(flow, method=method, **given)
+    x, y = noise(1)[0], torch.zeros(3, dtype=torch.int64)
+    t, s = torch.full((2, 3), 0.5, dtype=torch.float64) * torch.tensor([[1.0], [0.4]])
+    torch.testing.assert_close(flow(x, t, s, y), x - 0.3 * flow.velocity(x, t, y))  # a call is one such step
+    with pytest.raises(ValueError, match=r"^objective\.kind must be one of soflow, flow-matching, meanflow"):
+        SolutionFlow(Network(), objective="flowmatching")  # type: ignore[arg-type]
