@@ -227,6 +227,21 @@ def cpu(run: dict) -> str:
     return page(["network and batch", "recipe", "ms per step (quartiles)", "times as fast"], 2, lines, run, note)
 
 
+def peaks(run: dict) -> str:
+    """A record of benchmarks.memory as Markdown: a line per case and recipe."""
+    lines = []
+    for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
+        rows = list(group)
+        first = rows[0]["peak_bytes"]
+        for k, row in enumerate(rows):
+            held, peak = (row[name] / 2**20 for name in ("held_bytes", "peak_bytes"))
+            share = f"{row['peak_bytes'] / first:.2f}x" if k else ""
+            lines.append([case if k == 0 else "", row["way"], number(held), number(peak), share, number(held + peak)])
+    head = ["network and batch", "recipe", "MiB held between steps", "MiB more at the peak of a step", "of the first"]
+    note = f"Counted by torch's profiler, one recipe after the other. `{run['command']}`."
+    return page([*head, "MiB together"], 2, lines, run, note)
+
+
 def sampling(run: dict) -> str:
     """A record of benchmarks.sampling as Markdown: a line per network, batch and way."""
     lines = []
@@ -410,6 +425,7 @@ BLOCKS = {
     "distance": Block("docs/precision.md", "distance", distance),
     "soak": Block("docs/reliability.md", "soak", soak),
     "cpu": Block("docs/performance.md", "cpu", cpu),
+    "memory": Block("docs/performance.md", "memory", peaks),
     "increments": Block("docs/precision.md", "increments", increments),
     "derivative": Block("docs/precision.md", "derivative", derivative),
     "precision-quality": Block(

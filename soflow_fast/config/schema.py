@@ -259,7 +259,7 @@ class RunConfig:
     """Record the whole step as one CUDA graph; by default where every operation of it can be recorded."""
     recompute: Recompute = "auto"
     """Values that the backward makes again to save memory; nothing: none, none: norms and GELUs alone, mlp: each MLP's
-    first product too, block: all of each block; auto: nothing where the GPU has room for it, else none."""
+    first product too, block: all of each block; auto: nothing on a CPU and where the GPU has room for it, else none."""
     attention: AttentionBackend = "auto"
     """Attention backend; auto: the fastest as measured, sdpa: torch picks; --env says which are usable."""
     mlp: MLPProducts = "auto"

@@ -25,7 +25,6 @@ from soflow_kernels import (
     gate_residual_layernorm_modulate,
     layernorm_modulate,
     linear_gelu,
-    on_gpu,
     qk_rms_norm,
     transformed,
     use_kernel,
@@ -134,13 +133,14 @@ def weights_of(layer: nn.Linear, dtype: torch.dtype) -> LinearWeights:
 def _side_by_side(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """The products of one x [B, K] with several layers, [B, sum of N].
 
-    On a GPU one by one, each into its columns: as one product, the weights would first be copied to one matrix, which
-    takes longer than they take to be multiplied. On a CPU as one product.
+    One by one, each into its columns: as one product, the weights would first be copied to one matrix, which takes
+    longer than they take to be multiplied.
     """
-    if not on_gpu(x) or torch.compiler.is_compiling() or transformed():
-        return F.linear(x, torch.cat(list(weights)), torch.cat(list(biases)))
+    pairs = zip(weights, biases, strict=True)
+    if torch.compiler.is_compiling() or transformed():
+        return torch.cat([F.linear(x, weight, bias) for weight, bias in pairs], 1)
     out = x.new_empty(len(x), sum(map(len, weights)))
-    for weight, bias, columns in zip(weights, biases, out.split([len(weight) for weight in weights], 1), strict=True):
+    for (weight, bias), columns in zip(pairs, out.split([len(weight) for weight in weights], 1), strict=True):
         torch.addmm(bias, x, weight.t(), out=columns)
     return out
 
@@ -180,11 +180,8 @@ class _StackedLinear(torch.autograd.Function):
     def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *weights = ctx.saved_tensors
         rows = [len(weight) for weight in weights]
-        if on_gpu(dout):
-            parts = [part @ weight for part, weight in zip(dout.split(rows, 1), weights, strict=True)]
-            dx = torch.stack(parts).sum(0)
-        else:
-            dx = dout @ torch.cat(weights)
+        parts = [part @ weight for part, weight in zip(dout.split(rows, 1), weights, strict=True)]
+        dx = torch.stack(parts).sum(0)
         dweight, dbias = dout.t() @ x, dout.sum(0)
         each = zip(dweight.split(rows), dbias.split(rows), strict=True)
         return dx, *[gradient for pair in each for gradient in pair]
@@ -282,7 +279,7 @@ def linear(x: Tensor, layer: LinearWeights, *, bias: bool = True) -> Tensor:
 
 
 def stacked_linear(x: Tensor, layers: list[LinearWeights]) -> Tensor:
-    """The products of one x [B, K] with several layers side by side, [B, sum of N], as one product."""
+    """The products of one x [B, K] with several layers side by side, [B, sum of N]."""
     if _composed():
         weights, biases = zip(*layers, strict=True)
         return _side_by_side(x, weights, biases)

@@ -464,9 +464,9 @@ def resolved(config: Config, crew: Crew = ALONE) -> Config:
         fits = min(size or mine.batch_size for size in crew.all(_micro_batch(mine, device, crew)))
         config = replace(config, micro_batch=0 if fits == mine.batch_size else fits)
     if config.run.recompute == "auto":
-        on_gpu = device.type == "cuda"  # a CPU keeps norms and GELUs in any case
+        on_gpu = device.type == "cuda"  # on a CPU memory is not what is short
         mine = replace(mine, micro_batch=config.micro_batch)
-        kinds = crew.all(recompute_in(mine, torch.cuda.mem_get_info(device)[0], crew) if on_gpu else "none")
+        kinds = crew.all(recompute_in(mine, torch.cuda.mem_get_info(device)[0], crew) if on_gpu else "nothing")
         config = replace(config, run=replace(config.run, recompute=kinds[0] if len(set(kinds)) == 1 else "none"))
     return config
 

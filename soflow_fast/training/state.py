@@ -147,8 +147,7 @@ class TrainState:
             guide = flow_of(config, float8.float8_twin(flow.network))
         recompute = config.run.recompute
         flow.network.recompute = "none" if recompute in ("auto", "nothing") else recompute
-        if recompute == "nothing":
-            flow.network.keep_norms = True
+        flow.network.keep_norms = None if recompute == "auto" else recompute == "nothing"
         if config.run.compile:
             for network in (flow.network, *([teacher.network] if teacher else [])):
                 network.compile_blocks()

@@ -43,10 +43,13 @@ class Draws(NamedTuple):
     """Everything random in one step's batch. The first `n_fm` samples are flow matching, where l = s = t."""
 
     x1: Tensor
+    """Noise [B, C, H, W]."""
     t: Tensor
+    """Times [B], float32; of consistency samples s < l < t."""
     l: Tensor
     s: Tensor
     label_dropped: Tensor
+    """bool [B]: the labels that become the null label."""
     n_fm: int
     w: Tensor | None = None
     """Guidance scales [B] where each sample has its own; None: it does not."""
@@ -70,10 +73,11 @@ def _n_fm(state: TrainState, B: int) -> int:
     return share_of_first(whole, first, state.rank, state.world)
 
 
-def draw(state: TrainState, shape: torch.Size) -> Draws:
+def draw(state: TrainState, shape: Sequence[int]) -> Draws:
     """The noise, times, dropped labels and guidance scales of the next step on this rank, for a batch of `shape`
     [B, C, H, W].
 
+    A function of the seed, the step and the shape: it changes nothing, and gives the same until the next `train_step`.
     They are drawn for the whole batch of all ranks, of which this one takes its share (`ranks.share`).
     """
     config, objective, whole = state.config, state.objective, shape[0] * state.world
@@ -137,25 +141,27 @@ def train_step(
     `skipped`: how many so far had a number that is not finite. They change nothing but the count of steps. Nothing is
     copied to the host.
 
-    draws: noise, times, dropped labels and, of a network with a `guidance_range`, guidance scales; None: those of
-    `draw`.
+    draws: noise, times, dropped labels and, of a network with a `guidance_range`, guidance scales, on any device, such
+    as those that another implementation was fed with; None: those of `draw`. Of several ranks each gives its own, with
+    the `n_fm` of its `draw`.
     observe: called for each micro-batch as `observe("micro-batch", number=)`, `observe("guidance", null=, labelled=)`,
     `observe("student", samples=, output=)`, `observe("target", points=, value=, increment=)`,
     `observe("losses", fm=, sc=)` and, just before its backward, `observe("backward", loss=)`; then, before the update,
     as `observe("update")`. A step that is observed runs as it is, not as a CUDA graph.
-    Raises ValueError if x0 and y do not fit the model, or if the optimiser does not hold a parameter of it.
+    Raises ValueError if x0 and y do not fit the model, draws do not fit x0, or the optimiser does not hold a parameter.
     """
     config = state.config
     _check_batch(state, x0, y)
     state.check_parameters()
     x0 = x0.to(state.device, state.flow.network.pos_embed.dtype, non_blocking=True)
     y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
-    draws = draw(state, x0.shape) if draws is None else draws
+    draws = draw(state, x0.shape) if draws is None else _given(state, x0, draws)
     _set_rates(state)
     measured = _measured_by_all(state, x0, y, draws) if _checks_quotient(state) else None
     if state.graph is None and state.graphed:
         make_graph(state)
-    if state.graph is not None and observe is None and not state.watched():
+    recorded = draws.n_fm == _n_fm(state, len(x0))
+    if state.graph is not None and observe is None and recorded and not state.watched():
         totals = state.graph(x0, y, *draws.tensors)
     else:
         totals = update(state, x0, y, draws, observe or _unobserved)
@@ -252,6 +258,31 @@ def _check_batch(state: TrainState, x0: Tensor, y: Tensor | None) -> None:
     # Labels on a GPU are not looked at: that would wait for it.
     if not on_gpu(y) and model.num_classes and (int(y.min()) < 0 or int(y.max()) > most):
         raise ValueError(f"y must be labels in 0..{most}, got {int(y.min())} to {int(y.max())}")
+
+
+def _given(state: TrainState, x0: Tensor, draws: Draws) -> Draws:
+    """Draws from outside, where x0 is. Raises ValueError for shapes and dtypes that do not fit it."""
+    B = len(x0)
+    if draws.x1.shape != x0.shape or not draws.x1.is_floating_point():
+        raise ValueError(f"draws.x1 must be floating {list(x0.shape)}, got {draws.x1.dtype} {list(draws.x1.shape)}")
+    for name in ("t", "l", "s"):
+        value = getattr(draws, name)
+        if value.shape != (B,) or not value.is_floating_point():
+            raise ValueError(f"draws.{name} must be floating [{B}], got {value.dtype} {list(value.shape)}")
+    dropped = draws.label_dropped
+    if dropped.shape != (B,) or dropped.dtype != torch.bool:
+        raise ValueError(f"draws.label_dropped must be bool [{B}], got {dropped.dtype} {list(dropped.shape)}")
+    if draws.w is None and state.objective.guidance_range is not None:
+        raise ValueError("draws.w must be given: the network sees a guidance scale of each sample")
+    if draws.w is not None and (draws.w.shape != (B,) or not draws.w.is_floating_point()):
+        raise ValueError(f"draws.w must be floating [{B}], got {draws.w.dtype} {list(draws.w.shape)}")
+    if draws.w is not None and state.objective.guidance_range is None:
+        raise ValueError("draws.w: the network sees no guidance scale")
+    if not 0 <= draws.n_fm <= B:
+        raise ValueError(f"draws.n_fm must be 0 to {B}, got {draws.n_fm}")
+    if state.parallel is not None and draws.n_fm != _n_fm(state, B):
+        raise ValueError(f"draws.n_fm must be {_n_fm(state, B)} on this rank, as of draw(state, x0.shape)")
+    return Draws._make(value.to(x0.device) if isinstance(value, Tensor) else value for value in draws)
 
 
 def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) -> tuple[Tensor | None, int]:
