@@ -382,9 +382,9 @@ def test_a_run_its_resume_and_its_samples_do_without_the_compiler(environment: d
 
 @pytest.mark.parametrize(("free", "kind"), [(10**12, "nothing"), (10**7, "none")])
 def test_what_a_backward_makes_again_depends_on_the_room(free, kind, monkeypatch):
-    """On a GPU; a CPU keeps norms and GELUs in any case, and what was asked for stays."""
+    """On a GPU; a CPU makes nothing again, and what was asked for stays."""
     config = preset("digits", device="cpu")
-    assert config.run.recompute == "auto" and resolved(config).run.recompute == "none"
+    assert config.run.recompute == "auto" and resolved(config).run.recompute == "nothing"
     assert recompute_in(config, free) == kind
     asked = override(config, {"recompute": "block"})
     monkeypatch.setattr(trainer, "resolve_device", lambda name: torch.device("cuda"))
