@@ -191,8 +191,9 @@ def test_a_counter_counts_on_a_terminal_from_the_first_to_the_last(monkeypatch: 
         counter(done, 150)
         shown.append(screen.lines[0])
     assert shown == [
-        *("64/150 images  ? left  0 img/s", "128/150 images  0:01 left  32 img/s"),
-        "150/150 images  0:00 left  22 img/s",
+        "64/150 images  ? left  0 img/s  [########------------]",
+        "128/150 images  0:01 left  32 img/s  [#################---]",
+        "150/150 images  0:00 left  22 img/s  [####################]",
     ]
     assert screen.lines == [shown[-1], ""] and screen.cursor_shown
     monkeypatch.setattr("sys.stderr", plain)
