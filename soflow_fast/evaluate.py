@@ -145,7 +145,7 @@ def _judge(values: argparse.Namespace, size: int, devices: Any) -> "Judge":
 
     say = (lambda text: None) if values.json else partial(print, file=sys.stderr)
     reference = open_images(values.reference, flag="--reference ", size=size, say=say)
-    weights = {"inception": values.inception or "", "dinov2": values.dinov2 or ""}
+    weights: dict[str, Any] = {"inception": values.inception or "", "dinov2": values.dinov2 or ""}
     return judge_for(reference, values.metrics or "", devices, **weights, tick=Counter())
 
 

@@ -1,6 +1,7 @@
 """`sample` and `evaluate` on several devices: the same bytes as on one, and an end whatever becomes of one of them."""
 
 import importlib
+import json
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from soflow_fast.runs import checkpoint, images, signals
 from soflow_fast.sampling import Drawing
 from soflow_fast.training import precision
 from soflow_fast.training.state import build_flow
+from tests.evaluation.small import pictures, save_folder
 
 CPU = torch.device("cpu")
 Call = Callable[..., Any]
@@ -105,6 +107,26 @@ def test_latents_are_decoded_where_they_are_drawn(
     assert drawn[1] == drawn[2] and len(drawn[1]) == 137 + (vae == "vae")
     few = {name: content for name, content in drawn[3].items() if name[0] == "0"}
     assert few.items() <= drawn[1].items() and len(few) == len(set(few.values())) == 130
+
+
+def test_decoded_latents_against_a_reference_are_their_files_against_it(
+    latent_run: Path, call: Call, refused: Call, tmp_path: Path, devices: Callable[[int], set[str]]
+) -> None:
+    flags = ["--reference", save_folder(pictures(20, 0), tmp_path / "reference"), "--metrics", "fd-random,kid-random"]
+    drawn = ["evaluate", latent_run / "run", "--n", "100", "--nfe", "1", "--json", *flags]
+    found = {}
+    for n in (1, 2):
+        devices(n)
+        found[n] = json.loads(call(*drawn, "--vae", latent_run / "vae").out)
+    devices(1)
+    assert (
+        call("sample", latent_run / "run", "--out", tmp_path / "out", "--n", "100", "--vae", latent_run / "vae").code
+        == 0
+    )
+    of_files = json.loads(call("evaluate", tmp_path / "out", "--json", *flags).out)
+    assert found[1] == found[2] and found[1]["nfe"]["1"] == of_files["figures"]
+    assert found[1]["reference"]["size"] == of_files["reference"]["size"]
+    assert "give --vae NAME" in refused(*drawn)
 
 
 def test_figures_are_the_same_on_any_number_of_devices(
