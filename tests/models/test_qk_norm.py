@@ -82,7 +82,7 @@ def test_beside_a_guidance_scale():
     x, t, s, y, v = inputs()
     w, dt = torch.tensor([1.0, 1.5, 2.5, 4.0]), 0.01 * (s - t)
     dx = v * dt[:, None, None, None]
-    value, increment = paired_forward(net, x, dx, t, dt, s, y, w, dtype=torch.float32)
+    value, increment = paired_forward(net, x, dx, t, dt, s, y, w=w, dtype=torch.float32)
     wide = copy.deepcopy(net).double()
     given = [each.double() for each in (x, dx, t, dt, s)]
     with torch.no_grad():
