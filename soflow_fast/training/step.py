@@ -136,7 +136,7 @@ def train_step(
 
     x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Of several ranks each gives its
     share of the whole batch, all at the same time.
-    Returns scalars of the whole batch, as tensors on the device: losses, `sc_mse` (mean q^2), weights, gradient norm,
+    Returns scalars of the whole batch, as tensors on the device: losses, `sc_mse` (`LossTerm`), weights, gradient norm,
     learning rate; every `run.check_quotient_every` steps `q_cosine` (`measure_quotient`); where such steps are skipped,
     `skipped`: how many so far had a number that is not finite. They change nothing but the count of steps. Nothing is
     copied to the host.

@@ -36,6 +36,8 @@ OUT_OF_RANGE = {
     "--recompute": ["all", ""],
     "--parallel": ["fsdp2", "DDP", ""],
     "--attention": ["flash5", "sdpa-cudnn", ""],
+    "--eval-every": ["-1", "often"],
+    "--reference": ["nowhere", "x" * 300],
     "--checkpoint-every": ["-1", "often"],
     "--keep": ["1", "-1", "all"],
     "--on-nonfinite": ["ignore", ""],

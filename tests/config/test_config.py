@@ -186,6 +186,8 @@ OUT_OF_RANGE = {
     "run.track": "mlflow",
     "run.log_every": 0,
     "run.sample_every": -1,
+    "run.eval_every": -1,
+    "run.eval_samples": 99,
     "run.checkpoint_every": -1,
     "run.check_quotient_every": -1,
     "run.keep": 1,
@@ -223,6 +225,7 @@ FREE = {
         "optim.ema_warmup",
     ),
     *("run.compile", "run.cuda_graph", "run.data_on_gpu"),
+    *("run.reference", "run.metrics", "run.inception", "run.dinov2"),
 }
 
 
