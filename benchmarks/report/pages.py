@@ -211,7 +211,7 @@ def derivative(run: dict) -> str:
         f"After {run['rows'][0]['steps']} steps of training; the error is relative to forward mode in float64, the "
         f"time that of the derivative alone, everything in turn. `{run['command']}`."
     )
-    return page(["network and batch", "student", "du/dt by", "error", "ms (quartiles)"], 3, lines, run, note)
+    return page(["network and batch", "student", "du/dt by", "error", "ms (quartiles)"], 2, lines, run, note)
 
 
 def cpu(run: dict) -> str:

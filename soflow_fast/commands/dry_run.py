@@ -13,6 +13,7 @@ from ..flow import conditions
 from ..models.attention import flop_counter
 from ..ranks import flow_matching_samples
 from ..runs.progress import duration
+from ..runs.samples import check_evaluations
 from ..runs.trainer import (
     beginning,
     choose_precision,
@@ -66,6 +67,7 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
 def dry_run(config: Config, gpu: str | None = None, choices: DataChoices = NOTHING_LEFT) -> str:
     """The text that `--dry-run` prints; gpu: one of `GPUS`, for which memory and time of a step are predicted. Raises
     UserError as a run would."""
+    check_evaluations(config.run)
     with enough_memory(config):
         return _report(config, gpu, choices)
 

@@ -27,7 +27,7 @@ MOST_CALLS = 1000
 MOST_SEED = 2**63 - 1
 DEVICES = "auto: every GPU, else the CPU; cpu; cuda:1; cuda:0,cuda:2; ..."
 """Help on the flag --device of commands that work on several."""
-GUIDANCE = "scale, of a model trained with --guidance-range (default: the geometric mean of that)"
+GUIDANCE = "scale, of a model trained for a range of them (default: the geometric mean of that)"
 """Help on the flag --guidance of commands that draw."""
 
 

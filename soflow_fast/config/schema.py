@@ -223,6 +223,20 @@ class RunConfig:
     """Hold the whole data set on the GPU; by default latents and arrays of pixels, where they fit beside a step."""
     log_every: int = 10
     sample_every: int = 500
+    eval_every: int = 0
+    """Updates between evaluations of the samples of one network call; 0: only at the end."""
+    eval_samples: int = 0
+    """Samples of each evaluation; 0: 4000."""
+    reference: str = ""
+    """Images to compare samples with: a data set, or an .npz of ADM.
+
+    Without one the digits alone are evaluated."""
+    metrics: str = "fid"
+    """Figures of that comparison, with commas between them, as `evaluate --metrics` takes them."""
+    inception: str = ""
+    """File of the weights of Inception; empty: downloaded once."""
+    dinov2: str = ""
+    """File or folder of the weights of DINOv2."""
     checkpoint_every: int = 500
     """Updates between checkpoints; 0: only the last."""
     check_quotient_every: int = 500
@@ -337,6 +351,8 @@ SHORT_NAMES = {
     "recompute": "run.recompute",
     "attention": "run.attention",
     "parallel": "run.parallel",
+    "eval_every": "run.eval_every",
+    "reference": "run.reference",
     "checkpoint_every": "run.checkpoint_every",
     "track": "run.track",
     "keep": "run.keep",

@@ -66,6 +66,12 @@ def validate(config: Config) -> Config:
     check("workers", AUTO <= run.workers <= 256, "in [-1, 256]")
     check("log_every", run.log_every >= 1, "at least 1")
     check("sample_every", run.sample_every >= 0, "at least 0")
+    check("eval_every", run.eval_every >= 0, "at least 0")
+    judged = bool(run.reference) or config.data.of_digits
+    check("eval_every", judged or not run.eval_every, "0 without run.reference, as the data are no digits")
+    check("eval_samples", run.eval_samples == 0 or 100 <= run.eval_samples <= 10**6, "0, or in [100, 10^6]")
+    for name in ("reference", "inception", "dinov2"):
+        check(name, _can_be_a_name(getattr(run, name)), a_name)
     check("checkpoint_every", run.checkpoint_every >= 0, "at least 0")
     check("check_quotient_every", run.check_quotient_every >= 0, "at least 0")
     check("keep", run.keep >= 2, "at least 2")

@@ -1,6 +1,7 @@
 """The model card: what weights are, how to use them, and how they came to be, as far as that is known."""
 
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,8 @@ FREE = ("run.", "preset", "data.path", "data.vae", "data.skip_bad", "micro_batch
 """Fields that belong to one machine, or to the command's own arguments."""
 FEW = 50_000
 """Samples below which figures are said to be of few."""
+BESIDE = {"reference", "few", "guidance"}
+"""What may stand beside the figures of samples: what they were compared with, whether they are few, and w."""
 
 
 def model_card(flow: SolutionFlow, origin: Origin | None, name: str, use: str = "") -> str:
@@ -124,15 +127,24 @@ def _figures(figures: dict[str, Any]) -> Iterator[str]:
         return
     yield "## Figures"
     match figures:
-        case {"samples": int(samples), "nfe": dict(calls), **more} if _are_rows(calls) and more.keys() <= {"guidance"}:
+        case {"samples": int(samples), "nfe": dict(calls), **others} if _are_rows(calls) and others.keys() <= BESIDE:
             few = f", fewer than the {FEW} that are usual" if samples < FEW else ""
-            scale = f" at guidance {_number(more['guidance'])}" if more else ""
-            yield f"Of {samples} samples{scale}{few}, of the average of the weights:"
+            scale = f" at guidance {_number(others['guidance'])}" if "guidance" in others else ""
+            yield f"Of {samples} samples{scale}{few}, of the average of the weights{_against(others.get('reference'))}:"
             names = list(dict.fromkeys(name for row in calls.values() for name in row))
             rows = [[number, *(_number(row.get(name)) for name in names)] for number, row in calls.items()]
             yield _table(["network calls", *(name.replace("_", " ") for name in names)], rows)
         case _:
             yield f"```json\n{json.dumps(figures, indent=2)}\n```"
+
+
+def _against(reference: Any) -> str:
+    match reference:
+        case {"path": str(path), "images": int(images), "statistics": bool(statistics)}:
+            what = [f"{images} images"] * bool(images) + ["statistics"] * statistics
+            return f", compared with {_text(os.path.basename(path.rstrip('/')))} ({' and '.join(what)})"
+        case _:
+            return ""
 
 
 def _are_rows(calls: dict[str, Any]) -> bool:

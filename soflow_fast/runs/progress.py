@@ -3,6 +3,7 @@
 import errno
 import io
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
@@ -123,6 +124,28 @@ class Progress:
         except OSError as error:
             # Other errors are those of a full disk, in which a later line may find room.
             self._gone = error.errno in GONE or isinstance(error, BrokenPipeError)
+
+
+class Counter:
+    """A count of images on stderr while they are measured, if that is a terminal: called with how many are done, of how
+    many, it begins with the first and ends with the last of them."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._progress: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show it."""
+        now = self._clock()
+        if self._progress is None:
+            if sys.stderr is None or not sys.stderr.isatty():
+                return
+            self._progress, self._began, self._first = Progress(total, sys.stderr), now, done
+        passed = now - self._began
+        self._progress.count(done, (done - self._first) / passed if passed else 0, now)
+        if done >= total:
+            self._progress.close()
+            self._progress = None
 
 
 class _Console(Console):

@@ -39,7 +39,7 @@ from .metrics import Boards, MetricsLog, NoLog, TensorBoard, named_figures
 from .progress import LABELS, MEANFLOW_LABELS, Progress
 from .ranks.crew import ALONE, Crew, assemble
 from .ranks.watch import watched
-from .samples import Grids, evaluate
+from .samples import Evaluations, Grids, check_evaluations, evaluate
 from .tracking import Tracker, check_installed
 
 
@@ -63,6 +63,8 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         config, chosen = choose_precision(config) if crew.first else (config, "")
         config = replace(config, precision=crew.chosen(config.precision))
         config = resolved(config, crew)
+        if crew.first:  # who measures
+            check_evaluations(config.run)
         run_dir = Path(config.run.run_dir)
         if crew.first:
             check_installed(config.run.track)
@@ -108,13 +110,14 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
             if mlp.said:
                 progress.say(mlp.said)
             grids = Grids(state, found.space, progress.say)
+            evaluations = Evaluations(state, grids, crew.first, crew.watch.at_work, progress.say)
             with closing(_boards(state, run_dir, progress, crew)) as board:
                 if state.step < config.steps:
                     listed = str(run_dir / run_directory.LEFT_OUT)
                     for line in identity.describe(source.dataset, found, config.data.path, listed):
                         progress.say(line)
-                    _train(state, source, grids, run_dir, progress, crew, board)
-                _end(state, grids, run_dir, progress, crew, board)
+                    _train(state, source, grids, evaluations, run_dir, progress, crew, board)
+                _end(state, grids, evaluations, run_dir, progress, crew, board)
         return state
 
 
@@ -218,12 +221,19 @@ def _graph_note(state: TrainState) -> str:
 
 
 def _train(
-    state: TrainState, source: Source, grids: Grids, run_dir: Path, progress: Progress, crew: Crew, board: Boards
+    state: TrainState,
+    source: Source,
+    grids: Grids,
+    evaluations: Evaluations,
+    run_dir: Path,
+    progress: Progress,
+    crew: Crew,
+    board: Boards,
 ) -> None:
     """Train to the last step. Raises Interrupted once a signal has come and the state is saved."""
     first = state.step
     with signals.collected(idle=lambda: state.step == first) as pending:
-        _loop(state, source, grids, run_dir, progress, pending, crew, board)
+        _loop(state, source, grids, evaluations, run_dir, progress, pending, crew, board)
         signal, _ = crew.told(state.step, pending, False)  # one that came as the last step was saved
     if signal:
         crew.watch.leave()  # together, before any of them goes
@@ -236,6 +246,7 @@ def _loop(
     state: TrainState,
     source: Source,
     grids: Grids,
+    evaluations: Evaluations,
     run_dir: Path,
     progress: Progress,
     pending: list[int],
@@ -305,6 +316,16 @@ def _loop(
                 if crew.first:
                     with optional(f"sample grid of step {step}"):
                         write_file(run_dir / "samples" / f"step-{step:08d}.{kind}", content, synced=False)
+            if not last and every.eval_every and step % every.eval_every == 0 and crew.draws:
+                crew.watch.mark(step, "evaluation")
+                paused = time.monotonic()
+                line, figures = evaluations.on_the_way()
+                if line:
+                    progress.say(f"step {step}: {line}")
+                    entry = {"step": step, **named_figures(figures)}
+                    log.write(entry)
+                    board.write(entry)
+                before += time.monotonic() - paused  # images per second are those of training
             if last or stop or (every.checkpoint_every and step % every.checkpoint_every == 0):
                 crew.watch.mark(step, "save")
                 read_metrics(state, metrics, crew)  # which raises Diverged for a state that is not to be saved
@@ -319,7 +340,15 @@ def _loop(
                 return
 
 
-def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress, crew: Crew, board: Boards) -> None:
+def _end(
+    state: TrainState,
+    grids: Grids,
+    evaluations: Evaluations,
+    run_dir: Path,
+    progress: Progress,
+    crew: Crew,
+    board: Boards,
+) -> None:
     """Draw the last grid and evaluate. Raises StorageError where the disk refuses: all else is saved already."""
     crew.watch.mark(state.step, "evaluation")
     if not crew.draws:
@@ -332,11 +361,9 @@ def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress, cre
         if crew.first:
             write_file(path, content, synced=False)
         progress.say(f"trained {state.step} steps; samples: {path}")
-        data = state.config.data
-        if data.of_digits and state.config.model.num_classes and (grids.vae is not None or not data.latent):
-            figures = evaluate(state, run_dir if crew.first else None, progress.say, grids.decoded)
-            named = named_figures({nfe: scores._asdict() for nfe, scores in figures.items()})
-            board.write({"step": state.step, **named})
+        if evaluations.wanted:
+            figures = evaluate(evaluations, run_dir if crew.first else None, progress.say)
+            board.write({"step": state.step, **named_figures(figures)})
 
 
 def step_in_memory(

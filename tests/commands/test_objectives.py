@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from soflow_fast.runs import samples
+
 SMALL = ("--steps", "3", "--device", "cpu", "--precision", "fp32", "--batch-size", "8", "--set", "model.depth=1")
 SMALL = (*SMALL, "--set", "model.hidden_size=16", "--set", "model.num_heads=2")
 
@@ -14,8 +16,9 @@ SMALL = (*SMALL, "--set", "model.hidden_size=16", "--set", "model.num_heads=2")
     [("flow-matching", ("10",), ("fm ",)), ("meanflow", ("1", "2"), ("fm ", "mf ", "mean error^2 "))],
 )
 def test_a_run_is_judged_and_drawn_as_its_objective_asks(
-    kind: str, calls: tuple[str, ...], shown: tuple[str, ...], call: Any, tmp_path: Any
+    kind: str, calls: tuple[str, ...], shown: tuple[str, ...], call: Any, tmp_path: Any, monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr(samples, "EVALUATION_SAMPLES", 200)
     run = tmp_path / "run"
     trained = call("train", "digits", "--objective", kind, "--run-dir", run, *SMALL)
     assert (trained.code, trained.err) == (0, "")
@@ -31,5 +34,7 @@ def test_a_run_is_judged_and_drawn_as_its_objective_asks(
     drawn = call("sample", run, "--out", tmp_path / "out", "--n", "2", "--device", "cpu")
     assert f"2 images of {calls[0]} network call" in drawn.out
     if kind == "flow-matching":
+        line = call("sample", run, "--out", tmp_path / "no", "--method", "renoise", "--device", "cpu").err
+        assert "--method must be euler, got 'renoise': the flow was trained by flow-matching" in line
         refused = call("train", "digits", "--objective", kind, "--teacher", "ema", *SMALL)
         assert (refused.code, refused.err.count("\n")) == (2, 1) and "--teacher must be student" in refused.err

@@ -186,6 +186,8 @@ OUT_OF_RANGE = {
     "run.track": "mlflow",
     "run.log_every": 0,
     "run.sample_every": -1,
+    "run.eval_every": -1,
+    "run.eval_samples": 99,
     "run.checkpoint_every": -1,
     "run.check_quotient_every": -1,
     "run.keep": 1,
@@ -223,6 +225,7 @@ FREE = {
         "optim.ema_warmup",
     ),
     *("run.compile", "run.cuda_graph", "run.data_on_gpu"),
+    *("run.reference", "run.metrics", "run.inception", "run.dinov2"),
 }
 
 
@@ -261,7 +264,7 @@ def test_every_field_has_its_range_tested() -> None:
 
 def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
     choices = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
-    assert len(choices) == 19
+    assert len(choices) == 20
     for name, allowed in choices.items():
         for value in allowed:
             validate(override(Config(), {name: value}))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from soflow_fast.runs.progress import Progress, duration
+from soflow_fast.runs.progress import Counter, Progress, duration
 
 METRICS = {"fm_loss": 0.5, "sc_loss": -0.25, "sc_mse": 2.0, "memory_mb": 321.4, "lr": 1.0}
 
@@ -177,3 +177,24 @@ def test_output_that_is_refused_comes_later() -> None:
     raw.full = False
     progress.say("two")
     assert raw.content.decode().splitlines() == ["one", "step 10/10  0:00 left  1 img/s  1 MB", "two"]
+
+
+def test_a_counter_counts_on_a_terminal_from_the_first_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.0, 14.0, 100.0])
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    screen, plain = Screen(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    counter = Counter(lambda: next(clock))
+    shown = []
+    for done in (64, 128, 150):
+        counter(done, 150)
+        shown.append(screen.lines[0])
+    assert shown == [
+        *("64/150 images  ? left  0 img/s", "128/150 images  0:01 left  32 img/s"),
+        "150/150 images  0:00 left  22 img/s",
+    ]
+    assert screen.lines == [shown[-1], ""] and screen.cursor_shown
+    monkeypatch.setattr("sys.stderr", plain)
+    counter(64, 150)
+    assert plain.getvalue() == ""

@@ -41,9 +41,14 @@ class VAE:
         model = copied(self.model, device)
         return self if model is self.model else replace(self, model=model)
 
+    @property
+    def pixels(self) -> int:
+        """Of an image, in each direction, that become one number of a channel of its latent."""
+        return 2 ** (len(self.model.config.block_out_channels) - 1)
+
     def check_images(self, channels: int, size: int) -> None:
         """Raise ConfigError if it does not take images of a number of channels, `size` pixels high and wide."""
-        takes, pixels = self.model.config.in_channels, 2 ** (len(self.model.config.block_out_channels) - 1)
+        takes, pixels = self.model.config.in_channels, self.pixels
         if takes != channels:
             raise ConfigError(f"--vae {self.name}: takes images of {takes} channels, these have {channels}")
         if size < pixels:

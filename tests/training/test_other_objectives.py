@@ -69,6 +69,29 @@ def test_the_derivative_is_compared_with_float32_on_the_way() -> None:
 
 
 @pytest.mark.parametrize("kind", ["flow-matching", "meanflow"])
+def test_a_range_of_guidance_scales_goes_along(kind: str) -> None:
+    """Each sample's scale is in its target: the step against the objective's own calls."""
+    changes = {"objective.fm_fraction": 0.5, "objective.label_drop": 0.25, "objective.mix_ratio": 0.5}
+    config = configured(objective=kind, quotient="increments" if kind == "meanflow" else "auto", **changes)
+    state = TrainState.build(dataclasses.replace(config, model=dataclasses.replace(MODEL, guidance_range=(1.0, 4.0))))
+    with torch.no_grad():
+        for i, p in enumerate(state.flow.parameters()):
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    x0, y = batch()
+    d = draw(state, x0.shape)
+    assert d.w is not None and d.w.unique().numel() == 8
+    n = d.n_fm
+    given = (x0[:n], d.x1[:n], d.t[:n], y[:n], d.label_dropped[:n], d.w[:n])
+    wanted = {"fm_mse": state.objective.flow_matching(state.flow, *given).mse}
+    if n < 8:
+        parts = (v[n:] for v in (x0, d.x1, d.t, d.l, d.s, y, d.label_dropped))
+        wanted["sc_mse"] = state.objective.consistency(state.flow, *parts, w=d.w[n:]).mse
+    found = train_step(state, x0, y, draws=d)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4 if name == "fm_mse" else 5e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["flow-matching", "meanflow"])
 def test_a_step_as_one_graph_is_the_step(kind: str) -> None:
     """What a graph is handed are tensors alone: here its function runs as it is, as no GPU is here."""
     states = [TrainState.build(configured(objective=kind)) for _ in range(2)]
