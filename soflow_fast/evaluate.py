@@ -12,7 +12,7 @@ import sys
 from functools import partial
 
 from .commands import process
-from .commands.parser import DEVICES, MOST_CALLS, MOST_SEED, Parser, whole_number
+from .commands.parser import DEVICES, GUIDANCE, MOST_CALLS, MOST_SEED, Parser, number, user_value, whole_number
 from .errors import ConfigError, enough_memory
 
 MOST = 10**6
@@ -28,7 +28,8 @@ def parser() -> Parser:
     p = Parser(prog="python -m soflow_fast.evaluate", description=__doc__)
     p.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported directory")
     p.add_argument("--n", default="4000", metavar="N", help="samples (default: 4000)")
-    p.add_argument("--nfe", default="1,2", metavar="N,...", help="network calls per image (default: 1,2)")
+    p.add_argument("--nfe", metavar="N,...", help="network calls per image (default: 1,2; of flow matching 10)")
+    p.add_argument("--guidance", metavar="W", help=GUIDANCE)
     p.add_argument("--vae", metavar="NAME", help="of a model of latents: its VAE, if it lies elsewhere by now")
     p.add_argument("--seed", default="0", metavar="N", help="of the noise (default: 0)")
     p.add_argument("--device", default="auto", metavar="D", help=DEVICES)
@@ -41,12 +42,15 @@ def main(arguments: list[str] | None = None) -> None:
     values = parser().parse(arguments)
     process.alone("evaluate")
     n, seed = whole_number("--n", values.n, 100, MOST), whole_number("--seed", values.seed, 0, MOST_SEED)
-    calls = dict.fromkeys(whole_number("--nfe", part.strip(), 1, MOST_CALLS) for part in values.nfe.split(","))
+    guidance = number("--guidance", values.guidance)
+    parts = [] if values.nfe is None else values.nfe.split(",")
+    calls = dict.fromkeys(whole_number("--nfe", part.strip(), 1, MOST_CALLS) for part in parts)
 
     from .evaluation import describe, measure_digits
     from .runs.checkpoint import load_with_data
     from .runs.latents.vae import load_vae
-    from .sampling import Devices, draw_on
+    from .sampling import Devices, chosen_guidance, draw_on
+    from .sampling.solving import usual_calls
     from .training.precision import resolve_devices
 
     with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer, or on another --device"):
@@ -66,11 +70,16 @@ def main(arguments: list[str] | None = None) -> None:
             if values.vae:
                 raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
             decode_on = lambda device: None  # noqa: E731
+        w = user_value(lambda: chosen_guidance(flow, guidance), "--guidance")
+        calls = calls or dict.fromkeys((1, 2) if flow.solves else (usual_calls(flow),))
         with Devices(devices, draw_on(flow, decode_on)) as several:
-            figures = {nfe: measure_digits(flow, n, nfe, seed, several=several) for nfe in calls}
+            figures = {nfe: measure_digits(flow, n, nfe, seed, several=several, guidance=w) for nfe in calls}
     if values.json:
-        print(json.dumps({"samples": n, "seed": seed, "nfe": {k: v._asdict() for k, v in figures.items()}}))
+        scale = {} if w is None else {"guidance": w}
+        print(json.dumps({"samples": n, "seed": seed, **scale, "nfe": {k: v._asdict() for k, v in figures.items()}}))
     else:
+        if w is not None:
+            print(f"guidance {w:g}")
         print("\n".join(describe(nfe, scores) for nfe, scores in figures.items()))
 
 

@@ -58,14 +58,15 @@ def measure_digits(
     seed: int,
     decode: Callable[[Tensor], Tensor] | None = None,
     several: Devices[tuple[Drawing, range]] | None = None,
+    guidance: float | None = None,
 ) -> DigitScores:
     """The figures of n samples of a flow trained on the digits, labels 0..9 in turn, `nfe` network calls each.
 
     decode: makes images [n, 1, 8, 8] of samples that are latents. several: draw and decode in the flow's place, by its
-    copies (`sampling.draw_on`). Raises Diverged if the samples are not finite.
+    copies (`sampling.draw_on`). guidance: as for `sample`. Raises Diverged if the samples are not finite.
     """
     labels = torch.arange(n) % 10
-    drawing = Drawing.of(flow, labels, nfe=nfe, seed=seed)
+    drawing = Drawing.of(flow, labels, nfe=nfe, seed=seed, guidance=guidance)
     batches = ((drawing, rows) for rows in drawing.batches())
     if several is None:
         device = next(flow.parameters()).device

@@ -21,6 +21,8 @@ from soflow_kernels.increment import (
     gate_residual_layernorm_modulate_increment_reference,
     layernorm_modulate_increment,
     layernorm_modulate_increment_reference,
+    qk_rms_norm_increment,
+    qk_rms_norm_increment_reference,
     silu_increment,
     silu_increment_reference,
     time_embedding_increment,
@@ -34,7 +36,14 @@ from soflow_kernels.losses import (
     flow_matching_loss_reference,
 )
 from soflow_kernels.packed_gradient import qkv_gradient
-from soflow_kernels.patch import patch_dit
+from soflow_kernels.patch import layers, patch_dit
+from soflow_kernels.qk_norm import qk_rms_norm, qk_rms_norm_reference
+from soflow_kernels.rmsnorm import (
+    gate_residual_rmsnorm_modulate,
+    gate_residual_rmsnorm_modulate_reference,
+    rmsnorm_modulate,
+    rmsnorm_modulate_reference,
+)
 from soflow_kernels.time_embedding import dual_time_embedding, dual_time_embedding_reference
 from soflow_kernels.version import __version__
 
@@ -65,17 +74,26 @@ __all__ = [
     "gate_residual_layernorm_modulate_increment_reference",
     "gate_residual_layernorm_modulate_reference",
     "gate_residual_reference",
+    "gate_residual_rmsnorm_modulate",
+    "gate_residual_rmsnorm_modulate_reference",
     "layernorm_modulate",
     "layernorm_modulate_increment",
     "layernorm_modulate_increment_reference",
     "layernorm_modulate_reference",
+    "layers",
     "linear_gelu",
     "linear_gelu_reference",
     "on_gpu",
     "patch_dit",
     "path_point",
     "path_point_reference",
+    "qk_rms_norm",
+    "qk_rms_norm_increment",
+    "qk_rms_norm_increment_reference",
+    "qk_rms_norm_reference",
     "qkv_gradient",
+    "rmsnorm_modulate",
+    "rmsnorm_modulate_reference",
     "silu_increment",
     "silu_increment_reference",
     "status",

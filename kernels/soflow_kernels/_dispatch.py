@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from soflow_kernels._ops import add_op_namespace_prefix
+
 try:
     import triton
     import triton.language as tl
@@ -218,8 +220,11 @@ class Operation:
 
 
 def operation(name: str) -> Callable[[Callable], Operation]:
-    """Make a function on tensors that it does not change the operation of that name, "soflow::NAME"."""
-    return lambda function: Operation(name, function)
+    """Make a function on tensors that it does not change the operation of that name, "soflow::NAME".
+
+    In a build for the kernel hub it is in that build's library instead of `soflow` (see `_ops`).
+    """
+    return lambda function: Operation(add_op_namespace_prefix(name.removeprefix("soflow::")), function)
 
 
 def _listened_to(args: tuple[Any, ...]) -> bool:

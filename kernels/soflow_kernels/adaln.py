@@ -34,6 +34,8 @@ Legend of the kernels, forward and backward:
                     adds up the chunks
     None            in place of a pointer: the tensor is not given (y, gate: no residual sum; dsum: no gradient of x';
                     mean, rstd: not kept), and no code is made for it
+    CENTRED         False: the norm is RMSNorm, without a mean, and may have a weight (see `rmsnorm`). The backward has
+                    no mean_ptr then
 """
 
 import itertools
@@ -167,10 +169,19 @@ def _gate_and_bias(gate_ptr, bias_ptr, gate_at, FIRST: tl.constexpr, WIDTH: tl.c
 
 
 @jit
+def _factor(scale_row, weight_ptr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """1 + scale, times the weight of the norm where it has one: what a normalised row is multiplied by, a segment."""
+    factor = 1 + load(scale_row, FIRST, WIDTH, D)
+    if weight_ptr is not None:
+        factor *= load(weight_ptr, FIRST, WIDTH, D)
+    return factor
+
+
+@jit
 def _forward_kernel(
-    x_ptr, y_ptr, gate_ptr, bias_ptr, shift_ptr, scale_ptr, sum_ptr, out_ptr, mean_ptr, rstd_ptr,
+    x_ptr, y_ptr, gate_ptr, bias_ptr, shift_ptr, scale_ptr, sum_ptr, out_ptr, mean_ptr, rstd_ptr, weight_ptr,
     x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, T, chunks, rows, eps,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     """One program: `rows` tokens of one sample, whose modulation stays in registers. Legend: top of the file."""
     program = tl.program_id(0).to(tl.int64)
@@ -179,11 +190,11 @@ def _forward_kernel(
     gate_at = b * gate_b
     shift_row = shift_ptr + b * shift_b
     scale_row = scale_ptr + b * scale_b
-    scale = 1 + load(scale_row, 0, MAIN, D)
+    scale = _factor(scale_row, weight_ptr, 0, MAIN, D)
     shift = load(shift_row, 0, MAIN, D)
     gate, bias = _gate_and_bias(gate_ptr, bias_ptr, gate_at, 0, MAIN, D)
     if TAIL:
-        scale_tail = 1 + load(scale_row, MAIN, TAIL, D)
+        scale_tail = _factor(scale_row, weight_ptr, MAIN, TAIL, D)
         shift_tail = load(shift_row, MAIN, TAIL, D)
         gate_tail, bias_tail = _gate_and_bias(gate_ptr, bias_ptr, gate_at, MAIN, TAIL, D)
     # With two stages the next token is on its way to shared memory while this one is computed.
@@ -193,20 +204,25 @@ def _forward_kernel(
         y_at = b * y_b + t * y_t
         sum_at = row * D
         x = _residual(x_ptr, y_ptr, bias_ptr, sum_ptr, x_at, y_at, sum_at, gate, bias, 0, MAIN, D)
-        total = tl.sum(x, axis=0)
+        if CENTRED:
+            total = tl.sum(x, axis=0)
         if TAIL:
             x_tail = _residual(x_ptr, y_ptr, bias_ptr, sum_ptr, x_at, y_at, sum_at, gate_tail, bias_tail, MAIN, TAIL, D)
-            total += tl.sum(x_tail, axis=0)
-        mean = total / D
-        # The variance from the centred values: E[x^2] - mean^2 would cancel.
-        x = centre(x, mean, 0, MAIN, D)
+            if CENTRED:
+                total += tl.sum(x_tail, axis=0)
+        if CENTRED:
+            mean = total / D
+            # The variance from the centred values: E[x^2] - mean^2 would cancel.
+            x = centre(x, mean, 0, MAIN, D)
         square = tl.sum(x * x, axis=0)
         if TAIL:
-            x_tail = centre(x_tail, mean, MAIN, TAIL, D)
+            if CENTRED:
+                x_tail = centre(x_tail, mean, MAIN, TAIL, D)
             square += tl.sum(x_tail * x_tail, axis=0)
         rstd = 1 / tl.sqrt(square / D + eps)
         if mean_ptr is not None:
             tl.store(mean_ptr + row, mean)
+        if rstd_ptr is not None:
             tl.store(rstd_ptr + row, rstd)
         out_row = out_ptr + row * D
         store(out_row, x * rstd * scale + shift, 0, MAIN, D)
@@ -216,9 +232,10 @@ def _forward_kernel(
 
 @jit
 def _begin(
-    gate_ptr, gate_at, scale_row, shift_ptr, shift_at, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
-):
-    """((1 + scale, shift, gate), sums) of a program before its first token: what is not given is 0, and so are sums."""
+    gate_ptr, gate_at, scale_row, weight_ptr, shift_ptr, shift_at,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """((factor, shift, gate), sums) of a program before its first token: what is not given is 0, and so are sums."""
     zero = tl.zeros([WIDTH], tl.float32)
     gate = zero
     shift = zero
@@ -226,7 +243,7 @@ def _begin(
         gate = load(gate_ptr + gate_at, FIRST, WIDTH, D)
     if shift_ptr is not None:
         shift = load(shift_ptr + shift_at, FIRST, WIDTH, D)
-    return (1 + load(scale_row, FIRST, WIDTH, D), shift, gate), (zero, zero, zero, zero)
+    return (_factor(scale_row, weight_ptr, FIRST, WIDTH, D), shift, gate), (zero, zero, zero, zero)
 
 
 @jit
@@ -281,7 +298,7 @@ def _store_sums(partial_row, plane, sums, y_ptr, bias_ptr, FIRST: tl.constexpr, 
 @jit
 def _backward_kernel(
     dout_ptr, dsum_ptr, x_ptr, y_ptr, gate_ptr, bias_ptr, shift_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dy_ptr,
-    out_ptr, partial_ptr,
+    out_ptr, partial_ptr, weight_ptr,
     dout_b, dout_t, dsum_b, dsum_t, x_b, x_t, y_b, y_t, gate_b, shift_b, scale_b, T, chunks, rows,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -296,9 +313,11 @@ def _backward_kernel(
     gate_at = b * gate_b
     scale_row = scale_ptr + b * scale_b
     shift_at = b * shift_b
-    modulation, sums = _begin(gate_ptr, gate_at, scale_row, shift_ptr, shift_at, 0, MAIN, D)
+    modulation, sums = _begin(gate_ptr, gate_at, scale_row, weight_ptr, shift_ptr, shift_at, 0, MAIN, D)
     if TAIL:
-        modulation_tail, sums_tail = _begin(gate_ptr, gate_at, scale_row, shift_ptr, shift_at, MAIN, TAIL, D)
+        modulation_tail, sums_tail = _begin(
+            gate_ptr, gate_at, scale_row, weight_ptr, shift_ptr, shift_at, MAIN, TAIL, D
+        )
     for t in tl.range(first, tl.minimum(first + rows, T), num_stages=STAGES):
         row = b * T + t
         x_row = x_ptr + b * x_b + t * x_t
@@ -306,7 +325,9 @@ def _backward_kernel(
         dsum_at = b * dsum_b + t * dsum_t
         y_at = b * y_b + t * y_t
         dx_at = row * D
-        mean = tl.load(mean_ptr + row)
+        mean = 0.0
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + row)
         rstd = tl.load(rstd_ptr + row)
         h, u, sums = _through_modulation(
             x_row, dout_row, shift_ptr, out_ptr, dx_at, mean, rstd, modulation, sums, 0, MAIN, D
@@ -320,9 +341,13 @@ def _backward_kernel(
             # registers, leaves one sum across the warps instead of two.
             sum_u = tl.sum(tl.reshape(sum_u, [TAIL, MAIN // TAIL]), axis=1) + u_tail
             sum_uh = tl.sum(tl.reshape(sum_uh, [TAIL, MAIN // TAIL]), axis=1) + u_tail * h_tail
-        # Joined, both sums make one way across the warps; split, they are numbers again.
-        c1, c2 = tl.split(tl.sum(tl.join(sum_u, sum_uh), axis=0))
-        c1 = c1 / D
+        if mean_ptr is not None:
+            # Joined, both sums make one way across the warps; split, they are numbers again.
+            c1, c2 = tl.split(tl.sum(tl.join(sum_u, sum_uh), axis=0))
+            c1 = c1 / D
+        else:
+            c1 = 0.0
+            c2 = tl.sum(sum_uh, axis=0)
         c2 = c2 / D
         sums = _through_residual(
             rstd * (u - c1 - h * c2), dsum_ptr, y_ptr, bias_ptr, dx_ptr, dy_ptr, dsum_at, y_at, dx_at,
@@ -347,16 +372,18 @@ def _strides(tensor: Tensor | None) -> tuple[int, int]:
 
 def _forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float,
-    out_dtype: torch.dtype, stats: bool,
+    out_dtype: torch.dtype, stats: bool, centred: bool = True, weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(x', out, mean, rstd): x' is x itself where there is no y; mean and rstd are empty without `stats`."""
+    """(x', out, mean, rstd): x' is x itself where there is no y; mean and rstd are empty without `stats`. Not centred,
+    the norm is RMSNorm, with a weight [D] or without, and mean is empty."""
     B, T, D = x.shape
     x, shift, scale = inner_unit(x), inner_unit(shift), inner_unit(scale)
     y, gate = (None, None) if y is None or gate is None else (inner_unit(y), inner_unit(gate))
     sums = None if y is None else torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     out = torch.empty(B, T, D, dtype=out_dtype, device=x.device)
-    mean = torch.empty((B, T) if stats else 0, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    mean, rstd = (
+        torch.empty((B, T) if kept else 0, dtype=torch.float32, device=x.device) for kept in (stats and centred, stats)
+    )
     # 8 tokens a program spread the loads of the modulation; fewer where that would leave the GPU idle.
     rows = min(8, max(1, B * T // 4096))
     chunks = -(-T // rows)
@@ -367,24 +394,26 @@ def _forward(
     launch(
         _forward_kernel, (B * chunks,),
         x, y, gate, None if bias is None else bias.contiguous(), shift, scale, sums, out,
-        mean if stats else None, rstd if stats else None,
+        mean if stats and centred else None, rstd if stats else None, None if weight is None else weight.contiguous(),
         *_strides(x), *_strides(y), 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0),
-        T, chunks, rows, float(eps), D=D, MAIN=main, TAIL=tail, STAGES=stages(D), num_warps=warps, maxnreg=registers,
+        T, chunks, rows, float(eps), D=D, MAIN=main, TAIL=tail, STAGES=stages(D), CENTRED=centred,
+        num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return x if sums is None else sums, out, mean, rstd
 
 
 def _backward(
     dout: Tensor, dsum: Tensor | None, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor,
-    bias: Tensor | None, mean: Tensor, rstd: Tensor, shift: Tensor | None = None,
+    bias: Tensor | None, mean: Tensor | None, rstd: Tensor, shift: Tensor | None = None, weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """(dx, dy, out, [dshift, dscale, dgate, dbias]): without y dy is dx, without shift out is empty, and the list ends
-    with what there is."""
+    with what there is. mean None: the norm is RMSNorm. With a weight [D], dscale is float32, and the gradient of
+    weight (1 + scale)."""
     B, T, D = x.shape
     dout, x, scale = inner_unit(dout), inner_unit(x), inner_unit(scale)
     dsum = None if dsum is None else inner_unit(dsum)
     dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
-    dy, dtypes = dx, [scale.dtype, scale.dtype]
+    dy, dtypes = dx, [scale.dtype, scale.dtype if weight is None else torch.float32]
     if y is not None:
         assert gate is not None
         y, gate = inner_unit(y), inner_unit(gate)
@@ -404,10 +433,13 @@ def _backward(
     # Nor where there is everything, and a tail.
     limited = limited and not (tail and bias is not None and shift is not None)
     registers = (128 if tail else 96) if limited else None
+    if mean is None:  # left alone, the compiler takes fewer than those, and spills only where it stops at 128
+        registers = 136 if limited and tail and y is not None and warps <= 4 else None
     launch(
         _backward_kernel, (B * chunks,),
         dout, dsum, x, y, gate, None if bias is None else bias.contiguous(), shift, scale, mean, rstd,
         dx, None if y is None else dy, None if shift is None else out, partials,
+        None if weight is None else weight.contiguous(),
         *_strides(dout), *_strides(dsum), *_strides(x), *_strides(y), 0 if gate is None else gate.stride(0),
         0 if shift is None else shift.stride(0), scale.stride(0), T, chunks, rows,
         D=D, MAIN=main, TAIL=tail, STAGES=stages(D), num_warps=warps, maxnreg=registers,

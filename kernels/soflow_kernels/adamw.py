@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from soflow_kernels._dispatch import jit, launch, on_gpu, tl, use_kernel
+from soflow_kernels._ops import add_op_namespace_prefix
 
 BLOCK = 1024
 KEPT_TABLES = 64
@@ -308,7 +309,7 @@ def _log(beta):
 
 
 @torch.library.custom_op(
-    "soflow::adamw_ema", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "emas", "low_precision")
+    add_op_namespace_prefix("adamw_ema"), mutates_args=("params", "exp_avgs", "exp_avg_sqs", "emas", "low_precision")
 )
 def _adamw_ema(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],

@@ -11,7 +11,8 @@ from ..data.dataset import LatentSpace
 from ..errors import ConfigError
 from ..evaluation import DigitScores, describe, measure_digits
 from ..files import write_file
-from ..sampling import sample
+from ..sampling import chosen_guidance, sample
+from ..sampling.solving import usual_calls
 from ..training.state import TrainState
 from .images import has_colours, make_grid, npy, png, to_uint8
 from .latents.vae import VAE, load_vae
@@ -22,7 +23,7 @@ EVALUATION_SAMPLES = 4000
 
 
 class Grids:
-    """The grids of a run: one-step samples of the EMA weights, of the same noise and labels every time.
+    """The grids of a run: samples of the EMA weights in as few calls as usual, of the same noise and labels every time.
 
     Latents are decoded by their VAE where it is on this machine and fits them, and else kept as they are, in .npy:
     they are no colours.
@@ -64,14 +65,18 @@ def evaluate(
 ) -> dict[int, DigitScores]:
     """Print the figures of 4000 digits drawn with 1 and with 2 network calls, and keep them in evaluation.json.
 
+    Of a flow that has learned the velocity alone: with as many calls as usual.
+
     run_dir: None of a rank that only takes part in the drawing.
     decode: makes images of samples that are latents."""
-    figures = {}
-    say(f"evaluating {EVALUATION_SAMPLES} samples")
-    for nfe in (1, 2):
+    figures, guidance = {}, chosen_guidance(state.ema, None)
+    say(f"evaluating {EVALUATION_SAMPLES} samples{'' if guidance is None else f' at guidance {guidance:g}'}")
+    for nfe in (1, 2) if state.ema.solves else (usual_calls(state.ema),):
         figures[nfe] = measure_digits(state.ema, EVALUATION_SAMPLES, nfe, seed=0, decode=decode)
         say(describe(nfe, figures[nfe]))
     content = {"step": state.step, "samples": EVALUATION_SAMPLES, "nfe": {k: v._asdict() for k, v in figures.items()}}
+    if guidance is not None:
+        content["guidance"] = guidance
     if run_dir is not None:
         write_file(run_dir / "evaluation.json", (json.dumps(content, indent=2) + "\n").encode(), synced=False)
     return figures

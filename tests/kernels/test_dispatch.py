@@ -21,9 +21,12 @@ GOOD = {
     "layernorm_modulate": {"x": x, "shift": m, "scale": m},
     "gate_residual_layernorm_modulate": {"x": x, "y": x, "gate": m, "shift": m, "scale": m, "bias": m[0]},
     "gate_residual": {"x": x, "y": x, "gate": m, "bias": m[0]},
+    "rmsnorm_modulate": {"x": x, "shift": m, "scale": m, "weight": m[0]},
+    "gate_residual_rmsnorm_modulate": {"x": x, "y": x, "gate": m, "shift": m, "scale": m, "weight": m[0]},
     "bias_gelu": {"x": x, "bias": m[0]},
     "linear_gelu": {"x": x, "weight": m, "bias": m[0, :2]},
 }
+OPTIONAL = {("rmsnorm_modulate", "weight"), ("gate_residual_rmsnorm_modulate", "weight")}
 ARGUMENTS = [(op, name) for op, arguments in GOOD.items() for name in arguments]
 
 
@@ -176,7 +179,7 @@ def test_torch_func_transforms(op, device):
 def test_wrong_arguments_are_named(op, name):
     value = GOOD[op][name]
     wrong = {
-        "must be a tensor": [value.tolist(), None, 3.0][: 1 if name == "bias" else 3],
+        "must be a tensor": [value.tolist(), None, 3.0][: 1 if name == "bias" or (op, name) in OPTIONAL else 3],
         "must be bfloat16": [value.long(), value > 0],
         "must have shape": [value[..., None].expand(*value.shape, 2), torch.randn(())],
     }

@@ -322,10 +322,20 @@ def changed(**parts):
         (Rotary, r"its forward takes \(x, c, rope\), not \(x, c\)"),
         (Broken, r"it cannot be tried on 3 tokens \(RuntimeError: needs 256 tokens\)"),
         (changed(norm1=nn.LayerNorm(WIDTH)), "norm1 has a weight of its own"),
-        (changed(norm2=nn.RMSNorm(WIDTH)), "norm2 is RMSNorm, not torch.nn.LayerNorm"),
+        (changed(norm2=nn.RMSNorm(WIDTH)), "norm2 is RMSNorm, neither .* as it has no eps of its own"),
+        (changed(norm2=nn.GroupNorm(1, WIDTH)), "norm2 is GroupNorm, neither torch.nn.LayerNorm nor RMSNorm"),
+        (changed(norm2=nn.RMSNorm(2 * WIDTH, eps=1e-6)), "norm1 and norm2 are of different classes or widths"),
         (changed(cross_attn=nn.Linear(2, 2)), "it also has cross_attn"),
         (changed(ls1=nn.Parameter(torch.ones(WIDTH))), "it also has ls1"),
-        (changed(adaLN_modulation=nn.Linear(WIDTH, 4 * WIDTH)), f"does not end with a Linear to 6 x {WIDTH}"),
+        (
+            changed(adaLN_modulation=nn.Linear(WIDTH, 3 * WIDTH)),
+            f"does not end with a Linear to 6 x {WIDTH} or 4 x {WIDTH}",
+        ),
+        # As wide as the four parts of a block without shifts; this one takes six.
+        (
+            changed(adaLN_modulation=nn.Linear(WIDTH, 4 * WIDTH)),
+            r"it cannot be tried on 3 tokens \(ValueError: not enough",
+        ),
         (changed(norm2=None), "it has no norm2"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

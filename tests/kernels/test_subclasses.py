@@ -33,6 +33,8 @@ FOLLOWED = {
     "layernorm_modulate_increment": (pairs[0], *rows[:2]),
     "gate_residual_layernorm_modulate_increment": (*pairs[0], pairs[1], *rows),
     "attention_increment": (pairs[:, :1],) * 3,
+    "qk_rms_norm": (*pairs, *rows[0, 0, :2]),
+    "qk_rms_norm_increment": (pairs[:, :1], pairs[:, 1:], *rows[0, 0, :2]),
 }
 REFUSED = {
     "dual_time_embedding": (t, s, None, weights, weights, torch.randn(4, D)),

@@ -63,6 +63,7 @@ def test_a_recorded_step_is_not_taken_for_another_split():
         ({"s": torch.zeros(3)}, r"draws\.s must be floating \[4\], got torch.float32 \[3\]"),
         ({"l": torch.zeros(4, dtype=torch.int64)}, r"draws\.l must be floating \[4\], got torch.int64"),
         ({"label_dropped": torch.zeros(4)}, r"draws\.label_dropped must be bool \[4\], got torch.float32"),
+        ({"w": torch.ones(4)}, r"draws\.w: the network sees no guidance scale"),
         ({"n_fm": 5}, r"draws\.n_fm must be 0 to 4, got 5"),
     ],
 )
@@ -72,6 +73,16 @@ def test_draws_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         train_step(state, x0, y, draws=draw(state, x0.shape)._replace(**changes))
     assert state.step == 0
+
+
+def test_a_network_that_sees_a_guidance_scale_is_given_one_for_each_sample():
+    state = build(**{"model.guidance_range": (1.0, 4.0)})
+    x0, y = batch()
+    drawn = draw(state, x0.shape)
+    for w, message in ((None, "each sample must have one"), (torch.ones(3), r"must be floating \[4\]")):
+        with pytest.raises(ValueError, match=message):
+            train_step(state, x0, y, draws=drawn._replace(w=w))
+    train_step(state, x0, y, draws=drawn)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

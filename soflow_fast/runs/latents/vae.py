@@ -99,7 +99,7 @@ def load_vae(name: str, device: torch.device, *, local: bool = False, channels: 
     if channels not in (0, config.latent_channels):
         raise ConfigError(f"{flag}: is of latents of {config.latent_channels} channels, not {channels}")
     scale, shift = factors(flag, config)
-    return VAE(name, model.to(device).eval().requires_grad_(False), scale, shift, _digest(model))
+    return VAE(name, model.to(device).eval().requires_grad_(False), scale, shift, weights_digest(model))
 
 
 @contextmanager
@@ -159,9 +159,10 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _digest(model: torch.nn.Module) -> str:
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of names and values of all weights."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + b"\0")
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
