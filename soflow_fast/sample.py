@@ -40,14 +40,15 @@ def parser() -> Parser:
     p.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported directory")
     p.add_argument("--out", required=True, metavar="DIR", help="where the images go")
     p.add_argument("--n", default="64", metavar="N", help="how many (default: 64)")
-    p.add_argument("--nfe", metavar="N", help="network calls per image (default: 1, or as many as --times)")
+    p.add_argument(
+        "--nfe", metavar="N", help="network calls per image (default: as many as --times, or 1; of flow matching 10)"
+    )
     p.add_argument("--times", metavar="1,T,...", help="of the network calls, falling to above 0 (default: even steps)")
     p.add_argument(
         "--method",
         choices=methods,
-        default=methods[0],
         help="from one time to the next: solve to 0 and add new noise, solve to the next, or go along the velocity: "
-        f"{', '.join(methods)} (default: {methods[0]})",
+        f"{', '.join(methods)} (default: {methods[0]}; of flow matching {methods[-1]})",
     )
     p.add_argument("--guidance", metavar="W", help=GUIDANCE)
     p.add_argument(
@@ -85,10 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
     from .runs import images as pictures
     from .runs.checkpoint import load_with_data
     from .runs.latents.vae import weights_digest
-    from .sampling import Devices, Drawing, checked_times, chosen_guidance, draw_on
+    from .sampling import Devices, Drawing, checked_method, checked_times, chosen_guidance, draw_on
     from .training.precision import resolve_devices
 
-    times = user_value(lambda: checked_times(nfe, given), "--times")
+    user_value(lambda: checked_times(nfe, given), "--times")
     with enough_memory(
         f"--batch-size {size}: out of memory with {values.run}; give a smaller one, or another --device"
     ):
@@ -111,15 +112,17 @@ def main(arguments: list[str] | None = None) -> None:
         if vae is not None:
             space = space or LatentSpace(vae.name, vae.scale, vae.shift)
         shape = (n, model.in_channels, model.input_size, model.input_size)
+        method = user_value(lambda: checked_method(values.method, flow), "--method")
         w = user_value(lambda: chosen_guidance(flow, guidance), "--guidance")
-        way: Any = {"times": times, "method": values.method, "seed": seed, "batch_size": size, "guidance": w}
-        drawing = user_value(lambda: Drawing.of(flow, y, shape=shape, **way), "--labels")
+        way: Any = {"method": method, "seed": seed, "batch_size": size, "guidance": w}
+        drawing = user_value(lambda: Drawing.of(flow, y, nfe=nfe, times=given, shape=shape, **way), "--labels")
         settings = drawn.Settings(
             n=n,
+            times=drawing.times,
             labels=chosen if isinstance(chosen, str) else ",".join(map(str, chosen)),
             format=values.format,
             latents=as_they_are,
-            flow=f"{flow.path} path, {flow.coefficients} coefficients",
+            flow=f"{flow.objective}, {flow.path} path, {flow.coefficients} coefficients",
             weights=weights_digest(flow),
             vae=f"{vae.weights} {space[1:]}" if vae and space else "",
             **way,
@@ -137,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
             drawn.fill(folder, [*drawing.batches()], draw, y, grid_images=GRID)
     if y is not None and names:
         print(_classes(list(dict.fromkeys([*names, NULL][label] for label in y.tolist()))))
-    calls = f"of {len(times)} network call{'s' if len(times) > 1 else ''} each"
+    calls = f"of {drawing.nfe} network call{'s' if drawing.nfe > 1 else ''} each"
     if as_they_are:
         hint = f"--vae {space.vae if space is not None and space.vae else 'NAME'}"
         print(f"{n} latents {calls}, as .npy: {out}; {hint} decodes them")

@@ -116,6 +116,26 @@ def operations(device: torch.device) -> list[Operation]:
             backward=3,
         ),
         Operation(
+            name="rmsnorm_modulate",
+            ours=k.rmsnorm_modulate,
+            reference=k.rmsnorm_modulate_reference,
+            inputs=_rmsnorm_inputs,
+            trains=("x", "shift", "scale", "weight"),
+            stream=_tokens,
+            forward=2,
+            backward=3,
+        ),
+        Operation(
+            name="gate_residual_rmsnorm_modulate",
+            ours=k.gate_residual_rmsnorm_modulate,
+            reference=k.gate_residual_rmsnorm_modulate_reference,
+            inputs=lambda *at: _gated_residual_inputs(*at, last="weight"),
+            trains=("x", "y", "gate", "shift", "scale", "weight"),
+            stream=_tokens,
+            forward=4,
+            backward=6,
+        ),
+        Operation(
             name="bias_gelu",
             ours=k.bias_gelu,
             reference=k.bias_gelu_reference,
@@ -295,12 +315,17 @@ def _norm_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inpu
     return {"x": _noise(B, T, D, device=device, dtype=dtype), "shift": shift, "scale": scale}
 
 
-def _gated_residual_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:
+def _rmsnorm_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:
+    return {**_norm_inputs(sizes, device, dtype), "weight": _noise(sizes.width, device=device, dtype=dtype)}
+
+
+def _gated_residual_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype, last: str = "bias") -> Inputs:
+    """last: the name of a row [D], the bias of y or the weight of a norm."""
     B, T, D = sizes.samples, sizes.tokens, sizes.width
     gate, shift, scale = _noise(B, 3 * D, device=device, dtype=dtype, size=0.5).chunk(3, dim=1)
     x, y = (_noise(B, T, D, device=device, dtype=dtype) for _ in range(2))
-    bias = _noise(D, device=device, dtype=dtype)
-    return {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale, "bias": bias}
+    row = _noise(D, device=device, dtype=dtype)
+    return {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale, last: row}
 
 
 def _gelu_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:

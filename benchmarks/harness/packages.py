@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -106,8 +105,15 @@ def _flash_attn_qkvpacked_func(qkv: Tensor, **options: Any) -> Tensor:
 @contextlib.contextmanager
 def counted_packages() -> Iterator[None]:
     """Within the context, `import quack.gemm_interface` and `import flash_attn` find the stand-ins."""
-    quack, gemms, flash = ModuleType("quack"), ModuleType("quack.gemm_interface"), ModuleType("flash_attn")
+    gemms, flash = ModuleType("quack.gemm_interface"), ModuleType("flash_attn")
     vars(gemms).update(gemm_act=_gemm_act_of_quack, gemm_dact=_gemm_dact_of_quack)
     vars(flash).update(flash_attn_qkvpacked_func=_flash_attn_qkvpacked_func)
-    with mock.patch.dict(sys.modules, {"quack": quack, "quack.gemm_interface": gemms, "flash_attn": flash}):
+    made = {"quack": ModuleType("quack"), "quack.gemm_interface": gemms, "flash_attn": flash}
+    kept = {name: sys.modules.pop(name) for name in made if name in sys.modules}
+    sys.modules.update(made)
+    try:
         yield
+    finally:
+        for name in made:
+            del sys.modules[name]
+        sys.modules.update(kept)

@@ -273,7 +273,7 @@ def _given(state: TrainState, x0: Tensor, draws: Draws) -> Draws:
     if dropped.shape != (B,) or dropped.dtype != torch.bool:
         raise ValueError(f"draws.label_dropped must be bool [{B}], got {dropped.dtype} {list(dropped.shape)}")
     if draws.w is None and state.objective.guidance_range is not None:
-        raise ValueError("draws.w: the network sees a guidance scale, so each sample must have one")
+        raise ValueError("draws.w must be given: the network sees a guidance scale of each sample")
     if draws.w is not None and (draws.w.shape != (B,) or not draws.w.is_floating_point()):
         raise ValueError(f"draws.w must be floating [{B}], got {draws.w.dtype} {list(draws.w.shape)}")
     if draws.w is not None and state.objective.guidance_range is None:

@@ -13,9 +13,13 @@ import torch
 
 from soflow_fast import load, sample
 from soflow_fast.commands.labels import labels_of
+from soflow_fast.config.presets import preset
+from soflow_fast.config.schema import override
+from soflow_fast.runs.checkpoint import export
 from soflow_fast.runs.images import png, to_adm_uint8, to_uint8
 from soflow_fast.sample import parser
 from soflow_fast.sampling import BATCH, Drawing
+from soflow_fast.training.state import build_flow
 
 Call = Callable[..., Any]
 
@@ -38,6 +42,22 @@ def test_times_and_methods(flags: list[str], way: Any, finished: Any, call: Call
     assert result.code == 0 and f"5 images of {calls} network calls each" in result.out, result
     x = sample(load(finished.folder), torch.arange(5), seed=0, **way)
     assert pngs(tmp_path / "out") == [png(image) for image in to_uint8(x)]
+
+
+def test_a_flow_that_knows_the_velocity_alone_goes_along_it(call: Call, refused: Call, tmp_path: Path) -> None:
+    config = preset("digits", **{"model.hidden_size": 16, "model.depth": 1, "model.num_heads": 2})
+    config = override(config, {"objective.kind": "flow-matching"})
+    flow = build_flow(config).to_empty(device="cpu")
+    with torch.no_grad():
+        for k, value in enumerate(flow.state_dict().values()):
+            value.normal_(std=0.3, generator=torch.Generator().manual_seed(k))
+    export(flow, config, tmp_path / "run")
+    result = call("sample", tmp_path / "run", "--out", tmp_path / "out", "--n", "3")
+    assert (result.code, result.err) == (0, "") and "3 images of 10 network calls each" in result.out
+    x = sample(load(tmp_path / "run"), torch.arange(3), nfe=10, method="euler", seed=0)
+    assert pngs(tmp_path / "out") == [png(image) for image in to_uint8(x)]
+    line = refused("sample", tmp_path / "run", "--out", tmp_path / "out", "--method", "renoise")
+    assert "--method must be euler, got 'renoise': the flow was trained by flow-matching" in line
 
 
 def test_arrays_in_the_layout_of_adm(finished: Any, call: Call, tmp_path: Path) -> None:

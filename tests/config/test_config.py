@@ -261,7 +261,7 @@ def test_every_field_has_its_range_tested() -> None:
 
 def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
     choices = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
-    assert len(choices) == 19
+    assert len(choices) == 20
     for name, allowed in choices.items():
         for value in allowed:
             validate(override(Config(), {name: value}))

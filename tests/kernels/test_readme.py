@@ -24,6 +24,9 @@ def test_every_block_of_code_runs(mode, capsys):
     assert names["h"].shape == x.shape and names["c"].shape == (2, 64)
     assert (names["inner"] - names["same"]).abs().max() < 1e-4
     assert (x2 - soflow_kernels.gate_residual_reference(x, names["y"], names["gate"])).abs().max() < 1e-5
+    shift, scale, *_ = names["modulation"][:, None].chunk(6, dim=2)
+    normed = names["norm"](x) * (1 + scale) + shift
+    assert (names["h_rms"] - normed).abs().max() < 1e-5 and (names["x2_rms"] - x2).abs().max() < 1e-5
     value, added, row, moved, increment = (
         names[name].double() for name in ("value", "added", "row", "moved", "increment")
     )

@@ -79,7 +79,7 @@ def test_a_network_that_sees_a_guidance_scale_is_given_one_for_each_sample():
     state = build(**{"model.guidance_range": (1.0, 4.0)})
     x0, y = batch()
     drawn = draw(state, x0.shape)
-    for w, message in ((None, "each sample must have one"), (torch.ones(3), r"must be floating \[4\]")):
+    for w, message in ((None, "draws.w must be given"), (torch.ones(3), r"must be floating \[4\]")):
         with pytest.raises(ValueError, match=message):
             train_step(state, x0, y, draws=drawn._replace(w=w))
     train_step(state, x0, y, draws=drawn)

@@ -26,13 +26,13 @@ class Settings:
     """Those of the network calls, falling from 1."""
     method: SamplingMethod
     labels: str
-    """"balanced", "random", numbers with commas between, or "" of a model without classes."""
+    """"balanced", also of a model without classes; "random"; or numbers with commas between."""
     batch_size: int
     format: SampleFormat
     latents: bool
     """Whether the samples are written as they are, float32 in .npy, in place of images."""
     flow: str
-    """Path and coefficients."""
+    """Objective, path and coefficients."""
     weights: str
     """SHA-256 of names and values of the network's weights."""
     vae: str

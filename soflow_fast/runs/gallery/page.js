@@ -39,6 +39,19 @@ const METRICS = {
 const GROUPS = ["Loss", "Quotient", "Evaluation", "Optimiser", "Speed and memory", "More"];
 const KEPT = new Set(["seconds"]);
 
+// A run of MeanFlow has its own loss and error under the names of the consistency loss and of q².
+const MEANFLOW = {
+  sc_loss: ["Loss", "MeanFlow loss", "As it enters the gradient"],
+  sc_mse: ["Quotient", "Mean error²", "Mean squared error of MeanFlow’s identity, unweighted"],
+  sc_weight: ["Quotient", "Weight, MeanFlow", "Mean adaptive weight of its samples"],
+};
+const objectives = new Set(runs.map(({ objective }) => objective));
+if (objectives.has("meanflow")) {
+  for (const [name, [group, title, about]] of Object.entries(MEANFLOW)) {
+    METRICS[name] = objectives.has("soflow") ? [group, `${METRICS[name][1]}; ${title}`, "By the objective of each run"] : [group, title, about];
+  }
+}
+
 function meta(name) {
   if (Object.hasOwn(METRICS, name)) {
     const [group, title, about, scale] = METRICS[name];
@@ -216,8 +229,9 @@ function ways() {
     $("ways").hidden = false;
     const box = make($("wayruns"), "div", "wayrun");
     colour(box, number);
-    const { times, by_label: labels, by_seed: seeds, label, step } = run.ways;
+    const { times, by_label: labels, by_seed: seeds, label, step, solves } = run.ways;
     make(box, "h3", "", run.name + (step ? `, step ${step.toLocaleString("en")}` : ""));
+    make(box, "p", "note", solves ? "f(x₁, 1, s): each call goes from the noise straight to time s." : "Euler’s steps along the velocity: each call goes on from the picture before.");
     const strips = make(box, "div", "strips");
     strip(strips, "One noise, several labels", times, labels);
     strip(strips, label ? `Several noises, label ${label}` : "Several noises", times, seeds);

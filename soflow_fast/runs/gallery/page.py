@@ -50,6 +50,7 @@ def _run(run: Run, ways: Ways | None) -> dict[str, Any]:
     device = str(run.config.get("run.device") or "")
     facts = {
         "Preset": run.config.get("preset"),
+        "Objective": run.config.get("objective.kind"),
         "Network": _network(run.config),
         "Batch": run.config.get("batch_size"),
         "Precision": f"{run.config['precision']} on {device}" if "precision" in run.config else None,
@@ -58,6 +59,7 @@ def _run(run: Run, ways: Ways | None) -> dict[str, Any]:
     return {
         "name": run.name,
         "folder": str(run.folder),
+        "objective": str(run.config.get("objective.kind") or "soflow"),
         "status": run.status,
         "step": run.step,
         "steps": run.steps,

@@ -1,4 +1,4 @@
-"""The way of noise to images through a trained network: f(x_1, 1, s) for s from 1 to 0."""
+"""The way of noise to images through a trained network: f(x_1, 1, s) for s from 1 to 0, or steps along a velocity."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import CheckpointError, ConfigError, UserError
 from ...flow import SolutionFlow
 from ...sampling.drawing import has_null_label, image_noise
+from ...sampling.guidance import chosen_guidance, scales
 from ..checkpoint import load_with_data
 from ..images import has_colours, to_uint8
 from ..latents.vae import load_vae
@@ -36,6 +37,9 @@ class Ways:
     """That label."""
     step: int
     """Of the checkpoint; 0: not known."""
+    solves: bool
+    """Whether each image is one call from the noise; else each is Euler's step from the one before, along the velocity
+    that such a flow has learned."""
 
 
 def ways(run_dir: Path, device: torch.device) -> Ways:
@@ -62,28 +66,31 @@ def ways(run_dir: Path, device: torch.device) -> Ways:
     rows = [(0, label) for label in labels] + [(seed, chosen) for seed in range(ROWS)]
     shape = (model.in_channels, model.input_size, model.input_size)
     noise = torch.stack([image_noise(seed, 0, 0, shape) for seed, _ in rows])  # as of `sample --seed`
-    times = torch.linspace(1, 0, TIMES)
-    drawn = torch.stack([_states(flow, noise, torch.tensor([y for _, y in rows]), s) for s in times.tolist()], 1)
+    y = torch.tensor([label for _, label in rows])
+    parts = zip(noise.split(IN_A_BATCH), y.split(IN_A_BATCH), strict=True)
+    times, drawn = [1 - k / (TIMES - 1) for k in range(TIMES)], torch.cat([_states(flow, *part) for part in parts])
     if not torch.isfinite(drawn).all():
         raise UserError("its samples are not finite")
     with torch.no_grad():
         cells = [[cell(image) for image in to_uint8(finish(way.to(device))).cpu()] for way in drawn]
     return Ways(
-        times=[round(s, 3) for s in times.tolist()],
+        times=[round(s, 3) for s in times],
         by_label=[(named(label), cells[k]) for k, label in enumerate(labels)],
         by_seed=[(f"seed {seed}", cells[len(labels) + seed]) for seed in range(ROWS)],
         label=named(chosen) if labels else "",
         step=getattr(flow.origin, "step", None) or 0,
+        solves=flow.solves,
     )
 
 
 @torch.no_grad()
-def _states(flow: SolutionFlow, noise: Tensor, y: Tensor, s: float) -> Tensor:
-    """f(x_1, 1, s; y) of each noise [n, C, H, W], on the CPU."""
+def _states(flow: SolutionFlow, noise: Tensor, y: Tensor) -> Tensor:
+    """The states [n, TIMES, C, H, W] of noise [n, C, H, W] of labels [n] at all times, on the CPU."""
     parameter = next(flow.parameters())
-    found = []
-    for x, labels in zip(noise.split(IN_A_BATCH), y.split(IN_A_BATCH), strict=True):
-        x = x.to(parameter)
-        t = torch.ones(len(x), device=x.device, dtype=x.dtype)
-        found.append(flow.solution(x, t, torch.full_like(t, s), labels.to(x.device)).float().cpu())
-    return torch.cat(found)
+    x, y = noise.to(parameter), y.to(parameter.device)
+    w = scales(flow, chosen_guidance(flow, None), y, x)
+    at = lambda k: torch.full((len(x),), 1 - k / (TIMES - 1), device=x.device, dtype=x.dtype)  # noqa: E731
+    states = [x]
+    for k in range(1, TIMES):
+        states.append(flow(x, at(0), at(k), y, w) if flow.solves else flow(states[-1], at(k - 1), at(k), y, w))
+    return torch.stack(states, 1).float().cpu()
