@@ -64,6 +64,7 @@ def test_a_recorded_step_is_not_taken_for_another_split():
         ({"l": torch.zeros(4, dtype=torch.int64)}, r"draws\.l must be floating \[4\], got torch.int64"),
         ({"label_dropped": torch.zeros(4)}, r"draws\.label_dropped must be bool \[4\], got torch.float32"),
         ({"w": torch.ones(4)}, r"draws\.w: the network sees no guidance scale"),
+        ({"w": torch.ones(4)}, r"draws\.w: the network sees no guidance scale"),
         ({"n_fm": 5}, r"draws\.n_fm must be 0 to 4, got 5"),
     ],
 )
