@@ -135,6 +135,12 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "gate_residual_layernorm_modulate_increment": [
             (x, x, x, x, m, m, bias, m, m, m, eps, dtype) for bias in (None, b)
         ],
+        "gate_residual_rmsnorm_modulate": [
+            (x, x, m, m, m, weight, eps, dtype, stats) for weight in (None, b) for stats in (False, True)
+        ],
+        "gate_residual_rmsnorm_modulate_backward": [
+            (x, dsum, x, x, m, m, weight, stats) for dsum in (None, x) for weight in (None, b)
+        ],
         "label_bias_silu": [(flat, b, b, table, labels) for labels in (None, y)],
         "label_bias_silu_backward": [(flat, flat, b, b, table, labels) for labels in (None, y)],
         "layernorm_modulate": [(x, m, m, eps, dtype, stats) for stats in (False, True)],
@@ -142,6 +148,8 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "layernorm_modulate_increment": [(x, x, m, m, m, eps, dtype)],
         "path_point": [(image, image, t, False), (image, image, t, True)],
         "qkv_gradient": [(x, x, x)],
+        "rmsnorm_modulate": [(x, m, m, weight, eps, dtype, stats) for weight in (None, b) for stats in (False, True)],
+        "rmsnorm_modulate_backward": [(x, x, m, weight, stats) for weight in (None, b)],
         "scaled_direction": [(image, image, one)],
         "silu_increment": [(x, x, dtype)],
         "token_sum": [(x,)],
