@@ -46,6 +46,9 @@ EXTRAS = {
     "hub": ["huggingface_hub>=0.34", "diffusers>=0.35", "accelerate>=1.0"],  # accelerate: enable_model_cpu_offload
     "latents": ["h5py>=3.12", "lmdb>=1.5"],  # whose files --from and --data take
     "hf": ["datasets>=3.6,<6"],  # data sets that it saved, and parquet files of images
+    # What --track takes. Neither is pinned in constraints.txt: trackio wants an older pillow than the pinned one.
+    "wandb": ["wandb>=0.19"],
+    "trackio": ["trackio>=0.20"],
     "docs": ["mkdocs-material>=9.6"],
 }
 # What installs anywhere from wheels; flash-attn compiles, so "gpu" stays out.
@@ -65,6 +68,7 @@ setup(
         *find_packages("kernels", include=["soflow_kernels", "soflow_kernels.*"]),
     ],
     package_dir={"soflow_kernels": "kernels/soflow_kernels"},
+    package_data={"soflow_fast.runs.gallery": ["page.html", "page.css", "page.js", "charts.js"]},
     install_requires=[
         "torch>=2.10",
         "numpy>=1.26",

@@ -18,18 +18,20 @@ if TYPE_CHECKING:
     from .runs.checkpoint import export, load
     from .sampling import OneStep, sample
     from .training.state import TrainState
-    from .training.step import train_step
+    from .training.step import Draws, draw, train_step
 
 _HOMES = {
     "Config": "config.schema",
     "DiT": "models.dit",
     "DiTConfig": "config.schema",
+    "Draws": "training.step",
     "LossTerm": "objective",
     "Objective": "objective",
     "ObjectiveConfig": "config.schema",
     "OneStep": "sampling",
     "SolutionFlow": "flow",
     "TrainState": "training.state",
+    "draw": "training.step",
     "export": "runs.checkpoint",
     "from_pretrained": "hub",
     "generator": "rng",
@@ -47,6 +49,7 @@ __all__ = [
     "Config",
     "DiT",
     "DiTConfig",
+    "Draws",
     "LossTerm",
     "Objective",
     "ObjectiveConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "SolutionFlow",
     "TrainState",
     "__version__",
+    "draw",
     "export",
     "from_pretrained",
     "generator",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from soflow_kernels import path_point
 
-from .config.schema import Coefficients, FlowConfig, FlowPath
-from .config.validation import validate_flow
+from .config.schema import Coefficients, FlowConfig, FlowPath, ObjectiveConfig, ObjectiveKind
+from .config.validation import validate_flow, validate_objective
 
 HALF_PI = math.pi / 2
 
@@ -21,6 +21,11 @@ HALF_PI = math.pi / 2
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """[B] -> [B, 1, 1, 1], so that it multiplies `like`, in its dtype."""
     return value.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def conditions(y: Tensor | None, w: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The last arguments of a network: labels [B], and guidance scales [B] where it takes them."""
+    return (y,) if w is None else (y, w)
 
 
 class SolutionFlow(nn.Module):
@@ -31,7 +36,8 @@ class SolutionFlow(nn.Module):
     | "linear" | 1 - t, t |    | "euler" | 1, s - t |
     | "trig" | cos(pi t / 2), sin(pi t / 2) |    | "trig" | cos(pi/2 (s - t)), sin(pi/2 (s - t)) |
 
-    `network` is any module with the call `network(x, t, s, y)` and the attribute `num_classes`, the null label.
+    `network` is any module with the call `network(x, t, s, y)` and the attribute `num_classes`, the null label. One
+    that was trained for a range of guidance scales takes these too, `network(x, t, s, y, w)`, w [B].
     Its parameters' names are `network.` and the network's own, as in the public checkpoints.
     """
 
@@ -39,13 +45,27 @@ class SolutionFlow(nn.Module):
     origin: Any = None
     """The training that the weights are of, as `load` has found it (`runs.checkpoint.origin`); None: not known."""
 
-    def __init__(self, network: nn.Module, path: FlowPath = "linear", coefficients: Coefficients = "euler") -> None:
-        """`network(x, t, s, y)` gives N, of the shape of x. Raises ValueError for an unknown path or coefficients."""
+    def __init__(
+        self,
+        network: nn.Module,
+        path: FlowPath = "linear",
+        coefficients: Coefficients = "euler",
+        objective: ObjectiveKind = "soflow",
+    ) -> None:
+        """`network(x, t, s, y)` gives N, of the shape of x. objective: that it is trained by, which decides how samples
+        are drawn unless that is said. Raises ValueError for an unknown path, coefficients or objective."""
         super().__init__()
         validate_flow(FlowConfig(path, coefficients))
+        validate_objective(ObjectiveConfig(kind=objective), "objective.")
         self.network = network
         self.path = path
         self.coefficients = coefficients
+        self.objective = objective
+
+    @property
+    def solves(self) -> bool:
+        """Whether the network has learned solutions, so that one call goes from noise to data; else the velocity."""
+        return self.objective != "flow-matching"
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t = alpha x_0 + beta x_1, and its velocity v_t = alpha' x_0 + beta' x_1, both [B, C, H, W]."""
@@ -72,17 +92,20 @@ class SolutionFlow(nn.Module):
         a, b = self.solution_coefficients(t, s)
         return per_sample(a, x) * x + per_sample(b, x) * output
 
-    def velocity(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """v(x, t; y), the velocity of the ODE, [B, C, H, W]; y [B] labels, None: the null label."""
-        return self.to_velocity(self.network(x, t, t, y))
+    def velocity(self, x: Tensor, t: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """v(x, t; y), the velocity of the ODE, [B, C, H, W]; y [B] labels, None: the null label; w [B] guidance scales
+        of a network that takes them."""
+        return self.to_velocity(self.network(x, t, t, *conditions(y, w)))
 
-    def solution(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-        """f(x, t, s; y), the state at time s <= t, [B, C, H, W]; f(x, t, t) = x."""
-        return self.to_solution(self.network(x, t, s, y), x, t, s)
+    def solution(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """f(x, t, s; y), the state at time s <= t, [B, C, H, W]; f(x, t, t) = x. y, w: as for `velocity`."""
+        return self.to_solution(self.network(x, t, s, *conditions(y, w)), x, t, s)
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-        """The same as `solution`."""
-        return self.solution(x, t, s, y)
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """The step from t to s: `solution`, or Euler's along the velocity of a flow that has learned that alone."""
+        if self.solves:
+            return self.solution(x, t, s, y, w)
+        return x + per_sample(s - t, x) * self.velocity(x, t, y, w)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write config.json, model.safetensors and a model card to a folder (`hub.save_pretrained`)."""

@@ -1,55 +1,71 @@
 """Draw images: `python -m soflow_fast.sample RUN --out DIR`; RUN is a run directory, a checkpoint or an exported one.
 
     python -m soflow_fast.sample runs/digits --out out --n 64 --nfe 1
-    python -m soflow_fast.sample runs/digits --out out --labels 3,5 --seed 7
+    python -m soflow_fast.sample runs/digits --out out --labels 3,5 --seed 7 --times 1,0.6
+    python -m soflow_fast.sample runs/digits --out out --n 50000 --labels random --format npz
 
-Writes an image each, 00000.png and on, and grid.png of the first 1024. Latents are decoded by the VAE that made them,
-if it is on this machine, or by --vae NAME; without, a .npy each. Image i depends on the seed, its label and i alone.
+Writes an image each, 00000.png and on, or samples.npz in ADM's layout, or both; and grid.png of the first 1024. Latents
+are decoded by the VAE that made them, if it is on this machine, or by --vae NAME; without, a .npy each. Image i depends
+on the seed, its label and i alone. The same command goes on where it was interrupted.
 
 Every GPU that is visible draws batches of its own, or those that --device names; the images are the same with however
 many of a kind.
 """
 
-import os
-import shutil
 import sys
 import types
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .commands import process
-from .commands.parser import DEVICES, MOST_CALLS, MOST_SEED, Parser, user_value, whole_number
-from .config.schema import nearest
-from .errors import ConfigError, Diverged, StorageError, enough_memory, storage_error
+from .commands.labels import BALANCED, NULL, labels_of, parsed_labels
+from .commands.parser import DEVICES, GUIDANCE, MOST_CALLS, MOST_SEED, Parser, number, user_value, whole_number
+from .config.schema import SampleFormat, SamplingMethod, shown
+from .errors import ConfigError, enough_memory
 
 MOST = 10**7
 """Images of one call: each is a file."""
+MOST_AT_ONCE = 2**16
 GRID = 1024
-MOST_WRITERS = 16
-"""Threads that make and write files: a PNG of 256 x 256 pixels takes a processor about ten milliseconds."""
-IN_HAND = 8
-"""Files that each of them may have before it."""
 SHOWN = 12
 """Classes that are named in what is printed."""
 
 
 def parser() -> Parser:
     """The command line."""
+    methods, formats = get_args(SamplingMethod), get_args(SampleFormat)
     p = Parser(prog="python -m soflow_fast.sample", description=__doc__)
     p.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported directory")
     p.add_argument("--out", required=True, metavar="DIR", help="where the images go")
     p.add_argument("--n", default="64", metavar="N", help="how many (default: 64)")
-    p.add_argument("--nfe", default="1", metavar="N", help="network calls per image (default: 1)")
     p.add_argument(
-        "--labels", metavar="A,B,...", help="classes by number or name, or null, repeated in turn (default: all)"
+        "--nfe", metavar="N", help="network calls per image (default: as many as --times, or 1; of flow matching 10)"
     )
+    p.add_argument("--times", metavar="1,T,...", help="of the network calls, falling to above 0 (default: even steps)")
+    p.add_argument(
+        "--method",
+        choices=methods,
+        help="from one time to the next: solve to 0 and add new noise, solve to the next, or go along the velocity: "
+        f"{', '.join(methods)} (default: {methods[0]}; of flow matching {methods[-1]})",
+    )
+    p.add_argument("--guidance", metavar="W", help=GUIDANCE)
+    p.add_argument(
+        "--labels",
+        default=BALANCED,
+        metavar="A,B,...",
+        help="balanced, each class in turn; random, by the seed; or classes by number or name, or null, repeated in "
+        f"turn (default: {BALANCED})",
+    )
+    p.add_argument(
+        "--format", choices=formats, default=formats[0], help=f"{', '.join(formats)} (default: {formats[0]})"
+    )
+    p.add_argument("--batch-size", default="64", metavar="N", help="images of a network call (default: 64)")
     p.add_argument("--vae", metavar="NAME", help="of a model of latents: decode them by this AutoencoderKL, or none")
     p.add_argument("--seed", default="0", metavar="N", help="of the noise (default: 0)")
     p.add_argument("--device", default="auto", metavar="D", help=DEVICES)
+    p.add_argument("--overwrite", action="store_true", help="remove images of another command that DIR holds")
     return p
 
 
@@ -57,145 +73,115 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError."""
     values = parser().parse(arguments)
     process.alone("sample")
-    n, nfe = whole_number("--n", values.n, 1, MOST), whole_number("--nfe", values.nfe, 1, MOST_CALLS)
+    n, size = whole_number("--n", values.n, 1, MOST), whole_number("--batch-size", values.batch_size, 1, MOST_AT_ONCE)
+    nfe = None if values.nfe is None else whole_number("--nfe", values.nfe, 1, MOST_CALLS)
+    given = None if values.times is None else _numbers("--times", values.times)
+    guidance = number("--guidance", values.guidance)
     seed, out = whole_number("--seed", values.seed, 0, MOST_SEED), Path(values.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file")
 
-    import torch
-
+    from .data.dataset import LatentSpace
+    from .runs import drawn
     from .runs import images as pictures
     from .runs.checkpoint import load_with_data
-    from .sampling import Devices, Drawing, draw_on
+    from .runs.latents.vae import weights_digest
+    from .sampling import Devices, Drawing, checked_method, checked_times, chosen_guidance, draw_on
     from .training.precision import resolve_devices
 
-    with enough_memory(f"--n {n}: out of memory with {values.run}; draw fewer at a time, or on another --device"):
+    user_value(lambda: checked_times(nfe, given), "--times")
+    with enough_memory(
+        f"--batch-size {size}: out of memory with {values.run}; give a smaller one, or another --device"
+    ):
         devices = resolve_devices(values.device)
         flow, config, data = load_with_data(values.run, devices[0])
         model = config.model
         names = data.classes if data is not None and len(data.classes) == model.num_classes else ()
-        labels = _labels(values.labels, model.num_classes, names, n)
-        if labels and model.num_classes in labels and not model.null_label:
+        chosen = parsed_labels(values.labels, model.num_classes, names)
+        if isinstance(chosen, list) and model.num_classes in chosen and not model.null_label:
             raise ConfigError(f"--labels {values.labels}: {values.run} has no null label: it was trained without one")
+        y = labels_of(chosen, model.num_classes, n, seed)
         latents = config.data.latent or not pictures.has_colours(model.in_channels)
         if values.vae and not latents:
             raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
         space = data.space if data is not None else None
-        decoder = _decoder(values.vae, space, devices[0], model.in_channels) if latents else None
+        vae = _vae(values.vae, space, devices[0], model.in_channels) if latents else None
+        as_they_are = latents and vae is None
+        if as_they_are and values.format != "png":
+            raise ConfigError(f"--format {values.format}: the samples of {values.run} are latents; --vae decodes them")
+        if vae is not None:
+            space = space or LatentSpace(vae.name, vae.scale, vae.shift)
         shape = (n, model.in_channels, model.input_size, model.input_size)
-        y = None if labels is None else torch.tensor(labels)
-        drawing = user_value(lambda: Drawing.of(flow, y, nfe=nfe, seed=seed, shape=shape), "--labels")
-        as_they_are = latents and decoder is None
-        ending, content = ("npy", pictures.npy) if as_they_are else ("png", pictures.png)
+        method = user_value(lambda: checked_method(values.method, flow), "--method")
+        w = user_value(lambda: chosen_guidance(flow, guidance), "--guidance")
+        way: Any = {"method": method, "seed": seed, "batch_size": size, "guidance": w}
+        drawing = user_value(lambda: Drawing.of(flow, y, nfe=nfe, times=given, shape=shape, **way), "--labels")
+        settings = drawn.Settings(
+            n=n,
+            times=drawing.times,
+            labels=chosen if isinstance(chosen, str) else ",".join(map(str, chosen)),
+            format=values.format,
+            latents=as_they_are,
+            flow=f"{flow.objective}, {flow.path} path, {flow.coefficients} coefficients",
+            weights=weights_digest(flow),
+            vae=f"{vae.weights} {space[1:]}" if vae and space else "",
+            **way,
+        )
 
-        def finish_on(device: torch.device) -> Callable[[Any], Any]:
-            decode = decoder(device) if decoder else lambda x: x
-            return lambda x: x if as_they_are else pictures.to_uint8(decode(x))
+        def finish_on(device: Any) -> Callable[[Any], Any]:
+            decode = partial(vae.on(device).decoded, space=space) if vae and space else lambda x: x
+            return lambda x: x if as_they_are else pictures.in_bytes(decode(x), values.format)
 
-        def files(made: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, Callable[[], bytes]]]:
-            first, count = [], 0
-            for finite, batch in made:
-                if not finite:
-                    raise Diverged(f"{values.run}: its samples are not finite")
-                if not as_they_are and count < GRID:
-                    first.append(batch[: GRID - count])
-                for x in batch:
-                    yield f"{count:05d}.{ending}", partial(content, x)
-                    count += 1
-            if first:
-                yield "grid.png", lambda: pictures.png(pictures.make_grid(torch.cat(first)))
-
-        with Devices(devices, draw_on(flow, finish_on)) as several:
-            _write(out, files(several.results((drawing, rows) for rows in drawing.batches())))
-    if labels and names:
-        drawn = dict.fromkeys([*names, "null"][label] for label in labels)
-        more = f" and {len(drawn) - SHOWN} more" if len(drawn) > SHOWN else ""
-        print(f"classes: {', '.join(list(drawn)[:SHOWN])}{more}")
-    calls = f"of {nfe} network call{'s' if nfe > 1 else ''} each"
+        with (
+            Devices(devices, draw_on(flow, finish_on)) as several,
+            drawn.taken(out, settings, values.run, values.overwrite, _warn) as folder,
+        ):
+            draw = lambda wanted: several.results((drawing, rows) for rows in wanted)  # noqa: E731
+            drawn.fill(folder, [*drawing.batches()], draw, y, grid_images=GRID)
+    if y is not None and names:
+        print(_classes(list(dict.fromkeys([*names, NULL][label] for label in y.tolist()))))
+    calls = f"of {drawing.nfe} network call{'s' if drawing.nfe > 1 else ''} each"
     if as_they_are:
-        name = data.space.vae if data is not None and data.space is not None else ""
-        hint = f"--vae {name or 'NAME'}"
+        hint = f"--vae {space.vae if space is not None and space.vae else 'NAME'}"
         print(f"{n} latents {calls}, as .npy: {out}; {hint} decodes them")
     else:
-        print(f"{n} images {calls}: {out / 'grid.png'}")
+        print(f"{n} images {calls}: {out / ('grid.png' if values.format == 'png' else 'samples.npz')}")
 
 
-def _decoder(name: str | None, space: Any, device: Any, channels: int) -> Callable[[Any], Callable[[Any], Any]] | None:
-    """What gives, for a device, what makes images of a model's latents there; None: nothing does.
+def _classes(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"classes: {', '.join(names[:SHOWN])}{more}"
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    """Numbers with commas between. Raises ConfigError."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag} must be numbers with commas between, got {shown(text)}") from None
+
+
+def _warn(text: str) -> None:
+    print(f"soflow: warning: {text}", file=sys.stderr)
+
+
+def _vae(name: str | None, space: Any, device: Any, channels: int) -> Any:
+    """The VAE that makes images of a model's latents; None: there is none.
 
     name: of the VAE, "none" for none; None: that of the latents, if it is on this machine. space: how a model's latents
     belong to those of the VAE, None: as its own say. device: on which it is loaded. channels: of the latents.
     """
-    from .data.dataset import LatentSpace
     from .runs.latents.vae import load_vae
 
     if name == "none" or (name is None and not (space and space.vae)):
         return None
     try:
-        vae = load_vae(name or space.vae, device, local=name is None, channels=channels)
+        return load_vae(name or space.vae, device, local=name is None, channels=channels)
     except ConfigError as error:
         if name is None:
             print(f"samples are written as latents, in .npy: {str(error).removeprefix('--vae ')}")
             return None
         raise
-    return lambda device: partial(vae.on(device).decoded, space=space or LatentSpace(vae.name, vae.scale, vae.shift))
-
-
-def _labels(text: str | None, num_classes: int, names: Sequence[str], n: int) -> list[int] | None:
-    """The label of each image; None: the model has none. names: of the classes, by number."""
-    if not num_classes:
-        if text:
-            raise ConfigError(f"--labels {text}: the model has no classes")
-        return None
-    chosen = (
-        list(range(num_classes)) if text is None else [_label(part, num_classes, names) for part in text.split(",")]
-    )
-    return [chosen[i % len(chosen)] for i in range(n)]
-
-
-def _label(text: str, num_classes: int, names: Sequence[str]) -> int:
-    """A class by its name, its number, or "null", which is never a name. A name that is a number counts as a name."""
-    text = text if text in names else text.strip()
-    if text == "null":
-        return num_classes
-    if text in names:
-        return names.index(text)
-    if names and not text.lstrip("-").isdigit():
-        raise ConfigError(f"--labels {text}: no class of this run{nearest(text, names)}")
-    return whole_number("--labels", text, 0, num_classes - 1)
-
-
-def _write(out: Path, files: Iterable[tuple[str, Callable[[], bytes]]]) -> None:
-    """All files, names with what makes their contents, or none: they are written aside, on the same disk, by several
-    threads, and then moved in."""
-    new = not out.exists()
-    aside = (out.parent if new else out) / f".{out.name}.partial-{os.getpid()}"
-    threads = min(MOST_WRITERS, len(os.sched_getaffinity(0)))
-
-    def write(name: str, content: Callable[[], bytes]) -> None:
-        (aside / name).write_bytes(content())
-
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.mkdir()
-            with ThreadPoolExecutor(threads, "write") as pool:
-                begun: deque[Future[None]] = deque()
-                for name, content in files:
-                    begun.append(pool.submit(write, name, content))
-                    if len(begun) == IN_HAND * threads:
-                        begun.popleft().result()
-                for written in begun:
-                    written.result()
-            if new:
-                os.rename(aside, out)
-            else:
-                for name in os.listdir(aside):
-                    os.replace(aside / name, out / name)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(str(storage_error(error, f"--out {out}"))) from None
 
 
 class _Callable(types.ModuleType):

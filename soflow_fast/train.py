@@ -35,9 +35,10 @@ MOST_EPOCHS = 10**6
 MOST_GPUS, MOST_NODES = 1024, 2**16
 
 FLAGS = {
-    "the run": "run_dir init resume_official steps seed device checkpoint_every keep on_nonfinite",
+    "the run": "run_dir init resume_official steps seed device eval_every reference checkpoint_every keep "
+    "on_nonfinite track",
     "the data": "data resize skip_bad batch_size",
-    "learning": "teacher teacher_decay guidance_precision quotient quotient_precision",
+    "learning": "objective teacher teacher_decay guidance_range guidance_precision quotient quotient_precision",
     "speed and memory": "precision micro_batch recompute attention optimizer compile cuda_graph parallel",
 }
 """The flags that set a field, by the heading under which --help shows them."""
@@ -105,7 +106,11 @@ def configuration(arguments: list[str] | None = None) -> tuple[Config, argparse.
     if values.epochs is not None and "steps" in changes:
         raise ConfigError(f"--epochs {values.epochs} and --steps {changes['steps']}: give one of the two")
     named = {SHORT_NAMES.get(name, name) for name in changes}
-    if values.config and named & {"precision", "objective.teacher"}:  # what followed from them follows anew
+    if values.config and named & {
+        "precision",
+        "objective.kind",
+        "objective.teacher",
+    }:  # what followed from them follows anew
         changes |= {name: "auto" for name in ("quotient", "quotient_precision") if name not in named}
     return configure(config, changes), values
 

@@ -1,5 +1,7 @@
 """A small DiT with inputs and gradients, for the tests of networks."""
 
+import dataclasses
+
 import torch
 
 from soflow_fast import DiTConfig
@@ -9,9 +11,9 @@ from soflow_fast.training.precision import round_parameters
 SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=2, hidden_size=40, depth=3, num_heads=2, num_classes=5)
 
 
-def network(dtype=torch.float32, rounded=None, **attributes):
+def network(dtype=torch.float32, rounded=None, qk_norm=False, **attributes):
     """A DiT off its initial zeros, where half of the gradients vanish. rounded: the dtype of the blocks' parameters."""
-    net = DiT(SIZES)
+    net = DiT(dataclasses.replace(SIZES, qk_norm=qk_norm))
     net.keep_norms = False
     net.initialize(torch.Generator().manual_seed(0))
     with torch.no_grad():

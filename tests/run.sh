@@ -4,13 +4,13 @@
 #   fast  everything but what is marked `slow`: minutes on two cores
 #   all   everything
 #
-# Two processes run at the same time, with one thread each: the engine's tests, and beside them the kernels' and then those
-# of the benchmarks, data and configurations, which makes the two equally long. Triton decides once in a process, when it is imported, whether it compiles or interprets; the kernels are
-# interpreted where there is no GPU, the engine needs them as they are. The engine's tests write to the terminal; the
-# others write to a file each, which are printed when they are done. All closing lines come last.
+# The tests are cut into parts, each a pytest of its own: Triton decides once in a process, when it is imported, whether it
+# compiles or interprets; the kernels are interpreted where there is no GPU, the engine needs them as they are. Two
+# workers with one thread each take the next part that is left until there is none. What the one in the foreground runs
+# is seen as it goes, the rest is printed when it is done. All closing lines come last.
 #
 # Arguments that name a file, folder or test (tests/test_flow.py::test_x) run just that, slow or not, in one process.
-# Options alone (-x, -k NAME) go to both processes.
+# Options alone (-x, -k NAME) go to all parts.
 set -u
 PYTHON=${PYTHON:-python3}
 lane=${1:?fast or all}
@@ -40,39 +40,66 @@ trap 'test -z "$beside" || kill "$beside" 2>/dev/null; rm -rf "$folder"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# The engine's tests stay in the foreground: a shell starts what it sends to the background with SIGINT ignored, and they
-# are about SIGINT. A process in the background that is told to end takes its pytest along.
+# Longest first.
+parts='reliability kernels commands training benchmarks runs models rest'
+
+# A shell starts what it sends to the background with SIGINT ignored, and some tests are about SIGINT.
+start='import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])'
+
+# next_part: the first part that nobody has taken, as `part`; false if there is none. A folder is made by one alone.
+next_part() {
+    for part in $parts; do
+        mkdir "$folder/$part.taken" 2>/dev/null && return
+    done
+    return 1
+}
+
+paths_of() {
+    if [ "$1" != rest ]; then
+        echo "tests/$1"
+        return
+    fi
+    echo tests
+    for other in $parts; do
+        [ "$other" = rest ] || echo "--ignore=tests/$other"
+    done
+}
+
+# A worker in the background that is told to end takes its pytest along.
 (
     trap 'test -z "$running" || kill "$running" 2>/dev/null; exit 143' TERM
-    for part in kernels rest; do
-        case $part in
-        kernels) folders=tests/kernels ;;
-        rest) folders='tests/benchmarks tests/data tests/config' ;;
-        esac
-        # shellcheck disable=SC2086 # several folders
-        "$PYTHON" -m pytest "--color=$color" -m "$selection" "$@" $folders >"$folder/$part" 2>&1 &
+    running=
+    while next_part; do
+        # shellcheck disable=SC2046 # several words
+        "$PYTHON" -c "$start" "$PYTHON" -m pytest "--color=$color" -m "$selection" "$@" $(paths_of "$part") \
+            >"$folder/$part" 2>&1 &
         running=$!
         wait "$running"
         echo $? >"$folder/$part.code"
     done
 ) &
 beside=$!
-# -u: the dots appear as the tests end. The exit code goes through a file, since a pipe's is that of `tee`.
-{
-    "$PYTHON" -u -m pytest "--color=$color" -m "$selection" "$@" \
-        tests --ignore=tests/kernels --ignore=tests/benchmarks --ignore=tests/data --ignore=tests/config
-    echo $? >"$folder/engine.code"
-} 2>&1 | tee "$folder/engine"
+while next_part; do
+    # -u: the dots appear as the tests end. The exit code goes through a file, since a pipe's is that of `tee`.
+    {
+        # shellcheck disable=SC2046 # several words
+        "$PYTHON" -u -m pytest "--color=$color" -m "$selection" "$@" $(paths_of "$part")
+        echo $? >"$folder/$part.code"
+    } 2>&1 | tee "$folder/$part"
+    : >"$folder/$part.seen"
+done
 
-echo "The tests of the kernels, then those of the benchmarks, data and configurations:"
+echo "What ran beside that:"
 wait "$beside"
 beside=
-cat "$folder/kernels" "$folder/rest"
+for part in $parts; do
+    [ -e "$folder/$part.seen" ] || cat "$folder/$part"
+done
 
 # Exit code 5 is pytest's for "no tests". Options such as -k may leave some of the parts with none, never all of them.
 failed=0
 ran=no
-for part in engine kernels rest; do
+for part in $parts; do
     printf '%-12s' "$part:"
     tail -n 1 "$folder/$part"
     code=$(cat "$folder/$part.code")

@@ -22,6 +22,7 @@ FLOORS = (
     {"errors", "ranks", "rng", "version"},
     {"config", "files", "launch"},
     {"data", "flow"},
+    {"average_velocity"},
     {"objective"},
     {"models"},
     {"training"},
@@ -224,7 +225,7 @@ def imported_modules(tree: Tree, imports: list[Import]) -> set[str]:
 
 
 def a_wrong_command_line_is_answered_without_torch(tree: Tree) -> list[str]:
-    queue = [f"soflow_fast.{name}" for name in ("train", "sample", "evaluate", "encode", "export")]
+    queue = [f"soflow_fast.{name}" for name in ("train", "sample", "evaluate", "encode", "export", "gallery")]
     queue = [name for name in queue if name in tree]
     for name in queue:
         found = imported_modules(tree, tree[name].first_imports)

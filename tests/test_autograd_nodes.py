@@ -25,11 +25,16 @@ import soflow_fast
 import soflow_kernels
 from soflow_fast.models import attention, fused_layers
 from soflow_kernels import _dispatch, testing
+from tests.versions import OPTIONAL
 
 PACKAGES = (soflow_fast, soflow_kernels)
 for package in PACKAGES:
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:
+            if error.name not in OPTIONAL:
+                raise
 
 B, T, D, H = 2, 3, 8, 16
 LOW = torch.bfloat16
@@ -103,6 +108,7 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
     y, dropped, heads = torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.bool), ones(2, B, 2, T, D)
     p, g, one, eps = ones(D), ones(D, dtype=dtype), ones(), 1e-6
     heads, table = heads.to(dtype), ones(4, D, dtype=dtype)
+    four = heads[0], heads[1].transpose(1, 2).contiguous().transpose(1, 2)
     guidance = (3.0, 0.8, 0.25)
     return {
         "adamw_ema": [([p], [g], [p], [p], [], [], [one], one, None, None, None, 0.9, 0.99, 1e-8, 0.0, 0)],
@@ -147,6 +153,9 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "layernorm_modulate_backward": [(x, x, m, stats, stats)],
         "layernorm_modulate_increment": [(x, x, m, m, m, eps, dtype)],
         "path_point": [(image, image, t, False), (image, image, t, True)],
+        "qk_rms_norm": [(*four, b, b, eps)],
+        "qk_rms_norm_backward": [(*four, *four, b, b, eps)],
+        "qk_rms_norm_increment": [(*four, *four, b, b, eps, dtype, dtype)],
         "qkv_gradient": [(x, x, x)],
         "rmsnorm_modulate": [(x, m, m, weight, eps, dtype, stats) for weight in (None, b) for stats in (False, True)],
         "rmsnorm_modulate_backward": [(x, x, m, weight, stats) for weight in (None, b)],

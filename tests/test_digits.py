@@ -12,7 +12,7 @@ import torch
 
 from soflow_fast import load, sample
 from soflow_fast.data.digits import load_digits, to_pixels
-from soflow_fast.evaluation import digit_scores, frechet_distance
+from soflow_fast.evaluation import digit_scores, frechet_distance, measure_digits
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +89,16 @@ def test_default_command_learns_from_the_start(tmp_path):
 
 
 @pytest.mark.slow
+def test_one_network_draws_at_every_scale_of_its_range(tmp_path):
+    """A fifth of the default training. More guidance: more samples are their label, and they are less like the data."""
+    train(tmp_path / "run", "--steps", "600", "--guidance-range", "1,4")
+    flow = load(tmp_path / "run")
+    weak, middle, strong = (measure_digits(flow, 2000, 1, seed=1, guidance=w) for w in (1, 2, 4))
+    assert weak.accuracy + 0.1 < middle.accuracy < strong.accuracy
+    assert 1.1 * max(weak.frechet, middle.frechet) < strong.frechet
+
+
+@pytest.mark.slow
 def test_default_command_draws_digits_in_one_step(tmp_path, real):
     """`python -m soflow_fast.train`, then 4000 one-step samples judged without the package's own evaluation."""
     from sklearn.svm import SVC
@@ -108,3 +118,17 @@ def test_default_command_draws_digits_in_one_step(tmp_path, real):
     assert figures["1"]["accuracy"] == pytest.approx(accuracy, abs=0.01)
     assert figures["1"]["frechet"] == pytest.approx(frechet, rel=0.1)
     assert_told(out, figures, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "calls", "accuracy", "frechet"),
+    [("flow-matching", "10", 0.93, 45.0), ("meanflow", "1", 0.93, 75.0)],
+)
+def test_other_objectives_learn_the_digits(kind, calls, accuracy, frechet, tmp_path):
+    """A quarter of the default training. Where MeanFlow's derivative counts as zero, the distance is 257 at its end."""
+    run = tmp_path / "run"
+    out, figures = train(run, "--objective", kind, "--steps", "800", "--precision", "fp32")
+    found = figures[calls]
+    assert f"{found['accuracy']:.4f} classified as their label" in out
+    assert found["accuracy"] >= accuracy and found["frechet"] <= frechet and found["near_copies"] <= 0.1

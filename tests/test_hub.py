@@ -14,17 +14,18 @@ import pytest
 import torch
 import yaml
 
-from soflow_fast import SolutionFlow, export, load, preset, sample
+from soflow_fast import SolutionFlow, TrainState, export, load, preset, sample
 from soflow_fast.config.presets import PRESETS
 from soflow_fast.config.schema import RunConfig, override
 from soflow_fast.data.dataset import LatentSpace
 from soflow_fast.errors import CheckpointError
 from soflow_fast.hub import card
-from soflow_fast.runs import source_code
+from soflow_fast.runs import checkpoint, source_code
 from soflow_fast.runs.checkpoint import load_with_data, published
 from soflow_fast.runs.trainer import beginning
 from soflow_fast.train import configuration
 from tests.published import FIGURES, NAMES, FakeHub, assert_same, known_run, small_flow
+from tests.states import advance, build
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,76 @@ def test_a_flow_of_nobody_keeps_its_dtype_path_and_coefficients(dtype: torch.dty
     assert config.data.latent and config.flow.path == "trig"  # of four channels: no colours
     assert_same(SolutionFlow.from_pretrained(tmp_path / "given", dtype=torch.float32), flow.float())
     assert "is not recorded" in (tmp_path / "given" / "README.md").read_text()
+
+
+def test_a_network_that_normalises_queries_and_keys_is_kept_and_given_away(tmp_path: Path) -> None:
+    """Through a run, which goes on to the bit, an exported directory, a folder of the hub and a pipeline's part."""
+    place = known_run(tmp_path / "run", **{"model.qk_norm": True})
+    flow, config, _ = load_with_data(place)
+    weight = flow.network.blocks[0].attn.q_norm.weight
+    assert config.model.qk_norm and weight.shape == (8,)
+    state = TrainState.build(config)
+    assert checkpoint.resume(place, state, print) and state.step == 2
+    straight = advance(build(**{"model.qk_norm": True}), 4)
+    for a, b in zip(advance(state, 2).flow.parameters(), straight.flow.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        weight.copy_(torch.linspace(0.5, 1.5, 8))
+    export(flow, config, tmp_path / "exported")
+    flow.save_pretrained(tmp_path / "given")
+    for back in (load(tmp_path / "exported"), SolutionFlow.from_pretrained(tmp_path / "given")):
+        assert_same(back, flow)
+        assert torch.equal(sample(back, [1, 2], seed=0), sample(flow, [1, 2], seed=0))
+    assert "normalised queries and keys" in (tmp_path / "given" / "README.md").read_text()
+    assert "model.qk_norm=True" in (tmp_path / "given" / "README.md").read_text()
+
+
+def test_a_configuration_from_before_there_were_norms_of_queries_and_keys(saved: Path) -> None:
+    values = json.loads((saved / "config.json").read_text())
+    assert values["model"].pop("qk_norm") is False
+    values["run"]["config"]["model"].pop("qk_norm")
+    (saved / "manifest.json").unlink()
+    (saved / "config.json").write_text(json.dumps(values))
+    assert not load(saved).network.config.qk_norm
+
+
+def test_a_flow_for_a_range_of_guidance_scales_is_given_away_as_such(tmp_path: Path) -> None:
+    flow = small_flow(guidance_range=(1.0, 4.0))
+    flow.save_pretrained(tmp_path / "given")
+    back = SolutionFlow.from_pretrained(tmp_path / "given")
+    assert_same(back, flow)
+    assert back.network.config == flow.network.config
+    assert torch.equal(sample(back, [1, 2], seed=0, guidance=3), sample(flow, [1, 2], seed=0, guidance=3))
+    run = known_run(tmp_path / "run", **{"model.guidance_range": (1.0, 4.0)})
+    load(run).save_pretrained(tmp_path / "known")
+    text = (tmp_path / "known" / "README.md").read_text()
+    assert "| guidance | 1 to 4, chosen by samples |" in text and "--guidance-range 1.0,4.0" in text
+    figures = {"samples": 4000, "guidance": 2.0, "nfe": {"1": FIGURES}}
+    assert "Of 4000 samples at guidance 2, fewer" in "".join(card._figures(figures))
+
+
+@pytest.mark.parametrize("objective", ["flow-matching", "meanflow"])
+def test_the_objective_is_given_away_too(objective: Any, tmp_path: Path) -> None:
+    """Of a run and of a flow of nobody, so that samples are drawn as they are to be."""
+    nobody, trained = small_flow(objective=objective), load(known_run(tmp_path / "run", objective=objective))
+    for name, flow in (("nobody", nobody), ("trained", trained)):
+        flow.save_pretrained(tmp_path / name)
+        back, config, _ = load_with_data(tmp_path / name)
+        assert_same(back, flow)
+        assert config.objective.kind == objective
+        assert torch.equal(sample(back, [1, 2], seed=0), sample(flow, [1, 2], seed=0))
+        text = (tmp_path / name / "README.md").read_text()
+        wanted = (
+            ("by flow matching", "nfe=10", "- flow-matching") if objective == "flow-matching" else ("MeanFlow", "nfe=1")
+        )
+        assert all(part in text for part in wanted) and "[SoFlow]" not in text
+    assert f"--objective {objective}" in (tmp_path / "trained" / "README.md").read_text()
+    values = json.loads((tmp_path / "nobody" / "config.json").read_text())
+    values["flow"]["objective"] = "else"
+    (tmp_path / "nobody" / "config.json").write_text(json.dumps(values))
+    (tmp_path / "nobody" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"objective\.kind must be one of soflow"):
+        load(tmp_path / "nobody")
 
 
 def test_whatever_load_reads_can_be_had(run: Path, tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from soflow_kernels.inspect import summary
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [
-    importlib.import_module(f"soflow_fast.{name}") for name in ("train", "sample", "evaluate", "encode", "export")
+    importlib.import_module(f"soflow_fast.{name}")
+    for name in ("train", "sample", "evaluate", "encode", "export", "gallery")
 ]
 FLAGS = {flag.removeprefix("--") for command in COMMANDS for flag in command.parser().flags()}
 
-FLAGGED = ("data", "training", "sampling", "authors", "precision", "many-gpus-plan")
+FLAGGED = ("data", "training", "sampling", "authors", "precision", "many-gpus-plan", "watching")
 """Pages of docs/ on which every flag is one of these commands."""
 
 

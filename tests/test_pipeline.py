@@ -88,6 +88,19 @@ def test_the_samples_are_those_of_sample(steps: int, pipe: SoFlowPipeline) -> No
     assert np.array_equal(np.stack([np.asarray(image) for image in drawn[3]]), to_uint8(wanted)[..., 0].numpy())
 
 
+@pytest.mark.parametrize("steps", [None, 3])
+def test_flow_matching_goes_along_its_velocity(steps: int | None, tmp_path: Path) -> None:
+    pipe = quiet(SoFlowPipeline(flow=small_flow(objective="flow-matching"), vae=None))
+    noise = torch.randn(2, 1, 8, 8, generator=source(5))
+    wanted = sample(pipe.flow, [1, 2], nfe=steps or 10, method="euler", noise=[noise])
+    drawn = pipe([1, 2], steps, latents=noise, output_type="latent").images
+    torch.testing.assert_close(drawn, wanted, rtol=1e-6, atol=1e-6)
+    assert pipe.num_timesteps == (steps or 10)
+    pipe.save_pretrained(tmp_path)
+    back = quiet(SoFlowPipeline.from_pretrained(tmp_path))
+    assert torch.equal(back([1, 2], steps, latents=noise, output_type="latent").images, drawn)
+
+
 def test_the_noise_may_be_given_and_of_a_generator_for_each_image(pipe: SoFlowPipeline) -> None:
     noise = torch.cat([torch.randn(1, 1, 8, 8, generator=source(seed)) for seed in (3, 4)])
     given = pipe([5, 6], latents=noise, output_type="pt").images
@@ -127,9 +140,23 @@ def test_a_network_without_classes(tmp_path: Path) -> None:
         pipe([1])
 
 
+def test_a_guidance_scale_of_a_flow_that_was_trained_for_a_range(tmp_path: Path) -> None:
+    flow = small_flow(guidance_range=(1.0, 4.0))
+    quiet(SoFlowPipeline(flow=flow)).save_pretrained(tmp_path)
+    pipe = quiet(SoFlowPipeline.from_pretrained(tmp_path))
+    assert pipe.flow.network.config == flow.network.config
+    for w in (2.5, None):
+        wanted = sample(flow, [1, 2, 10], noise=[torch.randn(3, 1, 8, 8, generator=source(5))], guidance=w)
+        drawn = pipe([1, 2, 10], generator=source(5), output_type="latent", guidance_scale=w).images
+        assert torch.equal(drawn, wanted)
+    with pytest.raises(ValueError, match="guidance_scale must be from 1 to 4, as the network was trained, got 5"):
+        pipe([1], guidance_scale=5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ({"guidance_scale": 2.0}, r"guidance_scale must be left out, got 2: the network was trained for one scale"),
         ({"class_labels": [11]}, r"class_labels must be from 0 to 9, or 10 for none, got 11"),
         ({"class_labels": [-1]}, r"class_labels must be from 0 to 9.*got -1"),
         ({"class_labels": ["dat"]}, r"class_labels: 'dat' is no class of this model \(did you mean 'cat'\?\)"),

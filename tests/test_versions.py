@@ -1,6 +1,7 @@
 """The matrix of releases, without installing any."""
 
 import re
+import subprocess
 import sys
 
 import pytest
@@ -57,3 +58,15 @@ def test_a_step_that_fails_is_shown_and_exit_code_1(code, capsys, monkeypatch):
 def test_another_release_than_asked_for_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"torch 2\.1 was asked for"):
         versions.test("2.1", sys.executable, str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("missing", "code"), [("diffusers", 0), ("PIL", 1)])
+def test_only_what_is_optional_may_be_missing_when_all_is_imported(missing, code):
+    program = f"import sys; sys.modules[{missing!r}] = None\n{versions.IMPORTS}"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    if code == 0:
+        assert " soflow_fast.pipeline without diffusers" in run.stdout
+    else:
+        assert missing in run.stderr.splitlines()[-1]

@@ -106,7 +106,7 @@ def _losses_and_gradients(
     state: TrainState, x0: Tensor, y: Tensor, observe: Observe | None, consistency: Consistency = published
 ) -> dict[str, Tensor]:
     flow, objective, B = state.flow, state.objective, len(x0)
-    x1, t, l, s, dropped, n = draw(state, x0.shape)
+    x1, t, l, s, dropped, n = draw(state, x0.shape)[:6]
     metrics: dict[str, Tensor] = {}
     loss = torch.zeros((), device=x0.device)
     if n > 0:

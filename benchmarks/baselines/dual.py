@@ -61,8 +61,10 @@ def derivative(
 
     z: [B, C, H, W]; t, r [B]; y: labels [B]; tape: of a forward of the network on these samples, in the precision in
     which the products are to be. Runs under the autocast of that forward. attention: None: in the block, by `composed`;
-    else an Attention between its halves.
+    else an Attention between its halves. Raises ValueError for a network that normalises queries and keys.
     """
+    if network.config.qk_norm:
+        raise ValueError("model.qk_norm: the tangents of norms of queries and keys are not written here")
     device = z.value.device.type
     wide = network.pos_embed.dtype
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else wide

@@ -44,7 +44,7 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor, *, observe: Observe | N
     flow, objective, B = state.flow, state.objective, len(x0)
     draws = draw(state, x0.shape)
     n = draws.n_fm
-    late = Draws._make([*(value[n:] for value in draws[:-1]), 0])
+    late = Draws.of([None if value is None else value[n:] for value in draws.tensors], 0)
     with plain_operations(), matmul_precision(state.precision, state.device):
         fm = objective.flow_matching(flow, x0[:n], draws.x1[:n], draws.t[:n], y[:n], draws.label_dropped[:n])
         loss, mse, weight = consistency(flow, objective, state.teacher, x0[n:], late, y[n:])

@@ -1,11 +1,15 @@
 """The costs of a step beside its time: FLOPs, bytes moved, memory; each recipe alone, before the race."""
 
 import contextlib
+import json
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -110,6 +114,25 @@ def kept_for_backward(state: TrainState, work: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         work()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The most bytes on the CPU that some work has allocated and not freed at once, by torch's profiler.
+
+    What was there before counts only as it is freed. What a library takes from the system by itself is not seen.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    now = peak = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        now += event["args"]["Bytes"]
+        peak = max(peak, now)
+    return peak
 
 
 def peak_memory(step: Callable[[], object], device: torch.device, steps: int = 2) -> tuple[int | None, int | None]:

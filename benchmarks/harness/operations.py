@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import soflow_kernels as k
@@ -145,6 +146,17 @@ def operations(device: torch.device) -> list[Operation]:
             backward=3,
         ),
         Operation(
+            name="qk_rms_norm",
+            ours=k.qk_rms_norm,
+            reference=k.qk_rms_norm_reference,
+            inputs=_heads_inputs,
+            trains=("q", "k", "q_weight", "k_weight"),
+            stream=_tokens,
+            forward=4,
+            backward=6,
+            others={"torch's rms_norm": _rms_norms if device.type == "cuda" else "of a CPU it is eager PyTorch's"},
+        ),
+        Operation(
             name="linear_gelu",
             ours=k.linear_gelu,
             reference=k.linear_gelu_reference,
@@ -257,6 +269,14 @@ def operations(device: torch.device) -> list[Operation]:
             stream=increments,
             forward=7,
         ),
+        Operation(
+            name="qk_rms_norm_increment",
+            ours=k.qk_rms_norm_increment,
+            reference=k.qk_rms_norm_increment_reference,
+            inputs=_heads_increment_inputs,
+            stream=increments,
+            forward=6,
+        ),
         *(_adamw(low, optimisers) for low in (False, True)),
     ]
 
@@ -312,6 +332,19 @@ def _gelu_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inpu
     D = 4 * sizes.width
     x = _noise(sizes.samples, sizes.tokens, D, device=device, dtype=dtype)
     return {"x": x, "bias": _noise(D, device=device, dtype=dtype)}
+
+
+def _heads_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:
+    d = sizes.width // sizes.heads
+    # As the model hands them over: parts of one product.
+    qkv = _noise(sizes.samples, sizes.tokens, 3, sizes.heads, d, device=device, dtype=dtype)
+    weights = {name: 1 + _noise(d, device=device, dtype=dtype, size=0.5) for name in ("q_weight", "k_weight")}
+    return {"q": qkv[:, :, 0], "k": qkv[:, :, 1], **weights}
+
+
+def _rms_norms(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
+    shape = tuple(q_weight.shape)
+    return F.rms_norm(q, shape, q_weight, 1e-6), F.rms_norm(k, shape, k_weight, 1e-6)
 
 
 def _linear_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -400,6 +433,11 @@ def _attention_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     shape = _pair_samples(sizes), sizes.tokens, 3, sizes.heads, sizes.width // sizes.heads
     q, key, v = (part.transpose(2, 3) for part in _pair(*shape, device=device, dtype=dtype).unbind(3))
     return {"q": q, "k": key, "v": v}
+
+
+def _heads_increment_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:
+    pairs, weights = _attention_inputs(sizes, device, dtype), _heads_inputs(sizes, device, dtype)
+    return {key: pairs[key] for key in ("q", "k")} | {key: weights[key] for key in ("q_weight", "k_weight")}
 
 
 def _adamw(low: bool, optimisers: Found[Update]) -> Operation:

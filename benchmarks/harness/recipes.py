@@ -127,7 +127,7 @@ def why_no_graph(config: Config) -> str | None:
 def why_nothing_is_kept(config: Config) -> str | None:
     """Why keeping norms and GELUs is no choice of its own."""
     on_gpu = resolve_device(config.run.device).type == "cuda"
-    return None if on_gpu else "a CPU keeps norms and GELUs in any case"
+    return None if on_gpu else "a CPU keeps norms and GELUs as it is"
 
 
 def why_no_float8(config: Config) -> str | None:

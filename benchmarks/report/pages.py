@@ -111,6 +111,24 @@ def digits(run: dict) -> str:
     return page(head, len(head), lines, run, note)
 
 
+def guidance(run: dict) -> str:
+    """A record of benchmarks.guidance as Markdown: a line per scale and training, mean and range over the seeds."""
+    groups: dict[tuple[int, str], list[dict]] = {}
+    for row in run["rows"]:
+        groups.setdefault((row["guidance"], row["trained"]), []).append(row)
+    lines = []
+    for (w, trained), rows in sorted(groups.items(), key=lambda item: item[0][0]):
+        figures = [spread([row[name] for row in rows], places) for name, places in (("accuracy", 4), ("frechet", 1))]
+        lines.append([str(w), trained, *figures])
+    first, seeds = run["rows"][0], len({row["seed"] for row in run["rows"]})
+    note = (
+        f"The digits, {first['steps']} steps of each training, {seeds} seed{'s' * (seeds != 1)}; {first['samples']} "
+        f"samples of one network call. `{run['command']}`."
+    )
+    head = ["guidance of the samples", "trained for", "classified as their label", "Frechet distance"]
+    return page(head, len(head), lines, run, note)
+
+
 def precision_errors(run: dict) -> str:
     """A record of benchmarks.precision as Markdown: relative error and cosine of the quotient, by r and way."""
     rows = [row for row in run["rows"] if row["kind"] == "error"]
@@ -180,6 +198,22 @@ def increments(run: dict) -> str:
     return page(["network and batch", "what", "ms (quartiles)", "ratio"], 2, lines, run, note)
 
 
+def derivative(run: dict) -> str:
+    """A record of benchmarks.derivative as Markdown: a line per case, precision and way."""
+    lines, before = [], ("", "")
+    for row in run["rows"]:
+        case, precision = row["case"], row["precision"]
+        first = case if case != before[0] else ""
+        second = precision if (case, precision) != before else ""
+        lines.append([first, second, row["way"], f"{row['error']:.1e}", quartiles(row["seconds"], 1e-3)])
+        before = case, precision
+    note = (
+        f"After {run['rows'][0]['steps']} steps of training; the error is relative to forward mode in float64, the "
+        f"time that of the derivative alone, everything in turn. `{run['command']}`."
+    )
+    return page(["network and batch", "student", "du/dt by", "error", "ms (quartiles)"], 2, lines, run, note)
+
+
 def cpu(run: dict) -> str:
     """A record of benchmarks.cpu as Markdown: a line per case and recipe."""
     lines = []
@@ -191,6 +225,21 @@ def cpu(run: dict) -> str:
             lines.append([case if k == 0 else "", row["way"], quartiles(row["seconds"], 1e-3), times])
     note = f"In turn, one run; times as fast as the first. `{run['command']}`."
     return page(["network and batch", "recipe", "ms per step (quartiles)", "times as fast"], 2, lines, run, note)
+
+
+def peaks(run: dict) -> str:
+    """A record of benchmarks.memory as Markdown: a line per case and recipe."""
+    lines = []
+    for case, group in itertools.groupby(run["rows"], key=lambda row: row["case"]):
+        rows = list(group)
+        first = rows[0]["peak_bytes"]
+        for k, row in enumerate(rows):
+            held, peak = (row[name] / 2**20 for name in ("held_bytes", "peak_bytes"))
+            share = f"{row['peak_bytes'] / first:.2f}x" if k else ""
+            lines.append([case if k == 0 else "", row["way"], number(held), number(peak), share, number(held + peak)])
+    head = ["network and batch", "recipe", "MiB held between steps", "MiB more at the peak of a step", "of the first"]
+    note = f"Counted by torch's profiler, one recipe after the other. `{run['command']}`."
+    return page([*head, "MiB together"], 2, lines, run, note)
 
 
 def sampling(run: dict) -> str:
@@ -249,7 +298,7 @@ def prediction(run: dict) -> str:
         for k, row in enumerate(group):
             launches = "" if row["launches"] is None else str(row["launches"])
             sizes = [number(row["bytes"] / 1e9), number(row["other_bytes"] / 1e9), number(row["flops"] / 1e12)]
-            times = [number(row["predicted_ms"][gpu]) for gpu in gpus]
+            times = [number(row["predicted_ms"][gpu]) if gpu in row["predicted_ms"] else "" for gpu in gpus]
             lines.append([case if k == 0 else "", row["recipe"], launches, *sizes, *times])
     head = ["network and batch", "recipe", "launches", "GB", "GB of others", "TFLOP", *(f"{g} ms" for g in gpus)]
     note = (
@@ -324,9 +373,10 @@ def quality_for_time(run: dict) -> str:
         ]
         lines.append([*cells, spread([points[-1]["accuracy"] for points in each], 4)])
     seeds, steps = len({row["seed"] for row in run["rows"]}), run["rows"][0]["points"][-1]["step"]
+    many = next((f" (of flow matching {n} calls)" for row in run["rows"] if (n := row.get("nfe", 1)) > 1), "")
     note = (
-        f"Mean over {seeds} seeds (lowest to highest) of {steps} steps each; one-step samples of the averaged weights, "
-        f"judging them is not in the seconds. `{run['command']}`."
+        f"Mean over {seeds} seeds (lowest to highest) of {steps} steps each; one-step samples{many} of the averaged "
+        f"weights, judging them is not in the seconds. `{run['command']}`."
     )
     picture = "![Frechet distance of one-step digits by seconds of training](quality.svg)"
     return f"{markdown(head, len(head) - 1, lines)}\n\n{picture}\n\n{measured(run, note)}"
@@ -369,12 +419,15 @@ BLOCKS = {
     "sampling": Block("docs/performance.md", "sampling", sampling),
     "reading": Block("docs/data.md", "reading", reading),
     "digits": Block("docs/performance.md", "digits", digits),
+    "guidance": Block("docs/sampling.md", "guidance", guidance),
     "precision-errors": Block("docs/precision.md", "precision", precision_errors),
     "step-batch": Block("docs/performance.md", "step-batch", table),
     "distance": Block("docs/precision.md", "distance", distance),
     "soak": Block("docs/reliability.md", "soak", soak),
     "cpu": Block("docs/performance.md", "cpu", cpu),
+    "memory": Block("docs/performance.md", "memory", peaks),
     "increments": Block("docs/precision.md", "increments", increments),
+    "derivative": Block("docs/precision.md", "derivative", derivative),
     "precision-quality": Block(
         "docs/precision.md", "precision", precision_quality, (plots.precision, "docs/precision.svg")
     ),

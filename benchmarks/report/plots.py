@@ -93,7 +93,7 @@ def precision(run: dict, path: Path) -> None:
 
 
 def quality_for_time(run: dict, path: Path) -> None:
-    """Frechet distance of one-step samples over seconds of training, a line a seed."""
+    """Frechet distance of samples over seconds of training, a line a seed."""
     with drawn(run, path, size=(8, 4.5)) as axes:
         for k, method in enumerate(dict.fromkeys(row["method"] for row in run["rows"])):
             for row in (row for row in run["rows"] if row["method"] == method):
@@ -102,7 +102,7 @@ def quality_for_time(run: dict, path: Path) -> None:
                 axes.plot(seconds, distances, marker=".", color=f"C{k}", alpha=0.8, label=label)
         axes.set_yscale("log")
         axes.set_xlabel("seconds of training")
-        axes.set_ylabel("Frechet distance of one-step digits (lower is better)")
+        axes.set_ylabel("Frechet distance of digits in as few calls as usual (lower is better)")
         axes.grid(which="both", alpha=0.3)
         axes.legend()
 

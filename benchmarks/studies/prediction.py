@@ -2,7 +2,8 @@
 
 Nothing is measured. Each recipe's step runs on tensors without data with two and with three blocks, its operations are
 counted, and what a block adds makes the whole depth; `soflow_fast.training.time_estimate` says how operations become
-seconds. The recipes are those of the races, uncompiled.
+seconds. The recipes are those of the races, uncompiled. Packages that a row names need not be installed: stand-ins are
+counted in their place (`benchmarks.harness.packages`).
 
 What torch.compile would make of a recipe cannot be counted that way. Its row is that of the same operations uncompiled
 with the bytes between products of a block replaced by an assumption: `COMPILED_PASSES` over the block's tokens. Where
@@ -11,12 +12,14 @@ launches and not bytes are what takes the time, that says nothing, so that small
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 from benchmarks.baselines import authors, fused
 from benchmarks.harness import command
 from benchmarks.harness.contestants import MEANFLOW, QUARTER
+from benchmarks.harness.packages import counted_packages
 from benchmarks.report import record
 from soflow_fast.config.gpus import GPUS, Host
 from soflow_fast.config.presets import preset
@@ -34,6 +37,7 @@ DEPTHS = (2, 3)
 COMPILED_PASSES = (20, 48)
 """Reads and writes of one activation [B, T, D] in bf16 that compiled code makes in a block beside products and
 attention, in a forward and in a backward: as many as the code has that Inductor makes of the block for a CPU."""
+BEFORE_HOPPER = ("a100",)
 LEAST_COMPILED = 256
 """The smallest batch whose compiled steps are bounded by bytes."""
 
@@ -48,6 +52,8 @@ class Way(NamedTuple):
     """For one whose blocks are taken to be compiled: the part of its step that comes after the backward."""
     graph: bool = False
     """Whether it is replayed, so that the host dispatches nothing."""
+    packages: bool = False
+    """Whether its products and attention are those of packages (`counted_packages`): on Hopper and later alone."""
 
 
 def build_authors(counted: Config) -> TrainState:
@@ -64,11 +70,20 @@ def build_keeping(counted: Config) -> TrainState:
     return build_as_on_gpu(override(counted, {"run.recompute": "nothing"}))
 
 
+def build_with_packages(counted: Config) -> TrainState:
+    """Our state with quack-kernels' products of MLPs and flash-attn's packed attention. Its GELUs are made again, in
+    the epilogues of those products."""
+    state = build_as_on_gpu(override(counted, {"run.recompute": "none"}))
+    state.flow.network.mlp = "quack"
+    return state
+
+
 COMPILED = "authors' recipe in bf16, fused update, compiled by assumption"
 WAYS = [
     Way("soflow-fast", build_as_on_gpu, train_step),
     Way("soflow-fast, CUDA graph", build_as_on_gpu, train_step, graph=True),
     Way("soflow-fast, nothing made again", build_keeping, train_step, graph=True),
+    Way("soflow-fast, with quack-kernels and flash-attn", build_with_packages, train_step, graph=True, packages=True),
     Way("authors' recipe in TF32", build_authors, authors.train_step),
     Way("authors' recipe in bf16, fused update", fused.build, authors.train_step_fused),
     Way(COMPILED, fused.build, authors.train_step_fused, fused.update),
@@ -84,8 +99,10 @@ def operations(way: Way, config: Config) -> list[Operation]:
     with as_on_gpu():
         state = way.build(counted)
         attend_as_on_gpu(state)
+        if way.packages:
+            state.set_attention("flash2")
         batch = images(state, counted.batch_size)
-        with Operations() as counter:
+        with Operations() as counter, counted_packages() if way.packages else nullcontext():
             way.step(state, *batch)
             counter.found.clear()
             way.step(state, *batch)
@@ -98,7 +115,7 @@ def operations(way: Way, config: Config) -> list[Operation]:
 def compiled_bytes(config: Config) -> int:
     """Bytes beside products and attention of the compiled blocks of the authors' recipe, by `COMPILED_PASSES`: two
     forwards of the flow-matching samples, four of the others, one backward of all."""
-    model, fm = config.model, config.objective.fm_fraction
+    model, fm = config.model, config.objective.flow_matching_fraction
     activation = config.batch_size * (model.input_size // model.patch_size) ** 2 * model.hidden_size * 2
     forward, backward = COMPILED_PASSES
     return round(model.depth * activation * (forward * (2 * fm + 4 * (1 - fm)) + backward))
@@ -159,7 +176,8 @@ def predictions(name: str, batch: int, ways: Sequence[Way] | None = None) -> lis
         key = way.build, way.step, way.update
         if key not in counts:
             counts[key] = [operations(way, override(config, {"model.depth": depth})) for depth in DEPTHS]
-        on = {gpu: predict(way, config, counts[key], gpu) for gpu in GPUS}
+        gpus = [gpu for gpu in GPUS if not (way.packages and gpu in BEFORE_HOPPER)]
+        on = {gpu: predict(way, config, counts[key], gpu) for gpu in gpus}
         first = next(iter(on.values()))
         rows.append(
             {

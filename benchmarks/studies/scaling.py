@@ -129,7 +129,7 @@ def timed(state: TrainState, seconds: float) -> dict:
     """What this rank sends in a step, what its first step came to, and the time of every round."""
     config, device, rank, world = state.config, state.device, state.rank, state.world
     x0, y = random_batch(config, device)
-    first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
+    first = flow_matching_samples(config.batch_size, config.objective.flow_matching_fraction)
     mine = share(config.batch_size, first, rank, world).to(device)
     step = partial(train_step, state, x0[mine], y[mine])
     found = step()

@@ -21,6 +21,8 @@ from soflow_kernels.increment import (
     gate_residual_layernorm_modulate_increment_reference,
     layernorm_modulate_increment,
     layernorm_modulate_increment_reference,
+    qk_rms_norm_increment,
+    qk_rms_norm_increment_reference,
     silu_increment,
     silu_increment_reference,
     time_embedding_increment,
@@ -35,6 +37,7 @@ from soflow_kernels.losses import (
 )
 from soflow_kernels.packed_gradient import qkv_gradient
 from soflow_kernels.patch import layers, patch_dit
+from soflow_kernels.qk_norm import qk_rms_norm, qk_rms_norm_reference
 from soflow_kernels.rmsnorm import (
     gate_residual_rmsnorm_modulate,
     gate_residual_rmsnorm_modulate_reference,
@@ -84,6 +87,10 @@ __all__ = [
     "patch_dit",
     "path_point",
     "path_point_reference",
+    "qk_rms_norm",
+    "qk_rms_norm_increment",
+    "qk_rms_norm_increment_reference",
+    "qk_rms_norm_reference",
     "qkv_gradient",
     "rmsnorm_modulate",
     "rmsnorm_modulate_reference",

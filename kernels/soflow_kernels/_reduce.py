@@ -55,14 +55,15 @@ def _finish_kernel(
         tl.store(out3_ptr + at, _column_sum(partial_ptr, b, 3, B, N, D, cols, COLUMNS, ROWS), mask=cols < D)
 
 
-def finish(partials: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
-    """Partial sums [K, B, N, D] float32 -> K tensors [B, D] of `dtypes`, summed over N in order. K is at most 4."""
+def finish(partials: Tensor, dtypes: list[torch.dtype], most: int = ROWS) -> list[Tensor]:
+    """Partial sums [K, B, N, D] float32 -> K tensors [B, D] of `dtypes`, summed over N in order. K is at most 4. most:
+    partial sums that a program takes at a time, a power of two."""
     K, B, N, D = partials.shape
     outs = [torch.empty(B, D, dtype=dtype, device=partials.device) for dtype in dtypes]
     blocks = -(-D // COLUMNS)
     padded = outs + [outs[0]] * (4 - K)  # pointers that the kernel does not touch
     # A power of two no larger than needed: with 4 chunks, 64 rows would be mostly masked.
-    rows = min(ROWS, power_of_two(N))
+    rows = min(most, power_of_two(N))
     launch(
         _finish_kernel, (B * blocks,), partials, *padded, B, N, D, blocks, K=K, COLUMNS=COLUMNS, ROWS=rows, num_warps=4
     )

@@ -62,8 +62,10 @@ def adamw_ema_reference(
     for p, low in zip(params, low_precision or (), strict=bool(low_precision)):
         carry_on(p, low)
     scale = 1.0 if grad_scale is None else float(grad_scale)
-    # The scaled gradients of all parameters at once are fresh memory, four times as slow as the update.
-    for part in [slice(None)] if scale == 1 else [slice(i, i + 1) for i in range(len(params))]:
+    as_they_are = scale == 1 and all(g.dtype == p.dtype for g, p in zip(grads, params, strict=True))
+    # Scaled or widened, the gradients of all parameters at once are as much memory as the parameters, and fresh, which
+    # is four times as slow as the update.
+    for part in [slice(None)] if as_they_are else [slice(i, i + 1) for i in range(len(params))]:
         chosen = [g.to(p.dtype) for g, p in zip(grads[part], params[part], strict=True)]
         torch._fused_adamw_(
             params[part], chosen if scale == 1 else torch._foreach_mul(chosen, scale), exp_avgs[part],

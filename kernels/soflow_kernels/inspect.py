@@ -34,12 +34,14 @@ from soflow_kernels import (
     lookahead,
     losses,
     packed_gradient,
+    qk_norm,
     rmsnorm,
     time_embedding,
 )
 from soflow_kernels.increment import adaln as increment_adaln
 from soflow_kernels.increment import attention as increment_attention
 from soflow_kernels.increment import gelu as increment_gelu
+from soflow_kernels.increment import qk_norm as increment_qk_norm
 from soflow_kernels.increment import silu as increment_silu
 from soflow_kernels.increment import time_embedding as increment_time_embedding
 from soflow_kernels.version import __version__
@@ -52,11 +54,13 @@ MODULES = (
     increment_adaln,
     increment_attention,
     increment_gelu,
+    increment_qk_norm,
     increment_silu,
     increment_time_embedding,
     lookahead,
     losses,
     packed_gradient,
+    qk_norm,
     rmsnorm,
     time_embedding,
 )

@@ -4,9 +4,10 @@
     v_g = v_t + c(t) (w - 1) (v_t - v_null),   target = m v_g + (1 - m) v_label   (v_t where the label was dropped)
     dx = (l - t) target,   x_l = x_t + dx
 
-Paths: "linear" 1 - t, t; "trig" cos(pi/2 t), sin(pi/2 t). w: guidance scale; m: mix ratio; c(t) = 1 up to t_d and
-1 - exp(-0.025 d / (1 - d)), d = (1 - t) / (1 - t_d), after it. Images [B, ...] bfloat16, float16 or float32, float32
-inside; t, l: [B]. The network's guidance passes lie between the two operations, so they are one launch each.
+Paths: "linear" 1 - t, t; "trig" cos(pi/2 t), sin(pi/2 t). w: guidance scale, one for all samples or one for each; m:
+mix ratio; c(t) = 1 up to t_d and 1 - exp(-0.025 d / (1 - d)), d = (1 - t) / (1 - t_d), after it. Images [B, ...]
+bfloat16, float16 or float32, float32 inside; t, l: [B]. The network's guidance passes lie between the two operations,
+so they are one launch each.
 
 Bytes, with S = one pass over [B, ...]: point 4 S; look-ahead 7 S (5 S without guidance). At 256 x 4 x 32 x 32 in
 float32 S is 4.2 MB: 4 and 7 microseconds at 4.3 TB/s; what counts is the number of launches.
@@ -54,7 +55,7 @@ def guidance_decay(t: Tensor, guidance_decay_time: float) -> Tensor:
 
 def guided_target(
     v_t: Tensor, v_null: Tensor | None, v_label: Tensor | None, t: Tensor, label_dropped: Tensor | None,
-    guidance_scale: float, guidance_decay_time: float, mix_ratio: float,
+    guidance_scale: float | Tensor, guidance_decay_time: float, mix_ratio: float,
 ) -> Tensor:  # fmt: skip
     """The velocity target of the module's docstring in plain PyTorch; v_null None: v_t, v_label None: m = 1."""
     if v_null is None:
@@ -82,7 +83,7 @@ def path_point_reference(x0: Tensor, x1: Tensor, t: Tensor, *, path: str = "line
 def euler_lookahead_reference(
     x_t: Tensor, v_t: Tensor, t: Tensor, l: Tensor,
     v_null: Tensor | None = None, v_label: Tensor | None = None, label_dropped: Tensor | None = None, *,
-    guidance_scale: float = 1.0, guidance_decay_time: float = 1.0, mix_ratio: float = 1.0,
+    guidance_scale: float | Tensor = 1.0, guidance_decay_time: float = 1.0, mix_ratio: float = 1.0,
 ) -> Lookahead:  # fmt: skip
     """`euler_lookahead` in plain PyTorch: any device and dtype, differentiable in x_t and v_t."""
     target = guided_target(v_t, v_null, v_label, t, label_dropped, guidance_scale, guidance_decay_time, mix_ratio)
@@ -134,7 +135,7 @@ def _point_kernel(
 
 @jit
 def _lookahead_kernel(
-    x_ptr, v_ptr, null_ptr, label_ptr, dropped_ptr, t_ptr, l_ptr, target_ptr, dx_ptr, xl_ptr,
+    x_ptr, v_ptr, null_ptr, label_ptr, dropped_ptr, scales_ptr, t_ptr, l_ptr, target_ptr, dx_ptr, xl_ptr,
     n, blocks, scale, t_d, mix_ratio,
     GUIDED: tl.constexpr, MIXED: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -158,6 +159,8 @@ def _lookahead_kernel(
         dropped = 0
         if DROPS:
             dropped = tl.load(dropped_ptr + b).to(tl.int32)
+        if scales_ptr is not None:
+            scale = tl.load(scales_ptr + b).to(tl.float32)
         target = guided(target, v_null, v_label, decay(t, t_d) * (scale - 1), mix, dropped)
     dx = target * (l - t)
     tl.store(target_ptr + at, target, mask=mask)
@@ -193,6 +196,7 @@ def _(x0, x1, t, trig):
 def _euler_lookahead(
     x_t: Tensor, v_t: Tensor, t: Tensor, l: Tensor, v_null: Tensor | None, v_label: Tensor | None,
     label_dropped: Tensor | None, guidance_scale: float, guidance_decay_time: float, mix_ratio: float,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x_t, v_t = x_t.contiguous(), v_t.contiguous()
     outs = [torch.empty(x_t.shape, dtype=x_t.dtype, device=x_t.device) for _ in range(3)]
@@ -201,7 +205,8 @@ def _euler_lookahead(
     launch(
         _lookahead_kernel, (x_t.shape[0] * blocks,),
         x_t, v_t, v_t if v_null is None else v_null.contiguous(), v_t if v_label is None else v_label.contiguous(),
-        t if label_dropped is None else label_dropped.contiguous().view(torch.uint8), t.contiguous(), l.contiguous(),
+        t if label_dropped is None else label_dropped.contiguous().view(torch.uint8),
+        None if scales is None else scales.contiguous(), t.contiguous(), l.contiguous(),
         *outs, n, blocks, float(guidance_scale), float(guidance_decay_time), float(mix_ratio),
         GUIDED=v_null is not None, MIXED=v_label is not None, DROPS=label_dropped is not None, BLOCK=block,
         num_warps=warps,
@@ -210,7 +215,7 @@ def _euler_lookahead(
 
 
 @_euler_lookahead.register_fake
-def _(x_t, v_t, t, l, v_null, v_label, label_dropped, guidance_scale, guidance_decay_time, mix_ratio):
+def _(x_t, v_t, t, l, v_null, v_label, label_dropped, guidance_scale, guidance_decay_time, mix_ratio, scales=None):
     return x_t.new_empty(x_t.shape), x_t.new_empty(x_t.shape), x_t.new_empty(x_t.shape)
 
 
@@ -228,6 +233,14 @@ def check_mask(op: str, name: str, value: object, shape: tuple[int, ...], like: 
         raise ValueError(f"{op}: {name} must be a bool tensor of shape {list(shape)} or None, got {got}")
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
+
+
+def split_scale(op: str, guidance_scale: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+    """A guidance scale as (number, None), or (1, scales [B]) where each sample has its own. Raises ValueError."""
+    if not isinstance(guidance_scale, Tensor):
+        return float(guidance_scale), None
+    check_tensor(op, "guidance_scale", guidance_scale, (like.shape[0],), like)
+    return 1.0, guidance_scale.detach()
 
 
 def path_point(x0: Tensor, x1: Tensor, t: Tensor, *, path: str = "linear") -> tuple[Tensor, Tensor]:
@@ -251,14 +264,14 @@ def path_point(x0: Tensor, x1: Tensor, t: Tensor, *, path: str = "linear") -> tu
 def euler_lookahead(
     x_t: Tensor, v_t: Tensor, t: Tensor, l: Tensor,
     v_null: Tensor | None = None, v_label: Tensor | None = None, label_dropped: Tensor | None = None, *,
-    guidance_scale: float = 1.0, guidance_decay_time: float = 1.0, mix_ratio: float = 1.0,
+    guidance_scale: float | Tensor = 1.0, guidance_decay_time: float = 1.0, mix_ratio: float = 1.0,
 ) -> Lookahead:  # fmt: skip
     """The velocity target under guidance and mixing, and the Euler step along it from t to l: (target, dx, x_l).
 
     x_t, v_t: [B, ...], the point and velocity of the path, bfloat16, float16, float32 or float64; t, l: [B]. v_null,
     v_label: like x_t, the network's velocity without and with the label, taken without gradient; v_null None: no
     guidance, the target is v_t; v_label None: the mix ratio is 1. label_dropped: bool [B], where the target stays v_t;
-    None: nowhere. Returns tensors like x_t.
+    None: nowhere. guidance_scale: w, a number or [B], one for each sample. Returns tensors like x_t.
     Differentiable in x_t and v_t, by the reference. Raises ValueError naming the argument that is wrong.
     """
     op = "euler_lookahead"
@@ -271,11 +284,14 @@ def euler_lookahead(
     check_mask(op, "label_dropped", label_dropped, (x_t.shape[0],), x_t)
     if v_null is None and v_label is not None:
         raise ValueError(f"{op}: v_label must come with v_null")
-    settings = {"guidance_scale": guidance_scale, "guidance_decay_time": guidance_decay_time, "mix_ratio": mix_ratio}
-    if not (use_kernel(x_t, v_t, t, l, v_null, v_label) and _plain(x_t, v_t, t, l)):
+    scale, scales = split_scale(op, guidance_scale, x_t)
+    settings = {"guidance_decay_time": guidance_decay_time, "mix_ratio": mix_ratio}
+    if not (use_kernel(x_t, v_t, t, l, v_null, v_label, scales) and _plain(x_t, v_t, t, l)):
+        settings["guidance_scale"] = scale if scales is None else scales
         return euler_lookahead_reference(x_t, v_t, t, l, v_null, v_label, label_dropped, **settings)
     others = (None if v is None else v.detach() for v in (v_null, v_label))
-    return Lookahead(*_euler_lookahead(x_t, v_t, t, l, *others, label_dropped, *map(float, settings.values())))
+    numbers = (scale, *map(float, settings.values()))
+    return Lookahead(*_euler_lookahead(x_t, v_t, t, l, *others, label_dropped, *numbers, scales))
 
 
 def inspect_cases():
@@ -287,4 +303,6 @@ def inspect_cases():
             for trig in (False, True):
                 yield f"path_point {size} {'trig' if trig else 'linear'}", partial(_path_point, v, v, t, trig)
             yield f"euler_lookahead {size}", partial(_euler_lookahead, v, v, t, t, None, None, None, 1.0, 1.0, 1.0)
-            yield f"euler_lookahead {size} guided", partial(_euler_lookahead, v, v, t, t, v, v, drop, 3.0, 0.8, 0.25)
+            given = (v, v, t, t, v, v, drop, 3.0, 0.8, 0.25)
+            yield f"euler_lookahead {size} guided", partial(_euler_lookahead, *given)
+            yield f"euler_lookahead {size} guided, each by its own scale", partial(_euler_lookahead, *given, t)

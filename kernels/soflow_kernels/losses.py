@@ -36,7 +36,7 @@ from torch import Tensor
 from soflow_kernels._dispatch import check_tensor, jit, launch, operation, tl, use_kernel
 from soflow_kernels._math import sincos_of_quarters
 from soflow_kernels._rows import power_of_two
-from soflow_kernels.lookahead import check_mask, decay, guided, guided_target, per_sample
+from soflow_kernels.lookahead import check_mask, decay, guided, guided_target, per_sample, split_scale
 
 COEFFICIENTS = ("euler", "trig")
 BLOCK = 4096
@@ -80,7 +80,7 @@ def consistency_loss_reference(
 
 def flow_matching_loss_reference(
     output: Tensor, v_t: Tensor, t: Tensor, v_null: Tensor | None = None, label_dropped: Tensor | None = None, *,
-    guidance_scale: float = 1.0, guidance_decay_time: float = 1.0, mix_ratio: float = 1.0,
+    guidance_scale: float | Tensor = 1.0, guidance_decay_time: float = 1.0, mix_ratio: float = 1.0,
     p: float = 1.0, eps: float = 0.01, velocity_slope: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`flow_matching_loss` in plain PyTorch: any device and dtype."""
@@ -243,11 +243,13 @@ def _consistency_direction(
 
 
 @jit
-def _guidance(t_ptr, dropped_ptr, b, scale, t_d, GUIDED: tl.constexpr, DROPS: tl.constexpr):
+def _guidance(t_ptr, dropped_ptr, scales_ptr, b, scale, t_d, GUIDED: tl.constexpr, DROPS: tl.constexpr):
     """c(t) (w - 1), and whether the label was dropped, of a sample."""
     strength = 0.0
     dropped = 0
     if GUIDED:
+        if scales_ptr is not None:
+            scale = tl.load(scales_ptr + b).to(tl.float32)
         strength = decay(tl.load(t_ptr + b).to(tl.float32), t_d) * (scale - 1)
         if DROPS:
             dropped = tl.load(dropped_ptr + b).to(tl.int32)
@@ -269,11 +271,11 @@ def _velocity_error(images, settings, at, mask, GUIDED: tl.constexpr):
 
 @jit
 def _flow_matching_sample(
-    out_ptr, v_ptr, null_ptr, dropped_ptr, t_ptr, direction_ptr, sample_ptr,
+    out_ptr, v_ptr, null_ptr, dropped_ptr, scales_ptr, t_ptr, direction_ptr, sample_ptr,
     n, scale, t_d, mix_ratio, slope, p, eps, GUIDED: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    strength, dropped = _guidance(t_ptr, dropped_ptr, b, scale, t_d, GUIDED, DROPS)
+    strength, dropped = _guidance(t_ptr, dropped_ptr, scales_ptr, b, scale, t_d, GUIDED, DROPS)
     cols = tl.arange(0, BLOCK)
     at = b * n + cols
     settings = (strength, mix_ratio, dropped, slope)
@@ -286,13 +288,14 @@ def _flow_matching_sample(
 
 @jit
 def _flow_matching_sums(
-    out_ptr, v_ptr, null_ptr, dropped_ptr, t_ptr, partial_ptr, n, chunks, rows, scale, t_d, mix_ratio, slope,
+    out_ptr, v_ptr, null_ptr, dropped_ptr, scales_ptr, t_ptr, partial_ptr,
+    n, chunks, rows, scale, t_d, mix_ratio, slope,
     GUIDED: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sum over a chunk: of e^2."""
     program = tl.program_id(0).to(tl.int64)
     b = program // chunks
-    strength, dropped = _guidance(t_ptr, dropped_ptr, b, scale, t_d, GUIDED, DROPS)
+    strength, dropped = _guidance(t_ptr, dropped_ptr, scales_ptr, b, scale, t_d, GUIDED, DROPS)
     settings = (strength, mix_ratio, dropped, slope)
     squares = tl.zeros([BLOCK], tl.float32)
     for row in range(rows):
@@ -304,13 +307,13 @@ def _flow_matching_sums(
 
 @jit
 def _flow_matching_direction(
-    out_ptr, v_ptr, null_ptr, dropped_ptr, t_ptr, direction_ptr, sample_ptr, partial_ptr,
+    out_ptr, v_ptr, null_ptr, dropped_ptr, scales_ptr, t_ptr, direction_ptr, sample_ptr, partial_ptr,
     n, chunks, rows, scale, t_d, mix_ratio, slope, p, eps,
     GUIDED: tl.constexpr, DROPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     b = program // chunks
-    strength, dropped = _guidance(t_ptr, dropped_ptr, b, scale, t_d, GUIDED, DROPS)
+    strength, dropped = _guidance(t_ptr, dropped_ptr, scales_ptr, b, scale, t_d, GUIDED, DROPS)
     settings = (strength, mix_ratio, dropped, slope)
     error = _sum_chunks(partial_ptr + b * chunks, chunks, CHUNKS) / n
     weight = _power(error + eps, p) / tl.abs(slope)
@@ -371,9 +374,11 @@ def _consistency_loss(
 def _flow_matching_loss(
     output: Tensor, v_t: Tensor, t: Tensor, v_null: Tensor | None, label_dropped: Tensor | None,
     guidance_scale: float, guidance_decay_time: float, mix_ratio: float, p: float, eps: float, velocity_slope: float,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dropped = t if label_dropped is None else label_dropped.contiguous().view(torch.uint8)
-    given = [v.contiguous() for v in (output, v_t, v_t if v_null is None else v_null, dropped, t)]
+    given: list[Tensor | None] = [v.contiguous() for v in (output, v_t, v_t if v_null is None else v_null, dropped, t)]
+    given.insert(4, None if scales is None else scales.contiguous())
     settings = (float(guidance_scale), float(guidance_decay_time), float(mix_ratio), float(velocity_slope))
     kernels = (_flow_matching_sample, _flow_matching_sums, _flow_matching_direction)
     options = {"GUIDED": v_null is not None, "DROPS": label_dropped is not None}
@@ -453,7 +458,7 @@ def consistency_loss(
 
 def flow_matching_loss(
     output: Tensor, v_t: Tensor, t: Tensor, v_null: Tensor | None = None, label_dropped: Tensor | None = None, *,
-    guidance_scale: float = 1.0, guidance_decay_time: float = 1.0, mix_ratio: float = 1.0,
+    guidance_scale: float | Tensor = 1.0, guidance_decay_time: float = 1.0, mix_ratio: float = 1.0,
     p: float = 1.0, eps: float = 0.01, velocity_slope: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The flow-matching loss from the network's output: scalars (loss, mean e^2, mean weight).
@@ -464,7 +469,8 @@ def flow_matching_loss(
         t: [B].
         v_null: the velocity without a label, of the shape of output; None: no guidance, the target is v_t.
         label_dropped: bool [B], where the target stays v_t; None: nowhere.
-        guidance_scale, guidance_decay_time, mix_ratio: w, t_d and m of the target, as in `euler_lookahead`.
+        guidance_scale, guidance_decay_time, mix_ratio: w, t_d and m of the target, as in `euler_lookahead`: w may be
+            [B], one for each sample.
         p, eps: of the weight 1 / (|k| (mean(e^2) + eps)^p).
         velocity_slope: k = db/ds(t, t), not 0; the velocity is this times output.
 
@@ -481,18 +487,19 @@ def flow_matching_loss(
     check_mask(op, "label_dropped", label_dropped, (output.shape[0],), output)
     if velocity_slope == 0:
         raise ValueError(f"{op}: velocity_slope must not be 0")
+    scale, scales = split_scale(op, guidance_scale, output)
     settings = {
-        "guidance_scale": guidance_scale,
         "guidance_decay_time": guidance_decay_time,
         "mix_ratio": mix_ratio,
         "p": p,
         "eps": eps,
         "velocity_slope": velocity_slope,
     }
-    if 0 in output.shape or not use_kernel(output, v_t, t, v_null):
+    if 0 in output.shape or not use_kernel(output, v_t, t, v_null, scales):
+        settings["guidance_scale"] = scale if scales is None else scales
         return flow_matching_loss_reference(output, v_t, t, v_null, label_dropped, **settings)
     others = (None if v is None else v.detach() for v in (v_t, t, v_null, label_dropped))
-    means, _ = _flow_matching_loss(output, *others, *map(float, settings.values()))
+    means, _ = _flow_matching_loss(output, *others, scale, *map(float, settings.values()), scales)
     _, error, weight = means.detach().unbind()
     return means[0], error, weight
 
@@ -510,3 +517,5 @@ def inspect_cases():
             numbers = (3.0, 0.8, 0.25, 1.0, 0.01, 1.0)
             yield f"flow_matching_loss {size} {kind}", partial(_flow_matching_loss, v, v, t, None, None, *numbers)
             yield f"flow_matching_loss {size} {kind} guided", partial(_flow_matching_loss, v, v, t, v, drop, *numbers)
+            call = partial(_flow_matching_loss, v, v, t, v, drop, *numbers, t)
+            yield f"flow_matching_loss {size} {kind} guided, each by its own scale", call

@@ -3,13 +3,16 @@
     c = e_t(t) + e_s(t - s) + table[y],   e(u) = W2 SiLU(W1 phi(u) + b1) + b2,
     phi(u) = [cos(u w_i), sin(u w_i)],  w_i = max_period^(-2 i / F),  i < F / 2.
 
-t, s: [B]; y: [B]; W1: [H, F]; b1: [H]; W2: [D, H]; b2: [D]; table: [classes + 1, D], its last row the null label;
+A network that sees a third number g, such as 1 - 1/w of a guidance scale w (arXiv 2512.02012), adds e_g(g) to c.
+
+t, s, g: [B]; y: [B]; W1: [H, F]; b1: [H]; W2: [D, H]; b2: [D]; table: [classes + 1, D], its last row the null label;
 out: [B, D]. bfloat16, float16 or float32, float32 inside; the products are torch's.
 
-Launches, forward: phi of both times; two products; both b1 and SiLU, into one hidden tensor [B, 2 H]; the second
-weights side by side, and one product with them; both b2, the label's row and SiLU. Backward of the last: d(c), then the
-sums of d(c) over each label and over all samples, in a fixed order. With B = 256 and H = D = 1152 in bf16 the weights
-are 6.5 MB and an activation is 0.6 MB: what counts is the number of launches.
+Launches, forward: phi of all times; a product for each; all b1 and SiLU, into one hidden tensor [B, 2 H], or [B, 3 H]
+with g; the second weights side by side, and one product with them; all b2, the label's row and SiLU. Backward of the
+last: d(c), then the sums of d(c) over each label and over all samples, in a fixed order. With B = 256 and H = D = 1152
+in bf16 the weights are 6.5 MB and an activation is 0.6 MB: what counts is the number of launches. g adds a product to
+the forward, and no other launch.
 
 phi: w_i is within 1 ulp, by 2^x with an exponent split into an exact and a small part; sine and cosine are within
 1.1e-7 of float64 for u in [0, 1], and 1e-7 |u| beyond, as good as float32 can say u w_i, up to |u| = 12 800: times
@@ -43,7 +46,7 @@ Weights = Sequence[Tensor]
 
 def dual_time_embedding_reference(
     t: Tensor, s: Tensor, y: Tensor | None, t_weights: Weights, s_weights: Weights, table: Tensor, *,
-    max_period: float = 10_000.0,
+    g: Tensor | None = None, g_weights: Weights | None = None, max_period: float = 10_000.0,
 ) -> Tensor:  # fmt: skip
     """`dual_time_embedding` in plain PyTorch: any device and dtype, any order of differentiation."""
     wide = torch.float64 if torch.float64 in (t.dtype, s.dtype, table.dtype, t_weights[0].dtype) else torch.float32
@@ -51,6 +54,8 @@ def dual_time_embedding_reference(
     if y is None:
         y = torch.full(t.shape, table.shape[0] - 1, device=t.device)
     c = _embed(t, *t_weights, max_period) + _embed(t - s, *s_weights, max_period) + F.embedding(y, table)
+    if g is not None and g_weights is not None:
+        c = c + _embed(g.to(wide), *g_weights, max_period)
     return F.silu(c)
 
 
@@ -69,8 +74,8 @@ def frequency(i, step, step_rest):
 
 
 # The kernels. A program does a tile: ROWS samples `rows` of B, and COLUMNS `cols` (or frequencies i) of HALF, H or D;
-# a row of tiles has `blocks` of them. Names with t and s belong to the embedders of t and of t - s; a name like x_b is
-# the stride of a pointer from one sample to the next.
+# a row of tiles has `blocks` of them. Names with t, s and g belong to the embedders of t, of t - s and of g, which are
+# None where there is no g; a name like x_b is the stride of a pointer from one sample to the next.
 
 
 @jit
@@ -82,7 +87,7 @@ def _store_sinusoids(angle, at, mask, HALF: tl.constexpr):
 
 @jit
 def _sinusoids_kernel(
-    t_ptr, s_ptr, out_ptr, t_b, s_b, step, step_rest, B, blocks,
+    t_ptr, s_ptr, g_ptr, out_ptr, t_b, s_b, g_b, step, step_rest, B, blocks,
     HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -94,6 +99,9 @@ def _sinusoids_kernel(
     s = tl.load(s_ptr + rows * s_b, mask=rows < B, other=0.0).to(tl.float32)
     _store_sinusoids(t * w, out_ptr + rows * (2 * HALF) + i, mask, HALF)
     _store_sinusoids((t - s) * w, out_ptr + (rows + B) * (2 * HALF) + i, mask, HALF)
+    if g_ptr is not None:
+        g = tl.load(g_ptr + rows * g_b, mask=rows < B, other=0.0).to(tl.float32)
+        _store_sinusoids(g * w, out_ptr + (rows + 2 * B) * (2 * HALF) + i, mask, HALF)
 
 
 @jit
@@ -118,46 +126,52 @@ def _biased(row_ptr, bias_ptr, cols, mask, H: tl.constexpr):
 
 @jit
 def _hidden_kernel(
-    ht_ptr, hs_ptr, bt_ptr, bs_ptr, out_ptr, ht_b, hs_b, B, blocks,
-    H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ht_ptr, hs_ptr, hg_ptr, bt_ptr, bs_ptr, bg_ptr, out_ptr, ht_b, hs_b, hg_b, B, blocks,
+    H: tl.constexpr, EMBEDDERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     rows = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (rows < B) & (cols < H)
-    at = out_ptr + rows * (2 * H) + cols
+    at = out_ptr + rows * (EMBEDDERS * H) + cols
     tl.store(at, _silu(_biased(ht_ptr + rows * ht_b, bt_ptr, cols, mask, H)), mask=mask)
     tl.store(at + H, _silu(_biased(hs_ptr + rows * hs_b, bs_ptr, cols, mask, H)), mask=mask)
+    if hg_ptr is not None:
+        tl.store(at + 2 * H, _silu(_biased(hg_ptr + rows * hg_b, bg_ptr, cols, mask, H)), mask=mask)
+
+
+@jit
+def _hidden_gradient(dout_ptr, h_ptr, bias_ptr, dh_ptr, partial_ptr, rows, cols, h_b, mask, H: tl.constexpr):
+    u = _biased(h_ptr + rows * h_b, bias_ptr, cols, mask, H)
+    dout = tl.load(dout_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    dh = dout * _silu_slope(u)
+    tl.store(dh_ptr + rows * H + cols, dh, mask=mask)
+    tl.store(partial_ptr + cols, tl.sum(dh, axis=0)[None, :], mask=cols < H)
 
 
 @jit
 def _hidden_backward_kernel(
-    dout_ptr, ht_ptr, hs_ptr, bt_ptr, bs_ptr, dht_ptr, dhs_ptr, partial_ptr, dout_b, ht_b, hs_b, B, blocks, plane,
+    dout_ptr, ht_ptr, hs_ptr, hg_ptr, bt_ptr, bs_ptr, bg_ptr, dht_ptr, dhs_ptr, dhg_ptr, partial_ptr,
+    dout_b, ht_b, hs_b, hg_b, B, blocks, plane,
     H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dh of both embedders, [B, H], and its sums over the ROWS samples of chunk after chunk, [2, chunks, H] float32:
-    `plane` is chunks H, from the sums of one embedder to those of the other."""
+    """dh of each embedder, [B, H], and its sums over the ROWS samples of chunk after chunk, [2 or 3, chunks, H]
+    float32: `plane` is chunks H, from the sums of one embedder to those of the next."""
     program = tl.program_id(0).to(tl.int64)
     chunk = program // blocks
     rows = chunk * ROWS + tl.arange(0, ROWS)[:, None]
     cols = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (rows < B) & (cols < H)
-    at = partial_ptr + chunk * H + cols
-    u = _biased(ht_ptr + rows * ht_b, bt_ptr, cols, mask, H)
-    dout = tl.load(dout_ptr + rows * dout_b + cols, mask=mask, other=0.0).to(tl.float32)
-    dh = dout * _silu_slope(u)
-    tl.store(dht_ptr + rows * H + cols, dh, mask=mask)
-    tl.store(at, tl.sum(dh, axis=0)[None, :], mask=cols < H)
-    u = _biased(hs_ptr + rows * hs_b, bs_ptr, cols, mask, H)
-    dout = tl.load(dout_ptr + rows * dout_b + H + cols, mask=mask, other=0.0).to(tl.float32)
-    dh = dout * _silu_slope(u)
-    tl.store(dhs_ptr + rows * H + cols, dh, mask=mask)
-    tl.store(at + plane, tl.sum(dh, axis=0)[None, :], mask=cols < H)
+    dout, sums = dout_ptr + rows * dout_b, partial_ptr + chunk * H
+    _hidden_gradient(dout, ht_ptr, bt_ptr, dht_ptr, sums, rows, cols, ht_b, mask, H)
+    _hidden_gradient(dout + H, hs_ptr, bs_ptr, dhs_ptr, sums + plane, rows, cols, hs_b, mask, H)
+    if hg_ptr is not None:
+        _hidden_gradient(dout + 2 * H, hg_ptr, bg_ptr, dhg_ptr, sums + 2 * plane, rows, cols, hg_b, mask, H)
 
 
 @jit
 def _tail_kernel(
-    x_ptr, bt_ptr, bs_ptr, table_ptr, y_ptr, dout_ptr, out_ptr, x_b, table_v, y_b, dout_b, B, V, blocks,
+    x_ptr, bt_ptr, bs_ptr, bg_ptr, table_ptr, y_ptr, dout_ptr, out_ptr, x_b, table_v, y_b, dout_b, B, V, blocks,
     D: tl.constexpr, HAS_Y: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """SiLU(c), or d(c). x: the products, [B, D]; table: V rows with stride table_v, without labels the null row alone.
@@ -172,6 +186,8 @@ def _tail_kernel(
     c = tl.load(x_ptr + rows * x_b + cols, mask=mask, other=0.0).to(tl.float32)
     c += tl.load(bt_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     c += tl.load(bs_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    if bg_ptr is not None:
+        c += tl.load(bg_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     if HAS_Y:
         b = first + tl.arange(0, ROWS)
         label = tl.load(y_ptr + b * y_b, mask=b < B, other=0)[:, None]
@@ -223,74 +239,90 @@ def split_step(max_period: float, half: int) -> tuple[float, float]:
 
 
 @operation("soflow::time_sinusoids")
-def _sinusoids(t: Tensor, s: Tensor, frequencies: int, max_period: float, dtype: torch.dtype) -> Tensor:
+def _sinusoids(
+    t: Tensor, s: Tensor, frequencies: int, max_period: float, dtype: torch.dtype, g: Tensor | None = None
+) -> Tensor:
     B, half = t.shape[0], frequencies // 2
-    out = torch.empty(2, B, frequencies, dtype=dtype, device=t.device)
+    out = torch.empty(2 if g is None else 3, B, frequencies, dtype=dtype, device=t.device)
     blocks = -(-half // COLUMNS)
     launch(
         _sinusoids_kernel, (-(-B // ROWS) * blocks,),
-        t, s, out, t.stride(0), s.stride(0), *split_step(max_period, half), B, blocks,
-        HALF=half, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        t, s, g, out, t.stride(0), s.stride(0), None if g is None else g.stride(0), *split_step(max_period, half), B,
+        blocks, HALF=half, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @_sinusoids.register_fake
-def _(t, s, frequencies, max_period, dtype):
-    return t.new_empty(2, t.shape[0], frequencies, dtype=dtype)
+def _(t, s, frequencies, max_period, dtype, g=None):
+    return t.new_empty(2 if g is None else 3, t.shape[0], frequencies, dtype=dtype)
 
 
 @operation("soflow::dual_bias_silu")
-def _hidden(ht: Tensor, hs: Tensor, bt: Tensor, bs: Tensor) -> Tensor:
-    B, H = ht.shape
-    ht, hs = inner_unit(ht), inner_unit(hs)
-    out = torch.empty(B, 2 * H, dtype=ht.dtype, device=ht.device)
+def _hidden(
+    ht: Tensor, hs: Tensor, bt: Tensor, bs: Tensor, hg: Tensor | None = None, bg: Tensor | None = None
+) -> Tensor:
+    (B, H), embedders = ht.shape, 2 if hg is None else 3
+    ht, hs, hg = (None if h is None else inner_unit(h) for h in (ht, hs, hg))
+    out = torch.empty(B, embedders * H, dtype=ht.dtype, device=ht.device)
     blocks = -(-H // COLUMNS)
     launch(
         _hidden_kernel, (-(-B // ROWS) * blocks,),
-        ht, hs, bt.contiguous(), bs.contiguous(), out, ht.stride(0), hs.stride(0), B, blocks,
-        H=H, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        ht, hs, hg, *_dense(bt, bs, bg), out, *_strides(ht, hs, hg), B, blocks,
+        H=H, EMBEDDERS=embedders, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @_hidden.register_fake
-def _(ht, hs, bt, bs):
-    return ht.new_empty(ht.shape[0], 2 * ht.shape[1])
+def _(ht, hs, bt, bs, hg=None, bg=None):
+    return ht.new_empty(ht.shape[0], (2 if hg is None else 3) * ht.shape[1])
+
+
+def _dense(*biases):
+    return (None if bias is None else bias.contiguous() for bias in biases)
+
+
+def _strides(*rows):
+    return (None if each is None else each.stride(0) for each in rows)
 
 
 @operation("soflow::dual_bias_silu_backward")
 def _hidden_backward(
-    dout: Tensor, ht: Tensor, hs: Tensor, bt: Tensor, bs: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout: Tensor, ht: Tensor, hs: Tensor, bt: Tensor, bs: Tensor, hg: Tensor | None = None, bg: Tensor | None = None
+) -> list[Tensor]:
+    """The gradients of ht, hs, bt and bs, and of hg and bg where they are given."""
     B, H = ht.shape
-    dout, ht, hs = inner_unit(dout), inner_unit(ht), inner_unit(hs)
-    dht, dhs = (torch.empty(B, H, dtype=h.dtype, device=h.device) for h in (ht, hs))
+    dout = inner_unit(dout)
+    ht, hs, hg = (None if h is None else inner_unit(h) for h in (ht, hs, hg))
+    dht, dhs, dhg = (None if h is None else torch.empty(B, H, dtype=h.dtype, device=h.device) for h in (ht, hs, hg))
     chunks, blocks = -(-B // ROWS), -(-H // COLUMNS)
-    partials = torch.empty(2, 1, chunks, H, dtype=torch.float32, device=ht.device)
+    dtypes = [bias.dtype for bias in (bt, bs, bg) if bias is not None]
+    partials = torch.empty(len(dtypes), 1, chunks, H, dtype=torch.float32, device=ht.device)
     launch(
         _hidden_backward_kernel, (chunks * blocks,),
-        dout, ht, hs, bt.contiguous(), bs.contiguous(), dht, dhs, partials,
-        dout.stride(0), ht.stride(0), hs.stride(0), B, blocks, chunks * H,
+        dout, ht, hs, hg, *_dense(bt, bs, bg), dht, dhs, dhg, partials,
+        dout.stride(0), *_strides(ht, hs, hg), B, blocks, chunks * H,
         H=H, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
-    dbt, dbs = finish(partials, [bt.dtype, bs.dtype])
-    return dht, dhs, dbt.view(H), dbs.view(H)
+    # With three sums of 32 at a time the registers that sm_100's compiler takes are too few.
+    dbt, dbs, *dbg = (bias.view(H) for bias in finish(partials, dtypes, 64 if hg is None else 16))
+    return [dht, dhs, dbt, dbs, *([] if dhg is None else [dhg]), *dbg]
 
 
 @_hidden_backward.register_fake
-def _(dout, ht, hs, bt, bs):
-    return tuple(v.new_empty(v.shape) for v in (ht, hs, bt, bs))
+def _(dout, ht, hs, bt, bs, hg=None, bg=None):
+    return [v.new_empty(v.shape) for v in (ht, hs, bt, bs, hg, bg) if v is not None]
 
 
-def _launch_tail(x, bt, bs, table, y, dout, out):
+def _launch_tail(x, bt, bs, bg, table, y, dout, out):
     B, D = x.shape
     x, given = inner_unit(x), inner_unit(x if dout is None else dout)
     table = inner_unit(table if y is not None else table[-1:])
     blocks = -(-D // COLUMNS)
     launch(
         _tail_kernel, (-(-B // ROWS) * blocks,),
-        x, bt.contiguous(), bs.contiguous(), table, x if y is None else y, given, out,
+        x, *_dense(bt, bs, bg), table, x if y is None else y, given, out,
         x.stride(0), table.stride(0), 0 if y is None else y.stride(0), given.stride(0), B, table.shape[0], blocks,
         D=D, HAS_Y=y is not None, BACKWARD=dout is not None, ROWS=ROWS, COLUMNS=COLUMNS,
         num_warps=2 * out.element_size(),  # one row and 16 bytes a thread
@@ -298,24 +330,24 @@ def _launch_tail(x, bt, bs, table, y, dout, out):
 
 
 @operation("soflow::label_bias_silu")
-def _tail(x: Tensor, bt: Tensor, bs: Tensor, table: Tensor, y: Tensor | None) -> Tensor:
+def _tail(x: Tensor, bt: Tensor, bs: Tensor, table: Tensor, y: Tensor | None, bg: Tensor | None = None) -> Tensor:
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, table.dtype), device=x.device)
-    _launch_tail(x, bt, bs, table, y, None, out)
+    _launch_tail(x, bt, bs, bg, table, y, None, out)
     return out
 
 
 @_tail.register_fake
-def _(x, bt, bs, table, y):
+def _(x, bt, bs, table, y, bg=None):
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, table.dtype))
 
 
 @operation("soflow::label_bias_silu_backward")
 def _tail_backward(
-    dout: Tensor, x: Tensor, bt: Tensor, bs: Tensor, table: Tensor, y: Tensor | None
+    dout: Tensor, x: Tensor, bt: Tensor, bs: Tensor, table: Tensor, y: Tensor | None, bg: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, D), V = x.shape, table.shape[0]
     dc = torch.empty(B, D, dtype=dout.dtype, device=x.device)
-    _launch_tail(x, bt, bs, table, y, dout, dc)
+    _launch_tail(x, bt, bs, bg, table, y, dout, dc)
     dtable = torch.empty(V, D, dtype=table.dtype, device=x.device)
     dbias = torch.empty(D, dtype=bt.dtype, device=x.device)
     blocks = -(-D // LABEL_TILE)
@@ -328,7 +360,7 @@ def _tail_backward(
 
 
 @_tail_backward.register_fake
-def _(dout, x, bt, bs, table, y):
+def _(dout, x, bt, bs, table, y, bg=None):
     return dout.new_empty(dout.shape), bt.new_empty(bt.shape), table.new_empty(table.shape)
 
 
@@ -337,30 +369,38 @@ def _save(ctx, inputs, output):
 
 
 def _hidden_grad(ctx, dout):
-    return _hidden_backward(dout, *ctx.saved_tensors)
+    found = _hidden_backward(dout, *ctx.saved_tensors)
+    return *found, *(None,) * (6 - len(found))
 
 
 def _tail_grad(ctx, dout):
-    x, _, bs, _, _ = ctx.saved_tensors
+    x, _, bs, _, _, bg = ctx.saved_tensors
     dc, dbias, dtable = _tail_backward(dout, *ctx.saved_tensors)
-    return dc.to(x.dtype), dbias, dbias.to(bs.dtype), dtable, None
+    return dc.to(x.dtype), dbias, dbias.to(bs.dtype), dtable, None, None if bg is None else dbias.to(bg.dtype)
 
 
 _hidden.register_autograd(_hidden_grad, setup_context=_save)
 _tail.register_autograd(_tail_grad, setup_context=_save)
 
 
-def _check(op, t, s, y, t_weights, s_weights, table, max_period):
+def _check(op, t, s, y, t_weights, s_weights, table, g, g_weights, max_period):
     check_tensor(op, "t", t, ("B",))
     check_plain(op, "t", t)
-    check_tensor(op, "s", s, tuple(t.shape), t)
-    check_plain(op, "s", s)
+    embedders = {"t_weights": t_weights, "s_weights": s_weights}
+    if g is None and g_weights is not None:
+        raise ValueError(f"{op}: g must come with g_weights")
+    if g is not None:
+        embedders["g_weights"] = g_weights
+    for name, value in (("s", s), ("g", g)):
+        if name == "s" or value is not None:
+            check_tensor(op, name, value, tuple(t.shape), t)
+            check_plain(op, name, value)
     if y is not None:
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
             raise ValueError(f"{op}: y must be an int64 tensor, got {getattr(y, 'dtype', type(y).__name__)}")
         if y.shape != t.shape or y.device != t.device:
             raise ValueError(f"{op}: y must be [{t.shape[0]}] on {t.device}, got {list(y.shape)} on {y.device}")
-    for name, weights in (("t_weights", t_weights), ("s_weights", s_weights)):
+    for name, weights in embedders.items():
         if not isinstance(weights, (tuple, list)) or len(weights) != 4:
             raise ValueError(f"{op}: {name} must be a tuple (W1, b1, W2, b2), got {type(weights).__name__}")
     check_tensor(op, "t_weights[0]", t_weights[0], ("H", "F"), t)
@@ -370,7 +410,7 @@ def _check(op, t, s, y, t_weights, s_weights, table, max_period):
     check_tensor(op, "t_weights[2]", t_weights[2], ("D", H), t)
     D = t_weights[2].shape[0]
     dtype = None if torch.is_autocast_enabled(t.device.type) else t_weights[0].dtype
-    for name, weights in (("t_weights", t_weights), ("s_weights", s_weights)):
+    for name, weights in embedders.items():
         for i, shape in enumerate(((H, frequencies), (H,), (D, H), (D,))):
             check_tensor(op, f"{name}[{i}]", weights[i], shape, t)
             if dtype not in (None, weights[i].dtype):
@@ -384,46 +424,57 @@ def _check(op, t, s, y, t_weights, s_weights, table, max_period):
 
 def dual_time_embedding(
     t: Tensor, s: Tensor, y: Tensor | None, t_weights: Weights, s_weights: Weights, table: Tensor, *,
-    max_period: float = 10_000.0,
+    g: Tensor | None = None, g_weights: Weights | None = None, max_period: float = 10_000.0,
 ) -> Tensor:  # fmt: skip
-    """SiLU(e_t(t) + e_s(t - s) + table[y]), the conditioning of a DiT with two times, [B, D].
+    """SiLU(e_t(t) + e_s(t - s) + table[y]), the conditioning of a DiT with two times, [B, D]; with g, e_g(g) is added.
 
-    t, s: [B], not scaled, taken in float32; y: [B] int64, None: the last row of the table, the null label. t_weights,
-    s_weights: (W1 [H, F], b1 [H], W2 [D, H], b2 [D]) as torch.nn.Linear holds them, of one dtype unless under autocast;
-    table: [classes + 1, D]. Returns the promoted dtype of products and table. Differentiable in all weights, biases
-    and the table; t or s that require a gradient take the reference, and so does float64.
+    t, s, g: [B], not scaled, taken in float32; y: [B] int64, None: the last row of the table, the null label.
+    t_weights, s_weights, g_weights: (W1 [H, F], b1 [H], W2 [D, H], b2 [D]) as torch.nn.Linear holds them, of one dtype
+    unless under autocast; table: [classes + 1, D]. Returns the promoted dtype of products and table. Differentiable in
+    all weights, biases and the table; t, s or g that require a gradient take the reference, and so does float64.
     On the kernel a label outside the table gives a row of NaN; the reference raises IndexError on a CPU.
     Raises ValueError naming the argument whose type, shape, dtype, device or value is wrong.
     """
-    _check("dual_time_embedding", t, s, y, t_weights, s_weights, table, max_period)
-    W1, b1, W2, b2 = t_weights
-    V1, a1, V2, a2 = s_weights
+    _check("dual_time_embedding", t, s, y, t_weights, s_weights, table, g, g_weights, max_period)
+    embedders = [weights for weights in (t_weights, s_weights, g_weights) if weights is not None]
+    times = [time for time in (t, s, g) if time is not None]
+    W1 = t_weights[0]
     by_kernel = (
-        use_kernel(t, s, *t_weights, *s_weights, table)
+        use_kernel(*times, *(value for weights in embedders for value in weights), table)
         and W1.shape[1] <= MAX_FREQUENCIES
-        and not (torch.is_grad_enabled() and (t.requires_grad or s.requires_grad))
+        and not (torch.is_grad_enabled() and any(time.requires_grad for time in times))
     )
     if not by_kernel:
-        return dual_time_embedding_reference(t, s, y, t_weights, s_weights, table, max_period=max_period)
+        return dual_time_embedding_reference(
+            t, s, y, t_weights, s_weights, table, g=g, g_weights=g_weights, max_period=max_period
+        )
     device = t.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W1.dtype
-    phi_t, phi_s = _sinusoids(t.detach(), s.detach(), W1.shape[1], float(max_period), dtype).unbind()
-    hidden = _hidden(F.linear(phi_t, W1), F.linear(phi_s, V1), b1, a1)
-    return _tail(F.linear(hidden, torch.cat([W2, V2], dim=1)), b2, a2, table, y)
+    third = None if g is None else g.detach()
+    phi = _sinusoids(t.detach(), s.detach(), W1.shape[1], float(max_period), dtype, third).unbind()
+    h = [F.linear(each, weights[0]) for each, weights in zip(phi, embedders, strict=True)]
+    b1, W2, b2 = ([weights[i] for weights in embedders] for i in (1, 2, 3))
+    hidden = _hidden(h[0], h[1], b1[0], b1[1], *h[2:], *b1[2:])
+    return _tail(F.linear(hidden, torch.cat(W2, dim=1)), b2[0], b2[1], table, y, *b2[2:])
 
 
 def inspect_cases():
     """(label, call): every launch at the shipped shapes, for `python -m soflow_kernels.inspect`. "autocast": products
-    in bfloat16, parameters in float32."""
+    in bfloat16, parameters in float32; "three": with a third number beside the times."""
     half, single = torch.bfloat16, torch.float32
     kinds = (("bfloat16", half, half), ("float32", single, single), ("autocast", half, single))
     for (kind, dtype, stored), D, B in itertools.product(kinds, (768, 1024, 1152), (32, 256)):
-        t, x, wide = torch.empty(B), torch.empty(B, D, dtype=dtype), torch.empty(B, 2 * D, dtype=dtype)
-        b, table, out = (torch.empty(shape, dtype=stored) for shape in ((D,), (1001, D), (B, D)))
-        size = f"{B} x {D} {kind}"
-        yield f"time_embedding sinusoids {size}", partial(_sinusoids, t, t, 256, 1e4, dtype)
-        yield f"time_embedding hidden {size}", partial(_hidden, x, x, b, b)
-        yield f"time_embedding hidden backward {size}", partial(_hidden_backward, wide, x, x, b, b)
-        for y, name in ((torch.empty(B, dtype=torch.int64), ""), (None, "null ")):
-            yield f"time_embedding tail {name}{size}", partial(_tail, x, b, b, table, y)
-            yield f"time_embedding tail backward {name}{size}", partial(_tail_backward, out, x, b, b, table, y)
+        t, x, b = torch.empty(B), torch.empty(B, D, dtype=dtype), torch.empty(D, dtype=stored)
+        table, out = (torch.empty(shape, dtype=stored) for shape in ((1001, D), (B, D)))
+        for embedders, three in ((2, ""), (3, "three ")):
+            g, hg, bg = (t, x, b) if three else (None, None, None)
+            wide, size = torch.empty(B, embedders * D, dtype=dtype), f"{three}{B} x {D} {kind}"
+            yield f"time_embedding sinusoids {size}", partial(_sinusoids, t, t, 256, 1e4, dtype, g)
+            yield f"time_embedding hidden {size}", partial(_hidden, x, x, b, b, hg, bg)
+            yield f"time_embedding hidden backward {size}", partial(_hidden_backward, wide, x, x, b, b, hg, bg)
+            for y, name in ((torch.empty(B, dtype=torch.int64), ""), (None, "null ")):
+                yield f"time_embedding tail {name}{size}", partial(_tail, x, b, b, table, y, bg)
+                yield (
+                    f"time_embedding tail backward {name}{size}",
+                    partial(_tail_backward, out, x, b, b, table, y, bg),
+                )

@@ -9,9 +9,11 @@ from ..config.gpus import GIGA, GPUS
 from ..config.schema import NOTHING_LEFT, Config, DataChoices
 from ..data import Source, fitted, identity, open_source
 from ..errors import ConfigError
+from ..flow import conditions
 from ..models.attention import flop_counter
 from ..ranks import flow_matching_samples
 from ..runs.progress import duration
+from ..runs.samples import check_evaluations
 from ..runs.trainer import (
     beginning,
     choose_precision,
@@ -40,9 +42,10 @@ def forward_flops(state: TrainState) -> int:
     model = state.config.model
     x = torch.zeros(1, model.in_channels, model.input_size, model.input_size, device=state.device)
     t = torch.ones(1, device=state.device)
+    w = t if model.guidance_range else None
     counter = flop_counter()
     with torch.no_grad(), counter:
-        state.flow.network(x, t, t)
+        state.flow.network(x, t, t, *conditions(None, w))
     return counter.get_total_flops()
 
 
@@ -52,8 +55,8 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
     They add up from its three calls: guidance, student with backward (3), look-ahead (1 per consistency sample, or 2
     where the value at t is not the student's own output).
     """
-    objective = state.objective
-    consistency = 1 - flow_matching_samples(config.batch_size, config.objective.fm_fraction) / config.batch_size
+    objective, B = state.objective, config.batch_size
+    consistency = 1 - flow_matching_samples(B, config.objective.flow_matching_fraction) / B
     guided = objective.guided and config.model.num_classes > 0
     guidance = guided * (1 + consistency * objective.mixed)
     target = state.target
@@ -64,6 +67,7 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
 def dry_run(config: Config, gpu: str | None = None, choices: DataChoices = NOTHING_LEFT) -> str:
     """The text that `--dry-run` prints; gpu: one of `GPUS`, for which memory and time of a step are predicted. Raises
     UserError as a run would."""
+    check_evaluations(config.run)
     with enough_memory(config):
         return _report(config, gpu, choices)
 

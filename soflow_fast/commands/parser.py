@@ -7,6 +7,7 @@ mistake is one line with the nearest name, and nothing of it takes time to impor
 import argparse
 import ast
 import inspect
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from itertools import pairwise
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from ..config import schema
-from ..config.schema import SHORT_NAMES, SWITCH, TYPES, Config, flatten, nearest, override, shown
+from ..config.schema import RANGE, SHORT_NAMES, SWITCH, TYPES, Config, flatten, nearest, override, shown
 from ..config.validation import validate
 from ..errors import ConfigError, UserError
 
@@ -26,6 +27,8 @@ MOST_CALLS = 1000
 MOST_SEED = 2**63 - 1
 DEVICES = "auto: every GPU, else the CPU; cpu; cuda:1; cuda:0,cuda:2; ..."
 """Help on the flag --device of commands that work on several."""
+GUIDANCE = "scale, of a model trained for a range of them (default: the geometric mean of that)"
+"""Help on the flag --guidance of commands that draw."""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -83,7 +86,7 @@ def add_fields(group: Any, names: Iterable[str], presets: Iterable[Config]) -> N
         kind, defaults = TYPES[field], {config[field] for config in usual}
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         notes = [", ".join(choices), f"default {defaults.pop()}" if len(defaults) == 1 and all(defaults) else ""]
-        settings: dict[str, Any] = {"metavar": {int: "N", float: "X", str: "NAME"}.get(kind, "NAME")}
+        settings: dict[str, Any] = {"metavar": {int: "N", float: "X", str: "NAME", RANGE: "A,B"}.get(kind, "NAME")}
         if kind in (bool, SWITCH):
             settings = {"action": argparse.BooleanOptionalAction}
         note = "; ".join(filter(None, notes))
@@ -139,6 +142,19 @@ def whole_number(name: str, text: str, least: int, most: int) -> int:
     return value
 
 
+def number(name: str, text: str | None) -> float | None:
+    """A flag's text as a finite number; None: it was not given. Raises ConfigError naming the flag."""
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} must be a number, got {shown(text)}")
+    return value
+
+
 def user_value(call: Callable[[], T], name: str) -> T:
     """`call()`, with a ValueError as a ConfigError naming the flag."""
     try:
@@ -146,4 +162,5 @@ def user_value(call: Callable[[], T], name: str) -> T:
     except UserError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        named = str(error).startswith(f"{name.removeprefix('--')} ")  # after the argument that the flag is
+        raise ConfigError(f"--{error}" if named else f"{name}: {error}") from None

@@ -220,6 +220,10 @@ def size_of(model: DiTConfig) -> str:
 def to_authors(config: Config, working_dir: str) -> str:
     """Our configuration as their YAML file. Raises ValueError naming a field that their code does not let be chosen."""
     model = config.model
+    if model.guidance_range is not None:
+        raise ValueError("model.guidance_range: their network has no embedder of a guidance scale")
+    if config.objective.kind != "soflow":
+        raise ValueError(f"objective.kind: their code trains and samples soflow, not {config.objective.kind}")
     kind = next((name for name, data in DATA.items() if data[:2] == (model.in_channels, model.num_classes)), None)
     if kind is None:
         known = " or ".join(
@@ -227,6 +231,8 @@ def to_authors(config: Config, working_dir: str) -> str:
         )
         has = f"{model.in_channels} channels, {model.num_classes} classes"
         raise ValueError(f"model: their code knows {known}, not {has}")
+    if model.qk_norm:
+        raise ValueError("model.qk_norm: their network has no norms of queries and keys")
     flat, spelt = flatten(config), _spelt
     if not model.null_label:
         flat["objective.label_drop"] = 0.0

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 FlowPath = Literal["linear", "trig"]
 Coefficients = Literal["euler", "trig"]
+ObjectiveKind = Literal["soflow", "flow-matching", "meanflow"]
 RSchedule = Literal["exponent", "cosine", "linear", "constant"]
 Teacher = Literal["student", "ema"]
 LRSchedule = Literal["constant", "cosine"]
@@ -30,14 +31,19 @@ AttentionBackend = Literal[
 MLPProducts = Literal["auto", "kernels", "quack"]
 Parallelism = Literal["ddp", "fsdp", "hsdp"]
 InitKind = Literal["soflow", "dit", "sit"]
+Track = Literal["none", "wandb", "trackio"]
 ReduceDtype = Literal["fp32", "bf16"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp8"]
+SamplingMethod = Literal["renoise", "consecutive", "euler"]
+SampleFormat = Literal["png", "npz", "both"]
 GuidancePrecision = Literal["step", "fp8"]
 QuotientKind = Literal["auto", "increments", "pair"]
 QuotientPrecision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 
 SWITCH = bool | None
 """The type of a field that is true, false or left to the machine."""
+RANGE = tuple[float, float] | None
+"""The type of a field that is a range, or none."""
 AUTO = -1
 """The micro-batch that is found at start-up."""
 
@@ -70,6 +76,14 @@ class DiTConfig:
     """Whether the table has that row.
 
     A network without it was trained with every label, and is not asked for samples without one."""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys over the head dimension, each with a weight, which bounds the logits of attention.
+
+    The published networks have none."""
+    guidance_range: tuple[float, float] | None = None
+    """Guidance scales, as 1,4, of which each image is trained with one of its own, in place of one for all.
+
+    The network has an embedder for it (w), so that samples choose it without a second call (arXiv 2512.02012)."""
 
     @classmethod
     def named(cls, size: str, **others: Any) -> "DiTConfig":
@@ -93,10 +107,15 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The SoFlow objective; the defaults are the public ImageNet recipe (arXiv 2512.15657)."""
+    """What is learned; the defaults are SoFlow's public ImageNet recipe (arXiv 2512.15657)."""
 
+    kind: ObjectiveKind = "soflow"
+    """Objective; soflow: one-step solutions by their consistency, meanflow: the same by average velocities,
+    flow-matching: the velocity alone, which takes many steps to sample.
+
+    MeanFlow is arXiv 2505.13447."""
     guidance_scale: float = 3.0
-    """w of the guided velocity; 1 is no guidance."""
+    """w of the guided velocity; 1 is no guidance. Of a network with a range of them it has no part."""
     guidance_decay_time: float = 0.8
     """t_d: guidance fades for t > t_d; 1 or more: never."""
     mix_ratio: float = 0.25
@@ -109,7 +128,7 @@ class ObjectiveConfig:
     """r at the first step: how far the middle time l lies from t towards s."""
     r_end: float = 0.002
     fm_fraction: float = 0.75
-    """lambda: fraction of the batch that takes the flow-matching loss."""
+    """lambda: fraction of the batch that takes the flow-matching loss; of flow-matching it is all, whatever this is."""
     label_drop: float = 0.1
     fm_time: tuple[float, float] = (-0.2, 1.0)
     """Mean and deviation of logit t, flow matching."""
@@ -117,6 +136,8 @@ class ObjectiveConfig:
     """Mean and deviation of logit t, consistency."""
     sc_end_time: tuple[float, float] = (-1.0, 0.8)
     """Mean and deviation of logit s, consistency."""
+    mf_time: tuple[float, float] = (-0.4, 1.0)
+    """Mean and deviation of the logits of both times, meanflow, in place of the three others."""
     teacher: Teacher = "student"
     """Network behind the consistency target; student: the stop-gradient student, ema: an average of its weights.
 
@@ -125,6 +146,11 @@ class ObjectiveConfig:
     """Decay of the teacher's average.
 
     It is apart from the average that is sampled; at first it is (1 + step) / (10 + step)."""
+
+    @property
+    def flow_matching_fraction(self) -> float:
+        """The fraction of the batch that takes the flow-matching loss, at one time each: l = s = t."""
+        return 1.0 if self.kind == "flow-matching" else self.fm_fraction
 
 
 @dataclass(frozen=True)
@@ -197,10 +223,26 @@ class RunConfig:
     """Hold the whole data set on the GPU; by default latents and arrays of pixels, where they fit beside a step."""
     log_every: int = 10
     sample_every: int = 500
+    eval_every: int = 0
+    """Updates between evaluations of the samples of one network call; 0: only at the end."""
+    eval_samples: int = 0
+    """Samples of each evaluation; 0: 4000."""
+    reference: str = ""
+    """Images to compare samples with: a data set, or an .npz of ADM.
+
+    Without one the digits alone are evaluated."""
+    metrics: str = "fid"
+    """Figures of that comparison, with commas between them, as `evaluate --metrics` takes them."""
+    inception: str = ""
+    """File of the weights of Inception; empty: downloaded once."""
+    dinov2: str = ""
+    """File or folder of the weights of DINOv2."""
     checkpoint_every: int = 500
     """Updates between checkpoints; 0: only the last."""
     check_quotient_every: int = 500
     """Updates between measurements of the cosine of the quotient with its float32 value on a few samples; 0: never."""
+    track: Track = "none"
+    """Service that is sent numbers, grids and configuration too, by its package, beside TensorBoard."""
     keep: int = 2
     """Newest checkpoints that stay, at least 2.
 
@@ -217,7 +259,7 @@ class RunConfig:
     """Record the whole step as one CUDA graph; by default where every operation of it can be recorded."""
     recompute: Recompute = "auto"
     """Values that the backward makes again to save memory; nothing: none, none: norms and GELUs alone, mlp: each MLP's
-    first product too, block: all of each block; auto: nothing where the GPU has room for it, else none."""
+    first product too, block: all of each block; auto: nothing on a CPU and where the GPU has room for it, else none."""
     attention: AttentionBackend = "auto"
     """Attention backend; auto: the fastest as measured, sdpa: torch picks; --env says which are usable."""
     mlp: MLPProducts = "auto"
@@ -294,7 +336,9 @@ SHORT_NAMES = {
     "batch_size": "batch_size",
     "micro_batch": "micro_batch",
     "precision": "precision",
+    "guidance_range": "model.guidance_range",
     "guidance_precision": "guidance_precision",
+    "objective": "objective.kind",
     "quotient": "quotient",
     "quotient_precision": "quotient_precision",
     "teacher": "objective.teacher",
@@ -307,7 +351,10 @@ SHORT_NAMES = {
     "recompute": "run.recompute",
     "attention": "run.attention",
     "parallel": "run.parallel",
+    "eval_every": "run.eval_every",
+    "reference": "run.reference",
     "checkpoint_every": "run.checkpoint_every",
+    "track": "run.track",
     "keep": "run.keep",
     "on_nonfinite": "run.on_nonfinite",
 }
@@ -410,7 +457,9 @@ def shown(value: Any) -> str:
 def check_type(name: str, value: Any, given: Any = None) -> None:
     """Raise ValueError, showing `given` or else `value`, if `value` is not of the type of the field `name`."""
     kind = TYPES[name]
-    parts = get_args(kind) if get_origin(kind) is tuple else ()
+    parts = get_args(kind) if get_origin(kind) is tuple else (float, float) if kind == RANGE else ()
+    if kind == RANGE and value is None:
+        return
     if parts:
         fits = isinstance(value, tuple) and len(value) == len(parts) and all(map(_is, value, parts))
     else:
@@ -418,7 +467,7 @@ def check_type(name: str, value: Any, given: Any = None) -> None:
     if not fits:
         words = {int: "a whole number", float: "a number", bool: "true or false", SWITCH: "true, false"}
         wanted = "two numbers" if parts else words.get(kind, "text")
-        or_auto = " or auto" if name == "micro_batch" or kind == SWITCH else ""
+        or_auto = " or auto" if name == "micro_batch" or kind == SWITCH else " or none" if kind == RANGE else ""
         raise ValueError(f"{name} must be {wanted}{or_auto}, got {shown(value if given is None else given)}")
 
 
@@ -463,7 +512,9 @@ def _replace(config: Config, changes: Mapping[str, Any], known: Iterable[str]) -
 
 def _read(value: Any, kind: Any) -> Any:
     """`value`, from JSON or as typed, as a field of type `kind` has it; what does not fit stays as it is."""
-    if get_origin(kind) is tuple:
+    if kind == RANGE and value in ("", "none"):
+        return None
+    if get_origin(kind) is tuple or (kind == RANGE and value is not None):
         parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
         return tuple(_read(part, float) for part in parts) if isinstance(parts, (list, tuple)) else value
     if kind == SWITCH and value == "auto":

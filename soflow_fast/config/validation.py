@@ -12,17 +12,31 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .schema import AUTO, TYPES, Config, DiTConfig, FlowConfig, ObjectiveConfig, check_type, flatten, nearest, shown
+from .schema import (
+    AUTO,
+    RANGE,
+    TYPES,
+    Config,
+    DiTConfig,
+    FlowConfig,
+    ObjectiveConfig,
+    check_type,
+    flatten,
+    nearest,
+    shown,
+)
 
 # What float32 holds: beyond, torch raises in the midst of a step or takes 0 for a number.
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+MOST_GUIDANCE = 1000.0
+"""Guidance scale beyond which an embedder of 1 - 1/w hardly tells one from another."""
 
 
 def validate(config: Config) -> Config:
     """Check the meaning of every field and return `config`. Raises ValueError naming the first wrong field."""
     for name, value in flatten(config).items():
         check_type(name, value)
-        if TYPES[name] in (float, tuple[float, float]):
+        if TYPES[name] in (float, tuple[float, float], RANGE) and value is not None:
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(number == 0 or SMALLEST <= abs(number) <= LARGEST for number in numbers):
                 what = "0 or of a size from 1.2e-38 to 3.4e38, as float32 is"
@@ -52,6 +66,12 @@ def validate(config: Config) -> Config:
     check("workers", AUTO <= run.workers <= 256, "in [-1, 256]")
     check("log_every", run.log_every >= 1, "at least 1")
     check("sample_every", run.sample_every >= 0, "at least 0")
+    check("eval_every", run.eval_every >= 0, "at least 0")
+    judged = bool(run.reference) or config.data.of_digits
+    check("eval_every", judged or not run.eval_every, "0 without run.reference, as the data are no digits")
+    check("eval_samples", run.eval_samples == 0 or 100 <= run.eval_samples <= 10**6, "0, or in [100, 10^6]")
+    for name in ("reference", "inception", "dinov2"):
+        check(name, _can_be_a_name(getattr(run, name)), a_name)
     check("checkpoint_every", run.checkpoint_every >= 0, "at least 0")
     check("check_quotient_every", run.check_quotient_every >= 0, "at least 0")
     check("keep", run.keep >= 2, "at least 2")
@@ -60,11 +80,17 @@ def validate(config: Config) -> Config:
     check("hang_seconds", 0 <= run.hang_seconds <= 10**6, "in [0, 10^6]")
 
     objective = config.objective
+    euler = objective.kind != "meanflow" or config.flow.coefficients == "euler"
+    what = "euler with the objective meanflow, whose network is the average velocity"
+    _checks(config.flow, "flow.")("coefficients", euler, what)
     unasked = config.model.null_label or (objective.label_drop == 0 and objective.guidance_scale == 1)
     what = "true unless objective.label_drop is 0 and objective.guidance_scale is 1"
     _checks(config.model, "model.")("null_label", unasked, what)
 
     check = _checks(config, "")
+    for name in ("quotient", "quotient_precision"):
+        fits = objective.kind != "flow-matching" or getattr(config, name) == "auto"
+        check(name, fits, "left at auto with the objective flow-matching, which has no quotient")
     check("steps", 1 <= config.steps < 10**8, "in [1, 10^8)")  # a checkpoint's name has 8 digits
     check("batch_size", 1 <= config.batch_size <= 2**20, "in [1, 2^20]")
     check("micro_batch", config.micro_batch >= AUTO, "at least 0, or auto")
@@ -87,6 +113,13 @@ def validate_model(model: DiTConfig, prefix: str = "") -> None:
     check("num_heads", model.hidden_size % model.num_heads == 0, f"a divisor of hidden_size {model.hidden_size}")
     check("hidden_size", model.hidden_size % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
     check("null_label", model.null_label or model.num_classes > 0, "true where there are no classes")
+    if model.guidance_range is not None:
+        fits = isinstance(model.guidance_range, tuple) and len(model.guidance_range) == 2
+        low, high = model.guidance_range if fits else (0, 0)
+        what = f"none or two numbers a, b with 1 <= a < b <= {MOST_GUIDANCE:g}"
+        check("guidance_range", fits and 1 <= low < high <= MOST_GUIDANCE, what)
+        classes = model.null_label and model.num_classes > 0
+        check("guidance_range", classes, "none for a network without classes or null label, which guidance is between")
 
 
 def validate_flow(flow: FlowConfig, prefix: str = "") -> None:
@@ -109,7 +142,9 @@ def validate_objective(objective: ObjectiveConfig, prefix: str = "") -> None:
     usual = ObjectiveConfig().teacher_decay
     fits = objective.teacher != "student" or objective.teacher_decay == usual
     check("teacher_decay", fits, f"left at {usual} with the teacher student, which is no average")
-    for name in ("fm_time", "sc_time", "sc_end_time"):
+    fits = objective.kind != "flow-matching" or objective.teacher == "student"
+    check("teacher", fits, "student with the objective flow-matching, whose target is the data's velocity")
+    for name in ("fm_time", "sc_time", "sc_end_time", "mf_time"):
         check(name, getattr(objective, name)[1] > 0, "a mean and a deviation above 0")
 
 

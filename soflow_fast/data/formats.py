@@ -16,6 +16,15 @@ HINTS = {
 }
 
 
+def image_formats() -> list[Format]:
+    """Those of images, in that order."""
+    return [_format(name) for name in OF_IMAGES]
+
+
+def _format(name: str) -> Format:
+    return cast(Format, importlib.import_module(f".{name}", __package__))
+
+
 def open_dataset(path: str, kind: str, wanted: Wanted) -> Dataset:
     """The data set at a path. kind: "images" or "latents".
 
@@ -29,7 +38,7 @@ def open_dataset(path: str, kind: str, wanted: Wanted) -> Dataset:
     if not found:
         raise DataError(f"--data {path}: no such file or folder")
     for name in (*OF_LATENTS, *OF_IMAGES):
-        module = cast(Format, importlib.import_module(f".{name}", __package__))
+        module = _format(name)
         if name == OF_IMAGES[-1] or module.recognises(place):
             if (name in OF_LATENTS) != (kind == "latents"):
                 if kind == "latents" and not module.recognises(place):

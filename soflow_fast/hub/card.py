@@ -1,6 +1,7 @@
 """The model card: what weights are, how to use them, and how they came to be, as far as that is known."""
 
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -11,17 +12,21 @@ from ..data.identity import SHOWN, Identity
 from ..errors import printable
 from ..flow import SolutionFlow
 from ..runs.checkpoint.origin import Origin
+from ..sampling.solving import usual_calls
 
 PAPER = "[SoFlow](https://arxiv.org/abs/2512.15657)"
+MEANFLOW = "[MeanFlow](https://arxiv.org/abs/2505.13447)"
 FREE = ("run.", "preset", "data.path", "data.vae", "data.skip_bad", "micro_batch")
 """Fields that belong to one machine, or to the command's own arguments."""
 FEW = 50_000
 """Samples below which figures are said to be of few."""
+BESIDE = {"reference", "few", "guidance"}
+"""What may stand beside the figures of samples: what they were compared with, whether they are few, and w."""
 
 
 def model_card(flow: SolutionFlow, origin: Origin | None, name: str, use: str = "") -> str:
     """The text of README.md. name: of the repository or folder. use: Python that loads and draws; "": for a flow."""
-    parts = [_header(), f"# {_text(name)}", _what(flow, origin), f"```python\n{use or _use(flow, name)}\n```"]
+    parts = [_header(flow), f"# {_text(name)}", _what(flow, origin), f"```python\n{use or _use(flow, name)}\n```"]
     if origin is None:
         parts.append("How these weights came to be is not recorded with them.")
     else:
@@ -44,8 +49,11 @@ def command(config: Config) -> str:
     return shlex.join(parts)
 
 
-def _header() -> str:
-    tags = "".join(f"- {tag}\n" for tag in ("soflow", "one-step", "image-generation", "dit"))
+def _header(flow: SolutionFlow) -> str:
+    found = {"soflow": ("soflow", "one-step"), "meanflow": ("meanflow", "one-step")}.get(
+        flow.objective, ("flow-matching",)
+    )
+    tags = "".join(f"- {tag}\n" for tag in (*found, "image-generation", "dit"))
     return f"---\nlibrary_name: soflow-fast\npipeline_tag: unconditional-image-generation\ntags:\n{tags}---"
 
 
@@ -54,22 +62,32 @@ def _what(flow: SolutionFlow, origin: Origin | None) -> str:
     parameters = sum(p.numel() for p in flow.parameters()) / 1e6
     of_latents = origin is not None and origin.config.data.latent
     kind = f"{'latents' if of_latents else 'samples'} of {model.in_channels} x {model.input_size} x {model.input_size}"
+    norms = ", normalised queries and keys" if model.qk_norm else ""
     classes = f"{model.num_classes} classes" if model.num_classes else "no classes"
     return (
-        f"A one-step image generator by {PAPER}: a DiT of {parameters:.2f} M parameters (depth {model.depth}, hidden "
-        f"size {model.hidden_size}, patches of {model.patch_size}) for {kind}, {classes}, {flow.path} path, "
+        f"{_kind(flow)}: a DiT of {parameters:.2f} M parameters (depth {model.depth}, hidden "
+        f"size {model.hidden_size}, patches of {model.patch_size}{norms}) for {kind}, {classes}, {flow.path} path, "
         f"{flow.coefficients} coefficients."
     )
+
+
+def _kind(flow: SolutionFlow) -> str:
+    match flow.objective:
+        case "flow-matching":
+            return "An image generator by flow matching, which takes several network calls"
+        case "meanflow":
+            return f"A one-step image generator by {MEANFLOW}"
+    return f"A one-step image generator by {PAPER}"
 
 
 def _use(flow: SolutionFlow, name: str) -> str:
     model = flow.network.config
     shape = f"None, shape=(2, {model.in_channels}, {model.input_size}, {model.input_size})"
-    labels = "[0, 1]" if model.num_classes > 1 else shape
+    labels, calls = "[0, 1]" if model.num_classes > 1 else shape, usual_calls(flow)
     return (
         "from soflow_fast import SolutionFlow, sample\n\n"
         f"flow = SolutionFlow.from_pretrained({json.dumps(name)})\n"
-        f"x = sample(flow, {labels}, nfe=1, seed=0)  # in the scale of the training data, images in [-1, 1]"
+        f"x = sample(flow, {labels}, nfe={calls}, seed=0)  # in the scale of the training data, images in [-1, 1]"
     )
 
 
@@ -94,7 +112,9 @@ def _training(origin: Origin) -> Iterator[str]:
     config = origin.config
     steps = f"{config.steps}" if origin.step in (None, config.steps) else f"{origin.step} of {config.steps}"
     rows = [("steps", steps), ("images per step", config.batch_size), ("precision", config.precision)]
-    rows += [("guidance", config.objective.guidance_scale), ("decay of the average", config.optim.ema_decay)]
+    trained = config.model.guidance_range
+    guidance = f"{trained[0]:g} to {trained[1]:g}, chosen by samples" if trained else config.objective.guidance_scale
+    rows += [("guidance", guidance), ("decay of the average", config.optim.ema_decay)]
     rows += [(name, value) for name, value in origin.code.items() if value]
     yield "## Training"
     yield _table(["", ""], rows)
@@ -107,14 +127,24 @@ def _figures(figures: dict[str, Any]) -> Iterator[str]:
         return
     yield "## Figures"
     match figures:
-        case {"samples": int(samples), "nfe": dict(calls), **others} if not others and _are_rows(calls):
+        case {"samples": int(samples), "nfe": dict(calls), **others} if _are_rows(calls) and others.keys() <= BESIDE:
             few = f", fewer than the {FEW} that are usual" if samples < FEW else ""
-            yield f"Of {samples} samples{few}, of the average of the weights:"
+            scale = f" at guidance {_number(others['guidance'])}" if "guidance" in others else ""
+            yield f"Of {samples} samples{scale}{few}, of the average of the weights{_against(others.get('reference'))}:"
             names = list(dict.fromkeys(name for row in calls.values() for name in row))
             rows = [[number, *(_number(row.get(name)) for name in names)] for number, row in calls.items()]
             yield _table(["network calls", *(name.replace("_", " ") for name in names)], rows)
         case _:
             yield f"```json\n{json.dumps(figures, indent=2)}\n```"
+
+
+def _against(reference: Any) -> str:
+    match reference:
+        case {"path": str(path), "images": int(images), "statistics": bool(statistics)}:
+            what = [f"{images} images"] * bool(images) + ["statistics"] * statistics
+            return f", compared with {_text(os.path.basename(path.rstrip('/')))} ({' and '.join(what)})"
+        case _:
+            return ""
 
 
 def _are_rows(calls: dict[str, Any]) -> bool:

@@ -71,28 +71,36 @@ def choose(
     cache: Path | None = None,
     *,
     compiled: bool = False,
+    apart: bool = False,
 ) -> str:
     """The fastest right backend for q, k, v [B, heads, T, head_dim] of a dtype; `clock` gives seconds.
 
-    compiled: it is to be part of compiled blocks, so one that torch.compile cannot take whole is not right.
+    compiled: it is to be part of compiled blocks, so one that torch.compile cannot take whole is not right. apart: q, k
+    and v come as tensors of their own, as they do where q and k are normalised.
     On the CPU it is "sdpa". Elsewhere it is what the file `cache` (None: the user's) holds, or is measured and put
     there; a file that cannot be read or written only costs the measurement.
     """
     if device.type != "cuda":
         return "sdpa"
-    return remembered(device, dtype, Shape(B, heads, T, head_dim), clock, cache or cache_path(), compiled)
+    return remembered(device, dtype, Shape(B, heads, T, head_dim), clock, cache or cache_path(), compiled, apart)
 
 
 def remembered(
-    device: torch.device, dtype: torch.dtype, shape: Shape, clock: Callable[[], float], cache: Path, compiled: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    clock: Callable[[], float],
+    cache: Path,
+    compiled: bool,
+    apart: bool = False,
 ) -> str:
     """The backend that the file `cache` holds for this case, if it can still be used; else it is measured."""
-    key = _key(device, dtype, shape, compiled)
+    key = _key(device, dtype, shape, compiled, apart)
     known = read_choices(cache).get(key)
     backend = known.get("backend") if isinstance(known, dict) else None
     if isinstance(backend, str) and backend in BACKENDS and why_not(backend, device, dtype, shape.head_dim) is None:
         return backend
-    found = compare(device, dtype, shape, clock, compiled)
+    found = compare(device, dtype, shape, clock, compiled, apart)
     entry = {"backend": found.fastest(), **found._asdict()}
     write_choices(cache, read_choices(cache) | {key: entry})
     return found.fastest()
@@ -108,21 +116,27 @@ def try_out(
     head_dim: int,
     *,
     compiled: bool = False,
+    apart: bool = False,
 ) -> None:
     """Raise ConfigError if a backend that was asked for cannot be used here, raises at this shape or is wrong."""
     require(backend, device, dtype, head_dim)
     if backend == "sdpa":
         return
-    fault = Case(device, dtype, Shape(min(B, 2), heads, T, head_dim), compiled).fault(backend)
+    fault = Case(device, dtype, Shape(min(B, 2), heads, T, head_dim), compiled, apart).fault(backend)
     if fault:
         raise ConfigError(f"--attention {backend}: {fault}")
 
 
 def compare(
-    device: torch.device, dtype: torch.dtype, shape: Shape, clock: Callable[[], float], compiled: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    clock: Callable[[], float],
+    compiled: bool = False,
+    apart: bool = False,
 ) -> Comparison:
     """Try and time every backend. One that cannot be used, raises or is wrong is passed over."""
-    case = Case(device, dtype, shape, compiled)
+    case = Case(device, dtype, shape, compiled, apart)
     found = tried(BACKENDS, partial(_why_not, case), partial(case.seconds, clock=clock))
     del case
     forget_memory(device)
@@ -134,9 +148,9 @@ def _why_not(case: "Case", backend: str) -> str | None:
     return why_not(backend, case.device, case.qkv.dtype, case.qkv.shape[-1]) or case.fault(backend)
 
 
-def attend(qkv: Tensor, backend: Backend) -> Tensor:
-    """Attention as in a DiT block: [B, T, 3, heads, d] -> [B, T, heads d]."""
-    if takes_packed(backend, qkv.dtype, qkv.device.type):
+def attend(qkv: Tensor, backend: Backend, apart: bool = False) -> Tensor:
+    """Attention as in a DiT block: [B, T, 3, heads, d] -> [B, T, heads d]. apart: never in one tensor."""
+    if not apart and takes_packed(backend, qkv.dtype, qkv.device.type):
         assert isinstance(backend, str)
         return packed_attention(qkv, backend).flatten(2)
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
@@ -146,10 +160,12 @@ def attend(qkv: Tensor, backend: Backend) -> Tensor:
 class Case:
     """Operands of one shape, and the right results in float64 for the first and the last sample."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, shape: Shape, compiled: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, shape: Shape, compiled: bool = False, apart: bool = False
+    ) -> None:
         B, heads, T, d = shape
         source = generator(0, 0, 0, "attention", device)
-        self.device, self.compiled = device, compiled
+        self.device, self.compiled, self.apart = device, compiled, apart
         self.tolerance = 2 * rounding_unit(device, dtype)
         self.qkv = torch.randn(B, T, 3, heads, d, generator=source, device=device).to(dtype).requires_grad_()
         self.dout = torch.randn(B, T, heads * d, generator=source, device=device).to(dtype)
@@ -163,9 +179,9 @@ class Case:
     def forward(self, backend: str) -> Tensor:
         """The output. Compiled, it is recorded but left to eager kernels: what surrounds attention is not compared."""
         if not self.compiled:
-            return attend(self.qkv, backend)
+            return attend(self.qkv, backend, self.apart)
         with torch._dynamo.config.patch(recompile_limit=64):  # one variant for each backend, and without gradient
-            return torch.compile(attend, backend="eager", fullgraph=True, dynamic=False)(self.qkv, backend)
+            return torch.compile(attend, backend="eager", fullgraph=True, dynamic=False)(self.qkv, backend, self.apart)
 
     def forward_backward(self, backend: str) -> tuple[Tensor, Tensor]:
         """The output, and the gradient of the operands."""
@@ -199,8 +215,8 @@ def cache_path() -> Path:
     return cache_folder() / "attention.json"
 
 
-def _key(device: torch.device, dtype: torch.dtype, shape: Shape, compiled: bool) -> str:
+def _key(device: torch.device, dtype: torch.dtype, shape: Shape, compiled: bool, apart: bool) -> str:
     """Everything that the choice depends on."""
     sizes = " ".join(f"{name}={size}" for name, size in shape._asdict().items())
-    how = ["compiled"] if compiled else []
+    how = [name for name, holds in (("compiled", compiled), ("apart", apart)) if holds]
     return "; ".join([setting(device, dtype, [row.package for row in PACKAGES.values()]), sizes, *how])

@@ -24,6 +24,7 @@ from soflow_kernels import (
     layernorm_modulate,
     on_gpu,
 )
+from soflow_kernels.qk_norm import rms_norm_reference
 
 from ..config.schema import DiTConfig
 from ..config.validation import validate_model
@@ -33,6 +34,7 @@ from .fused_layers import (
     BlockModulation,
     BlockOutputs,
     BlockWeights,
+    HeadNorms,
     PendingResidual,
     SavePolicy,
     fused_block,
@@ -138,25 +140,56 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm over the head dimension with a weight, [..., head_dim]: statistics and product in float32, rounded once,
+    as timm's RmsNorm does."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm_reference(x, self.weight, EPS)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention on tokens [B, T, D]: qkv, softmax(q k' / sqrt(head_dim)) v, proj."""
+    """Multi-head self-attention on tokens [B, T, D]: qkv, softmax(q k' / sqrt(head_dim)) v, proj.
+
+    With `qk_norm` each head of q and of k is normalised first, by `q_norm` and `k_norm` (names as in timm).
+    """
 
     backend: Backend = "sdpa"
+    q_norm: HeadNorm
+    k_norm: HeadNorm
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.qk_norm = num_heads, qk_norm
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        if qk_norm:
+            self.q_norm, self.k_norm = HeadNorm(hidden_size // num_heads), HeadNorm(hidden_size // num_heads)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = call_layer(self.qkv, x)
-        packed = self.parts(qkv.dtype, qkv.device) == 1
-        return call_layer(self.proj, self.attend(qkv) if packed else self.attend(*qkv.chunk(3, -1)))
+        if self.parts(qkv.dtype, qkv.device) == 1:
+            return call_layer(self.proj, self.attend(qkv))
+        q, k, v = qkv.chunk(3, -1)
+        if self.qk_norm:
+            q, k = (
+                norm(part.unflatten(-1, (self.num_heads, -1))).flatten(2)
+                for norm, part in ((self.q_norm, q), (self.k_norm, k))
+            )
+        return call_layer(self.proj, self.attend(q, k, v))
 
     def parts(self, dtype: torch.dtype, device: torch.device) -> int:
-        """The number of tensors in which `attend` takes q, k and v: as the backend puts together their gradients."""
-        return 1 if takes_packed(self.backend, dtype, device.type) else 3
+        """The number of tensors in which `attend` takes q, k and v: as the backend puts together their gradients.
+        Normalised q and k are tensors of their own."""
+        return 1 if not self.qk_norm and takes_packed(self.backend, dtype, device.type) else 3
+
+    def norms(self) -> list[HeadNorm]:
+        """The norms of q and k, where there are some."""
+        return [self.q_norm, self.k_norm] if self.qk_norm else []
 
     def attend(self, *qkv: Tensor) -> Tensor:
         """The attention between the two linear layers: q, k and v [B, T, D], or one [B, T, 3 D] -> [B, T, D]."""
@@ -210,7 +243,7 @@ class Block(Unit, nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         D = config.hidden_size
-        self.attn = Attention(D, config.num_heads)
+        self.attn = Attention(D, config.num_heads, config.qk_norm)
         self.mlp = MLP(D, int(D * config.mlp_ratio))
         self.adaLN_modulation: Any = Modulation(D, 6)
 
@@ -228,6 +261,12 @@ class Block(Unit, nn.Module):
     def linears(self) -> list[nn.Linear]:
         """The linear layers on tokens, in the order in which they are run."""
         return [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
+
+    def weights(self, dtype: torch.dtype) -> BlockWeights:
+        """What the fused block multiplies with: of products in a dtype, of norms of q and k in their own."""
+        linears = (weights_of(layer, dtype) for layer in self.linears())
+        norms = HeadNorms(self.attn.q_norm.weight, self.attn.k_norm.weight) if self.attn.qk_norm else None
+        return BlockWeights(*linears, heads=norms)
 
 
 class FinalLayer(nn.Module):
@@ -258,13 +297,22 @@ KINDS: Kinds = {
     **plain_kind(Block, {"attn": Attention, "mlp": MLP, "adaLN_modulation": Modulation}),
     **plain_kind(FinalLayer, {"linear": nn.Linear, "adaLN_modulation": Modulation}),
 }
+QK_NORM_KINDS: Kinds = {
+    **KINDS,
+    **plain_kind(HeadNorm, parameters=("weight",)),
+    **plain_kind(Attention, {"qkv": nn.Linear, "q_norm": HeadNorm, "k_norm": HeadNorm, "proj": nn.Linear}),
+}
+"""Of a network with `qk_norm`."""
 
 
 class DiT(nn.Module):
-    """N(x, t, s; y), the network of a SolutionFlow, from `DiTConfig`. Raises ValueError for a wrong configuration."""
+    """N(x, t, s; y, w), the network of a SolutionFlow, from `DiTConfig`; w, a guidance scale for each sample, is of one
+    with a `guidance_range` alone. Raises ValueError for a wrong configuration."""
 
     pos_embed: Tensor
     blocks: Any  # a ModuleList of Block
+    w_embedder: Any
+    """A TimeEmbedder of 1 - 1/w; None: the network sees no guidance scale."""
     recompute = "none"
     """The parts that a backward makes again beside norms and GELUs: "none", "mlp" (its first linear layer), "block"."""
     keep_norms: bool | None = None
@@ -289,6 +337,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimeEmbedder(D)
         self.s_embedder = TimeEmbedder(D)
+        self.w_embedder = None if config.guidance_range is None else TimeEmbedder(D)
         self.y_embedder = LabelEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
@@ -302,8 +351,8 @@ class DiT(nn.Module):
         whole: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
     ) -> None:
         """The public initialisation: Xavier uniform, zero biases; label table and the two Linear weights of the **t**
-        embedder N(0, 0.02), while the s embedder keeps Xavier; adaLN and output layers zero. Nothing on the meta
-        device.
+        embedder N(0, 0.02), while the s embedder keeps Xavier, as that of w does; adaLN and output layers zero, norms
+        of q and k one. Nothing on the meta device.
 
         whole: gives what is drawn into for a parameter, where that is only a part of one.
         """
@@ -321,16 +370,20 @@ class DiT(nn.Module):
                 nn.init.normal_(weight, std=0.02, generator=source)
         for layer in (*self.modulation_layers(), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
+        for block in self.blocks:
+            for norm in block.attn.norms():
+                nn.init.ones_(norm.weight)
 
     def modulation_layers(self) -> list[nn.Linear]:
         """The layers from SiLU(c) to shifts, scales and gates: six rows of D for each block, two for the last norm."""
         parts: list[Any] = [*self.blocks, self.final_layer]
         return [part.adaLN_modulation[1] for part in parts]
 
-    def low_precision_layers(self) -> list[nn.Linear]:
+    def low_precision_layers(self) -> list[nn.Module]:
         """The layers whose parameters are in low precision in a step in low precision: those of the blocks, and all
         modulations."""
-        return [*(layer for block in self.blocks for layer in block.linears()), *self.modulation_layers()]
+        inside = (layer for block in self.blocks for layer in (*block.linears(), *block.attn.norms()))
+        return [*inside, *self.modulation_layers()]
 
     def units(self) -> list[Any]:
         """The parts that hold all parameters but those of the two ends, in the order in which they run: the blocks and
@@ -358,12 +411,14 @@ class DiT(nn.Module):
             ("x_embedder", self.x_embedder, PatchEmbed),
             ("t_embedder", self.t_embedder, TimeEmbedder),
             ("s_embedder", self.s_embedder, TimeEmbedder),
+            *([] if self.w_embedder is None else [("w_embedder", self.w_embedder, TimeEmbedder)]),
             ("y_embedder", self.y_embedder, LabelEmbedder),
             *((f"blocks.{k}", block, Block) for k, block in enumerate(self.blocks)),
             ("final_layer", self.final_layer, FinalLayer),
         ]
         for name, module, kind in parts:
-            found = changed_part(module, kind, KINDS, float8=float8, sharding=self.sharding)
+            kinds = QK_NORM_KINDS if self.config.qk_norm else KINDS
+            found = changed_part(module, kind, kinds, float8=float8, sharding=self.sharding)
             if found is not None:
                 return f"{name}.{found}" if found else name
         if self.sharding is not None:
@@ -371,11 +426,15 @@ class DiT(nn.Module):
             return next((name for name, module in self.named_modules() if module is whole), None)
         return None
 
-    def conditioning(self, t: Tensor, s: Tensor, y: Tensor | None) -> Tensor:
-        """SiLU(c), c = e_t(t) + e_s(t - s) + e_y(y), [B, D]; times [B] are not scaled, y None is the null label. All
-        embedders must be plain."""
+    def conditioning(self, t: Tensor, s: Tensor, y: Tensor | None, w: Tensor | None = None) -> Tensor:
+        """SiLU(c), c = e_t(t) + e_s(t - s) + e_y(y), [B, D], with w + e_w(1 - 1/w); times [B] are not scaled, y None is
+        the null label. All embedders must be plain."""
         of_t, of_s = (tuple(embedder.mlp.parameters()) for embedder in (self.t_embedder, self.s_embedder))
-        return dual_time_embedding(t, s, y, of_t, of_s, self.y_embedder.embedding_table.weight, max_period=MAX_PERIOD)
+        of_y = self.y_embedder.embedding_table.weight
+        if w is None:
+            return dual_time_embedding(t, s, y, of_t, of_s, of_y, max_period=MAX_PERIOD)
+        third = {"g": guidance_time(w), "g_weights": tuple(self.w_embedder.mlp.parameters())}
+        return dual_time_embedding(t, s, y, of_t, of_s, of_y, max_period=MAX_PERIOD, **third)
 
     def modulations(self, c: Tensor, dtype: torch.dtype, tape: TapedOutputs | None = None) -> list[Tensor]:
         """Modulations from SiLU(c) [B, D], all in one product: six [B, D] for each block, then shift and scale of the
@@ -389,9 +448,17 @@ class DiT(nn.Module):
         return list(out.split(D, dim=1))
 
     def forward(
-        self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, tape: TapedOutputs | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        y: Tensor | None = None,
+        w: Tensor | None = None,
+        *,
+        tape: TapedOutputs | None = None,
     ) -> Tensor:
-        """The network's output, [B, C, H, W], for x [B, C, H, W], times t and s [B], labels y [B] (None: null).
+        """The network's output, [B, C, H, W], for x [B, C, H, W], times t and s [B], labels y [B] (None: null), and
+        guidance scales w [B] where there is a `guidance_range`.
 
         The blocks compute in the dtype of autocast where it is on, else in that of `pos_embed`, whatever the dtype of
         their weights, residual and modulations included; the statistics of norms are float32 in any case. The two ends
@@ -400,24 +467,28 @@ class DiT(nn.Module):
         on the way; all layers must then be plain.
         Raises ValueError for shapes that do not fit the configuration.
         """
-        self.check_input(x, t, s, y)
+        self.check_input(x, t, s, y, w)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.pos_embed.dtype
         changed = self.changed_part()
         with torch.autocast(device, enabled=False):
             if changed is None and not watched_everywhere():
-                out = self.unpatchify(self._fused(x, t, s, y, dtype, tape))
+                out = self.unpatchify(self._fused(x, t, s, y, w, dtype, tape))
             elif tape is not None:
                 raise ValueError(f"tape: {changed or 'every module'} is watched or changed, its outputs are not taken")
             else:
-                out = self.unpatchify(self._called(x, t, s, y, dtype))
+                out = self.unpatchify(self._called(x, t, s, y, w, dtype))
         # FSDP's hook on a view would be lost if somebody wrote to it.
         return out if self.sharding is None else out.clone()
 
-    def _called(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _called(
+        self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, w: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """Patches [B, T, patch^2 C], every module called."""
         labels = torch.full(t.shape, self.num_classes, device=t.device) if y is None else y
         c = self.t_embedder(t) + self.s_embedder(t - s) + self.y_embedder(labels)
+        if w is not None:
+            c = c + self.w_embedder(guidance_time(w))
         x = self._watched((self.x_embedder(x) + self.pos_embed).to(dtype))
         for block in self.blocks:
             if self.recompute == "block" and torch.is_grad_enabled():
@@ -432,10 +503,17 @@ class DiT(nn.Module):
         return x
 
     def _fused(
-        self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, dtype: torch.dtype, tape: TapedOutputs | None
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        y: Tensor | None,
+        w: Tensor | None,
+        dtype: torch.dtype,
+        tape: TapedOutputs | None,
     ) -> Tensor:
         """Patches [B, T, patch^2 C], fused across the borders of modules."""
-        c = self.conditioning(t, s, y)
+        c = self.conditioning(t, s, y, w)
         x = self._watched(rounded_sum(self.x_embedder(x), self.pos_embed, dtype))
         keep_norms = self.keep_norms
         if keep_norms is None:
@@ -485,7 +563,7 @@ class DiT(nn.Module):
         save: SavePolicy,
         tape: TapedOutputs | None,
     ) -> PendingResidual:
-        weights = BlockWeights(*(weights_of(layer, residual.x.dtype) for layer in block.linears()))
+        weights = block.weights(residual.x.dtype)
         run: Any = fused_block if self.compile_backend is None else _compiled_block(self.compile_backend)
         if self.recompute == "block" and torch.is_grad_enabled():
             run = functools.partial(_checkpoint, run)
@@ -503,16 +581,21 @@ class DiT(nn.Module):
         n, B = self.config.input_size // p, x.shape[0]  # len() would fix a batch of any size, for torch.export
         return x.reshape(B, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, n * p, n * p)
 
-    def check_input(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None) -> None:
-        """Raise ValueError naming the input whose shape does not fit, or a label that is missing."""
+    def check_input(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, w: Tensor | None = None) -> None:
+        """Raise ValueError naming the input whose shape does not fit, or a label or guidance scale that is missing."""
         shape = (self.config.in_channels, self.config.input_size, self.config.input_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != shape:
             raise ValueError(f"x must be [B, {shape[0]}, {shape[1]}, {shape[2]}], got {list(x.shape)}")
-        for name, value in (("t", t), ("s", s), ("y", y)):
+        for name, value in (("t", t), ("s", s), ("y", y), ("w", w)):
             if value is not None and value.shape != x.shape[:1]:
                 raise ValueError(f"{name} must be [{x.shape[0]}], got {list(value.shape)}")
         if y is None and not self.config.null_label:
             raise ValueError("y must be given: the network was trained with a label each, it has no null label")
+        if (w is None) != (self.w_embedder is None):
+            if w is not None:
+                raise ValueError("w must be left out: the network has no embedder of guidance scales (guidance_range)")
+            low, high = self.config.guidance_range or ()
+            raise ValueError(f"w must be given: the network sees a guidance scale for each sample, {low:g} to {high:g}")
 
 
 def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -523,6 +606,12 @@ def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
 @functools.cache
 def _compiled_block(backend: str | Callable[..., Any]) -> Callable[..., tuple[PendingResidual, BlockOutputs]]:
     return torch.compile(fused_block, backend=backend, fullgraph=True, dynamic=False)
+
+
+def guidance_time(w: Tensor) -> Tensor:
+    """1 - 1/w, [B]: what the embedder of guidance scales w sees. As times it is in [0, 1), 0 without guidance; the
+    guided velocity's distance from the labelled one grows evenly with it (iMF, arXiv 2512.02012; TVM embeds 1/w)."""
+    return 1 - w.reciprocal()
 
 
 def sinusoids(t: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ A gated residual, the norm after it and the product after that are one autograd 
 backward, which here is a modulated norm or a GELU: cheap to make again from what the norm or the GELU itself keeps. So
 each node covers both. Per token and block there remain, in units of the hidden size D: the residual before attention
 (1), q, k and v (3), attention's result (1), its projection (1), the residual before the MLP (1), the MLP's inner values
-before the GELU (4) and its result (1): 12 D, and the statistics of the norms.
+before the GELU (4) and its result (1): 12 D, and the statistics of the norms. Where q and k are normalised over their
+heads, what comes of that as well (2).
 
 A residual whose last branch is still to be gated and added (`PendingResidual`) goes from block to block, so that the
 addition is fused with the next block's norm. Without gradient, and under forward-mode AD or torch.func, the plain
@@ -24,7 +25,7 @@ from soflow_kernels import (
     gate_residual_layernorm_modulate,
     layernorm_modulate,
     linear_gelu,
-    on_gpu,
+    qk_rms_norm,
     transformed,
     use_kernel,
 )
@@ -34,7 +35,7 @@ from soflow_kernels.packed_gradient import qkv_gradient, token_sum
 from .mlp_products import mlp_products
 
 EPS = 1e-6
-"""Epsilon of every LayerNorm."""
+"""Epsilon of every norm."""
 
 
 class SavePolicy(NamedTuple):
@@ -53,13 +54,21 @@ class LinearWeights(NamedTuple):
     bias: Tensor
 
 
+class HeadNorms(NamedTuple):
+    """The weights [head_dim] of the RMSNorms of q and of k."""
+
+    q: Tensor
+    k: Tensor
+
+
 class BlockWeights(NamedTuple):
-    """The four linear layers of a block on tokens."""
+    """The four linear layers of a block on tokens, and its norms of q and k, where it has some."""
 
     qkv: LinearWeights
     proj: LinearWeights
     fc1: LinearWeights
     fc2: LinearWeights
+    heads: HeadNorms | None = None
 
 
 class BlockModulation(NamedTuple):
@@ -103,7 +112,7 @@ class BlockOutputs(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    """[B, T, D] each, views of one tensor [B, T, 3 D]."""
+    """[B, T, D] each, views of one tensor [B, T, 3 D]: as attention takes them, but for norms of their heads."""
     proj: Tensor
     x2: Tensor
     """The residual at the norm before the MLP."""
@@ -111,6 +120,9 @@ class BlockOutputs(NamedTuple):
     """[B, T, 4 D], without gradient; None: not asked for."""
     fc2: Tensor
     deferred: DeferredBiases
+    normed_q: Tensor | None = None
+    normed_k: Tensor | None = None
+    """q and k after these norms, [B, T, D]; None: there are none."""
 
 
 def weights_of(layer: nn.Linear, dtype: torch.dtype) -> LinearWeights:
@@ -121,13 +133,14 @@ def weights_of(layer: nn.Linear, dtype: torch.dtype) -> LinearWeights:
 def _side_by_side(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """The products of one x [B, K] with several layers, [B, sum of N].
 
-    On a GPU one by one, each into its columns: as one product, the weights would first be copied to one matrix, which
-    takes longer than they take to be multiplied. On a CPU as one product.
+    One by one, each into its columns: as one product, the weights would first be copied to one matrix, which takes
+    longer than they take to be multiplied.
     """
-    if not on_gpu(x) or torch.compiler.is_compiling() or transformed():
-        return F.linear(x, torch.cat(list(weights)), torch.cat(list(biases)))
+    pairs = zip(weights, biases, strict=True)
+    if torch.compiler.is_compiling() or transformed():
+        return torch.cat([F.linear(x, weight, bias) for weight, bias in pairs], 1)
     out = x.new_empty(len(x), sum(map(len, weights)))
-    for weight, bias, columns in zip(weights, biases, out.split([len(weight) for weight in weights], 1), strict=True):
+    for (weight, bias), columns in zip(pairs, out.split([len(weight) for weight in weights], 1), strict=True):
         torch.addmm(bias, x, weight.t(), out=columns)
     return out
 
@@ -167,11 +180,8 @@ class _StackedLinear(torch.autograd.Function):
     def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *weights = ctx.saved_tensors
         rows = [len(weight) for weight in weights]
-        if on_gpu(dout):
-            parts = [part @ weight for part, weight in zip(dout.split(rows, 1), weights, strict=True)]
-            dx = torch.stack(parts).sum(0)
-        else:
-            dx = dout @ torch.cat(weights)
+        parts = [part @ weight for part, weight in zip(dout.split(rows, 1), weights, strict=True)]
+        dx = torch.stack(parts).sum(0)
         dweight, dbias = dout.t() @ x, dout.sum(0)
         each = zip(dweight.split(rows), dbias.split(rows), strict=True)
         return dx, *[gradient for pair in each for gradient in pair]
@@ -269,7 +279,7 @@ def linear(x: Tensor, layer: LinearWeights, *, bias: bool = True) -> Tensor:
 
 
 def stacked_linear(x: Tensor, layers: list[LinearWeights]) -> Tensor:
-    """The products of one x [B, K] with several layers side by side, [B, sum of N], as one product."""
+    """The products of one x [B, K] with several layers side by side, [B, sum of N]."""
     if _composed():
         weights, biases = zip(*layers, strict=True)
         return _side_by_side(x, weights, biases)
@@ -324,6 +334,13 @@ def normed_mlp(
     return x, linear(linear_gelu(h, fc1.weight, fc1.bias), fc2, bias=not defer_bias), None, defer_bias
 
 
+def normed_heads(q: Tensor, k: Tensor, norms: HeadNorms) -> tuple[Tensor, Tensor]:
+    """q and k [B, T, D] with each of their heads normalised."""
+    head_dim = len(norms.q)
+    q, k = qk_rms_norm(q.unflatten(-1, (-1, head_dim)), k.unflatten(-1, (-1, head_dim)), norms.q, norms.k, EPS)
+    return q.flatten(2), k.flatten(2)
+
+
 def fused_block(
     residual: PendingResidual,
     modulation: BlockModulation,
@@ -336,17 +353,21 @@ def fused_block(
 ) -> tuple[PendingResidual, BlockOutputs]:
     """One DiT block, from the pending residual that enters it to the one that leaves it, and what its layers came to.
 
-    attend: attention proper, from q, k and v [B, T, D] to [B, T, D]; parts 1: from one tensor of them, [B, T, 3 D];
-    mlp: as for `normed_mlp`.
+    attend: attention proper, from q, k and v [B, T, D] to [B, T, D]; parts 1: from one tensor of them, [B, T, 3 D],
+    where their heads are not normalised; mlp: as for `normed_mlp`.
     """
     m = modulation
     x1, *qkv = normed_linear(residual, m.shift1, m.scale1, weights.qkv, keep_norm=save.norms, parts=parts)
     later = defers_bias(x1)
+    q, k, v = qkv if parts == 3 else qkv[0].detach().chunk(3, -1)
+    normed = (None, None)
+    if weights.heads is not None:
+        normed = normed_heads(q, k, weights.heads)
+        qkv = [*normed, v]
     branch = linear(attend(*qkv), weights.proj, bias=not later)
     residual = PendingResidual(x1, branch, m.gate1, weights.proj.bias if later else None)
     x2, out, inner, inner_later = normed_mlp(
         residual, m.shift2, m.scale2, weights.fc1, weights.fc2, save=save, taped=taped, mlp=mlp
     )
     leaving = PendingResidual(x2, out, m.gate2, weights.fc2.bias if later else None)
-    q, k, v = qkv if parts == 3 else qkv[0].detach().chunk(3, -1)
-    return leaving, BlockOutputs(x1, q, k, v, branch, x2, inner, out, DeferredBiases(later, inner_later))
+    return leaving, BlockOutputs(x1, q, k, v, branch, x2, inner, out, DeferredBiases(later, inner_later), *normed)

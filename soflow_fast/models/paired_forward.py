@@ -26,17 +26,27 @@ from soflow_kernels import (
     gate_residual_layernorm_modulate_increment,
     layernorm_modulate_increment,
     on_gpu,
+    qk_rms_norm_increment,
     silu_increment,
     time_embedding_increment,
 )
 from soflow_kernels.increment import Pair
 
-from .dit import FREQUENCIES, MAX_PERIOD, Block, DiT, Modulation, TapedOutputs, merge_heads, split_heads
+from .dit import (
+    FREQUENCIES,
+    MAX_PERIOD,
+    Block,
+    DiT,
+    Modulation,
+    TapedOutputs,
+    guidance_time,
+    merge_heads,
+    split_heads,
+)
 from .fused_layers import (
     EPS,
     BlockModulation,
     BlockOutputs,
-    BlockWeights,
     PendingResidual,
     SavePolicy,
     fused_block,
@@ -60,6 +70,7 @@ def paired_forward(
     y: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     *,
+    w: Tensor | None = None,
     tape: TapedOutputs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(N(x, t, s; y), N(x + dx, t + dt, s; y) - N(x, t, s; y)), both [B, C, H, W], without gradient.
@@ -71,8 +82,9 @@ def paired_forward(
         x, dx: [B, C, H, W]; t, dt, s: [B], dt of either sign; y: labels [B], None: the null label.
         dtype: of the operands of the products (accumulated in float32): bfloat16, float16, float32 or float64. The
             conditioning, the patches and the last product, which cost next to nothing, stay in float32.
-        tape: of a forward at (x, t, s, y). Its values are taken for those of this pass, which then makes the products
-            of increments alone and costs one forward; the value that is returned is that forward's output.
+        w: guidance scales [B], the same at both ends, of a network that has them.
+        tape: of a forward at (x, t, s, y, w). Its values are taken for those of this pass, which then makes the
+            products of increments alone and costs one forward; the value that is returned is that forward's output.
 
     The relative error of the increment does not grow as dx and dt go to 0.
 
@@ -90,15 +102,16 @@ def paired_forward(
         )
     if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
-    net.check_input(x, t, s, y)
+    net.check_input(x, t, s, y, w)
     if dx.shape != x.shape or dt.shape != t.shape:
         raise ValueError(f"dx and dt must have the shapes of x and t, got {list(dx.shape)} and {list(dt.shape)}")
     work = net.x_embedder.proj.weight.dtype
     work = torch.float64 if dtype == torch.float64 or work == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
         x, dx, t, dt, s = (v.to(work) for v in (x, dx, t, dt, s))
+        w = None if w is None else w.to(work)
         with ends_gathered(net), closing(gathered(net)) as units:
-            return _IncrementPass(net, work, dtype).network(units, x, dx, t, dt, s, y, tape)
+            return _IncrementPass(net, work, dtype).network(units, x, dx, t, dt, s, y, w, tape)
 
 
 def missed_part(net: DiT, *, float8: bool = True) -> str | None:
@@ -143,12 +156,13 @@ class _IncrementPass:
         dt: Tensor,
         s: Tensor,
         y: Tensor | None,
+        w: Tensor | None,
         tape: TapedOutputs | None,
     ) -> tuple[Tensor, Tensor]:
         """The value and the increment, [B, C, H, W]. Without a tape every block is made first, and then its
         increments. units: those of the network, each with whole parameters until the next is asked for."""
         net = self.net
-        c, dc = self.conditioning(t, dt, s, y)
+        c, dc = self.conditioning(t, dt, s, y, w)
         dc = silu_increment((c, dc)).to(self.between)
         if tape is not None:
             m = tape.modulations
@@ -162,7 +176,7 @@ class _IncrementPass:
         for k, block in zip(range(len(net.blocks)), units, strict=False):
             pairs = self.modulation(block.adaLN_modulation, c, dc, None if m is None else m[6 * k : 6 * k + 6])
             if residual is not None:
-                weights = BlockWeights(*(weights_of(layer, self.operand) for layer in block.linears()))
+                weights = block.weights(self.operand)
                 modulation = BlockModulation(*(value for value, _ in pairs))
                 attn, save = block.attn, SavePolicy(norms=True, inner=True)
                 parts = attn.parts(self.operand, x.device)
@@ -191,10 +205,12 @@ class _IncrementPass:
         layer: Any = part[1]
         return list(zip(values, self.product(dc, layer).split(D, 1), strict=True))
 
-    def conditioning(self, t: Tensor, dt: Tensor, s: Tensor, y: Tensor | None) -> Pair:
-        """c [B, D], before its SiLU; t - s changes by dt as t does."""
+    def conditioning(self, t: Tensor, dt: Tensor, s: Tensor, y: Tensor | None, w: Tensor | None) -> Pair:
+        """c [B, D], before its SiLU; t - s changes by dt as t does, label and guidance scale do not."""
         net = self.net
         value = net.y_embedder(torch.full(t.shape, net.num_classes, device=t.device) if y is None else y)
+        if w is not None:
+            value = value + net.w_embedder(guidance_time(w))
         increment: Tensor | None = None
         times = time_embedding_increment(t, dt, s, frequencies=FREQUENCIES, max_period=MAX_PERIOD)
         for k, embedder in enumerate((net.t_embedder, net.s_embedder)):
@@ -221,6 +237,10 @@ class _IncrementPass:
             (split_heads(value.to(self.between), attn.num_heads), split_heads(increment, attn.num_heads))
             for value, increment in zip((at.q, at.k, at.v), increments, strict=True)
         )
+        if at.normed_q is not None and at.normed_k is not None:
+            dq, dk = qk_rms_norm_increment(q, k, attn.q_norm.weight, attn.k_norm.weight, eps=EPS)
+            normed = (split_heads(value.to(self.between), attn.num_heads) for value in (at.normed_q, at.normed_k))
+            q, k = zip(normed, (dq, dk), strict=True)
         branch = at.proj, self.product(merge_heads(attention_increment(q, k, v)), attn.proj)
         dx, dn = self.norm(at.x2, PendingIncrement(dx, branch, gate1, b_proj), shift2, scale2, self.between)
         inner = bias_gelu_increment((at.fc1, self.product(dn, mlp.fc1)), b_fc1)

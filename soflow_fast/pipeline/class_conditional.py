@@ -15,6 +15,8 @@ from ..hub import add_card, upload
 from ..hub.card import model_card
 from ..runs.images import to_uint8
 from ..runs.latents.vae import factors, quiet
+from ..sampling.guidance import chosen_guidance, scales
+from ..sampling.solving import usual_calls
 from .flow_model import FlowModel
 
 with quiet():
@@ -108,7 +110,7 @@ class SoFlowPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: Label | Sequence[Label] | Tensor | None = None,
-        num_inference_steps: int = 1,
+        num_inference_steps: int | None = None,
         num_images_per_label: int = 1,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -116,12 +118,14 @@ class SoFlowPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_scale: float | None = None,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
-        """Draw images: solve from noise to the data and, in each further step, re-noise the result and solve again.
+        """Draw images: solve from noise to the data and, in each further step, re-noise the result and solve again. A
+        flow that was trained by flow matching goes along its velocity instead, by Euler's method.
 
         Args:
             class_labels: classes by number or name, one for each image; "null" is none. None: an image of no class.
-            num_inference_steps: network calls per image, at least 1.
+            num_inference_steps: network calls per image, at least 1; None: 1, of flow matching 10.
             num_images_per_label: images of each label, which follow each other.
             generator: of the noise, one or a list with one for each image; None: torch's own. The noise is drawn in
                 float32, so that it is the same in each dtype.
@@ -130,7 +134,10 @@ class SoFlowPipeline(DiffusionPipeline):
                 the flow makes, [n, C, H, W].
             return_dict: an ImagePipelineOutput, with `images`; else a tuple of these.
             callback_on_step_end: called with (pipeline, step, time, {"latents": x}) after each step. x is what is
-                solved for, an image or latent without noise; "latents" of the dict that it returns take its place.
+                solved for, an image or latent without noise (of flow matching with the noise that is left); "latents"
+                of the dict that it returns take its place.
+            guidance_scale: w, of a flow that was trained for a range of them, at no further calls; None: the geometric
+                mean of the range.
 
         Raises:
             ValueError: for arguments that are wrong or do not fit, naming the argument.
@@ -138,6 +145,7 @@ class SoFlowPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         labels = self._label_tensor(class_labels)
+        num_inference_steps = usual_calls(self.flow) if num_inference_steps is None else num_inference_steps
         for name, count in (
             ("num_inference_steps", num_inference_steps),
             ("num_images_per_label", num_images_per_label),
@@ -148,6 +156,11 @@ class SoFlowPipeline(DiffusionPipeline):
         shape = (n, model.in_channels, model.input_size, model.input_size)
         self._check(shape, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
+        try:
+            guidance = chosen_guidance(self.flow, guidance_scale)
+        except ValueError as error:
+            raise ValueError(str(error).replace("guidance", "guidance_scale", 1)) from None
+
         dtype = self.flow.dtype
         generators = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
 
@@ -157,14 +170,16 @@ class SoFlowPipeline(DiffusionPipeline):
         # A network without classes has no other label than none.
         y = labels.repeat_interleave(int(num_images_per_label)).to(device) if model.num_classes else None
         x = noise() if latents is None else latents.to(device, dtype)
+        w = scales(self.flow, guidance, y, x)
         self._interrupt, self._num_timesteps = False, int(num_inference_steps)
         progress_bar: Any = self.progress_bar
         with progress_bar(total=num_inference_steps) as bar:
             for step in range(num_inference_steps):
-                t = torch.full((n,), 1 - step / num_inference_steps, device=device)
-                if step:
+                t, after = (torch.full((n,), 1 - k / num_inference_steps, device=device) for k in (step, step + 1))
+                if step and self.flow.solves:
                     x = self.flow.point(x, noise(), t)[0]
-                x = self.flow(x, t, torch.zeros_like(t), y)  # a call, for the hooks that move it to a GPU in time
+                s = torch.zeros_like(t) if self.flow.solves else after
+                x = self.flow(x, t, s, y, w)  # a call, for the hooks that move it to a GPU in time
                 if callback_on_step_end is not None:
                     given = {name: x for name in callback_on_step_end_tensor_inputs}
                     x = (callback_on_step_end(self, step, t[0], given) or {}).get("latents", x)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..config.schema import DiTConfig
+from ..config.schema import from_dict
 from ..errors import CheckpointError
 from ..flow import SolutionFlow
 from ..models.dit import DiT
@@ -34,7 +34,7 @@ class FlowModel(SolutionFlow, ModelMixin, ConfigMixin):
         run: dict[str, Any] | None = None,
     ) -> None:
         """Raises ValueError for a wrong configuration."""
-        super().__init__(DiT(DiTConfig(**model)), **flow)
+        super().__init__(DiT(from_dict({"model": model}).model), **flow)
         self.origin = from_values({"data": data, "run": run})
 
     @classmethod

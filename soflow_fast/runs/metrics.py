@@ -140,8 +140,45 @@ class TensorBoard:
             self._plain_hook(arguments)
 
 
+class Boards:
+    """Several boards, such as a TensorBoard and a `tracking.Tracker`, as one."""
+
+    def __init__(self, *boards: Any) -> None:
+        self._boards = boards
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Each number of `entry` under its name, at its step."""
+        for board in self._boards:
+            board.write(entry)
+
+    def image(self, grid: Tensor, step: int) -> None:
+        """A uint8 grid [H, W, C] of samples."""
+        for board in self._boards:
+            board.image(grid, step)
+
+    def flush(self) -> None:
+        """As the boards do."""
+        for board in self._boards:
+            board.flush()
+
+    def close(self) -> None:
+        """As the boards do."""
+        for board in self._boards:
+            board.close()
+
+
+def named_figures(figures: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Figures by number of network calls, under the names of their curves: eval_frechet of one, eval_frechet_nfe2 of
+    two."""
+    return {
+        f"eval_{name}" + (f"_nfe{nfe}" if nfe > 1 else ""): value
+        for nfe, values in figures.items()
+        for name, value in values.items()
+    }
+
+
 class NoLog:
-    """In the place of both on a rank that writes nothing."""
+    """In the place of all on a rank that writes nothing."""
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """As `MetricsLog.write` and `TensorBoard.write`."""

@@ -3,6 +3,7 @@
 import errno
 import io
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
@@ -15,9 +16,12 @@ from .ranks.notes import Notes
 
 PLAIN_LINE_EVERY = 10.0
 """Seconds between progress lines where the output is not a terminal."""
+BAR = 20
+"""Characters of a bar."""
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 """Errors of a reader that went away, of a terminal that was closed, and of a closed file."""
 LABELS = {"fm_loss": "fm", "sc_loss": "sc", "sc_mse": "mean q^2"}
+MEANFLOW_LABELS = {"fm_loss": "fm", "sc_loss": "mf", "sc_mse": "mean error^2"}
 
 
 class Progress:
@@ -25,7 +29,8 @@ class Progress:
 
     A stream that went away is left alone from then on. What a full disk refuses is lost, or comes with a later line.
     Of several ranks only rank 0 prints; the warnings of others go to their `notes`. `at_work` is called with all that
-    is to be printed, on each of them.
+    is to be printed, on each of them. `labels`: what the metrics that it shows are called. `since`: seconds of the
+    clock; what is counted within PLAIN_LINE_EVERY of it gets no plain line.
     """
 
     def __init__(
@@ -34,8 +39,10 @@ class Progress:
         stream: TextIO | None = None,
         notes: Notes | None = None,
         at_work: Callable[[], None] = lambda: None,
+        labels: Mapping[str, str] = LABELS,
+        since: float = float("-inf"),
     ) -> None:
-        self.total, self._at_work = total, at_work
+        self.total, self._at_work, self._labels = total, at_work, labels
         self._notes = notes if notes and notes.rank else None
         known: TextIO | None = stream or sys.stdout  # None where it was closed before Python began
         self._gone = known is None or getattr(known, "closed", False) or self._notes is not None
@@ -43,7 +50,7 @@ class Progress:
         self._console = _Console(file=self._stream, soft_wrap=True, markup=False, highlight=False, emoji=False)
         self._on_terminal = not self._gone and self._stream.isatty() and not self._console.is_dumb_terminal
         self._live: Live | None = None
-        self._last = float("-inf")
+        self._last = self._since = since
 
     def update(self, step: int, metrics: Mapping[str, float], rate: float, images: float, now: float) -> None:
         """Show step `step` at `now` seconds: `metrics`, `rate` steps/s and `images` images/s."""
@@ -53,18 +60,21 @@ class Progress:
         self._last = now
         left = (self.total - step) / rate if rate else float("inf")
         parts = [f"step {step}/{self.total}", f"{duration(left)} left"]
-        parts += [f"{label} {metrics[name]:.3f}" for name, label in LABELS.items() if name in metrics]
+        parts += [f"{label} {metrics[name]:.3f}" for name, label in self._labels.items() if name in metrics]
         parts += [f"{images:.0f} img/s", f"{metrics['memory_mb']:.0f} MB"]
         self._show_line("  ".join(parts))
 
     def count(self, done: int, rate: float, now: float) -> None:
         """Show that `done` of the total are done at `now` seconds, `rate` a second, where they are images."""
         self._at_work()
-        if not self._on_terminal and now - self._last < PLAIN_LINE_EVERY and done < self.total:
+        quiet = done < self.total or self._last == self._since
+        if not self._on_terminal and now - self._last < PLAIN_LINE_EVERY and quiet:
             return
         self._last = now
         left = (self.total - done) / rate if rate else float("inf")
-        self._show_line(f"{done}/{self.total} images  {duration(left)} left  {rate:.0f} img/s")
+        filled = BAR * done // self.total
+        bar = f"  [{'#' * filled}{'-' * (BAR - filled)}]" if self._on_terminal else ""  # last: a narrow one cuts it off
+        self._show_line(f"{done}/{self.total} images  {duration(left)} left  {rate:.0f} img/s{bar}")
 
     def _show_line(self, line: str) -> None:
         self._show(lambda: self._show_live(line) if self._on_terminal else self._print(line))
@@ -114,6 +124,28 @@ class Progress:
         except OSError as error:
             # Other errors are those of a full disk, in which a later line may find room.
             self._gone = error.errno in GONE or isinstance(error, BrokenPipeError)
+
+
+class Counter:
+    """A count of images on stderr while they are measured, if that is a terminal: called with how many are done, of how
+    many, it begins with the first and ends with the last of them."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._progress: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show it."""
+        now = self._clock()
+        if self._progress is None:
+            if sys.stderr is None or not sys.stderr.isatty():
+                return
+            self._progress, self._began, self._first = Progress(total, sys.stderr), now, done
+        passed = now - self._began
+        self._progress.count(done, (done - self._first) / passed if passed else 0, now)
+        if done >= total:
+            self._progress.close()
+            self._progress = None
 
 
 class _Console(Console):

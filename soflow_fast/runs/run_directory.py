@@ -6,6 +6,7 @@ code.json         with which versions, and from which commit
 left-out.txt      the samples that --skip-bad left out, one a line
 checkpoints/      see checkpoint/
 metrics.jsonl     see metrics.py; tensorboard/ has the same
+tracking.json     the id of the run in each tracker; wandb/ is what that package keeps
 samples/          grids of samples
 evaluation.json   the figures of the finished run
 warnings-rank-00003.txt   what that rank would have printed, if there was anything

@@ -22,6 +22,7 @@ from ..launch import launched
 from ..models import mlp_autotune
 from ..models.attention_autotune import choose, try_out
 from ..models.official import Start, read_start
+from ..models.official.one_time import silent_embedder
 from ..ranks import flow_matching_samples, micro_batches
 from ..training import cpu_precision
 from ..training.consistency_target import resolve_target
@@ -34,11 +35,12 @@ from . import checkpoint, run_directory, signals
 from .async_save import Saver
 from .batches.resident import on_device_bytes
 from .batches.upload import Batches
-from .metrics import MetricsLog, NoLog, TensorBoard
-from .progress import Progress
+from .metrics import Boards, MetricsLog, NoLog, TensorBoard, named_figures
+from .progress import LABELS, MEANFLOW_LABELS, Progress
 from .ranks.crew import ALONE, Crew, assemble
 from .ranks.watch import watched
-from .samples import Grids, evaluate
+from .samples import Evaluations, Grids, check_evaluations, evaluate
+from .tracking import Tracker, check_installed
 
 
 def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
@@ -61,8 +63,13 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         config, chosen = choose_precision(config) if crew.first else (config, "")
         config = replace(config, precision=crew.chosen(config.precision))
         config = resolved(config, crew)
+        if crew.first:  # who measures
+            check_evaluations(config.run)
         run_dir = Path(config.run.run_dir)
-        progress = Progress(config.steps, notes=crew.notes, at_work=crew.watch.at_work)
+        if crew.first:
+            check_installed(config.run.track)
+        labels = MEANFLOW_LABELS if config.objective.kind == "meanflow" else LABELS
+        progress = Progress(config.steps, notes=crew.notes, at_work=crew.watch.at_work, labels=labels)
         if choices == NOTHING_LEFT:
             run_directory.check(run_dir, config)  # before what takes seconds; and again when it is taken
         if config.data.kind == "digits-latent":
@@ -103,13 +110,26 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
             if mlp.said:
                 progress.say(mlp.said)
             grids = Grids(state, found.space, progress.say)
-            if state.step < config.steps:
-                listed = str(run_dir / run_directory.LEFT_OUT)
-                for line in identity.describe(source.dataset, found, config.data.path, listed):
-                    progress.say(line)
-                _train(state, source, grids, run_dir, progress, crew)
-            _end(state, grids, run_dir, progress, crew)
+            evaluations = Evaluations(state, grids, crew.first, crew.watch.at_work, progress.say)
+            with closing(_boards(state, run_dir, progress, crew)) as board:
+                if state.step < config.steps:
+                    listed = str(run_dir / run_directory.LEFT_OUT)
+                    for line in identity.describe(source.dataset, found, config.data.path, listed):
+                        progress.say(line)
+                    _train(state, source, grids, evaluations, run_dir, progress, crew, board)
+                _end(state, grids, evaluations, run_dir, progress, crew, board)
         return state
+
+
+def _boards(state: TrainState, run_dir: Path, progress: Progress, crew: Crew) -> Boards:
+    """What shows the numbers and grids of the rest of a run, beside its own files: nothing once they are all shown."""
+    ended = state.step == state.config.steps and any((run_dir / "samples").glob("final.*"))
+    if ended or not crew.first:
+        return Boards()
+    board = TensorBoard(run_dir / "tensorboard", state.step, progress.warn)
+    if state.config.run.track == "none":
+        return Boards(board)
+    return Boards(board, Tracker(state.config, run_dir, state.step > 0, progress.warn))
 
 
 def beginning(config: Config, run_dir: Path) -> Start | None:
@@ -129,7 +149,10 @@ def beginning(config: Config, run_dir: Path) -> Start | None:
         raise CheckpointError(f"{flag} {place}: no file of the authors' trainer")
     if theirs is not None:
         kind = None if run.init_kind == "soflow" else run.init_kind
-        initial = None if kind is None else initial_weights(config)
+        ranged = config.model.guidance_range is not None
+        if ranged and run.resume_official:
+            raise ConfigError(f"{flag} {place}: its network sees no guidance scale; with --guidance-range give --init")
+        initial = initial_weights(config) if ranged or kind is not None else None
         try:
             start = read_start(str(theirs), config, kind=kind, initial=initial, with_moments=bool(run.resume_official))
         except CheckpointError as error:
@@ -143,9 +166,13 @@ def beginning(config: Config, run_dir: Path) -> Start | None:
     for name in ("model", "flow"):
         mine, theirs = getattr(config, name), getattr(other, name)
         changed = [f.name for f in fields(mine) if getattr(mine, f.name) != getattr(theirs, f.name)]
+        if config.model.guidance_range is not None and "guidance_range" in changed:
+            changed.remove("guidance_range")  # an embedder that is new, or for other scales
         if changed:
             raise ConfigError(f"--init {config.run.init}: of another network: {name}.{changed[0]} differs")
     weights = flow.float().state_dict()  # which may have been given away in half precision
+    if config.model.guidance_range is not None and other.model.guidance_range is None:
+        weights |= silent_embedder("network.w_embedder", initial_weights(config))
     return Start(weights, weights, {})
 
 
@@ -193,11 +220,20 @@ def _graph_note(state: TrainState) -> str:
     return f", no CUDA graph{f': {why}' if why else ''}"
 
 
-def _train(state: TrainState, source: Source, grids: Grids, run_dir: Path, progress: Progress, crew: Crew) -> None:
+def _train(
+    state: TrainState,
+    source: Source,
+    grids: Grids,
+    evaluations: Evaluations,
+    run_dir: Path,
+    progress: Progress,
+    crew: Crew,
+    board: Boards,
+) -> None:
     """Train to the last step. Raises Interrupted once a signal has come and the state is saved."""
     first = state.step
     with signals.collected(idle=lambda: state.step == first) as pending:
-        _loop(state, source, grids, run_dir, progress, pending, crew)
+        _loop(state, source, grids, evaluations, run_dir, progress, pending, crew, board)
         signal, _ = crew.told(state.step, pending, False)  # one that came as the last step was saved
     if signal:
         crew.watch.leave()  # together, before any of them goes
@@ -210,10 +246,12 @@ def _loop(
     state: TrainState,
     source: Source,
     grids: Grids,
+    evaluations: Evaluations,
     run_dir: Path,
     progress: Progress,
     pending: list[int],
     crew: Crew,
+    board: Boards,
 ) -> None:
     """Step until the last step is done or a signal is pending; log, draw and save on the way."""
     config, every = state.config, state.config.run
@@ -225,12 +263,11 @@ def _loop(
     held = bytes_to_hold(config, source, state.device, crew)
     if held:
         progress.say(f"all samples lie on the GPU, {held / 1e9:.2f} GB")
-    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
+    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.flow_matching_fraction)
     batches = Batches(source, state.device, state.rank, state.world, config.run.workers, resident=held > 0)
     with (
         closing(batches),
         closing(progress),
-        closing(TensorBoard(run_dir / "tensorboard", first, progress.warn) if crew.first else NoLog()) as board,
         Saver(run_dir, every.keep, progress.warn, before=log.sync, parallel=crew.parallel) as saver,
     ):
         while state.step < config.steps:
@@ -279,6 +316,16 @@ def _loop(
                 if crew.first:
                     with optional(f"sample grid of step {step}"):
                         write_file(run_dir / "samples" / f"step-{step:08d}.{kind}", content, synced=False)
+            if not last and every.eval_every and step % every.eval_every == 0 and crew.draws:
+                crew.watch.mark(step, "evaluation")
+                paused = time.monotonic()
+                line, figures = evaluations.on_the_way()
+                if line:
+                    progress.say(f"step {step}: {line}")
+                    entry = {"step": step, **named_figures(figures)}
+                    log.write(entry)
+                    board.write(entry)
+                before += time.monotonic() - paused  # images per second are those of training
             if last or stop or (every.checkpoint_every and step % every.checkpoint_every == 0):
                 crew.watch.mark(step, "save")
                 read_metrics(state, metrics, crew)  # which raises Diverged for a state that is not to be saved
@@ -293,20 +340,30 @@ def _loop(
                 return
 
 
-def _end(state: TrainState, grids: Grids, run_dir: Path, progress: Progress, crew: Crew) -> None:
+def _end(
+    state: TrainState,
+    grids: Grids,
+    evaluations: Evaluations,
+    run_dir: Path,
+    progress: Progress,
+    crew: Crew,
+    board: Boards,
+) -> None:
     """Draw the last grid and evaluate. Raises StorageError where the disk refuses: all else is saved already."""
     crew.watch.mark(state.step, "evaluation")
     if not crew.draws:
         return
     with storage(f"--run-dir {run_dir}: the checkpoint of step {state.step} is saved, but not all else"):
-        kind, content, _ = grids.draw()
+        kind, content, grid = grids.draw()
         path = run_dir / "samples" / f"final.{kind}"
+        if grid is not None:
+            board.image(grid, state.step)
         if crew.first:
             write_file(path, content, synced=False)
         progress.say(f"trained {state.step} steps; samples: {path}")
-        data = state.config.data
-        if data.of_digits and state.config.model.num_classes and (grids.vae is not None or not data.latent):
-            evaluate(state, run_dir if crew.first else None, progress.say, grids.decoded)
+        if evaluations.wanted:
+            figures = evaluate(evaluations, run_dir if crew.first else None, progress.say)
+            board.write({"step": state.step, **named_figures(figures)})
 
 
 def step_in_memory(
@@ -399,15 +456,17 @@ def resolved(config: Config, crew: Crew = ALONE) -> Config:
     run = replace(config.run, run_dir=_run_dir(config), device=str(device))
     precision = resolve_precision(config.precision, device)
     how = resolve_target(config, precision, device)
-    config = replace(config, run=run, precision=precision, quotient=how.kind, quotient_precision=how.precision)
+    config = replace(config, run=run, precision=precision)
+    if config.objective.kind != "flow-matching":  # which has no quotient
+        config = replace(config, quotient=how.kind, quotient_precision=how.precision)
     mine = replace(config, batch_size=config.batch_size // crew.size)
     if config.micro_batch == AUTO:
         fits = min(size or mine.batch_size for size in crew.all(_micro_batch(mine, device, crew)))
         config = replace(config, micro_batch=0 if fits == mine.batch_size else fits)
     if config.run.recompute == "auto":
-        on_gpu = device.type == "cuda"  # a CPU keeps norms and GELUs in any case
+        on_gpu = device.type == "cuda"  # on a CPU memory is not what is short
         mine = replace(mine, micro_batch=config.micro_batch)
-        kinds = crew.all(recompute_in(mine, torch.cuda.mem_get_info(device)[0], crew) if on_gpu else "none")
+        kinds = crew.all(recompute_in(mine, torch.cuda.mem_get_info(device)[0], crew) if on_gpu else "nothing")
         config = replace(config, run=replace(config.run, recompute=kinds[0] if len(set(kinds)) == 1 else "none"))
     return config
 
@@ -473,8 +532,9 @@ def resolve_attention(state: TrainState) -> str:
         "tf32" if state.precision == "tf32" else "fp32", device
     ):  # as in the DiT, which has no autocast inside
         if name == "auto":
-            return choose(device, dtype, B, model.num_heads, T, head_dim, time.perf_counter, compiled=compiled)
-        try_out(name, device, dtype, B, model.num_heads, T, head_dim, compiled=compiled)
+            shape = B, model.num_heads, T, head_dim
+            return choose(device, dtype, *shape, time.perf_counter, compiled=compiled, apart=model.qk_norm)
+        try_out(name, device, dtype, B, model.num_heads, T, head_dim, compiled=compiled, apart=model.qk_norm)
         return name
 
 

@@ -1,4 +1,4 @@
-"""Drawing images: n network calls, each from the current time straight to the data (arXiv 2512.15657)."""
+"""Drawing images: n network calls, by default each from the current time straight to the data (arXiv 2512.15657)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.schema import SamplingMethod
 from ..flow import SolutionFlow
 from ..rng import generator
 from .devices import copied, uploaded
+from .guidance import chosen_guidance
+from .solving import checked_method, checked_times, noise_count, solve, usual_calls
 
 BATCH = 64
 """Images per network call when noise is drawn from a seed."""
@@ -19,57 +22,85 @@ def sample(
     flow: SolutionFlow,
     y: Tensor | Sequence[int] | None = None,
     *,
-    nfe: int = 1,
+    nfe: int | None = None,
+    times: Sequence[float] | None = None,
+    method: SamplingMethod | None = None,
     noise: Sequence[Tensor] | Tensor | None = None,
     seed: int | None = None,
     shape: Sequence[int] | None = None,
     batch_size: int = BATCH,
+    guidance: float | None = None,
 ) -> Tensor:
     """Images [B, C, H, W] in the scale of the training data, from `nfe` network calls each.
 
-    At times 1 = t_0 > ... > t_nfe = 0, evenly spaced: solve from t_k to 0, re-noise the result to t_{k+1}, and so on.
+    At times 1 = t_0 > ... > t_nfe = 0: solve from t_k to 0, re-noise the result to t_{k+1}, and so on.
 
     Args:
         flow: the trained flow; runs on the device and in the dtype of its parameters.
         y: labels [B]; None: the null label.
-        nfe: number of function evaluations, at least 1.
-        noise: standard normal noise, one [B, C, H, W] per network call; nothing else is random.
+        nfe: number of function evaluations, at least 1; None: as many as `times` has, or 1, of a flow that was trained
+            by flow matching 10.
+        times: t_0 = 1, t_1, ..., falling, one for each network call; None: evenly spaced.
+        method: "renoise", as above; "consecutive": solve from t_k to t_{k+1}; "euler": go there along the velocity;
+            None: "renoise", of a flow that was trained by flow matching "euler", which is then the only one.
+        noise: standard normal noise [B, C, H, W], one for each network call of "renoise" and else one; nothing else is
+            random.
         seed: instead of `noise`: image i has noise of its own, a function of (seed, i, call) drawn on the CPU.
             The network runs on exactly `batch_size` images at a time (the last batch is filled up), so that image i is
             the same to the bit however many others are drawn with it.
         shape: with `seed`: [B, C, H, W]; may be left out where the network has a `config` and y is given.
+        guidance: of a network with a `guidance_range`: the scale w, at no further calls; None: the geometric mean of
+            the range. Samples without a label have none.
 
     Raises:
-        ValueError: for nfe < 1, noise and seed both or neither given, shapes or labels that do not fit.
+        ValueError: for nfe < 1, noise and seed both or neither given, times, shapes or labels that do not fit, for a
+            method that is none or not the flow's, and for a guidance that the network was not trained for.
     """
     if (noise is None) == (seed is None):
         raise ValueError("give either noise, one tensor per network call, or a seed")
     if noise is None:
-        batches = list(sample_batches(flow, y, nfe=nfe, seed=int(seed or 0), shape=shape, batch_size=batch_size))
-        return torch.cat(batches) if batches else next(flow.parameters()).new_empty(_shape(flow, y, shape))
-    labels, parameter = _checked(flow, y, nfe), next(flow.parameters())
-    if len(noise) != nfe:
-        raise ValueError(f"noise must hold one tensor per network call: {nfe}, got {len(noise)}")
+        drawing = Drawing.of(
+            flow,
+            y,
+            nfe=nfe,
+            times=times,
+            method=method,
+            seed=int(seed or 0),
+            shape=shape,
+            batch_size=batch_size,
+            guidance=guidance,
+        )
+        batches = [drawing.batch(flow, rows)[: len(rows)] for rows in drawing.batches()]
+        return torch.cat(batches) if batches else next(flow.parameters()).new_empty(drawing.shape)
+    times, method = checked_times(nfe, times, usual_calls(flow)), checked_method(method, flow)
+    labels, parameter, wanted = _checked(flow, y), next(flow.parameters()), noise_count(times, method)
+    if len(noise) != wanted:
+        each = "one tensor per network call" if method == "renoise" else f"one tensor for method {method}"
+        raise ValueError(f"noise must hold {each}: {wanted}, got {len(noise)}")
     if any(n.shape != noise[0].shape for n in noise):
         raise ValueError(f"noise must be of one shape, got {[list(n.shape) for n in noise]}")
     labels = None if labels is None else labels.to(parameter.device)
-    return _solve(flow, lambda k: noise[k].to(parameter), nfe, labels)
+    return solve(flow, lambda k: noise[k].to(parameter), times, method, labels, chosen_guidance(flow, guidance))
 
 
 def sample_batches(
     flow: SolutionFlow,
     y: Tensor | Sequence[int] | None = None,
     *,
-    nfe: int = 1,
+    nfe: int | None = None,
+    times: Sequence[float] | None = None,
+    method: SamplingMethod | None = None,
     seed: int = 0,
     shape: Sequence[int] | None = None,
     batch_size: int = BATCH,
+    guidance: float | None = None,
 ) -> Iterator[Tensor]:
     """The images of `sample` from a seed, in batches [at most `batch_size`, C, H, W], each drawn when it is asked for.
 
     Raises ValueError as `sample` does, before the first batch.
     """
-    drawing = Drawing.of(flow, y, nfe=nfe, seed=seed, shape=shape, batch_size=batch_size)
+    settings = {"seed": seed, "shape": shape, "batch_size": batch_size, "guidance": guidance}
+    drawing = Drawing.of(flow, y, nfe=nfe, times=times, method=method, **settings)
     return (drawing.batch(flow, rows)[: len(rows)] for rows in drawing.batches())
 
 
@@ -82,9 +113,13 @@ class Drawing:
     """[n, C, H, W] of all images."""
     labels: Tensor | None
     """int64 [n]; None: the null label."""
-    nfe: int
+    times: tuple[float, ...]
+    """Those of the network calls, falling from 1; time 0 comes after the last."""
+    method: SamplingMethod
     seed: int
     batch_size: int
+    guidance: float | None = None
+    """The scale w for a network that sees it; None: for one that does not."""
 
     @classmethod
     def of(
@@ -92,19 +127,28 @@ class Drawing:
         flow: SolutionFlow,
         y: Tensor | Sequence[int] | None = None,
         *,
-        nfe: int = 1,
+        nfe: int | None = None,
+        times: Sequence[float] | None = None,
+        method: SamplingMethod | None = None,
         seed: int = 0,
         shape: Sequence[int] | None = None,
         batch_size: int = BATCH,
+        guidance: float | None = None,
     ) -> "Drawing":
         """The arguments of `sample`, checked. Raises ValueError."""
-        labels = _checked(flow, y, nfe)
+        times, method = checked_times(nfe, times, usual_calls(flow)), checked_method(method, flow)
+        labels = _checked(flow, y)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape = tuple(_shape(flow, labels, shape))
         if labels is not None and len(labels) != shape[0]:
             raise ValueError(f"y must hold {shape[0]} labels, got {len(labels)}")
-        return cls(shape, labels, nfe, seed, batch_size)
+        return cls(shape, labels, times, method, seed, batch_size, chosen_guidance(flow, guidance))
+
+    @property
+    def nfe(self) -> int:
+        """Network calls of each image."""
+        return len(self.times)
 
     def batches(self) -> Iterator[range]:
         """The numbers of the images of each batch."""
@@ -115,36 +159,39 @@ class Drawing:
     def batch(self, flow: SolutionFlow, rows: range) -> Tensor:
         """A batch of `batches`, [batch_size, C, H, W] on the device of a flow: the last image fills up a short one."""
         parameter = next(flow.parameters())
-        index = [min(i, rows[-1]) for i in range(rows.start, rows.start + self.batch_size)]
+        filled = torch.arange(self.batch_size).clamp(max=len(rows) - 1)
 
         def noise(k: int) -> Tensor:
-            drawn = torch.stack([image_noise(self.seed, i, k, self.shape[1:]) for i in index])
-            return uploaded(drawn.to(parameter.dtype), parameter.device)
+            drawn = torch.stack([image_noise(self.seed, i, k, self.shape[1:]) for i in rows])
+            return uploaded(drawn[filled].to(parameter.dtype), parameter.device)
 
-        labels = None if self.labels is None else uploaded(self.labels[index], parameter.device)
-        return _solve(flow, noise, self.nfe, labels)
+        own = None if self.labels is None else self.labels[rows.start : rows.stop]
+        labels = None if own is None else uploaded(own[filled], parameter.device)
+        return solve(flow, noise, self.times, self.method, labels, self.guidance)
 
 
-Finish = Callable[[Tensor], Tensor]
-"""What makes images of samples."""
+Finish = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+"""What makes images of samples, or several forms of them."""
 
 
 def draw_on(
     flow: SolutionFlow, finish_on: Callable[[torch.device], Finish | None] = lambda device: None
-) -> Callable[[torch.device], Callable[[tuple[Drawing, range]], tuple[Tensor, Tensor]]]:
+) -> Callable[[torch.device], Callable[[tuple[Drawing, range]], tuple[Tensor, ...]]]:
     """What `Devices` need to draw batches of a `Drawing`, each device by a copy of the flow.
 
     A batch is (drawing, rows) with rows of `drawing.batches()`. It becomes a bool [], whether the samples are finite,
-    and the images. finish_on: gives what makes images of samples on a device, None: the samples are what is wanted.
+    and the images, or each form of them. finish_on: gives what makes images of samples on a device, None: the samples
+    are what is wanted.
     """
 
-    def work_on(device: torch.device) -> Callable[[tuple[Drawing, range]], tuple[Tensor, Tensor]]:
+    def work_on(device: torch.device) -> Callable[[tuple[Drawing, range]], tuple[Tensor, ...]]:
         own, finish = copied(flow, device), finish_on(device)
 
-        def draw(batch: tuple[Drawing, range]) -> tuple[Tensor, Tensor]:
+        def draw(batch: tuple[Drawing, range]) -> tuple[Tensor, ...]:
             drawing, rows = batch
             x = drawing.batch(own, rows)[: len(rows)]
-            return torch.isfinite(x).all(), x if finish is None else finish(x)
+            made = x if finish is None else finish(x)
+            return torch.isfinite(x).all(), *(made if isinstance(made, tuple) else (made,))
 
         return draw
 
@@ -156,21 +203,8 @@ def image_noise(seed: int, index: int, call: int, shape: Sequence[int]) -> Tenso
     return torch.randn(tuple(shape), generator=generator(seed, index, call, "sample noise"))
 
 
-def _solve(flow: SolutionFlow, noise: Callable[[int], Tensor], nfe: int, labels: Tensor | None) -> Tensor:
-    """Images from `nfe` network calls; `noise(k)` is the noise of call k."""
-    x = noise(0)
-    for k in range(nfe):
-        t, after = (torch.full((len(x),), 1 - i / nfe, device=x.device, dtype=x.dtype) for i in (k, k + 1))
-        x = flow.solution(x, t, torch.zeros_like(t), labels)
-        if k + 1 < nfe:
-            x = flow.point(x, noise(k + 1), after)[0]
-    return x
-
-
-def _checked(flow: SolutionFlow, y: Tensor | Sequence[int] | None, nfe: int) -> Tensor | None:
+def _checked(flow: SolutionFlow, y: Tensor | Sequence[int] | None) -> Tensor | None:
     """The labels as int64, wherever they are. Raises ValueError."""
-    if nfe < 1:
-        raise ValueError(f"nfe must be at least 1, got {nfe}")
     if y is None and not has_null_label(flow):
         raise ValueError("y must be given: the network was trained with a label each, it has no null label")
     return None if y is None else _checked_labels(flow, torch.as_tensor(y))

@@ -7,6 +7,7 @@ from ..errors import ConfigError
 from ..flow import SolutionFlow
 from ..training.cuda_graph import GraphedFunction
 from ..training.precision import matmul_precision, resolve_precision, round_parameters
+from .guidance import chosen_guidance, scales
 
 
 class OneStep:
@@ -20,13 +21,24 @@ class OneStep:
         precision: "auto" (bf16 on a GPU that has it, else fp32), "bf16", "tf32" or "fp32".
         compile: the blocks by torch.compile; the first call of each size of batch takes its time.
         cuda_graph: record the call and replay it; calls of another size than the first run as they are.
+        guidance: of a network with a `guidance_range`: the scale w; None: as `sample` has it.
 
-    Raises ConfigError for what the device lacks.
+    Raises ConfigError for what the device lacks, and ValueError for a flow that takes many steps and for a guidance
+    that the network was not trained for.
     """
 
     def __init__(
-        self, flow: SolutionFlow, *, precision: str = "auto", compile: bool = False, cuda_graph: bool = False
+        self,
+        flow: SolutionFlow,
+        *,
+        precision: str = "auto",
+        compile: bool = False,
+        cuda_graph: bool = False,
+        guidance: float | None = None,
     ) -> None:
+        if not flow.solves:
+            raise ValueError(f"flow: was trained by {flow.objective}, whose samples take many calls; see `sample`")
+        self.guidance = chosen_guidance(flow, guidance)
         self.flow = flow.requires_grad_(False).eval()
         self.device = next(flow.parameters()).device
         self.precision = resolve_precision(precision, self.device)
@@ -48,5 +60,6 @@ class OneStep:
 
     def _call(self, noise: Tensor, y: Tensor | None) -> Tensor:
         t = torch.ones(len(noise), device=noise.device, dtype=noise.dtype)
+        w = scales(self.flow, self.guidance, y, noise)
         with matmul_precision(self.precision, self.device):
-            return self.flow.solution(noise, t, torch.zeros_like(t), y)
+            return self.flow.solution(noise, t, torch.zeros_like(t), y, w)

@@ -10,6 +10,8 @@ the consistency loss learns anything. Two ways to it:
 Increments are made from the parameters, without calling the layers. Where a part of the network was replaced, wrapped
 or hooked, so that calling it matters, a float32 pair takes their place: whatever acts there acts at both ends.
 
+MeanFlow (`average_velocity`) takes its derivative du/dt by the same increments, over a shorter interval.
+
 Whose increment: "student" is the published stop-gradient target (arXiv 2512.15657); "ema" takes both ends from an
 average of the student's weights and the value from the student, which stays bounded as l -> t.
 """
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from ..config.schema import Config
 from ..errors import ConfigError
-from ..flow import SolutionFlow
+from ..flow import SolutionFlow, conditions
 from ..models.dit import DiT, TapedOutputs
 from ..models.paired_forward import missed_part, paired_forward
 from ..objective import ConsistencyPoints, Objective
@@ -64,6 +66,10 @@ def resolve_target(config: Config, precision: str, device: torch.device) -> Cons
         raise ConfigError(f"--quotient-precision tf32: only NVIDIA GPUs have it, the device is {device.type}")
     if kind == "pair" and precision == "fp8" and matmul in ("bf16", "fp16"):
         raise ConfigError(f"--quotient-precision {matmul}: a pair in a step of fp8 is fp32 or tf32")
+    if kind == "pair" and matmul != "fp32" and config.objective.kind == "meanflow":
+        raise ConfigError(
+            f"--quotient pair: of {matmul} forwards MeanFlow's derivative is rounding error; fp32 is right"
+        )
     return ConsistencyTarget(kind, matmul, teacher)
 
 
@@ -81,7 +87,7 @@ def value_and_increment(
     output: the student's N(x_t, t, s) in the precision of the target, where the step has it; None: it is computed.
     tape: of the forward that made this output, on which the student's increments ride along; None: a pass of their own.
     """
-    student = flow.network
+    student, given = flow.network, conditions(at.y, at.w)
     network = student if target.teacher == "student" or teacher is None else teacher.network
     kind, precision = target.kind, target.precision
     taken_apart = kind == "increments" and tape is None and isinstance(network, DiT)
@@ -90,18 +96,18 @@ def value_and_increment(
     with matmul_precision(precision, at.x.device):
         if kind == "increments":
             start, increment = paired_forward(
-                network, at.x, at.dx, at.t, at.l - at.t, at.s, at.y, dtype=OPERAND[target.precision], tape=tape
+                network, at.x, at.dx, at.t, at.l - at.t, at.s, at.y, OPERAND[target.precision], w=at.w, tape=tape
             )
         else:
-            end = network(at.x_l, at.l, at.s, at.y).to(at.x.dtype)
+            end = network(at.x_l, at.l, at.s, *given).to(at.x.dtype)
             if output is not None and network is student:
                 start = output.detach()
             else:
-                start = network(at.x, at.t, at.s, at.y).to(at.x.dtype)
+                start = network(at.x, at.t, at.s, *given).to(at.x.dtype)
             increment = end - start
         if network is student:
             return start, increment
-        value = student(at.x, at.t, at.s, at.y).to(at.x.dtype) if output is None else output.detach()
+        value = student(at.x, at.t, at.s, *given).to(at.x.dtype) if output is None else output.detach()
         return value, increment
 
 

@@ -84,4 +84,5 @@ def _key(config: Config) -> str:
     shape = (model.input_size, model.patch_size, model.in_channels, model.hidden_size, model.num_heads, model.mlp_ratio)
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
     parts = (setting(torch.device("cpu"), torch.float32, ()), sys.platform, cpu, shape, config.batch_size)
-    return "; ".join(map(str, (*parts, objective.teacher, config.run.recompute)))
+    norms = ("qk_norm",) if model.qk_norm else ()
+    return "; ".join(map(str, (*parts, objective.teacher, config.run.recompute, *norms)))

@@ -267,7 +267,7 @@ def _products(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple
     kind = "product"
     if "attention" in name:
         kind = "attention backward" if name.endswith("_backward") else "attention"
-    return kind, formula(*args, **kwargs, out_val=out), _precision(operands[1])
+    return kind, formula(*args, **kwargs, out_val=out), _precision(operands[:2][-1])
 
 
 def _precision(operand: Tensor) -> str:

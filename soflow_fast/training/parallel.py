@@ -333,7 +333,7 @@ def check_shares(config: Config, world: int) -> None:
     none: these would make one pass of the network less than those."""
     B = config.batch_size // world
     parts = micro_batches(B, config.micro_batch)
-    first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
+    first = flow_matching_samples(config.batch_size, config.objective.flow_matching_fraction)
     shares = {share_of_first(config.batch_size, first, rank, world) for rank in range(world)}
     sizes = [B * (k + 1) // parts - B * k // parts for k in range(parts)]
     if any(len({share_of_first(B, n_fm, k, parts) < size for n_fm in shares}) > 1 for k, size in enumerate(sizes)):

@@ -144,11 +144,10 @@ class TrainState:
             float8.use_float8(flow.network)
         guide = None
         if precision == "bf16" and config.guidance_precision == "fp8":
-            guide = SolutionFlow(float8.float8_twin(flow.network), config.flow.path, config.flow.coefficients)
+            guide = flow_of(config, float8.float8_twin(flow.network))
         recompute = config.run.recompute
         flow.network.recompute = "none" if recompute in ("auto", "nothing") else recompute
-        if recompute == "nothing":
-            flow.network.keep_norms = True
+        flow.network.keep_norms = None if recompute == "auto" else recompute == "nothing"
         if config.run.compile:
             for network in (flow.network, *([teacher.network] if teacher else [])):
                 network.compile_blocks()
@@ -163,7 +162,7 @@ class TrainState:
             engine = (
                 Sharded(parallel, network) if sharded else Replicated(parallel, network, reduce_dtype, parts, graphed)
             )
-        objective = Objective(config.objective)
+        objective = Objective(config.objective, config.model.guidance_range)
         guard = NonfiniteGuard(device)  # in a loop of one's own, a refused step is left out, and that is all
         return cls(
             config,
@@ -256,10 +255,15 @@ def check_sharded(config: Config, precision: str, world: int) -> None:
     check_shares(config, world)
 
 
+def flow_of(config: Config, network: DiT) -> SolutionFlow:
+    """The flow of a configuration around a network."""
+    return SolutionFlow(network, config.flow.path, config.flow.coefficients, config.objective.kind)
+
+
 def build_flow(config: Config) -> SolutionFlow:
     """The flow of a configuration on the meta device: its weights are still to be loaded or initialised."""
     with torch.device("meta"):
-        return SolutionFlow(DiT(config.model), config.flow.path, config.flow.coefficients)
+        return flow_of(config, DiT(config.model))
 
 
 def filled_flow(config: Config, weights: Mapping[str, Tensor]) -> SolutionFlow:

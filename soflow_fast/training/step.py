@@ -20,9 +20,10 @@ from torch import Tensor
 
 from soflow_kernels import AdamWEMA, clip_scale, on_gpu
 
+from ..flow import conditions
 from ..models.dit import TapedOutputs
 from ..models.float8 import is_twin
-from ..objective import ConsistencyPoints, LossTerm, with_null
+from ..objective import ConsistencyPoints, LossTerm, with_null, without_guidance
 from ..ranks import flow_matching_samples, micro_batches, share, share_of_first
 from ..rng import generator
 from .consistency_target import CHECKED_SAMPLES, quotient_cosine, value_and_increment
@@ -42,23 +43,41 @@ class Draws(NamedTuple):
     """Everything random in one step's batch. The first `n_fm` samples are flow matching, where l = s = t."""
 
     x1: Tensor
+    """Noise [B, C, H, W]."""
     t: Tensor
+    """Times [B], float32; of consistency samples s < l < t."""
     l: Tensor
     s: Tensor
     label_dropped: Tensor
+    """bool [B]: the labels that become the null label."""
     n_fm: int
+    w: Tensor | None = None
+    """Guidance scales [B] where each sample has its own; None: it does not."""
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but `n_fm`."""
+        return *self[:5], self.w
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None], n_fm: int) -> "Draws":
+        """The inverse of `tensors`."""
+        *five, w = tensors
+        return cls(*five, n_fm, w)  # pyright: ignore[reportArgumentType]
 
 
 def _n_fm(state: TrainState, B: int) -> int:
     """The number of this rank's B samples that take the flow-matching loss."""
     whole = B * state.world
-    first = flow_matching_samples(whole, state.config.objective.fm_fraction)
+    first = flow_matching_samples(whole, state.config.objective.flow_matching_fraction)
     return share_of_first(whole, first, state.rank, state.world)
 
 
-def draw(state: TrainState, shape: torch.Size) -> Draws:
-    """The noise, times and dropped labels of the next step on this rank, for a batch of `shape` [B, C, H, W].
+def draw(state: TrainState, shape: Sequence[int]) -> Draws:
+    """The noise, times, dropped labels and guidance scales of the next step on this rank, for a batch of `shape`
+    [B, C, H, W].
 
+    A function of the seed, the step and the shape: it changes nothing, and gives the same until the next `train_step`.
     They are drawn for the whole batch of all ranks, of which this one takes its share (`ranks.share`).
     """
     config, objective, whole = state.config, state.objective, shape[0] * state.world
@@ -66,18 +85,19 @@ def draw(state: TrainState, shape: torch.Size) -> Draws:
     def source(purpose: str) -> torch.Generator:
         return generator(config.seed, state.step, 0, purpose, state.device)
 
-    n_fm = flow_matching_samples(whole, config.objective.fm_fraction)
+    n_fm = flow_matching_samples(whole, config.objective.flow_matching_fraction)
     x1 = torch.randn(whole, *shape[1:], generator=source("noise"), device=state.device)
     times = source("time")
     t_fm = objective.flow_matching_times(n_fm, times)
     t_sc, s_sc = objective.consistency_times(whole - n_fm, times)
     l_sc = objective.middle_time(t_sc, s_sc, state.step, config.steps)
     dropped = torch.rand(whole, generator=source("label drop"), device=state.device) < config.objective.label_drop
-    drawn = x1, torch.cat([t_fm, t_sc]), torch.cat([t_fm, l_sc]), torch.cat([t_fm, s_sc]), dropped
+    w = None if objective.guidance_range is None else objective.guidance_scales(whole, source("guidance scale"))
+    drawn = x1, torch.cat([t_fm, t_sc]), torch.cat([t_fm, l_sc]), torch.cat([t_fm, s_sc]), dropped, w
     if state.world == 1:
-        return Draws(*drawn, n_fm)
+        return Draws.of(drawn, n_fm)
     mine = share(whole, n_fm, state.rank, state.world).to(state.device)
-    return Draws._make([*(values[mine] for values in drawn), _n_fm(state, shape[0])])
+    return Draws.of([None if values is None else values[mine] for values in drawn], _n_fm(state, shape[0]))
 
 
 class Samples(NamedTuple):
@@ -92,6 +112,8 @@ class Samples(NamedTuple):
     """Labels [B], the dropped ones replaced by the null label; None: unconditional."""
     label_dropped: Tensor
     n_fm: int
+    w: Tensor | None = None
+    """Guidance scales [B] of a network that sees them, 1 where there is no label."""
 
     @property
     def fm(self) -> slice:
@@ -114,30 +136,33 @@ def train_step(
 
     x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Of several ranks each gives its
     share of the whole batch, all at the same time.
-    Returns scalars of the whole batch, as tensors on the device: losses, `sc_mse` (mean q^2), weights, gradient norm,
+    Returns scalars of the whole batch, as tensors on the device: losses, `sc_mse` (`LossTerm`), weights, gradient norm,
     learning rate; every `run.check_quotient_every` steps `q_cosine` (`measure_quotient`); where such steps are skipped,
     `skipped`: how many so far had a number that is not finite. They change nothing but the count of steps. Nothing is
     copied to the host.
 
-    draws: noise, times and dropped labels; None: those of `draw`.
+    draws: noise, times, dropped labels and, of a network with a `guidance_range`, guidance scales, on any device, such
+    as those that another implementation was fed with; None: those of `draw`. Of several ranks each gives its own, with
+    the `n_fm` of its `draw`.
     observe: called for each micro-batch as `observe("micro-batch", number=)`, `observe("guidance", null=, labelled=)`,
     `observe("student", samples=, output=)`, `observe("target", points=, value=, increment=)`,
     `observe("losses", fm=, sc=)` and, just before its backward, `observe("backward", loss=)`; then, before the update,
     as `observe("update")`. A step that is observed runs as it is, not as a CUDA graph.
-    Raises ValueError if x0 and y do not fit the model, or if the optimiser does not hold a parameter of it.
+    Raises ValueError if x0 and y do not fit the model, draws do not fit x0, or the optimiser does not hold a parameter.
     """
     config = state.config
     _check_batch(state, x0, y)
     state.check_parameters()
     x0 = x0.to(state.device, state.flow.network.pos_embed.dtype, non_blocking=True)
     y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
-    draws = draw(state, x0.shape) if draws is None else draws
+    draws = draw(state, x0.shape) if draws is None else _given(state, x0, draws)
     _set_rates(state)
     measured = _measured_by_all(state, x0, y, draws) if _checks_quotient(state) else None
     if state.graph is None and state.graphed:
         make_graph(state)
-    if state.graph is not None and observe is None and not state.watched():
-        totals = state.graph(x0, y, *draws[:-1])
+    recorded = draws.n_fm == _n_fm(state, len(x0))
+    if state.graph is not None and observe is None and recorded and not state.watched():
+        totals = state.graph(x0, y, *draws.tensors)
     else:
         totals = update(state, x0, y, draws, observe or _unobserved)
     if measured is not None:
@@ -159,7 +184,7 @@ def make_graph(state: TrainState) -> None:
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=state.device).clone()
 
     def function(x0: Tensor, y: Tensor | None, *drawn: Any) -> dict[str, Tensor]:
-        return update(state, x0, y, Draws._make([*drawn, _n_fm(state, len(x0))]))
+        return update(state, x0, y, Draws.of(drawn, _n_fm(state, len(x0))))
 
     warm_up = WARM_UP if state.parallel is None else WARM_UP_OF_REPLICAS
     state.graph = GraphedFunction(
@@ -183,7 +208,7 @@ def update(
     # Replicas add up in float32 as well, in their own way: their engine takes gradients in the dtype of parameters.
     state.sum_gradients_in(None if low or (state.engine and state.engine.sums_itself) else torch.float32)
     ranks = state.parallel.world if state.parallel is not None else 1
-    whole_fm = draws.n_fm if ranks == 1 else flow_matching_samples(B * ranks, config.objective.fm_fraction)
+    whole_fm = draws.n_fm if ranks == 1 else flow_matching_samples(B * ranks, config.objective.flow_matching_fraction)
     totals: dict[str, Tensor] = {}
     flags: FiniteFlags = {}
     note_finite(flags, "input", x0)
@@ -235,6 +260,31 @@ def _check_batch(state: TrainState, x0: Tensor, y: Tensor | None) -> None:
         raise ValueError(f"y must be labels in 0..{most}, got {int(y.min())} to {int(y.max())}")
 
 
+def _given(state: TrainState, x0: Tensor, draws: Draws) -> Draws:
+    """Draws from outside, where x0 is. Raises ValueError for shapes and dtypes that do not fit it."""
+    B = len(x0)
+    if draws.x1.shape != x0.shape or not draws.x1.is_floating_point():
+        raise ValueError(f"draws.x1 must be floating {list(x0.shape)}, got {draws.x1.dtype} {list(draws.x1.shape)}")
+    for name in ("t", "l", "s"):
+        value = getattr(draws, name)
+        if value.shape != (B,) or not value.is_floating_point():
+            raise ValueError(f"draws.{name} must be floating [{B}], got {value.dtype} {list(value.shape)}")
+    dropped = draws.label_dropped
+    if dropped.shape != (B,) or dropped.dtype != torch.bool:
+        raise ValueError(f"draws.label_dropped must be bool [{B}], got {dropped.dtype} {list(dropped.shape)}")
+    if draws.w is None and state.objective.guidance_range is not None:
+        raise ValueError("draws.w must be given: the network sees a guidance scale of each sample")
+    if draws.w is not None and (draws.w.shape != (B,) or not draws.w.is_floating_point()):
+        raise ValueError(f"draws.w must be floating [{B}], got {draws.w.dtype} {list(draws.w.shape)}")
+    if draws.w is not None and state.objective.guidance_range is None:
+        raise ValueError("draws.w: the network sees no guidance scale")
+    if not 0 <= draws.n_fm <= B:
+        raise ValueError(f"draws.n_fm must be 0 to {B}, got {draws.n_fm}")
+    if state.parallel is not None and draws.n_fm != _n_fm(state, B):
+        raise ValueError(f"draws.n_fm must be {_n_fm(state, B)} on this rank, as of draw(state, x0.shape)")
+    return Draws._make(value.to(x0.device) if isinstance(value, Tensor) else value for value in draws)
+
+
 def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) -> tuple[Tensor | None, int]:
     """Which samples are micro-batch k of `parts`, and how many of them (the first ones) are flow matching.
 
@@ -248,11 +298,13 @@ def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) ->
 def _samples(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws, index: Tensor | None, n_fm: int) -> Samples:
     """The samples of a micro-batch at their times. index: which they are; None: all of the batch."""
     x1, t, l, s, dropped = draws[:5]
+    w = draws.w
     if index is not None:
         x0, x1, t, l, s, dropped = (value[index] for value in (x0, x1, t, l, s, dropped))
-        y = None if y is None else y[index]
+        y, w = (None if value is None else value[index] for value in (y, w))
     x_t, v_t = state.flow.point(x0, x1, t)
-    return Samples(x_t, v_t, t, l, s, with_null(state.flow, y, dropped), dropped, n_fm)
+    w = without_guidance(w, y, dropped)
+    return Samples(x_t, v_t, t, l, s, with_null(state.flow, y, dropped), dropped, n_fm, w)
 
 
 def _losses(
@@ -274,7 +326,13 @@ def _losses(
         fm = samples.fm
         null = None if v_null is None else v_null[fm]
         fm_term = state.objective.flow_matching_term(
-            state.flow, output[fm], samples.v_t[fm], samples.t[fm], null, samples.label_dropped[fm]
+            state.flow,
+            output[fm],
+            samples.v_t[fm],
+            samples.t[fm],
+            null,
+            samples.label_dropped[fm],
+            None if samples.w is None else samples.w[fm],
         )
     if samples.n_fm < len(samples.x_t):
         sc = samples.sc
@@ -287,7 +345,7 @@ def _losses(
 
 def _guidance(state: TrainState, samples: Samples, flags: FiniteFlags) -> tuple[Tensor | None, Tensor | None]:
     """The velocities of all samples without a label, and of the consistency samples with theirs; None: not needed."""
-    flow, y = state.guide or state.flow, samples.y
+    flow, y, w = state.guide or state.flow, samples.y, samples.w
     network = flow.network
     if not state.objective.guided or y is None:
         return None, None
@@ -300,20 +358,23 @@ def _guidance(state: TrainState, samples: Samples, flags: FiniteFlags) -> tuple[
     mixed = state.objective.mixed and samples.n_fm < B
     x, t = (torch.cat([v, v[sc]]) if mixed else v for v in (samples.x_t, samples.t))
     labels = torch.cat([null, y[sc]]) if mixed else null
+    if w is not None:  # without a label at 1, as samples that have lost theirs are
+        w = torch.cat([torch.ones_like(w), w[sc]]) if mixed else torch.ones_like(w)
     with torch.no_grad(), matmul_precision(state.precision, state.device):
-        velocities = flow.to_velocity(network(x, t, t, labels).float())
+        velocities = flow.to_velocity(network(x, t, t, *conditions(labels, w)).float())
     note_finite(flags, "guidance", velocities)
     return velocities[:B], velocities[B:] if mixed else None
 
 
 def _student(state: TrainState, samples: Samples, flags: FiniteFlags) -> tuple[Tensor, TapedOutputs | None]:
     """N(x_t, t, s) of all samples, in float32, and the outputs on which the consistency target rides along."""
-    network, (x_t, _, t, _, s, y, _, n_fm) = state.flow.network, samples
+    network, (x_t, _, t, _, s, y, _, n_fm, w) = state.flow.network, samples
+    given = conditions(y, w)
     # Without consistency samples there is nothing to ride along for.
     tape = TapedOutputs(samples.sc) if n_fm < len(x_t) and state.rides_along() else None
     call: Any = network if state.engine is None or not torch.is_grad_enabled() else state.engine.module
     with matmul_precision(state.precision, state.device):
-        output = (call(x_t, t, s, y) if tape is None else call(x_t, t, s, y, tape=tape)).float()
+        output = (call(x_t, t, s, *given) if tape is None else call(x_t, t, s, *given, tape=tape)).float()
     note_finite(flags, "network", output)
     return output, tape
 
@@ -336,9 +397,9 @@ def _target(
     x, v_t, t, l, s, dropped = (
         v[sc] for v in (samples.x_t, samples.v_t, samples.t, samples.l, samples.s, samples.label_dropped)
     )
-    y = None if samples.y is None else samples.y[sc]
-    velocity, dx, x_l = objective.look_ahead(x, v_t, t, l, v_null, v_label, dropped)
-    points = ConsistencyPoints(x, velocity, dx, x_l, t, l, s, y)
+    y, w = (None if value is None else value[sc] for value in (samples.y, samples.w))
+    velocity, dx, x_l = objective.look_ahead(x, v_t, t, l, v_null, v_label, dropped, w)
+    points = ConsistencyPoints(x, velocity, dx, x_l, t, l, s, y, w)
     own = state.precision == state.target.precision or state.target.teacher == "ema"
     given = output if own else None
     value, increment = value_and_increment(state.target, flow, state.teacher, points, given, tape)
@@ -373,7 +434,7 @@ def _measured_by_all(state: TrainState, x0: Tensor, y: Tensor | None, draws: Dra
     nothing = torch.zeros((), device=state.device)
     mine = [nothing, nothing] if measured is None else [measured.float(), nothing + 1]
     total, ranks = state.parallel.rows(torch.stack(mine)).sum(0)
-    B, fraction = len(x0) * state.world, state.config.objective.fm_fraction
+    B, fraction = len(x0) * state.world, state.config.objective.flow_matching_fraction
     return total / ranks if flow_matching_samples(B, fraction) < B else None
 
 

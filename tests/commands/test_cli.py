@@ -24,8 +24,9 @@ from PIL import Image
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import AttentionBackend, from_json, to_json
 
-COMMANDS = {name: importlib.import_module(f"soflow_fast.{name}") for name in ("train", "sample", "evaluate", "export")}
-train, sample, evaluate, _ = COMMANDS.values()
+NAMES = ("train", "sample", "evaluate", "export", "gallery")
+COMMANDS = {name: importlib.import_module(f"soflow_fast.{name}") for name in NAMES}
+train, sample, evaluate, *_ = COMMANDS.values()
 Call = Callable[..., Any]
 
 
@@ -40,10 +41,10 @@ def png_size(content: bytes) -> tuple[int, int]:
 
 
 TRAIN = {
-    "the run": "latent config set epochs run-dir init resume-official steps seed device checkpoint-every keep "
-    "on-nonfinite",
+    "the run": "latent config set epochs run-dir init resume-official steps seed device eval-every reference "
+    "checkpoint-every keep on-nonfinite track",
     "the data": "data resize no-resize skip-bad no-skip-bad batch-size",
-    "learning": "teacher teacher-decay guidance-precision quotient quotient-precision",
+    "learning": "objective teacher teacher-decay guidance-range guidance-precision quotient quotient-precision",
     "speed and memory": "precision micro-batch recompute attention optimizer compile no-compile cuda-graph "
     "no-cuda-graph parallel",
     "diagnosis": "help dry-run gpu gpus nodes env",
@@ -54,9 +55,11 @@ TRAIN = {
     ("module", "flags"),
     [
         ("train", " ".join(TRAIN.values())),
-        ("sample", "help out n nfe labels vae seed device"),
-        ("evaluate", "help n nfe vae seed device json"),
+        ("sample", "help out n nfe times method guidance labels format batch-size vae seed device overwrite"),
+        ("evaluate", "help n nfe times guidance vae seed reference metrics inception dinov2 device json"),
+        ("gallery", "help out device"),
         ("export", "help format"),
+        ("gallery", "help out device"),
     ],
 )
 def test_the_flags_are_these_and_help_names_each(
@@ -65,12 +68,13 @@ def test_the_flags_are_these_and_help_names_each(
     monkeypatch.setenv("COLUMNS", "120")
     result = call(module, "--help")
     assert (result.code, result.err) == (0, "")
-    listed = re.findall(r"(?<=[ ,])--[a-z][a-z-]*", "".join(re.findall(r"^  -.*?(?:   |$)", result.out, re.MULTILINE)))
+    entries = re.findall(r"^  -.*?(?:  |$)", result.out, re.MULTILINE)
+    listed = re.findall(r"(?<=[ ,])--[a-z][a-z0-9-]*", "".join(entries))
     assert listed == COMMANDS[module].parser().flags()
     assert sorted(listed) == sorted(f"--{flag}" for flag in flags.split())
     assert f"python -m soflow_fast.{module}" in result.out
     lines = result.out.splitlines()
-    assert len(lines) <= 78 and max(map(len, lines)) <= 120
+    assert len(lines) <= 92 and max(map(len, lines)) <= 120
 
 
 def test_help_of_train_groups_flags_by_what_a_person_wants_and_says_what_they_take(
@@ -380,8 +384,8 @@ def test_sample_writes_a_grid_and_the_images(
     classes = "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n"
     assert result.out == f"{classes}10 images of 2 network calls each: new/out/grid.png\n"
     found = files(tmp_path / "new" / "out")
-    assert set(found) == {"grid.png", *(f"{i:05d}.png" for i in range(10))}
-    assert {png_size(content) for name, content in found.items() if name != "grid.png"} == {(8, 8)}
+    assert set(found) == {".lock", "samples.json", "grid.png", *(f"{i:05d}.png" for i in range(10))}
+    assert {png_size(content) for name, content in found.items() if re.fullmatch(r"\d+\.png", name)} == {(8, 8)}
     assert os.listdir(tmp_path / "new") == ["out"]
     umask = os.umask(0)
     os.umask(umask)
@@ -398,7 +402,7 @@ def test_same_seed_same_images_however_many(finished: Any, call: Call, files: Ca
     }.items():
         assert call("sample", finished.folder, "--out", tmp_path / name, *arguments).code == 0
     drawn = {place.name: files(place) for place in tmp_path.iterdir()}
-    few = {name: content for name, content in drawn["few"].items() if name != "grid.png"}
+    few = {name: content for name, content in drawn["few"].items() if re.fullmatch(r"\d+\.png", name)}
     assert len(few) == 16 and len(set(few.values())) == 16
     assert all(drawn["many"][name] == content for name, content in few.items())
     assert not set(few.values()) & set(drawn["other"].values())
@@ -414,7 +418,7 @@ def test_the_grid_is_of_the_first_images(finished: Any, call: Call, files: Call,
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sample, "GRID", most)
             assert call("sample", finished.folder, "--out", tmp_path / name, "--n", n).code == 0
-    few, cut = (files(tmp_path / name) for name in ("few", "cut"))
+    few, cut = ({p.name: p.read_bytes() for p in (tmp_path / name).glob("*.png")} for name in ("few", "cut"))
     assert len(few) == 71 and len(cut) == 201
     assert all(cut[name] == content for name, content in few.items())
 
@@ -426,13 +430,11 @@ def test_sample_takes_a_run_a_checkpoint_and_an_export(run_dir: Path, call: Call
     sources = {"a": run_dir, "b": run_dir / "checkpoints" / "step-00000020", "c": tmp_path / "exported"}
     for name, source in sources.items():
         assert call("sample", source, "--out", tmp_path / "out" / name, "--n", "3").code == 0
-    assert files(tmp_path / "out" / "a") == files(tmp_path / "out" / "b") == files(tmp_path / "out" / "c")
-
-
-def test_sample_into_an_existing_folder_keeps_what_is_there(finished: Any, call: Call, tmp_path: Path) -> None:
-    (tmp_path / "note.txt").write_text("mine")
-    assert call("sample", finished.folder, "--out", tmp_path, "--n", "2").code == 0
-    assert sorted(os.listdir(tmp_path)) == ["00000.png", "00001.png", "grid.png", "note.txt"]
+    drawn = {name: files(tmp_path / "out" / name) for name in sources}
+    kept = {name: json.loads(found.pop("samples.json")) for name, found in drawn.items()}
+    assert drawn["a"] == drawn["b"] == drawn["c"] and len(drawn["a"]) == 5
+    assert kept["a"]["settings"] == kept["b"]["settings"] == kept["c"]["settings"]
+    assert [kept[name]["made_by"]["run"] for name in sources] == ["digits", "step-00000020", "exported"]
 
 
 def test_sample_passes_over_a_damaged_checkpoint_with_a_warning(

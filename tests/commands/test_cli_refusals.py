@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ OUT_OF_RANGE = {
     "--micro-batch": ["-2", "most", "1.5", ""],
     "--precision": ["fp17", "tf32", ""],
     "--quotient": ["pairs", ""],
+    "--guidance-range": ["2", "4,1", "0.5,2", "1,x", "1,2,3", "1,2000"],
     "--guidance-precision": ["bf16", "FP8", ""],
     "--quotient-precision": ["fp8", "tf32", ""],
     "--teacher": ["teacher", ""],
@@ -34,6 +36,8 @@ OUT_OF_RANGE = {
     "--recompute": ["all", ""],
     "--parallel": ["fsdp2", "DDP", ""],
     "--attention": ["flash5", "sdpa-cudnn", ""],
+    "--eval-every": ["-1", "often"],
+    "--reference": ["nowhere", "x" * 300],
     "--checkpoint-every": ["-1", "often"],
     "--keep": ["1", "-1", "all"],
     "--on-nonfinite": ["ignore", ""],
@@ -131,6 +135,14 @@ WRONG = [
     ("sample", ["RUN", "--out", "out", "--n", "1000000000"], ["--n ", "to 10000000"]),
     ("sample", ["RUN", "--out", "out", "--nfe", "0"], ["--nfe"]),
     ("sample", ["RUN", "--out", "out", "--nfe", "1001"], ["--nfe ", "to 1000,"]),
+    ("sample", ["RUN", "--out", "out", "--times", "0.9,0.5"], ["--times must begin with 1 and fall"]),
+    ("sample", ["RUN", "--out", "out", "--times", "1,0.5,0.5"], ["--times must begin with 1 and fall"]),
+    ("sample", ["RUN", "--out", "out", "--times", "1,half"], ["--times must be numbers", "'1,half'"]),
+    ("sample", ["RUN", "--out", "out", "--times", "1,nan"], ["--times", "[1.0, nan]"]),
+    ("sample", ["RUN", "--out", "out", "--times", "1,0.5", "--nfe", "3"], ["--times", "each of 3 network calls"]),
+    ("sample", ["RUN", "--out", "out", "--method", "heun"], ["--method", "'heun'", "consecutive"]),
+    ("sample", ["RUN", "--out", "out", "--format", "jpg"], ["--format", "'jpg'", "npz"]),
+    ("sample", ["RUN", "--out", "out", "--batch-size", "0"], ["--batch-size", "'0'"]),
     ("sample", ["RUN", "--out", "out", "--seed", "-1"], ["--seed"]),
     ("sample", ["RUN", "--out", "out", "--seed", "9223372036854775808"], ["--seed ", "to 9223372036854775807,"]),
     ("sample", ["RUN", "--out", "out", "--labels", "3,10"], ["--labels ", "0 to 9", "'10'"]),
@@ -274,12 +286,19 @@ def test_a_reader_that_goes_away_is_no_error(environment: dict[str, str]) -> Non
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_sampling_on_a_full_disk_writes_nothing(mount: Call, finished: Any, refused: Call) -> None:
-    disk = mount("size=64k")
-    for place in (disk / "out", disk):
-        line = refused("sample", finished.folder, "--out", place, "--n", "64")
-        assert f"--out {place}" in line and "No space left" in line
-        assert os.listdir(disk) == []
+def test_sampling_on_a_full_disk_keeps_whole_images_and_goes_on(
+    mount: Call, finished: Any, refused: Call, call: Call, files: Call, tmp_path: Path
+) -> None:
+    disk, flags = mount("size=64k"), ["--n", "64", "--batch-size", "8"]
+    line = refused("sample", finished.folder, "--out", disk / "out", *flags)
+    assert f"--out {disk / 'out'}" in line and "No space left" in line
+    assert call("sample", finished.folder, "--out", tmp_path / "whole", *flags).code == 0
+    left, whole = files(disk / "out"), files(tmp_path / "whole")
+    assert 3 < len(left) < 64 and left.items() <= whole.items()
+    subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+    result = call("sample", finished.folder, "--out", disk / "out", *flags)
+    assert result.code == 0 and files(disk / "out") == whole
+    assert re.match(r"\d+ of 64 are there already\n", result.out)
 
 
 def test_a_read_only_disk(mount: Call, finished: Any, tiny: list[str], refused: Call) -> None:

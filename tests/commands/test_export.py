@@ -36,7 +36,9 @@ def test_a_run_becomes_a_directory_that_samples_alike(run_dir: Path, call: Call,
     for name, source in (("a", run_dir), ("b", tmp_path / "exported")):
         drawn = call("sample", source, "--out", tmp_path / name, "--n", "2", "--labels", "3,null")
         assert (drawn.code, drawn.err) == (0, "") and "classes: 3, null" in drawn.out
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    drawn = [files(tmp_path / name) for name in ("a", "b")]
+    settings = [json.loads(found.pop("samples.json"))["settings"] for found in drawn]
+    assert drawn[0] == drawn[1] and settings[0] == settings[1]
     figures = [call("evaluate", source, "--n", "100", "--nfe", "1") for source in (run_dir, tmp_path / "exported")]
     assert figures[0] == figures[1] and figures[0].code == 0
 
@@ -109,7 +111,7 @@ def test_latents_are_never_shown_as_colours(call: Call, refused: Call, files: Ca
     checkpoint.export(flow, config, tmp_path / "exported")
     result = call("sample", tmp_path / "exported", "--out", tmp_path / "out", "--n", "2")
     assert result.code == 0 and "2 latents of 1 network call each, as .npy" in result.out
-    assert sorted(files(tmp_path / "out")) == ["00000.npy", "00001.npy"]
+    assert sorted(files(tmp_path / "out")) == [".lock", "00000.npy", "00001.npy", "samples.json"]
     assert np.load(tmp_path / "out" / "00000.npy").shape == (4, 32, 32)
     assert "only labelled digits can be evaluated" in refused("evaluate", tmp_path / "exported")
 

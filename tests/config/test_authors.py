@@ -96,6 +96,12 @@ def test_what_is_written_is_read_again_by_us_and_by_yaml(size: str) -> None:
     assert type(theirs["total_steps"]) is int and theirs["time_mean"] == [-0.2, -1.0, 0.2]
 
 
+@pytest.mark.parametrize("kind", ["flow-matching", "meanflow"])
+def test_what_their_code_would_take_for_its_own_is_not_written(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"^objective.kind: their code trains and samples soflow, not {kind}"):
+        to_authors(override(imagenet256("B/4"), {"objective": kind}), "/a")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -125,6 +131,7 @@ def test_what_their_code_does_not_let_be_chosen_is_named() -> None:
     for changes, message in (
         ({"model.depth": 3}, "their code builds DiT-B-4, .*, not depth 3"),
         ({"model.num_heads": 6}, "not depth 12, hidden_size 768, 6 heads"),
+        ({"model.qk_norm": True}, "^model.qk_norm: their network has no norms of queries and keys$"),
         ({"model.num_classes": 7}, "their code knows Imagenet of 4 channels, 1000 classes or CIFAR10"),
     ):
         with pytest.raises(ValueError, match=message):

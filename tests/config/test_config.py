@@ -152,8 +152,10 @@ OUT_OF_RANGE = {
     "model.mlp_ratio": 0,
     "model.num_classes": -1,
     "model.null_label": False,  # with labels that are dropped
+    "model.guidance_range": (4.0, 1.0),
     "flow.path": "straight",
     "flow.coefficients": "eulre",
+    "objective.kind": "mean-flow",
     "objective.guidance_scale": 0.5,
     "objective.guidance_decay_time": -1,
     "objective.mix_ratio": 1.5,
@@ -167,6 +169,7 @@ OUT_OF_RANGE = {
     "objective.fm_time": (0, 0),
     "objective.sc_time": (0, -1),
     "objective.sc_end_time": (0, 0),
+    "objective.mf_time": (0, 0),
     "objective.teacher": "emaa",
     "objective.teacher_decay": 1,
     "optim.lr": 0,
@@ -180,8 +183,11 @@ OUT_OF_RANGE = {
     "data.kind": "image",
     "run.init_kind": "unet",
     "run.workers": -2,
+    "run.track": "mlflow",
     "run.log_every": 0,
     "run.sample_every": -1,
+    "run.eval_every": -1,
+    "run.eval_samples": 99,
     "run.checkpoint_every": -1,
     "run.check_quotient_every": -1,
     "run.keep": 1,
@@ -211,6 +217,7 @@ FREE = {
         "data.flip",
         "data.resize",
         "data.skip_bad",
+        "model.qk_norm",
         "run.init",
         "run.resume_official",
         "run.run_dir",
@@ -218,6 +225,7 @@ FREE = {
         "optim.ema_warmup",
     ),
     *("run.compile", "run.cuda_graph", "run.data_on_gpu"),
+    *("run.reference", "run.metrics", "run.inception", "run.dinov2"),
 }
 
 
@@ -235,7 +243,8 @@ def test_a_value_out_of_range_is_refused_by_name(name: str) -> None:
         ("steps", 2.5), ("steps", True), ("batch_size", "8"), ("seed", 1.0), ("precision", None), ("optim.lr", "1"),
         ("optim.betas", [0.9, 0.99]), ("optim.betas", (0.9,)), ("data.flip", 1), ("data.path", 3), ("run.keep", 2.0),
         ("run.compile", "on"), ("run.compile", None), ("run.cuda_graph", 1), ("optim.lr", math.nan),
-        ("optim.lr", math.inf), ("optim.betas", (0.9, math.nan)),
+        ("optim.lr", math.inf), ("optim.betas", (0.9, math.nan)), ("model.guidance_range", [1.0, 4.0]),
+        ("model.guidance_range", (1.0,)), ("model.guidance_range", "1,4"), ("model.guidance_range", False),
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
@@ -243,10 +252,8 @@ def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> No
     *path, last = name.split(".")
     config = Config()
     changed = replace(getattr(config, path[0]) if path else config, **{last: value})
-    with pytest.raises(
-        ValueError,
-        match=rf"^{name} must be (a whole number|a number|two numbers|true or false|true, false or auto|text), ",
-    ):
+    what = "a whole number|a number|two numbers( or none)?|true or false|true, false or auto|text"
+    with pytest.raises(ValueError, match=rf"^{name} must be ({what}), "):
         validate(replace(config, **{path[0]: changed}) if path else changed)
     validate(replace(config, optim=replace(config.optim, lr=1)))  # a whole number is a number
 
@@ -257,7 +264,7 @@ def test_every_field_has_its_range_tested() -> None:
 
 def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
     choices = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
-    assert len(choices) == 18
+    assert len(choices) == 20
     for name, allowed in choices.items():
         for value in allowed:
             validate(override(Config(), {name: value}))
@@ -296,6 +303,15 @@ def test_preset_refuses_what_it_does_not_know() -> None:
     assert preset("digits", precision="fp32", steps="5", **{"objective.eps": 0.1}).objective.eps == 0.1
 
 
+@pytest.mark.parametrize("typed", ["1,4", "(1.0, 4.0)", [1, 4]])
+def test_a_range_is_typed_read_and_left_out(typed: Any) -> None:
+    config = override(Config(), {"guidance_range": typed})
+    assert config.model.guidance_range == (1.0, 4.0)
+    assert from_json(to_json(config)) == config
+    for nothing in ("", "none", None):
+        assert override(config, {"guidance_range": nothing}) == Config()
+
+
 def test_sizes_by_name() -> None:
     assert DiTConfig.named("DiT-XL/2") == DiTConfig.named("XL/2") == DiTConfig()
     with pytest.raises(ValueError, match=r"unknown DiT size 'X/2'.*B/4"):
@@ -315,6 +331,7 @@ CONFIGURATIONS = st.fixed_dictionaries(
         "model.num_heads": small,
         "model.mlp_ratio": st.floats(-0.1, 2),
         "model.num_classes": small,
+        "model.guidance_range": st.none() | st.tuples(st.floats(0.5, 2), st.floats(1, 4)),
         "flow.path": st.sampled_from(["linear", "trig", "line"]),
         "flow.coefficients": st.sampled_from(["euler", "trig", ""]),
         "objective.guidance_scale": st.floats(0.5, 3),
@@ -377,3 +394,31 @@ def test_a_teachers_decay_needs_a_teacher() -> None:
     with pytest.raises(ValueError, match=r"^objective\.teacher_decay must be left at 0\.99 with the teacher student"):
         validate(override(config, {"teacher_decay": 0.5}))
     validate(override(config, {"teacher_decay": 0.5, "teacher": "ema"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"objective": "flow-matching", "teacher": "ema"}, "objective.teacher"),
+        ({"objective": "flow-matching", "quotient": "pair"}, "quotient"),
+        ({"objective": "flow-matching", "quotient_precision": "fp32"}, "quotient_precision"),
+        ({"objective": "meanflow", "flow.coefficients": "trig"}, "flow.coefficients"),
+    ],
+)
+def test_what_an_objective_has_no_use_for_is_refused(changes: dict[str, str], field: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{field} must be .* with the objective {changes['objective']}") as error:
+        validate(override(preset("digits"), changes))
+    assert "\n" not in str(error.value)
+    validate(override(preset("digits"), {**changes, "objective": "soflow"}))
+
+
+def test_a_run_of_flow_matching_begins_with_the_file_of_another(tmp_path: Path) -> None:
+    """Whose quotient was resolved; its own is left open, as it has none."""
+    from soflow_fast.train import configuration
+
+    path = tmp_path / "config.json"
+    path.write_text(to_json(resolved(preset("digits", device="cpu"))))
+    config, _ = configuration(["--config", str(path), "--objective", "flow-matching"])
+    assert (config.quotient, config.quotient_precision) == ("auto", "auto")
+    assert (resolved(config).quotient, resolved(config).objective.flow_matching_fraction) == ("auto", 1.0)
+    assert resolved(override(config, {"objective": "meanflow"})).quotient != "auto"

@@ -23,6 +23,7 @@ def trained(B: int, T: int, device: str) -> dict[str, Case]:
         return torch.ones(shape, device=device)
 
     x, m, b, t, image = ones(B, T, D), ones(B, D), ones(D), ones(B), ones(B, T, 4)
+    heads = ones(B, T, 2, D)
     none = t[:0]  # times have no tokens: always a batch of no samples
     weights = [ones(D, 16), ones(D), ones(D, D), ones(D)]
     return {
@@ -46,6 +47,7 @@ def trained(B: int, T: int, device: str) -> dict[str, Case]:
             lambda *w: k.dual_time_embedding(none, none, none.long(), w[:4], w[4:8], w[8]),
             [*weights, *weights, ones(4, D)],
         ),
+        "qk_rms_norm": (k.qk_rms_norm, [heads, heads, b, b]),
         "adaln_fwd, adaln_bwd": (AdaLN.apply, [x, x, m, m, m, b]),
         "bias_gelu_backward": (BiasGELU.apply, [x, b]),
     }
@@ -94,6 +96,7 @@ def untrained(B: int, T: int, device: str) -> dict[str, Callable[[], Tensor | tu
         "silu_increment": lambda: k.silu_increment(x),
         "time_embedding_increment": lambda: k.time_embedding_increment(none, none, none),
         "attention_increment": lambda: k.attention_increment(heads, heads, heads),
+        "qk_rms_norm_increment": lambda: k.qk_rms_norm_increment(heads, heads, ones(8), ones(8)),
     }
 
 

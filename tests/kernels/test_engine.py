@@ -11,9 +11,10 @@ from soflow_kernels import testing
 SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=2, hidden_size=40, depth=2, num_heads=2, num_classes=5)
 
 
-def build(device, keep_norms=False):
+def build(device, keep_norms=False, qk_norm=False):
     config = preset("digits", precision="fp32", device=str(device), batch_size=4)
-    state = TrainState.build(dataclasses.replace(config, model=SIZES, objective=ObjectiveConfig()))
+    model = dataclasses.replace(SIZES, qk_norm=qk_norm)
+    state = TrainState.build(dataclasses.replace(config, model=model, objective=ObjectiveConfig()))
     state.flow.network.keep_norms = keep_norms
     with torch.no_grad():  # off the initial zeros, where half of the gradients vanish
         for i, p in enumerate(state.flow.parameters()):
@@ -26,9 +27,9 @@ def batch(device):
     return torch.randn(4, 2, 8, 8, generator=source).to(device), torch.tensor([0, 4, 2, 3], device=device)
 
 
-@pytest.mark.parametrize("keep_norms", [False, True])
-def test_forward_and_gradients(keep_norms, device):
-    state = build(device, keep_norms)
+@pytest.mark.parametrize(("keep_norms", "qk_norm"), [(False, True), (True, False)])
+def test_forward_and_gradients(keep_norms, qk_norm, device):
+    state = build(device, keep_norms, qk_norm)
     (x, y), t = batch(device), torch.tensor([0.9, 0.5, 0.7, 0.3], device=device)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device)
 
@@ -47,12 +48,13 @@ def test_forward_and_gradients(keep_norms, device):
 
 
 @pytest.mark.slow
-def test_training_step_in_low_precision(device):
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["", "qk_norm"])
+def test_training_step_in_low_precision(qk_norm, device):
     """Increments ride along on values that lack their biases, as on a GPU; rounding is all that differs."""
     states, found = [], []
     for mode in ("auto", "reference"):
         with testing.mode(mode):
-            config = dataclasses.replace(build(device).config, precision="bf16")
+            config = dataclasses.replace(build(device, qk_norm=qk_norm).config, precision="bf16")
             state = TrainState.build(dataclasses.replace(config, run=dataclasses.replace(config.run, recompute="none")))
             state.flow.network.keep_norms = False
             with torch.no_grad():
@@ -80,10 +82,13 @@ def test_training_step(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_every_precision_trains_on_a_gpu(precision):
+@pytest.mark.parametrize(
+    ("precision", "qk_norm"), [("fp32", False), ("tf32", False), ("bf16", False), ("bf16", True)], ids=str
+)
+def test_every_precision_trains_on_a_gpu(precision, qk_norm):
     config = preset("digits", precision=precision, device="cuda", batch_size=64, steps=30)
-    state = TrainState.build(dataclasses.replace(config, model=SIZES, objective=ObjectiveConfig()))
+    model = dataclasses.replace(SIZES, qk_norm=qk_norm)
+    state = TrainState.build(dataclasses.replace(config, model=model, objective=ObjectiveConfig()))
     x0 = torch.randn(64, 2, 8, 8, device="cuda")
     y = torch.randint(5, (64,), device="cuda")
     losses = [float(train_step(state, x0, y)["fm_mse"]) for _ in range(30)]

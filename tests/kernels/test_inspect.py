@@ -158,10 +158,12 @@ def test_every_kernel_at_every_shipped_shape(run, arch):
         "increment.adaln",
         "increment.attention",
         "increment.gelu",
+        "increment.qk_norm",
         "increment.silu",
         "increment.time_embedding",
         "lookahead",
         "losses",
+        "qk_norm",
         "time_embedding",
     ):
         assert f" {module}._" in result.stdout

@@ -32,10 +32,10 @@ def point(function, given, **settings):
     return function(given["x"], given["v"], given["t"], **settings)
 
 
-def ahead(function, given, guided=True, mixed=True, drops=True):
+def ahead(function, given, guided=True, mixed=True, drops=True, **others):
     optional = (given["v_null"] if guided else None, given["v_label"] if mixed else None)
     dropped = given["dropped"] if drops else None
-    return function(given["x"], given["v"], given["t"], given["l"], *optional, dropped, **GUIDANCE)
+    return function(given["x"], given["v"], given["t"], given["l"], *optional, dropped, **{**GUIDANCE, **others})
 
 
 def named(outputs):
@@ -78,6 +78,18 @@ def test_lookahead(shape, device):
 @pytest.mark.parametrize("kind", [{"mixed": False}, {"drops": False}, {"guided": False, "mixed": False}], ids=str)
 def test_lookahead_without(kind, device):
     check(ahead, euler_lookahead, euler_lookahead_reference, inputs((3, 4, 8, 8), torch.float32, device), **kind)
+
+
+@pytest.mark.parametrize("kind", [{}, {"mixed": False}, {"drops": False}, {"guided": False, "mixed": False}], ids=str)
+def test_a_guidance_scale_for_each_sample(kind, device):
+    """The same as each sample by itself with a number."""
+    given = inputs((5, 4, 8, 8), torch.float32, device)
+    w = torch.linspace(1, 4, 5, device=device)
+    check(ahead, euler_lookahead, euler_lookahead_reference, given, guidance_scale=w, **kind)
+    every = ahead(euler_lookahead, given, guidance_scale=w, **kind)
+    for b in range(5):
+        one = ahead(euler_lookahead, {k: v[b : b + 1] for k, v in given.items()}, guidance_scale=float(w[b]), **kind)
+        assert all(torch.equal(a, b_) for a, b_ in zip(one, (v[b : b + 1] for v in every), strict=True))
 
 
 @MODES
@@ -178,6 +190,7 @@ def test_opcheck(device):
     torch.library.opcheck(lookahead._path_point.library, (x, v, t, True))
     arguments = (x, v, t, l, g["v_null"], g["v_label"], g["dropped"], 2.0, 0.5, 0.3)
     torch.library.opcheck(lookahead._euler_lookahead.library, arguments)
+    torch.library.opcheck(lookahead._euler_lookahead.library, (*arguments, torch.tensor([1.0, 4.0], device=device)))
 
 
 def test_compile_equals_eager(device):
@@ -222,6 +235,7 @@ def test_wrong_points_are_named(change, message):
         ({"label_dropped": torch.zeros(2)}, r"label_dropped must be a bool tensor of shape \[2\] or None"),
         ({"label_dropped": [True, False]}, r"label_dropped must be a bool tensor of shape \[2\] or None, got list"),
         ({"v_null": None}, "v_label must come with v_null"),
+        ({"guidance_scale": torch.ones(3)}, r"guidance_scale must have shape \[2\]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

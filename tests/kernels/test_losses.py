@@ -66,6 +66,22 @@ def test_loss_and_gradient(op, shape, device):
     check(op, inputs(op, shape, device), **({} if op == "consistency_loss" else {"velocity_slope": -0.5}))
 
 
+@pytest.mark.parametrize("shape", [(5, 4, 8, 8), (3, 3, 40, 40)], ids=str)
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_guidance_scale_for_each_sample(shape, drops, device):
+    """The same as each sample by itself with a number; in one launch, and in two of several programs a sample."""
+    tensors = inputs("flow_matching_loss", shape, device)
+    if not drops:
+        del tensors["label_dropped"]
+    w = torch.linspace(1, 4, shape[0], device=device)
+    check("flow_matching_loss", tensors, guidance_scale=w)
+    every = run(losses.flow_matching_loss, tensors, **{**GUIDANCE, "guidance_scale": w})
+    for b in range(shape[0]):
+        one = {name: value[b : b + 1] for name, value in tensors.items()}
+        found = run(losses.flow_matching_loss, one, **{**GUIDANCE, "guidance_scale": float(w[b])})
+        torch.testing.assert_close(found["gradient"] / shape[0], every["gradient"][b : b + 1], rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @LOSSES
 def test_half_precision_output(op, dtype, device):
@@ -161,6 +177,7 @@ def test_opcheck(device):
     output, v_t, t, v_null, dropped = inputs("flow_matching_loss", (2, 8), device).values()
     arguments = (output.requires_grad_(), v_t, t, v_null, dropped, 3.0, 0.6, 0.25, 0.75, 0.02, 1.0)
     torch.library.opcheck(losses._flow_matching_loss.library, arguments)
+    torch.library.opcheck(losses._flow_matching_loss.library, (*arguments, torch.tensor([1.0, 4.0], device=device)))
 
 
 @LOSSES

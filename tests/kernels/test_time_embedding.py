@@ -17,15 +17,17 @@ CLASSES = 5
 LABELS = (3, 0, 3, CLASSES, 3, 1, 0)
 NAMES = ("W1", "b1", "W2", "b2")
 PARAMETERS = (*(f"{embedder}_{name}" for embedder in "ts" for name in NAMES), "table")
+THIRD = (*PARAMETERS, *(f"g_{name}" for name in NAMES))
+"""With the embedder of a third number."""
 
 
-def inputs(B, D, dtype, device, H=None, frequencies=16, seed=0):
-    """({parameter: tensor}, times and labels, one weight for the output)."""
+def inputs(B, D, dtype, device, H=None, frequencies=16, seed=0, third=False):
+    """({parameter: tensor}, times and labels, one weight for the output). third: with g, as of a guidance scale."""
     H = D if H is None else H
     generator = torch.Generator().manual_seed(seed)
     shapes = {"W1": (H, frequencies), "b1": (H,), "W2": (D, H), "b2": (D,), "table": (CLASSES + 1, D)}
     parameters = {}
-    for name in PARAMETERS:
+    for name in THIRD if third else PARAMETERS:
         shape = shapes[name[2:] if name != "table" else name]
         scale = shape[-1] ** -0.5 if len(shape) == 2 and name != "table" else 1.0
         parameters[name] = (scale * torch.randn(shape, generator=generator)).to(device, dtype)
@@ -33,12 +35,16 @@ def inputs(B, D, dtype, device, H=None, frequencies=16, seed=0):
     s = t * torch.rand(B, generator=generator)
     y = torch.tensor([LABELS[b % len(LABELS)] for b in range(B)], dtype=torch.int64)
     others = {"t": t.to(device), "s": s.to(device), "y": y.to(device)}
+    if third:
+        others["g"] = torch.rand(B, generator=generator).to(device)
     return parameters, others, torch.randn(B, D, generator=generator).to(device, dtype)
 
 
 def call(function, t, s, y, table, **parameters):
     t_weights, s_weights = (tuple(parameters[f"{embedder}_{name}"] for name in NAMES) for embedder in "ts")
-    options = {name: value for name, value in parameters.items() if name not in PARAMETERS}
+    options = {name: value for name, value in parameters.items() if name not in THIRD}
+    if "g" in parameters:
+        options["g_weights"] = tuple(parameters[f"g_{name}"] for name in NAMES)
     return function(t, s, y, t_weights, s_weights, table, **options)
 
 
@@ -75,12 +81,12 @@ def check(parameters, others, weight):
     return actual
 
 
-def hidden_reference(ht, hs, bt, bs):
-    return F.silu(torch.cat([ht + bt, hs + bs], dim=1)).to(ht.dtype)
+def hidden_reference(ht, hs, bt, bs, hg=None, bg=None):
+    return F.silu(torch.cat([ht + bt, hs + bs, *([] if hg is None else [hg + bg])], dim=1)).to(ht.dtype)
 
 
-def tail_reference(x, bt, bs, table, y):
-    return F.silu(x + bt + bs + (table[-1:] if y is None else F.embedding(y, table)))
+def tail_reference(x, bt, bs, table, y, bg=0):
+    return F.silu(x + bt + bs + bg + (table[-1:] if y is None else F.embedding(y, table)))
 
 
 def parts(B, D, dtype, device):
@@ -98,6 +104,18 @@ def parts(B, D, dtype, device):
             draw(B, 2 * D),
         ),
         "tail": (partial(te._tail, y=y), partial(tail_reference, y=y), tail, draw(B, D)),
+        "hidden of three": (
+            lambda hg, bg, **two: te._hidden(*two.values(), hg, bg),
+            hidden_reference,
+            {"ht": 3 * draw(B, D), "hs": 3 * draw(B, D), **biases, "hg": 3 * draw(B, D), "bg": draw(D)},
+            draw(B, 3 * D),
+        ),
+        "tail of three": (
+            lambda bg, **two: te._tail(*two.values(), y, bg),
+            partial(tail_reference, y=y),
+            {**tail, "bg": draw(D)},
+            draw(B, D),
+        ),
         "null tail": (partial(te._tail, y=None), partial(tail_reference, y=None), tail, draw(B, D)),
     }
 
@@ -110,7 +128,7 @@ def check_part(function, reference, tensors, weight):
     testing.assert_matches(actual, eager, exact)
 
 
-all_parts = pytest.mark.parametrize("part", ["hidden", "tail", "null tail"])
+all_parts = pytest.mark.parametrize("part", ["hidden", "tail", "null tail", "hidden of three", "tail of three"])
 # One column, a tile of rows that is not full, no rows, a masked tile, many tiles of rows, many of columns.
 PART_SHAPES = ((3, 1), (7, 64), (0, 40), (1, 100), (70, 40), (2, 1152))
 
@@ -118,7 +136,8 @@ PART_SHAPES = ((3, 1), (7, 64), (0, 40), (1, 100), (70, 40), (2, 1152))
 @pytest.mark.parametrize(
     ("part", "shape"),
     [(part, shape) for part in ("hidden", "tail") for shape in PART_SHAPES]
-    + [("null tail", shape) for shape in ((7, 64), (0, 40), (70, 40))],
+    + [("null tail", shape) for shape in ((7, 64), (0, 40), (70, 40))]
+    + [(f"{part} of three", shape) for part in ("hidden", "tail") for shape in ((7, 64), (0, 40), (70, 136))],
     ids=str,
 )
 def test_parts(part, shape, device):
@@ -143,7 +162,7 @@ def test_parts_in_other_layouts(layout, part, device):
 def test_parts_of_mixed_dtypes(part, device):
     """Products in bfloat16 and parameters in float32, as under autocast; the last bias in bfloat16 too."""
     function, reference, tensors, weight = parts(7, 72, torch.float32, device)[part]
-    products = {name: tensor.bfloat16() for name, tensor in tensors.items() if name in ("x", "ht", "hs", "bs")}
+    products = {name: tensor.bfloat16() for name, tensor in tensors.items() if name in ("x", "ht", "hs", "hg", "bs")}
     check_part(function, reference, {**tensors, **products}, weight)
 
 
@@ -218,6 +237,27 @@ def test_forward_and_gradients(D, null, device):
     found = check(parameters, others, weight)["gradient of table"]
     used = {CLASSES} if null else set(LABELS[:3])
     assert all((found[row] == 0).all() == (row not in used) for row in range(CLASSES + 1))
+
+
+@pytest.mark.parametrize("null", [False, True], ids=["labels", "null"])
+def test_a_third_number(null, device):
+    """Beside the two times, with its gradients; without it the other two and the label are what they were."""
+    parameters, others, weight = inputs(9, 72, torch.float32, device, H=40, third=True)
+    others["y"] = None if null else others["y"]
+    found = check(parameters, others, weight)
+    assert (found["gradient of g_W1"] != 0).any()
+    # An embedder of zeros adds nothing, and rounds nothing.
+    zeros = {name: torch.zeros_like(value) if name[:2] == "g_" else value for name, value in parameters.items()}
+    without = run(te.dual_time_embedding, {n: parameters[n] for n in PARAMETERS}, {n: others[n] for n in "tsy"}, weight)
+    torch.testing.assert_close(
+        run(te.dual_time_embedding, zeros, others, weight)["output 0"], without["output 0"], rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_third_number_in_half_precision(dtype, device):
+    parameters, others, weight = inputs(5, 100, dtype, device, frequencies=64, third=True)
+    assert check(parameters, others, weight)["output 0"].dtype == dtype
 
 
 @pytest.mark.parametrize(("B", "null"), [(0, False), (1, False), (70, False), (70, True)])
@@ -296,21 +336,23 @@ def test_special_times_and_flow_matching(device):
     check(parameters, {**others, "t": t, "s": t}, weight)
 
 
-@pytest.mark.parametrize("null", [False, True], ids=["labels", "null"])
-def test_is_the_engines_conditioning(null, device):
+@pytest.mark.parametrize(("null", "third"), [(False, False), (True, False), (False, True)])
+def test_is_the_engines_conditioning(null, third, device):
     """The modules of a DiT, called one by one in float64, and the network's own conditioning."""
     sizes = {"input_size": 8, "in_channels": 2, "hidden_size": 40, "depth": 1, "num_heads": 2, "num_classes": CLASSES}
-    network = DiT(DiTConfig(patch_size=2, **sizes)).to(device)
+    network = DiT(DiTConfig(patch_size=2, guidance_range=(1.0, 4.0) if third else None, **sizes)).to(device)
     network.requires_grad_(False)
     for p in network.parameters():
         p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p))
     _, others, _ = inputs(7, 1, torch.float32, device)
     others["y"] = None if null else others["y"]
-    got = network.conditioning(*others.values())
+    w = torch.tensor([1, 1.25, 2, 2.5, 3, 4, 1.1], device=device) if third else None
+    got = network.conditioning(*others.values(), w)
     network.double()
     t, s, y = others["t"].double(), others["s"].double(), others["y"]
     y = torch.full(t.shape, CLASSES, device=t.device) if null else y
     parts = [(network.t_embedder, t), (network.s_embedder, t - s)]
+    parts += [] if w is None else [(network.w_embedder, 1 - 1 / w.double())]
     c = sum(embedder.mlp(time_embedding_increment(u, u, u)[0, 0]) for embedder, u in parts) + network.y_embedder(y)
     torch.testing.assert_close(got.double(), F.silu(c), rtol=1e-5, atol=1e-6)
 
@@ -383,6 +425,17 @@ def test_reference_has_right_gradients():
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+def test_reference_has_right_gradients_of_the_third_number():
+    parameters, others, _ = inputs(2, 3, torch.float64, "cpu", frequencies=4, third=True)
+    leaves = [others["g"].double().requires_grad_(), *(parameters[f"g_{name}"].requires_grad_() for name in NAMES)]
+
+    def function(g, *values):
+        given = {**parameters, **dict(zip((f"g_{name}" for name in NAMES), values, strict=True))}
+        return call(te.dual_time_embedding_reference, **{**others, "g": g}, **given)
+
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+
+
 def test_times_with_a_gradient_take_the_reference(device):
     parameters, others, _ = inputs(3, 40, torch.float32, device)
     for name in ("t", "s"):
@@ -420,12 +473,19 @@ def test_opcheck(device):
     torch.library.opcheck(te._sinusoids.library, (others["t"], others["s"], 16, 10_000.0, torch.bfloat16))
     torch.library.opcheck(te._hidden.library, (x, h, b, a))
     torch.library.opcheck(te._tail.library, (x, b, a, table, None))
+    g, c = (tensor.detach().clone().requires_grad_() for tensor in (h, b))
+    torch.library.opcheck(te._sinusoids.library, (others["t"], others["s"], 16, 1e4, torch.bfloat16, others["t"]))
+    torch.library.opcheck(te._hidden.library, (x, h, b, a, g, c))
+    torch.library.opcheck(te._tail.library, (x, b, a, table, others["y"], c))
     torch.library.opcheck(te._tail.library, (x.detach().bfloat16().requires_grad_(), b, a, table, others["y"]))
 
 
-@pytest.mark.parametrize(("null", "autocast"), [(False, False), (True, False), (False, True)])
-def test_compile_equals_eager(null, autocast, device):
-    parameters, others, weight = inputs(5, 40, torch.float32, device)
+@pytest.mark.parametrize(
+    ("null", "autocast", "third"),
+    [(False, False, False), (True, False, False), (False, True, False), (False, True, True)],
+)
+def test_compile_equals_eager(null, autocast, third, device):
+    parameters, others, weight = inputs(5, 40, torch.float32, device, third=third)
     others["y"] = None if null else others["y"]
     torch.compiler.reset()
     backend = "inductor" if device == "cuda" else "aot_eager"
@@ -464,6 +524,15 @@ def test_wrong_arguments_are_named(device):
             refused(r"[ts]_weights\[\d\] must have shape", **{f"{e}_weights": wrong})
         refused(f"{e}_weights must be a tuple", **{f"{e}_weights": weights[e][:3]})
         refused(f"{e}_weights must be a tuple", **{f"{e}_weights": value})
+    given = {"g": others["t"], "g_weights": weights["s"]}
+    for wrong in (0.5, others["t"].long(), others["t"][None], others["t"][:2], others["t"].to("meta")):
+        refused("g must", **{**given, "g": wrong})
+    refused("g must come with g_weights", g_weights=weights["s"])
+    refused("g_weights must be a tuple", **{**given, "g_weights": None})
+    refused(
+        r"g_weights\[2\] must have shape",
+        **{**given, "g_weights": [*weights["s"][:2], weights["s"][0], weights["s"][3]]},
+    )
     odd = [weights["t"][0][:, :15], *weights["t"][1:]]
     refused(r"t_weights\[0\] must be \[H, F\] with an even F above 0, got F = 15", t_weights=odd)
     refused(r"t_weights\[0\] must be .* got F = 0", t_weights=[weights["t"][0][:, :0], *weights["t"][1:]])

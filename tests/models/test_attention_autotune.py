@@ -144,6 +144,25 @@ def test_the_choice_is_kept_by_shape(bench: Bench, tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["attention.json"]
 
 
+def test_packages_are_asked_for_what_a_network_asks_of_them(bench: Bench, tmp_path: Path, monkeypatch: Any) -> None:
+    """Where q and k are normalised they are tensors of their own, and the choice is another one."""
+    monkeypatch.setattr(attention_autotune, "takes_packed", lambda backend, dtype, kind: backend == "sdpa-flash")
+    packed: list[str] = []
+
+    def in_one(qkv: Tensor, backend: str) -> Tensor:
+        packed.append(backend)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        return attention(q, k, v, backend).transpose(1, 2)
+
+    monkeypatch.setattr(attention_autotune, "packed_attention", in_one)
+    path, shape = tmp_path / "a.json", Shape(3, 2, 5, 8)
+    assert remembered(CPU, torch.bfloat16, shape, bench.clock, path, False) == "sdpa-flash"  # at no cost here
+    assert set(packed) == {"sdpa-flash"}
+    packed.clear()
+    assert remembered(CPU, torch.bfloat16, shape, bench.clock, path, False, apart=True) == "sdpa-math"
+    assert packed == [] and len(json.loads(path.read_text())) == 2
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, "entry: 3", "entry: {}", 'entry: {"backend": "flash9"}',

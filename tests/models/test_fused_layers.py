@@ -125,9 +125,10 @@ def test_without_gradient_nothing_is_kept_and_no_statistics_are_made():
     assert quiet.grad_fn is None and torch.allclose(quiet, net(*given), atol=1e-6)
 
 
-def test_tape_holds_residuals_and_what_the_products_came_to():
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["", "qk_norm"])
+def test_tape_holds_residuals_and_what_the_products_came_to(qk_norm):
     """Against the modules, called one by one and heard."""
-    net = network(torch.float64)
+    net = network(torch.float64, qk_norm=qk_norm)
     x, t, s, y, _ = inputs(dtype=torch.float64)
     tape = TapedOutputs(slice(1, 3))
     net(x, t, s, y, tape=tape)
@@ -143,13 +144,18 @@ def test_tape_holds_residuals_and_what_the_products_came_to():
     pairs["modulations"] = (torch.cat(tape.modulations, 1), wanted)
     assert len(tape.blocks) == len(net.blocks)
     for k, block in enumerate(tape.blocks):
-        assert not any(value.requires_grad for value in block[:-1]) and not any(block.deferred)
+        tensors = [value for value in block if isinstance(value, torch.Tensor)]
+        assert not any(value.requires_grad for value in tensors) and not any(block.deferred)
         pairs[f"{k} residual"] = (block.x1, heard[f"blocks.{k} in"])
         pairs[f"{k} qkv"] = (torch.cat([block.q, block.k, block.v], -1), heard[f"blocks.{k}.attn.qkv"])
         gate = heard[f"blocks.{k}.adaLN_modulation"].chunk(6, 1)[2].unsqueeze(1)
         pairs[f"{k} second residual"] = (block.x2, heard[f"blocks.{k} in"] + gate * heard[f"blocks.{k}.attn.proj"])
         for name, value in (("attn.proj", block.proj), ("mlp.fc1", block.fc1), ("mlp.fc2", block.fc2)):
             pairs[f"{k} {name}"] = (value, heard[f"blocks.{k}.{name}"])
+        for name, value in (("q_norm", block.normed_q), ("k_norm", block.normed_k)):
+            assert (value is not None) == qk_norm
+            if value is not None:
+                pairs[f"{k} {name}"] = (value, heard[f"blocks.{k}.attn.{name}"].flatten(2))
     for name, (got, right) in pairs.items():
         torch.testing.assert_close(got, right[1:3].detach(), rtol=1e-10, atol=1e-12, msg=name)
 

@@ -21,6 +21,9 @@ SIZES = {
     "72, one head": DiTConfig(
         input_size=8, patch_size=4, in_channels=2, hidden_size=72, depth=2, num_heads=1, num_classes=5
     ),
+    "48, normalised q and k": DiTConfig(
+        input_size=8, patch_size=2, in_channels=2, hidden_size=48, depth=3, num_heads=2, num_classes=5, qk_norm=True
+    ),
     "160": DiTConfig(input_size=8, patch_size=1, in_channels=2, hidden_size=160, depth=3, num_heads=5, num_classes=5),
 }  # fmt: skip
 

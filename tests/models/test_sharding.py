@@ -134,6 +134,7 @@ CASES = {
     "recompute mlp": {"recompute": "mlp", "taped": False},
     "recompute block": {"rounded": BF16, "recompute": "block", "taped": False},
     "deferred biases": {"defers": True},
+    "normalised q and k": {"rounded": BF16, "qk_norm": True},
     "deferred biases, recompute block": {"defers": True, "recompute": "block", "taped": False},
 }
 

@@ -63,15 +63,16 @@ class Starter:
         slow: float = 0,
         output: Path | None = None,
         place: dict[str, str] | None = None,
+        module: str = "train",
     ) -> Training:
         """output: a file that is there already, of whatever kind, in place of one of its own. place: variables that
-        make it one of several ranks."""
+        make it one of several ranks. module: another command line."""
         if output is None:
             output = self._folder / f"{self._count}.txt"
             self._count += 1
             output.touch()
         given = {"arguments": [*map(str, arguments)], "output": str(output), "hang": hang, "slow": slow}
-        given["place"] = place or {}
+        given |= {"place": place or {}, "module": module}
         return Training(int(self.ask(given)), output, self.ask)
 
     def trainings(self, world: int, *arguments: object, slow: float = 0) -> list[Training]:

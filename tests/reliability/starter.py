@@ -2,7 +2,7 @@
 
 A line of JSON on stdin, {"arguments": [...], "output": FILE, "hang": NAME, "slow": SECONDS}, forks one; the answer is
 its process id. In it the function of `os` called "hang" never returns in a thread.
-"place": variables that make it one of several ranks.
+"module": the command line, "train" or another. "place": variables that make it one of several ranks.
 {"wait": ID} answers its exit code, negative for the signal that killed it; {"command": [...]} that of a command.
 """
 
@@ -21,11 +21,11 @@ from typing import Any
 import one_rank
 import torch
 
-from soflow_fast import train
 from soflow_fast.commands import process
 from soflow_fast.runs import samples
 
-for heavy in ("sklearn.datasets", "sklearn.svm", "scipy.linalg", "torch.utils.tensorboard"):
+HEAVY = ("sklearn.datasets", "sklearn.svm", "scipy.linalg", "torch.utils.tensorboard", "PIL.Image")
+for heavy in (*HEAVY, "soflow_fast.train", "soflow_fast.sample", "soflow_fast.runs.drawn"):
     importlib.import_module(heavy)
 torch.set_num_threads(1)
 samples.EVALUATION_SAMPLES = 100
@@ -70,9 +70,10 @@ def main() -> None:
             if request["slow"]:
                 os.fsync = functools.partial(slowly, os.fsync, request["slow"])
             try:
-                process.run(functools.partial(train.main, request["arguments"]))
+                main = importlib.import_module(f"soflow_fast.{request['module']}").main
+                process.run(functools.partial(main, request["arguments"]))
             except SystemExit as ended:
-                if request["place"]:  # to leave Python as usual takes torch seconds
+                if request["place"] or request["module"] != "train":  # to leave Python as usual takes torch seconds
                     os._exit(int(ended.code or 0))
                 raise
         running.add(child)

@@ -41,7 +41,7 @@ def configuration(run_dir: Path, **changes: Any) -> Config:
 
 @pytest.fixture(autouse=True)
 def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "evaluate", lambda *_: None)
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: {})
 
 
 def numbers(state: TrainState) -> list[torch.Tensor]:

@@ -42,7 +42,8 @@ def test_where_samples_are_drawn(
 
     monkeypatch.setattr(where, fail)
     line = refused(module, run_dir, "--n", "100", *(["--out", tmp_path / "out"] if module == "sample" else []))
-    assert f"--n 100: out of memory with {run_dir}; draw fewer" in line and not (tmp_path / "out").exists()
+    advice = {"sample": ("--batch-size 64", "give a smaller one"), "evaluate": ("--n 100", "draw fewer")}[module]
+    assert f"{advice[0]}: out of memory with {run_dir}; {advice[1]}" in line and not (tmp_path / "out").exists()
 
 
 def test_other_errors_stay_what_they_are(run_dir: Path, monkeypatch: Any) -> None:

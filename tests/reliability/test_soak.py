@@ -59,7 +59,7 @@ def test_neither_tensors_nor_files_pile_up(call: Any, tiny: list[str], tmp_path:
         return metrics
 
     monkeypatch.setattr(trainer, "train_step", step)
-    monkeypatch.setattr(trainer, "evaluate", lambda *given: None)  # it takes most of the time
+    monkeypatch.setattr(trainer, "evaluate", lambda *given: {})  # it takes most of the time
     flags = ["--steps", 32, "--checkpoint-every", 4, "--set=run.log_every=2", "--set=run.sample_every=6"]
     assert call("train", *tiny, *flags, "--run-dir", tmp_path / "run").code == 0
     assert len(files) == 32

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from soflow_fast.sample import _labels
+from soflow_fast.commands.labels import parsed_labels
 
 Call = Any
 SIZES = ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.patch_size=4", "model.input_size=8"]
@@ -81,9 +81,9 @@ def test_null_is_the_null_label_and_names_may_begin_with_a_space() -> None:
     """A class that is called null is reached by its number."""
     names = ("10", " bee ", "null", "2")
     for text, label in (("null", 4), (" null", 4), (" bee ", 1), ("10", 0), (" 10 ", 0), ("2", 3), ("1", 1)):
-        assert _labels(text, 4, names, 1) == [label], text
-    assert _labels("2, bee ,null", 4, names, 3) == [3, 1, 4]
-    assert _labels("2,null", 3, names[:3], 2) == [2, 3]
+        assert parsed_labels(text, 4, names) == [label], text
+    assert parsed_labels("2, bee ,null", 4, names) == [3, 1, 4]
+    assert parsed_labels("2,null", 3, names[:3]) == [2, 3]
 
 
 def test_labels_by_name_are_those_by_number(photos: Path, call: Call) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from soflow_fast.runs.images import make_grid, png, to_uint8
+from soflow_fast.runs.images import from_png, in_bytes, is_whole_png, make_grid, png, to_adm_uint8, to_uint8
 
 
 def test_images_become_bytes() -> None:
@@ -37,3 +37,31 @@ def test_png_gives_the_image_back(channels: int) -> None:
     with Image.open(io.BytesIO(png(image))) as read:
         assert read.format == "PNG" and read.size == (4, 3)
         assert list(read.tobytes()) == image.flatten().tolist()
+    assert torch.equal(from_png(png(image)), image)
+
+
+def test_bytes_of_adm_are_ours_but_in_the_middle_between_two() -> None:
+    x = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0, float("inf")]).reshape(1, 1, 1, 6)
+    assert to_adm_uint8(x).flatten().tolist() == [0, 0, 128, 255, 255, 255]
+    middles = ((torch.arange(255) + 0.5) / 127.5 - 1).reshape(1, 1, 1, 255)
+    ours, theirs = to_uint8(middles).int(), to_adm_uint8(middles).int()
+    assert set((theirs - ours).flatten().tolist()) == {0, 1}
+    usual = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) / 2
+    # sums below 2^8 have last bits of 2^-16: one value in some 2^15 is as near to a middle
+    assert (to_uint8(usual) != to_adm_uint8(usual)).float().mean() < 1e-3
+    with pytest.raises(ValueError, match="4 channels are no colours"):
+        to_adm_uint8(torch.zeros(2, 4, 4, 4))
+    forms = {form: in_bytes(usual, form) for form in ("png", "npz", "both")}
+    assert [len(found) for found in forms.values()] == [1, 1, 2]
+    assert torch.equal(forms["both"][0], to_uint8(usual)) and torch.equal(forms["both"][1], forms["npz"][0])
+
+
+def test_a_whole_png_is_told_from_every_damage() -> None:
+    content = png(torch.arange(4 * 4 * 3, dtype=torch.uint8).reshape(4, 4, 3))
+    assert is_whole_png(content)
+    for at in range(len(content)):
+        assert not is_whole_png(content[:at])
+        flipped = bytearray(content)
+        flipped[at] ^= 4
+        assert not is_whole_png(bytes(flipped)), at
+    assert not is_whole_png(content + b"\0") and not is_whole_png(b"\0" * 100)

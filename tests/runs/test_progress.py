@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from soflow_fast.runs.progress import Progress, duration
+from soflow_fast.runs.progress import Counter, Progress, duration
 
 METRICS = {"fm_loss": 0.5, "sc_loss": -0.25, "sc_mse": 2.0, "memory_mb": 321.4, "lr": 1.0}
 
@@ -84,6 +84,30 @@ def test_a_live_line_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyP
     assert screen.lines[3].startswith("step"[: columns - 1]) and screen.lines[4:] == [""] and screen.cursor_shown
 
 
+def test_images_are_counted_with_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
+    progress = Progress(1000, screen, since=0.0)
+    progress.count(260, 74.0, 0.1)
+    assert screen.lines == ["260/1000 images  0:10 left  74 img/s  [#####---------------]"]
+    progress.count(1000, 74.0, 0.2)
+    assert screen.lines == ["1000/1000 images  0:00 left  74 img/s  [####################]"]
+
+
+def test_what_is_counted_quickly_gets_no_plain_line() -> None:
+    for since, steps, said in (
+        (100.0, [(5, 101.0), (10, 109.9)], []),
+        (100.0, [(5, 110.1), (6, 111.0), (10, 112.0)], ["5/10", "10/10"]),
+        (float("-inf"), [(5, 100.0), (6, 101.0), (10, 102.0)], ["5/10", "10/10"]),
+    ):
+        stream = io.StringIO()
+        progress = Progress(10, stream, since=since)
+        for done, now in steps:
+            progress.count(done, 1.0, now)
+        assert [line.split()[0] for line in stream.getvalue().splitlines()] == said, since
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_live_line_fits_whatever_the_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An ellipsis that the encoding lacks would be printed as an escape of six characters, and wrap the line."""
@@ -153,3 +177,24 @@ def test_output_that_is_refused_comes_later() -> None:
     raw.full = False
     progress.say("two")
     assert raw.content.decode().splitlines() == ["one", "step 10/10  0:00 left  1 img/s  1 MB", "two"]
+
+
+def test_a_counter_counts_on_a_terminal_from_the_first_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.0, 14.0, 100.0])
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    screen, plain = Screen(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    counter = Counter(lambda: next(clock))
+    shown = []
+    for done in (64, 128, 150):
+        counter(done, 150)
+        shown.append(screen.lines[0])
+    assert shown == [
+        *("64/150 images  ? left  0 img/s", "128/150 images  0:01 left  32 img/s"),
+        "150/150 images  0:00 left  22 img/s",
+    ]
+    assert screen.lines == [shown[-1], ""] and screen.cursor_shown
+    monkeypatch.setattr("sys.stderr", plain)
+    counter(64, 150)
+    assert plain.getvalue() == ""

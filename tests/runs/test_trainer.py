@@ -226,11 +226,15 @@ def test_tensorboard_has_the_metrics_and_the_grids_also_after_a_resume(tmp_path:
     trainer.train(configuration(run_dir))
     board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
     logged = metrics(run_dir)
-    assert {*logged[0], *TIMING} - {"step"} == set(board.Tags()["scalars"])
+    figures = [f"eval_{name}{calls}" for name in DigitScores._fields for calls in ("", "_nfe2")]
+    assert {*logged[0], *TIMING, *figures} - {"step"} == set(board.Tags()["scalars"])
     for name in ("fm_loss", "sc_mse", "lr"):
         points = [(point.step, point.value) for point in board.Scalars(name)]
         assert points == [(entry["step"], pytest.approx(entry[name])) for entry in logged]
-    assert [image.step for image in board.Images("samples")] == [3, 6, 9]
+    assert [image.step for image in board.Images("samples")] == [3, 6, 9, 11]
+    (frechet,) = board.Scalars("eval_frechet_nfe2")
+    kept = json.loads((run_dir / "evaluation.json").read_text())["nfe"]["2"]["frechet"]
+    assert (frechet.step, frechet.value) == (11, pytest.approx(kept))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path: Path, monkeypatch: Any) -> None:

@@ -60,3 +60,8 @@ def test_recorded_on_a_gpu():
         noise = torch.randn_like(noise)
         torch.testing.assert_close(recorded(noise, y), plain(noise, y), rtol=1e-3, atol=1e-3)
     assert isinstance(recorded.call, capture.Captured) and recorded.call.replay is not None
+
+
+def test_a_flow_of_many_steps_is_refused():
+    with pytest.raises(ValueError, match="flow: was trained by flow-matching, whose samples take many calls"):
+        OneStep(SolutionFlow(network(), objective="flow-matching"))

@@ -49,6 +49,18 @@ def test_low_precision_gradients(recompute):
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
 
 
+@pytest.mark.parametrize(
+    "rounded", [pytest.param(None, marks=pytest.mark.slow), torch.bfloat16], ids=["float32", "bf16 parameters"]
+)
+def test_blocks_that_normalise_queries_and_keys(rounded):
+    wanted = gradients(network(rounded=rounded, qk_norm=True), autocast=rounded is not None)
+    net = network(rounded=rounded, qk_norm=True)
+    net.compile_blocks("aot_eager")
+    got = gradients(net, autocast=rounded is not None)
+    for name, value in wanted.items():
+        assert (got[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
 @pytest.mark.parametrize("fields", [{}, {"precision": "bf16"}, {"precision": "bf16", "teacher": "ema"}], ids=str)
 def test_a_step_does_not_recompile(fields, monkeypatch):
     objective = ObjectiveConfig(teacher=fields.pop("teacher", "student"))

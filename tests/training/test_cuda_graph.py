@@ -75,10 +75,11 @@ def graphs(monkeypatch):
     return made
 
 
-def state(precision="fp32", teacher="student", **fields):
+def state(precision="fp32", teacher="student", qk_norm=False, guidance_range=None, **fields):
     config = preset("digits", precision=precision, device="cpu", batch_size=8, steps=40, **fields)
     objective = ObjectiveConfig(teacher=teacher)
-    run = TrainState.build(dataclasses.replace(config, model=SIZES, objective=objective))
+    model = dataclasses.replace(SIZES, qk_norm=qk_norm, guidance_range=guidance_range)
+    run = TrainState.build(dataclasses.replace(config, model=model, objective=objective))
     with torch.no_grad():  # off the initial zeros, where half of the gradients vanish
         for i, p in enumerate(run.flow.parameters()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
@@ -93,10 +94,12 @@ def batch(seed=0, n=8):
 SETTINGS = [
     {"optim.warmup_steps": 20, "optim.lr": 1e-2, "optim.grad_clip": 1.0},  # rate, r and EMA decay change every step
     {"optim.lr": 1e-2, "optim.ema_warmup": True, "precision": "bf16"},
+    {"optim.lr": 1e-2, "qk_norm": True, "precision": "bf16"},
     {"optim.lr_schedule": "cosine", "teacher": "ema", "precision": "bf16", "optim.lr": 1e-2},
     {"micro_batch": 3, "optim.lr": 1e-2},
     {"optimizer": "torch", "optim.lr": 1e-2, "recompute": "mlp"},
     {"optimizer": "torch", "optim.lr": 1e-2, "precision": "bf16"},
+    {"optim.lr": 1e-2, "precision": "bf16", "guidance_range": (1.0, 4.0)},
 ]
 
 

@@ -55,6 +55,7 @@ def measured(config: Config) -> MemoryEstimate:
         {"run.recompute": "mlp", "precision": "bf16", "micro_batch": 4},
         {"run.recompute": "block", "model.num_classes": 0, "objective.fm_fraction": 1.0, "micro_batch": 3},
         {"run.optimizer": "torch", "precision": "bf16", "teacher": "ema"},
+        {"model.qk_norm": True, "precision": "bf16"},
     ],
     ids=str,
 )
@@ -94,13 +95,15 @@ def test_the_parts_add_up_and_the_peak_grows_with_the_batch() -> None:
     assert peaks == sorted(set(peaks))
 
 
-def test_activations_are_what_the_blocks_keep() -> None:
-    """12 D values a token and block in bf16. Statistics and the ends come on top, and the peak lies a little into the
-    backward, when the last block has gone: one of six has a few operations of its own, 5 % in all."""
-    config = override(preset("imagenet256-b2"), {"model.depth": 6})
+@pytest.mark.parametrize(("qk_norm", "numbers"), [(False, 12), (True, 14)])
+def test_activations_are_what_the_blocks_keep(qk_norm: bool, numbers: int) -> None:
+    """12 D values a token and block in bf16, 14 D where q and k are normalised. Statistics and the ends come on top,
+    and the peak lies a little into the backward, when the last block has gone: one of six has a few operations of its
+    own, 5 % in all."""
+    config = override(preset("imagenet256-b2"), {"model.depth": 6, "model.qk_norm": qk_norm})
     one, two = (estimate_memory(config, batch=n).activations for n in (16, 32))
     model, tokens = config.model, 256
-    exact = 16 * tokens * model.depth * 12 * model.hidden_size * 2
+    exact = 16 * tokens * model.depth * numbers * model.hidden_size * 2
     assert two - one == pytest.approx(exact, rel=0.05)
 
 

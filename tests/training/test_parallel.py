@@ -57,7 +57,7 @@ def trained(launch: Launch | None, changes: dict[str, Any], steps: int, alter: C
     parallel = None if launch is None else join(launch, config.run, CPU)
     state = TrainState.build(config, parallel=parallel)
     source = open_source(config)
-    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
+    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.flow_matching_fraction)
     metrics = []
     for step in range(steps):
         x0, y = source.batch(step, state.rank, state.world)
@@ -169,6 +169,7 @@ def test_gradients_may_be_reduced_in_bf16(kind: str) -> None:
         {"run.check_quotient_every": 2, "model.num_classes": 0},
         {"objective.fm_fraction": 0.0},
         {"objective.fm_fraction": 1.0},
+        {"model.guidance_range": (1.0, 4.0), "objective.mix_ratio": 0.25, "micro_batch": 4},
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
@@ -190,7 +191,7 @@ def compiled(launch: Launch | None, changes: dict[str, Any]) -> tuple[list[float
     state = TrainState.build(config, parallel=None if launch is None else join(launch, config.run, CPU))
     state.flow.network.compile_blocks("eager")
     source = open_source(config)
-    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
+    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.flow_matching_fraction)
     norms = [float(train_step(state, *source.batch(k, state.rank, state.world))["grad_norm"]) for k in range(3)]
     return norms, state.rides_along()
 
@@ -258,7 +259,7 @@ def stumble(launch: Launch, changes: dict[str, Any], fails: bool) -> list[float]
     config = configured(changes)
     state = TrainState.build(config, parallel=join(launch, config.run, CPU))
     source = open_source(config)
-    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.fm_fraction)
+    source.dealt_first = flow_matching_samples(config.batch_size, config.objective.flow_matching_fraction)
     norms = [float(train_step(state, *source.batch(0, state.rank, state.world))["grad_norm"])]
 
     def fail(name: str, **values: Any) -> None:

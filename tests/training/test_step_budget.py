@@ -54,8 +54,10 @@ KNOWN: set[Copy] = {
 
 
 @functools.cache
-def counted(depth: int, name: str = "imagenet256-xl2", batch: int = 256) -> list[Operation]:
-    return count_step(override(preset(name), {"model.depth": depth}), batch)
+def counted(
+    depth: int, name: str = "imagenet256-xl2", batch: int = 256, qk_norm: bool = False
+) -> list[Operation]:  # fmt: skip
+    return count_step(override(preset(name), {"model.depth": depth, "model.qk_norm": qk_norm}), batch)
 
 
 def cost(operations: list[Operation], phase: str | None = None) -> PhaseTime:
@@ -85,6 +87,24 @@ def test_a_part_of_the_step_costs_what_it_did(phase: str) -> None:
         assert found.launches == pinned.launches, (phase, part, found)
         for value, limit in zip(found[1:], pinned[1:], strict=True):
             assert 0.98 * limit <= value <= limit, (phase, part, found)
+
+
+# What norms of queries and keys add to a block, launches and passes over the tokens of the batch in bf16: one kernel
+# for both in a forward (4), of a quarter more samples behind guidance; in the backward one (6) and the sum of its
+# parts; and the increments of a quarter of the samples (6).
+QK_NORM = {"guidance": (1, 5.0), "student": (1, 4.0), "target": (1, 1.5), "backward": (2, 6.0)}
+
+
+@pytest.mark.parametrize("phase", QK_NORM)
+def test_norms_of_queries_and_keys_cost_a_kernel_for_both(phase: str) -> None:
+    launches, passes = QK_NORM[phase]
+    (two, three), (normed_two, normed_three) = (
+        [cost(counted(depth, qk_norm=qk_norm), phase) for depth in DEPTHS[:2]] for qk_norm in (False, True)
+    )
+    assert (normed_three.launches - normed_two.launches) - (three.launches - two.launches) == launches
+    more = (normed_three.bytes - normed_two.bytes) - (three.bytes - two.bytes)
+    assert more == pytest.approx(passes * 2 * B * T * D, rel=0.01)
+    assert copies(counted(DEPTHS[0], qk_norm=True)) == KNOWN
 
 
 def sizes(a: PhaseTime, b: PhaseTime) -> list[tuple[int, int]]:

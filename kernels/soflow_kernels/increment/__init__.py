@@ -10,6 +10,7 @@ tensors:
     gelu, silu       h sigma(z(h))
     time_embedding   sinusoids, values as well
     attention        softmax and its products
+    qk_norm          RMSNorm of queries and keys
 
 SoFlow (arXiv 2512.15657) divides the increment of its network by a time step of 0.002 and less; the difference of two
 forwards in bfloat16 would be rounding error. Nothing here has a gradient.
@@ -24,6 +25,7 @@ from soflow_kernels.increment.adaln import (
 )
 from soflow_kernels.increment.attention import attention_increment, attention_increment_reference
 from soflow_kernels.increment.gelu import bias_gelu_increment, bias_gelu_increment_reference
+from soflow_kernels.increment.qk_norm import qk_rms_norm_increment, qk_rms_norm_increment_reference
 from soflow_kernels.increment.silu import silu_increment, silu_increment_reference
 from soflow_kernels.increment.time_embedding import time_embedding_increment, time_embedding_increment_reference
 
@@ -37,6 +39,8 @@ __all__ = [
     "gate_residual_layernorm_modulate_increment_reference",
     "layernorm_modulate_increment",
     "layernorm_modulate_increment_reference",
+    "qk_rms_norm_increment",
+    "qk_rms_norm_increment_reference",
     "silu_increment",
     "silu_increment_reference",
     "time_embedding_increment",

@@ -52,9 +52,22 @@ def reason(error: Exception) -> str:
 
 def decode(content: bytes, wanted: Wanted) -> np.ndarray:
     """The pixels of an image file, uint8 [C, size, size]. Raises what decoders raise, or Unreadable."""
+    return _array(_fitted(_picture(content, wanted.channels), wanted))
+
+
+def decode_unscaled(content: bytes, channels: int) -> np.ndarray:
+    """The pixels of an image file as large as it is, uint8 [C, H, W]. Raises as `decode` does."""
+    return _array(_picture(content, channels))
+
+
+def _picture(content: bytes, channels: int) -> Image.Image:
     image, _ = _colours(_opened(content))
-    mode = "L" if wanted.channels == 1 else "RGB"
-    pixels = np.asarray(_fitted(image if image.mode == mode else image.convert(mode), wanted))
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 

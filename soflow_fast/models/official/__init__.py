@@ -173,7 +173,8 @@ def read_start(
     """What a run of `config` begins with, of a file: weights, averages, and moments and step where they are asked for.
 
     kind: of a network that sees one time. initial: the weights with which the run would begin, by the names of
-    `SolutionFlow.state_dict`; needed for those. Raises CheckpointError if they do not fit the configuration.
+    `SolutionFlow.state_dict`; needed for those, and for a run with a range of guidance scales. Raises CheckpointError
+    if they do not fit the configuration.
     """
     content = torch_file.read(where)
     found = {"network": find_network(content, where), "average": find_average(content, where)}
@@ -182,6 +183,7 @@ def read_start(
     if known is not None and kind is None:
         _agreed(known, config.flow.path, config.flow.coefficients, where)
     own: dict[str, dict[str, Tensor]] = {}
+    plain = {key.removeprefix("network."): value for key, value in (initial or {}).items()}
     for name, weights in found.items():
         tensors: Mapping[str, Tensor] = weights.tensors
         model = shapes.fitted(config.model, tensors, where)
@@ -190,16 +192,19 @@ def read_start(
             raise CheckpointError(
                 f"{where}: its label table has {row}; give --set model.null_label={str(model.null_label).lower()}"
             )
+        if model.qk_norm != config.model.qk_norm:
+            norms = "norms of queries and keys" if model.qk_norm else "no norms of queries and keys"
+            raise CheckpointError(f"{where}: has {norms}; give --set model.qk_norm={str(model.qk_norm).lower()}")
         if one_time.is_one_time(tensors):
             if kind is None:
                 raise CheckpointError(
                     f"{where}: its network sees one time; say what it is, --set run.init_kind=dit or sit"
                 )
-            assert initial is not None
-            plain = {key.removeprefix("network."): value for key, value in initial.items()}
             tensors = one_time.with_two_times(tensors, kind, flow, plain, where)
         elif kind is not None:
             raise CheckpointError(f"{where}: is no {kind}: its network sees two times already")
+        if config.model.guidance_range is not None and one_time.W_EMBEDDER not in tensors:
+            tensors = {**tensors, **one_time.silent_embedder("w_embedder", plain)}
         own[name] = checked(tensors, flow, where)
     if not with_moments:
         return Start(own["network"], own["average"], {})

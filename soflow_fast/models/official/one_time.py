@@ -24,7 +24,8 @@ from ...flow import SolutionFlow
 from ..dit import FREQUENCIES, sinusoids
 
 Kind = Literal["dit", "sit"]
-SECOND = ("s_embedder.mlp.0.weight", "s_embedder.mlp.0.bias", "s_embedder.mlp.2.weight", "s_embedder.mlp.2.bias")
+W_EMBEDDER = "w_embedder.mlp.0.weight"
+"""A tensor that a network for a range of guidance scales has."""
 
 
 def is_one_time(weights: Mapping[str, Tensor]) -> bool:
@@ -41,11 +42,7 @@ def with_two_times(
     the output is neither of the network's channels nor of twice as many.
     """
     config: DiTConfig = flow.network.config
-    out = dict(weights)
-    for name in SECOND[:2]:
-        out[name] = initial[name]
-    for name in SECOND[2:]:
-        out[name] = torch.zeros_like(initial[name])
+    out = {**weights, **silent_embedder("s_embedder", initial)}
     sign = 1.0
     if kind == "sit":
         out["t_embedder.mlp.0.weight"] = of_the_rest(weights["t_embedder.mlp.0.weight"])
@@ -58,6 +55,15 @@ def with_two_times(
         kept = value.view(config.patch_size**2, -1, *value.shape[1:])[:, : config.in_channels]  # [p^2, C, ...]
         out[name] = sign * kept.reshape(expected.shape).float()
     return out
+
+
+def silent_embedder(name: str, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a time embedder that is new to a network: the output is at first what it was without it.
+
+    initial: the weights with which a network would begin, by the names in it.
+    """
+    first, last = ([f"{name}.mlp.{layer}.{part}" for part in ("weight", "bias")] for layer in (0, 2))
+    return {key: initial[key] for key in first} | {key: torch.zeros_like(initial[key]) for key in last}
 
 
 def of_the_rest(weight: Tensor) -> Tensor:

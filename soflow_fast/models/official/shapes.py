@@ -7,9 +7,12 @@ from torch import Tensor
 
 from ...config.schema import DIT_SIZES, DiTConfig
 from ...errors import CheckpointError
+from .one_time import W_EMBEDDER
 from .wrapped import FIRST
 
 TABLE = "y_embedder.embedding_table.weight"
+NORM = "blocks.0.attn.q_norm.weight"
+"""Of the queries of the first block, in a network that normalises queries and keys."""
 ROWS = {1001: (1000, True), 1000: (1000, False), 11: (10, True), 10: (10, False), 1: (0, True)}
 """Classes, and whether there is a null label, by the rows of the label table: of ImageNet, CIFAR-10 and no classes."""
 
@@ -19,6 +22,8 @@ def infer(weights: Mapping[str, Tensor], where: str, num_classes: int | None = N
 
     num_classes: None: by the label table, where it is of a well-known number. Raises CheckpointError for another one.
     """
+    if W_EMBEDDER in weights:
+        raise CheckpointError(f"{where}: sees guidance scales; give a DiTConfig with guidance_range")
     try:
         hidden_size, in_channels, patch_size, _ = weights[FIRST].shape
         depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
@@ -51,6 +56,7 @@ def infer(weights: Mapping[str, Tensor], where: str, num_classes: int | None = N
         mlp_ratio=mlp_ratio,
         num_classes=classes,
         null_label=null_label,
+        qk_norm=NORM in weights,
     )
     return fitted(config, weights, where)
 
@@ -62,7 +68,14 @@ def public_heads(depth: int, hidden_size: int) -> int | None:
 
 def fitted(config: DiTConfig, weights: Mapping[str, Tensor], where: str) -> DiTConfig:
     """`config` with a null label or without, as the label table has it: that of a network whose labels are never
-    dropped has no row for it. Raises CheckpointError for other classes, and heads that a public size does not have."""
+    dropped has no row for it; with norms of queries and keys or without, as the weights have them. Raises
+    CheckpointError for heads that a public size does not have, and for norms of another kind."""
+    wrong = next((name for name in weights if name.endswith((".attn.q_norm.bias", ".attn.k_norm.bias"))), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{where}: {wrong} is of a LayerNorm of queries or keys; the DiT here has RMSNorm there, without a bias"
+        )
+    config = replace(config, qk_norm=NORM in weights)
     usual = public_heads(config.depth, config.hidden_size)
     if usual not in (None, config.num_heads):
         raise CheckpointError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from .torch_file import Unmade
 
-PARTS = {"x_embedder", "t_embedder", "s_embedder", "y_embedder", "blocks", "final_layer", "pos_embed"}
+PARTS = {"x_embedder", "t_embedder", "s_embedder", "w_embedder", "y_embedder", "blocks", "final_layer", "pos_embed"}
 WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 """Components that DistributedDataParallel, torch.compile, activation checkpointing and FSDP put in, anywhere."""
 ONLINE = "online_model"

@@ -61,6 +61,7 @@ __all__ = [
     "begin_with",
     "directory",
     "export",
+    "is_flow",
     "list_checkpoints",
     "load",
     "load_whole",
@@ -399,6 +400,12 @@ def load_with_data(
         flow, config, data = published.read(place)
         return flow.to(device).eval().requires_grad_(False), config, data
     return of_newest(path, lambda folder: _load_one(folder, device))
+
+
+def is_flow(folder: Path) -> bool:
+    """Whether a folder is, or may be meant as, what `load` reads; a folder of images is not."""
+    known = official_file(folder) or published.find(folder) or list_checkpoints(folder)
+    return bool(known) or any((folder / name).exists() for name in (MANIFEST, "config.json"))
 
 
 def of_newest(path: Path, use: Callable[[Path], T]) -> T:

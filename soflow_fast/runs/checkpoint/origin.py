@@ -28,7 +28,8 @@ class Origin:
     code: dict[str, Any] = field(default_factory=dict)
     """As `source_code.versions` says it."""
     figures: dict[str, Any] = field(default_factory=dict)
-    """As `runs.samples.evaluate` keeps them: samples, and figures by name for each number of network calls."""
+    """As `runs.samples.evaluate` keeps them: samples, what they were compared with, and figures by name for each number
+    of network calls."""
 
 
 def of_checkpoint(folder: Path, config: Config, data: Identity | None, step: int | None) -> Origin:
@@ -51,7 +52,10 @@ def _figures(run_dir: Path, step: int) -> dict[str, Any]:
 def published(origin: Origin) -> Origin:
     """An origin without what is of one machine alone: settings of the run, and paths of its data."""
     data = replace(origin.config.data, path="", vae="", skip_bad=False)
-    return replace(origin, config=replace(origin.config, data=data, run=RunConfig(), micro_batch=0))
+    figures = dict(origin.figures)
+    if isinstance(reference := figures.get("reference"), dict) and isinstance(path := reference.get("path"), str):
+        figures["reference"] = {**reference, "path": os.path.basename(path.rstrip("/"))}
+    return replace(origin, config=replace(origin.config, data=data, run=RunConfig(), micro_batch=0), figures=figures)
 
 
 def to_values(origin: Origin) -> dict[str, Any]:

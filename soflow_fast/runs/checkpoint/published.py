@@ -1,9 +1,10 @@
 """Directories in which weights are given away: config.json and safetensors, as the Hugging Face hub has them.
 
-config.json has {"model", "flow", "data", "run"}: the network, the path and coefficients, the identity of the data and
-what is known of the training, the latter two null where nothing is. model.safetensors has the weights, manifest.json
-the SHA-256 of both; README.md may be edited and is in no manifest. The folder `flow` of a pipeline is the same, its
-weights in diffusion_pytorch_model.safetensors and without a manifest, as diffusers writes it.
+config.json has {"model", "flow", "data", "run"}: the network, the path and coefficients (and the objective, where it is
+not SoFlow's), the identity of the data and what is known of the training, the latter two null where nothing is.
+model.safetensors has the weights, manifest.json the SHA-256 of both; README.md may be edited and is in no manifest. The
+folder `flow` of a pipeline is the same, its weights in diffusion_pytorch_model.safetensors and without a manifest, as
+diffusers writes it.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...config.schema import Config, DataConfig, DiTConfig, ObjectiveConfig, from_dict, to_dict
+from ...config.schema import Config, DataConfig, DiTConfig, from_dict, to_dict
 from ...config.validation import validate
 from ...data import identity
 from ...data.identity import Identity
@@ -45,7 +46,9 @@ def describe(flow: SolutionFlow, origin: Origin | None) -> dict[str, Any]:
     if not isinstance(config, DiTConfig):
         raise ValueError(f"flow: its network is a {type(flow.network).__name__}; only a DiT can be saved")
     known = {"data": None, "run": None} if origin is None else to_values(published(origin))
-    return {"model": to_dict(config), "flow": {"path": flow.path, "coefficients": flow.coefficients}, **known}
+    kind = {} if flow.objective == "soflow" else {"objective": flow.objective}  # which older versions do not know
+    form = {"path": flow.path, "coefficients": flow.coefficients, **kind}
+    return {"model": to_dict(config), "flow": form, **known}
 
 
 def write(flow: SolutionFlow, folder: Path, origin: Origin | None) -> None:
@@ -132,11 +135,14 @@ def _read(path: Path, most: int, digests: dict[str, str] | None) -> bytes:
 def _configuration(values: dict[str, Any]) -> Config:
     """The configuration that is known: of the run, or of its network alone. Raises ValueError."""
     given = {name: values[name] for name in ("model", "flow")}
+    if isinstance(given["flow"], dict) and "objective" in given["flow"]:
+        form = dict(given["flow"])
+        given |= {"objective": {"kind": form.pop("objective")}, "flow": form}
     origin = from_values(values)
     if origin is None:
         config = from_dict(given, Config(preset="", data=DataConfig(kind="images")))
         latent = config.model.in_channels not in (1, 3)  # which are no colours
         if not config.model.null_label:
-            config = replace(config, objective=ObjectiveConfig(guidance_scale=1, label_drop=0))
+            config = replace(config, objective=replace(config.objective, guidance_scale=1.0, label_drop=0.0))
         return validate(replace(config, data=DataConfig(kind="latents")) if latent else config)
     return validate(from_dict(given, origin.config))

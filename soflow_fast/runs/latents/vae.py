@@ -41,9 +41,14 @@ class VAE:
         model = copied(self.model, device)
         return self if model is self.model else replace(self, model=model)
 
+    @property
+    def pixels(self) -> int:
+        """Of an image, in each direction, that become one number of a channel of its latent."""
+        return 2 ** (len(self.model.config.block_out_channels) - 1)
+
     def check_images(self, channels: int, size: int) -> None:
         """Raise ConfigError if it does not take images of a number of channels, `size` pixels high and wide."""
-        takes, pixels = self.model.config.in_channels, 2 ** (len(self.model.config.block_out_channels) - 1)
+        takes, pixels = self.model.config.in_channels, self.pixels
         if takes != channels:
             raise ConfigError(f"--vae {self.name}: takes images of {takes} channels, these have {channels}")
         if size < pixels:
@@ -99,7 +104,7 @@ def load_vae(name: str, device: torch.device, *, local: bool = False, channels: 
     if channels not in (0, config.latent_channels):
         raise ConfigError(f"{flag}: is of latents of {config.latent_channels} channels, not {channels}")
     scale, shift = factors(flag, config)
-    return VAE(name, model.to(device).eval().requires_grad_(False), scale, shift, _digest(model))
+    return VAE(name, model.to(device).eval().requires_grad_(False), scale, shift, weights_digest(model))
 
 
 @contextmanager
@@ -159,9 +164,10 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _digest(model: torch.nn.Module) -> str:
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of names and values of all weights."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + b"\0")
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()

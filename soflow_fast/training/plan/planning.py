@@ -144,7 +144,7 @@ def share_of(config: Config, ranks: int) -> Config:
     """The configuration with the batch of one of so many ranks, of that with the most consistency samples: the others
     wait for it."""
     batch, objective = config.batch_size // ranks, config.objective
-    fewest = flow_matching_samples(config.batch_size, objective.fm_fraction) // ranks
+    fewest = flow_matching_samples(config.batch_size, objective.flow_matching_fraction) // ranks
     return replace(config, batch_size=batch, objective=replace(objective, fm_fraction=fewest / batch))
 
 

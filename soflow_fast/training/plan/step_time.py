@@ -22,8 +22,10 @@ HOOK_BYTES = 20
 """Bytes read and written for each gradient in it: a float32 copy, its division, and the way back."""
 SUM_BYTES = 10
 """Bytes read and written to add a bf16 gradient to the float32 sum of earlier micro-batches."""
-EXCHANGED = 8 * (1 + len(PLACES) + 6)
-"""Bytes with which a rank tells the others its norm, what is not finite and its losses."""
+LOSS = 8 * 3
+"""Bytes with which a rank tells the others one of its losses."""
+EXCHANGED = 8 * (1 + len(PLACES)) + 2 * LOSS
+"""Bytes with which it tells them its norm, what is not finite and both losses."""
 
 
 @dataclass(frozen=True)
@@ -198,19 +200,20 @@ def many_gpus(
     }
     phases["backward"] = backward(engine, work["backward"], True)
     phases["backward"] += backward(engine, work["backward"], False).times(parts - 1)
-    phases["update"] = _update(engine, work["update"], everybody)
+    told = EXCHANGED if gathers["target"] else EXCHANGED - LOSS  # without consistency samples it has no loss of them
+    phases["update"] = _update(engine, work["update"], everybody, told)
     dispatched = sum(work[name].whole(engine.depth).host * (parts if name != "update" else 1) for name in PHASES)
     passed = parts * (sum(gathers.values()) + 1)  # and one reduction
     return StepPlan(phases, dispatched + _host_of_exchanges(engine, passed), graph)
 
 
-def _update(engine: Engine, work: PhaseWork, everybody: Group) -> PhasePlan:
-    """The optimiser on the part of a rank, after all ranks have told each other what they need for it."""
+def _update(engine: Engine, work: PhaseWork, everybody: Group, told: int) -> PhasePlan:
+    """The optimiser on the part of a rank, after all ranks have told each other what they need for it, `told` bytes."""
     whole, ranks = work.whole(engine.depth), engine.where.shards.size
     mine = sum(n for group in engine.groups.all() for n in group.part(ranks))
     share = mine / sum(group.numel for group in engine.groups.all())
     seconds = max(whole.gpu * share, whole.launches * engine.gpu.launch) if ranks > 1 else whole.gpu
-    exchange = all_gather(EXCHANGED * everybody.size, everybody)
+    exchange = all_gather(told * everybody.size, everybody)
     return PhasePlan(0, exchange, seconds, seconds + exchange.seconds(engine.gpu))
 
 

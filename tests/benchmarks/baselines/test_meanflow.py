@@ -16,9 +16,12 @@ from benchmarks.harness import account, contestants
 from benchmarks.harness.cases import random_batch
 from benchmarks.harness.contestants import FLASH, QUARTER
 from benchmarks.harness.recipes import build, plain_operations
+from soflow_fast import average_velocity
 from soflow_fast.config.schema import FlowConfig, override
 from soflow_fast.models.dit import TapedOutputs
+from soflow_fast.training import step
 from soflow_fast.training.state import TrainState
+from soflow_fast.training.step import train_step
 from tests.benchmarks import tiny
 
 CONFIG = override(tiny.CONFIG, {"model.depth": 3})
@@ -101,6 +104,48 @@ def test_flash_jvp_takes_the_function_that_carries_tangents(monkeypatch):
         monkeypatch.setattr(JVPAttn, "fwd_dual", staticmethod(dropping))
         with pytest.raises(AssertionError, match="lost the tangent"):
             FLASH.check(CONFIG, FLASH)
+
+
+@pytest.mark.parametrize(
+    ("precision", "quotient", "bound"),
+    [("fp32", "pair", 5e-3), ("fp32", "increments", 2e-3), ("bf16", "auto", 2e-2)],
+)
+def test_the_engines_meanflow_is_the_published_one(precision, quotient, bound):
+    """Losses and gradients of one step with its draws, where du/dt is of forward mode in float32 and of all samples."""
+    changes = {"guidance_scale": 1.5, "mix_ratio": 0.25, "guidance_decay_time": 1.0, "fm_fraction": 0.75}
+    changes = {f"objective.{name}": value for name, value in changes.items()} | {"objective": "meanflow"}
+    config = override(CONFIG, {**changes, "precision": precision, "quotient": quotient, "batch_size": 8})
+    engine = off_zero(TrainState.build(config))
+    published = off_zero(meanflow.build(override(config, {"precision": "fp32"})))
+    x0, y = random_batch(config, engine.device)
+    x1, t, r, dropped, n = meanflow.draw(published, x0.shape, meanflow.Settings())
+    l = torch.cat([t[:n], t[n:] - average_velocity.STEP])
+    found = train_step(engine, x0, y, draws=step.Draws(x1, t, l, r, dropped, n))
+    settings = meanflow.Settings()
+    with plain_operations():
+        wanted = meanflow.losses_as_published(published, x0, y, settings)
+    for name in ("fm_mse", "sc_mse"):
+        torch.testing.assert_close(found[name], wanted[name], rtol=bound, atol=0)
+    share = n / len(x0)
+    loss = share * found["fm_loss"] + (1 - share) * found["sc_loss"]
+    torch.testing.assert_close(loss, wanted["loss"], rtol=bound, atol=0)
+    gradients = [
+        [p.grad.float() for p in sorted_parameters(state) if p.grad is not None] for state in (engine, published)
+    ]
+    assert relative(*gradients) < bound
+
+
+def sorted_parameters(state: TrainState) -> list[torch.nn.Parameter]:
+    return [p for _, p in sorted(state.flow.named_parameters())]
+
+
+def off_zero(state: TrainState) -> TrainState:
+    with torch.no_grad():
+        weights = state.weights()
+        for k, name in enumerate(sorted(weights)):
+            weights[name] += 0.05 * torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(k))
+        state.load_weights(weights)
+    return state
 
 
 def test_reasons():

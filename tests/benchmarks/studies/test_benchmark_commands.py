@@ -19,8 +19,10 @@ from benchmarks.harness import ceilings, command
 from benchmarks.harness.cases import Case
 from benchmarks.report import compare, pages, record
 from benchmarks.studies import (
+    derivative,
     digits,
     distance,
+    guidance,
     increments,
     plan,
     precision,
@@ -36,7 +38,8 @@ from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
 MODULES = [
-    digits, distance, increments, plan, precision, prediction, quality_for_time, sampling, scaling, step, sweeps,
+    derivative, digits, distance, guidance, increments, plan, precision, prediction, quality_for_time, sampling,
+    scaling, step, sweeps,
 ]  # fmt: skip
 
 
@@ -57,6 +60,8 @@ MISTAKES = [
     (digits, "--seeds 9223372036854775808", "--seeds"),
     (digits, "--seeds 1.5", "--seeds"),
     (digits, "--seeds 3 3", "--seeds"),
+    (guidance, "--seeds 3 3", "--seeds"),
+    (guidance, "--steps 0", "--steps"),
     (precision, "--seeds -1", "--seeds"),
     (precision, "--steps 0", "--steps"),
     (precision, "--workers 0", "--workers"),
@@ -66,7 +71,9 @@ MISTAKES = [
     (precision, "--recipes other", "--recipes"),
     (distance, "--steps 0", "--steps"),
     (distance, "--wide-steps x", "--wide-steps"),
-    *((module, f"--seconds {value}", "--seconds") for module in (increments, sampling, scaling, step, sweeps)
+    (derivative, "--steps 0", "--steps"),
+    *((module, f"--seconds {value}", "--seconds")
+      for module in (derivative, increments, sampling, scaling, step, sweeps)
       for value in ("inf", "nan", "-1", "soon", "1e300")),
     *((module, f"--within {value}", "--within") for module in (sampling, step, sweeps) for value in
       ("inf", "nan", "-1")),
@@ -115,8 +122,8 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "ceilings", "digits", "distance", "gpu", "increments", "plan", "precision", "prediction", "quality_for_time",
-    "reading", "sampling", "scaling", "soak", "step", "sweeps",
+    "ceilings", "derivative", "digits", "distance", "gpu", "guidance", "increments", "plan", "precision", "prediction",
+    "quality_for_time", "reading", "sampling", "scaling", "soak", "step", "sweeps",
 )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """SoFlow and MeanFlow by the seconds, a few steps of each."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ def test_quality_for_time(tmp_path, monkeypatch):
     for row in rows:
         assert [point["step"] for point in row["points"]] == [2, 4, 5]
         assert row["points"][0]["seconds"] < row["points"][-1]["seconds"]
+    assert {row["method"]: row["nfe"] for row in rows if row["nfe"] > 1} == {"flow matching, 10 Euler steps": 10}
     record.write(rows, "python -m benchmarks.quality_for_time", tmp_path, "quality-for-time")
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "performance.md"
@@ -24,15 +27,17 @@ def test_quality_for_time(tmp_path, monkeypatch):
     pages.main([], tmp_path, tmp_path)
     text = page.read_text()
     assert all(f"| {method} |" in text for method in quality_for_time.METHODS) and "(quality.svg)" in text
+    assert "one-step samples (of flow matching 10 calls) of the averaged weights" in text
     pytest.importorskip("matplotlib")
     assert b"<svg" in (tmp_path / "docs" / "quality.svg").read_bytes()[:500]
 
 
 def test_quality_compares_like_with_like():
-    """The same initial weights, batches and settings; only the step differs."""
+    """The same initial weights, batches and settings; only the step differs, or what decides about it."""
     config = quality_for_time.configuration(0, 10)
     states = [recipe.build(config) for recipe in quality_for_time.METHODS.values()]
     for state in states[1:]:
-        assert state.config.optim == states[0].config.optim and state.config.objective == states[0].config.objective
+        objective = dataclasses.replace(state.config.objective, kind="soflow", fm_fraction=0.5)
+        assert state.config.optim == states[0].config.optim and objective == states[0].config.objective
         for p, q in zip(state.flow.parameters(), states[0].flow.parameters(), strict=True):
             assert torch.equal(p, q)

@@ -1,5 +1,6 @@
 """The authors' checkpoints: state dicts and files with the public keys, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 
 from soflow_fast import DiT, DiTConfig, SolutionFlow, load_official
+from soflow_fast.config.schema import Config
 from soflow_fast.errors import CheckpointError
+from soflow_fast.models.official import read_start
 
 CONFIG = DiTConfig(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=2, num_heads=2, num_classes=3)
 
@@ -71,6 +74,40 @@ def test_a_public_size_is_read_off_the_weights() -> None:
     flow = load_official(state, path="trig", coefficients="trig", num_classes=5)
     assert flow.network.config == config
     assert (flow.path, flow.coefficients) == ("trig", "trig")
+
+
+def test_norms_of_queries_and_keys_are_recognised() -> None:
+    """By their names in timm and LightningDiT, whether a configuration speaks of them or not."""
+    for config in (DiTConfig.named("S/2", input_size=4, in_channels=1, num_classes=10), CONFIG):
+        normed = replace(config, qk_norm=True)
+        state = SolutionFlow(DiT(normed)).state_dict()
+        for given in (config, normed, *([None] if config is not CONFIG else [])):
+            flow = load_official(state, given)
+            assert flow.network.config == normed
+            assert_holds(flow, state)
+        assert load_official(SolutionFlow(DiT(config)).state_dict(), config).network.config == config
+
+
+def test_norms_of_another_kind_or_of_one_of_both_are_refused() -> None:
+    state = SolutionFlow(DiT(replace(CONFIG, qk_norm=True))).state_dict()
+    name = "network.blocks.1.attn.k_norm"
+    message = r"blocks\.1\.attn\.k_norm\.bias is of a LayerNorm of queries or keys; the DiT here has RMSNorm"
+    with pytest.raises(CheckpointError, match=message):
+        load_official({**state, f"{name}.bias": torch.zeros(4)}, CONFIG)
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight is missing"):
+        load_official({key: value for key, value in state.items() if key != f"{name}.weight"}, CONFIG)
+
+
+def test_a_run_says_whether_it_has_norms_of_queries_and_keys(tmp_path: Path) -> None:
+    for qk_norm, said in ((True, "has norms of queries and keys"), (False, "has no norms of queries and keys")):
+        model = replace(CONFIG, qk_norm=qk_norm)
+        state = SolutionFlow(DiT(model)).state_dict()
+        torch.save({"ema_model": state}, tmp_path / "x.pt")
+        start = read_start(str(tmp_path / "x.pt"), Config(model=model))
+        assert all(torch.equal(start.network[name], value) for name, value in state.items())
+        asked = rf"{said}; give --set model\.qk_norm={str(qk_norm).lower()}$"
+        with pytest.raises(CheckpointError, match=asked):
+            read_start(str(tmp_path / "x.pt"), Config(model=replace(CONFIG, qk_norm=not qk_norm)))
 
 
 def test_weights_that_do_not_fit_are_named() -> None:

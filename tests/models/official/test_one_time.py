@@ -1,6 +1,7 @@
 """DiT and SiT as the beginning of a SoFlow network: its output is theirs, and the second time can be learned."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,9 @@ def forward(w: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         q, key, v = (
             linear(norm(h, m[0], m[1]), f"{at}.attn.qkv").view(B, -1, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
         )
+        if f"{at}.attn.q_norm.weight" in w:
+            q = F.rms_norm(q, q.shape[-1:], w[f"{at}.attn.q_norm.weight"], 1e-6)
+            key = F.rms_norm(key, q.shape[-1:], w[f"{at}.attn.k_norm.weight"], 1e-6)
         a = (q @ key.mT / math.sqrt(D // heads)).softmax(-1) @ v
         h = h + m[2][:, None] * linear(a.transpose(1, 2).flatten(2), f"{at}.attn.proj")
         inner = F.gelu(linear(norm(h, m[3], m[4]), f"{at}.mlp.fc1"), approximate="tanh")
@@ -88,6 +92,24 @@ def test_the_velocity_is_that_of_a_sit_at_the_other_end_of_time(doubled: bool, f
         assert torch.equal(made.network(x, t, other, y), made.network(x, t, t, y))
 
 
+def test_a_sit_that_normalises_queries_and_keys(tmp_path) -> None:
+    """As LightningDiT's attention does; its output is kept, whatever the second time is."""
+    config = replace(CONFIG, qk_norm=True)
+    plain = one_time_weights(doubled=False)
+    names = [f"blocks.{k}.attn.{name}.weight" for k in range(2) for name in ("q_norm", "k_norm")]
+    weights = plain | {name: torch.linspace(0.5, 1.5, 8) + k for k, name in enumerate(names)}
+    torch.save({"ema": weights}, tmp_path / "theirs.pt")
+    made = SolutionFlow(DiT(config))
+    given = Config(model=config), {"kind": "sit", "initial": made.state_dict()}
+    made.load_state_dict(read_start(str(tmp_path / "theirs.pt"), given[0], **given[1]).network)
+    x, t, s, y = batch()
+    assert torch.equal(made.network(x, t, s, y), made.network(x, t, t, y))
+    expected = -forward(weights, x, 1 - t.double(), y)
+    torch.testing.assert_close(made.velocity(x, t, y).double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(CheckpointError, match=r"has norms of queries and keys; give --set model\.qk_norm=true"):
+        read_start(str(tmp_path / "theirs.pt"), Config(model=CONFIG), **given[1])
+
+
 def test_the_output_is_that_of_a_dit(tmp_path) -> None:
     weights = one_time_weights()
     x, t, s, y = batch()
@@ -100,6 +122,22 @@ def test_the_second_time_is_learned_from_the_first_step_on(tmp_path) -> None:
     x, t, s, y = batch()
     made.network(x, t, s, y).square().mean().backward()
     assert float(made.network.s_embedder.mlp[2].weight.grad.abs().amax()) > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["dit", "sit"])
+def test_a_guidance_scale_changes_nothing_at_first_and_is_learned_from_the_first_step_on(kind: str, tmp_path) -> None:
+    weights, path = one_time_weights(), tmp_path / "theirs.pt"
+    torch.save({"model": weights, "ema": weights, "args": None}, path)
+    model = replace(CONFIG, guidance_range=(1.0, 4.0))
+    made = SolutionFlow(DiT(model))
+    start = read_start(str(path), Config(model=model), kind=kind, initial=made.state_dict())
+    made.load_state_dict(start.network)
+    plain = begun(weights, kind, FlowConfig(), tmp_path)
+    x, t, s, y = batch()
+    w = torch.linspace(1, 4, len(x))
+    assert torch.equal(made.network(x, t, s, y, w), plain.network(x, t, s, y))
+    made.network(x, t, s, y, w).square().mean().backward()
+    assert float(made.network.w_embedder.mlp[2].weight.grad.abs().amax()) > 1e-6
 
 
 def test_the_sinusoids_of_the_rest_are_turned_exactly() -> None:

@@ -228,6 +228,10 @@ def sent_in_a_step(launch: Launch, changes: dict[str, Any]) -> int:
         (1, {"parallel": "fsdp", "precision": "bf16", "micro_batch": 4, "run.reduce_dtype": "bf16"}),
         (1, {"parallel": "ddp", "precision": "bf16", "micro_batch": 4}),
         pytest.param(
+            1, {"parallel": "fsdp", "precision": "bf16", "objective": "flow-matching"}, marks=pytest.mark.slow
+        ),
+        pytest.param(1, {"parallel": "fsdp", "objective": "meanflow"}, marks=pytest.mark.slow),
+        pytest.param(
             1,
             {"parallel": "fsdp", "teacher": "ema", "recompute": "block", "model.hidden_size": 44},
             marks=pytest.mark.slow,

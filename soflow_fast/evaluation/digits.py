@@ -1,16 +1,19 @@
-"""The quality of samples. On the digits: are they their label, are they distributed like the data, are they copies."""
+"""Samples of digits: are they their label, are they distributed like the data, are they copies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .data.digits import load_digits, to_pixels
-from .errors import Diverged
-from .flow import SolutionFlow
-from .sampling import Devices, Drawing, draw_on
+from ..data.digits import load_digits, to_pixels
+from ..errors import Diverged
+from ..flow import SolutionFlow
+from ..sampling import Devices, Drawing, draw_on
+from .gaussian import frechet_distance
+
+REAL = 1797
+"""Digits that there are."""
 
 
 class DigitScores(NamedTuple):
@@ -22,19 +25,6 @@ class DigitScores(NamedTuple):
     """Frechet distance in pixel space (64 dimensions, covariances + 1e-3 I); two halves of the real digits: 16."""
     near_copies: float
     """Fraction within Euclidean distance 4 of a real digit."""
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray, ridge: float = 1e-3) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets [N, D], A and B their covariances + ridge I."""
-    from scipy.linalg import eigh
-
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    eye = ridge * np.eye(a.shape[1])
-    A, B = np.cov(a, rowvar=False) + eye, np.cov(b, rowvar=False) + eye
-    values, vectors = eigh(A)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(eigh(root @ B @ root, eigvals_only=True).clip(0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * cross)
 
 
 def digit_scores(x: Tensor, y: Tensor) -> DigitScores:
@@ -58,14 +48,17 @@ def measure_digits(
     seed: int,
     decode: Callable[[Tensor], Tensor] | None = None,
     several: Devices[tuple[Drawing, range]] | None = None,
+    times: Sequence[float] | None = None,
+    guidance: float | None = None,
 ) -> DigitScores:
     """The figures of n samples of a flow trained on the digits, labels 0..9 in turn, `nfe` network calls each.
 
     decode: makes images [n, 1, 8, 8] of samples that are latents. several: draw and decode in the flow's place, by its
-    copies (`sampling.draw_on`). Raises Diverged if the samples are not finite.
+    copies (`sampling.draw_on`). times: of the calls, falling from 1; None: evenly spaced. guidance: as for
+    `sample`. Raises Diverged if the samples are not finite.
     """
     labels = torch.arange(n) % 10
-    drawing = Drawing.of(flow, labels, nfe=nfe, seed=seed)
+    drawing = Drawing.of(flow, labels, nfe=nfe, times=times, seed=seed, guidance=guidance)
     batches = ((drawing, rows) for rows in drawing.batches())
     if several is None:
         device = next(flow.parameters()).device

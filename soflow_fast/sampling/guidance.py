@@ -1,0 +1,41 @@
+"""The guidance scale that samples are asked for, of a network that was trained for a range of them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..config.schema import shown
+from ..flow import SolutionFlow
+
+
+def chosen_guidance(flow: SolutionFlow, guidance: float | None) -> float | None:
+    """w for a network that sees it; None: the network does not.
+
+    guidance: None: the middle of what the network was trained for, the geometric mean of its range. Raises ValueError
+    for one that it was not trained for.
+    """
+    trained = getattr(getattr(flow.network, "config", None), "guidance_range", None)
+    if guidance is not None and (isinstance(guidance, bool) or not isinstance(guidance, int | float)):
+        raise ValueError(f"guidance must be a number, got {shown(guidance)}")
+    if trained is None:
+        if guidance is not None:
+            raise ValueError(f"guidance must be left out, got {guidance:g}: the network was trained for one scale")
+        return None
+    low, high = trained
+    if guidance is None:
+        return math.sqrt(low * high)
+    if not low <= guidance <= high:
+        raise ValueError(f"guidance must be from {low:g} to {high:g}, as the network was trained, got {guidance:g}")
+    return float(guidance)
+
+
+def scales(flow: SolutionFlow, guidance: float | None, y: Tensor | None, like: Tensor) -> Tensor | None:
+    """w [B] in float32 for samples `like` [B, ...] of labels y [B]: 1 where there is no label, which nothing guides.
+
+    guidance: as `chosen_guidance` gives it.
+    """
+    if guidance is None:
+        return None
+    w = torch.full((len(like),), 1.0 if y is None else guidance, device=like.device)
+    return w if y is None else torch.where(y == flow.network.num_classes, torch.ones_like(w), w)
