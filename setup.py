@@ -35,6 +35,7 @@ EXTRAS = {
         "triton>=3.6; sys_platform == 'linux'",
         "torchao>=0.14; sys_platform == 'linux'",  # whose float8 products --precision fp8 takes
         "peft>=0.17; python_version >= '3.11'",  # whose LoRA layers must take effect
+        "kernels>=0.17; python_version >= '3.11'",  # which loads what kernels/hub.py writes
         "ruff>=0.12",
         "pyright[nodejs]>=1.1.400",
     ],

@@ -106,9 +106,9 @@ def relative(source: str, depth: int) -> str:
     imports = re.compile(rf"^(\s*from ){MODULE}(?:\.([\w.]+))? import ", re.MULTILINE)
     text = imports.sub(lambda found: f"{found[1]}{dots}{found[2] or ''} import ", source)
     for node in ast.walk(ast.parse(text)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and not node.level:
-            names = [node.module or ""]
+        if not isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "level", 0):
+            continue
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
         for name in names:
             if name.split(".")[0] not in {"torch", "triton", *sys.stdlib_module_names}:
                 raise ValueError(f"line {node.lineno} imports {name}, which no kernel of the hub may")

@@ -142,7 +142,7 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
             (x, x, x, x, m, m, bias, m, m, m, eps, dtype) for bias in (None, b)
         ],
         "gate_residual_rmsnorm_modulate": [
-            (x, x, m, m, m, weight, eps, dtype, made) for weight in (None, b) for made in (False, True)
+            (x, x, m, m, m, weight, eps, dtype, stats) for weight in (None, b) for stats in (False, True)
         ],
         "gate_residual_rmsnorm_modulate_backward": [
             (x, dsum, x, x, m, m, weight, stats) for dsum in (None, x) for weight in (None, b)
@@ -157,7 +157,7 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "qk_rms_norm_backward": [(*four, *four, b, b, eps)],
         "qk_rms_norm_increment": [(*four, *four, b, b, eps, dtype, dtype)],
         "qkv_gradient": [(x, x, x)],
-        "rmsnorm_modulate": [(x, m, m, weight, eps, dtype, made) for weight in (None, b) for made in (False, True)],
+        "rmsnorm_modulate": [(x, m, m, weight, eps, dtype, stats) for weight in (None, b) for stats in (False, True)],
         "rmsnorm_modulate_backward": [(x, x, m, weight, stats) for weight in (None, b)],
         "scaled_direction": [(image, image, one)],
         "silu_increment": [(x, x, dtype)],

@@ -202,7 +202,7 @@ def test_layers_compute_what_their_classes_do(device):
 
 def test_kernels_loads_the_repository(repository):
     kernels = pytest.importorskip("kernels.layer", reason="kernels is not installed")  # a folder here is `kernels`, too
-    from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
+    from kernels._rust import Build, Digest, DigestAlgorithm, Metadata  # pyright: ignore[reportMissingImports]
 
     from kernels import get_local_kernel
 

@@ -326,7 +326,7 @@ class AngleTensors(Block):
     """A rotary embedding that is a pair of tensors, which a function does not stand in for."""
 
     def forward(self, x, c, feat_rope=None):
-        cos, _ = feat_rope
+        cos, _ = feat_rope  # pyright: ignore[reportGeneralTypeIssues]
         return super().forward(x, c, lambda heads: heads * cos)
 
 

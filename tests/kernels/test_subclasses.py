@@ -33,6 +33,8 @@ FOLLOWED = {
     "layernorm_modulate_increment": (pairs[0], *rows[:2]),
     "gate_residual_layernorm_modulate_increment": (*pairs[0], pairs[1], *rows),
     "attention_increment": (pairs[:, :1],) * 3,
+    "rmsnorm_modulate": (pairs[0, 0], rows[0, 0], rows[1, 0], rows[2, 0, 0]),
+    "gate_residual_rmsnorm_modulate": (*pairs[:, 0], *rows[:, 0], rows[0, 1, 0]),
     "qk_rms_norm": (*pairs, *rows[0, 0, :2]),
     "qk_rms_norm_increment": (pairs[:, :1], pairs[:, 1:], *rows[0, 0, :2]),
 }

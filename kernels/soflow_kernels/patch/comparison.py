@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from soflow_kernels.patch.forwards import patched_class
 from soflow_kernels.patch.structure import Form, Mismatch
 
 
-def compare(module: torch.nn.Module, form: Form, tokens: int, positions=None) -> None:
+def compare(module: Any, form: Form, tokens: int, positions: Any = None) -> None:
     """Raise Mismatch unless the kernels compute what the module's own forward does, in evaluation and in training.
 
     tokens: of the input. positions: what the model hands to a block that takes a third argument; None: a function that

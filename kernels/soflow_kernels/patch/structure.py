@@ -1,7 +1,7 @@
 """Which modules are what: the blocks and final layers of other people's models, told by their parts."""
 
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -22,7 +22,7 @@ class Form(NamedTuple):
     """The third argument of its forward, which goes on to the attention; None if it takes two."""
 
 
-def recognise(module: nn.Module) -> Form | None:
+def recognise(module: Any) -> Form | None:
     """The form of a module, None if it looks like no part of a DiT. Raises Mismatch if its form is unknown."""
     parts = dict(module.named_children())
     if "adaLN_modulation" in parts:
