@@ -28,6 +28,8 @@ EXTRAS = {
         "diffusers>=0.35",  # whose DiT takes the kernels
         "matplotlib>=3.9",  # the plots of the records
         "pyyaml>=6",  # judges the YAML that is written
+        "nbclient>=0.10",  # runs the notebooks, in a kernel of ipykernel
+        "ipykernel>=6.29",
         "h5py>=3.12",  # real files of latents in others' formats
         "lmdb>=1.5",
         "triton>=3.6; sys_platform == 'linux'",
@@ -49,6 +51,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],
     "trackio": ["trackio>=0.20"],
     "docs": ["mkdocs-material>=9.6"],
+    "notebooks": ["matplotlib>=3.9", "ipykernel>=6.29"],
 }
 # What installs anywhere from wheels; flash-attn compiles, so "gpu" stays out.
 EXTRAS["all"] = [requirement for name in ("test", "eval", "hub", "latents", "docs") for requirement in EXTRAS[name]]

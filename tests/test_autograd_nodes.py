@@ -141,6 +141,12 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "gate_residual_layernorm_modulate_increment": [
             (x, x, x, x, m, m, bias, m, m, m, eps, dtype) for bias in (None, b)
         ],
+        "gate_residual_rmsnorm_modulate": [
+            (x, x, m, m, m, weight, eps, dtype, made) for weight in (None, b) for made in (False, True)
+        ],
+        "gate_residual_rmsnorm_modulate_backward": [
+            (x, dsum, x, x, m, m, weight, stats) for dsum in (None, x) for weight in (None, b)
+        ],
         "label_bias_silu": [(flat, b, b, table, labels) for labels in (None, y)],
         "label_bias_silu_backward": [(flat, flat, b, b, table, labels) for labels in (None, y)],
         "layernorm_modulate": [(x, m, m, eps, dtype, stats) for stats in (False, True)],
@@ -151,6 +157,8 @@ def operations(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "qk_rms_norm_backward": [(*four, *four, b, b, eps)],
         "qk_rms_norm_increment": [(*four, *four, b, b, eps, dtype, dtype)],
         "qkv_gradient": [(x, x, x)],
+        "rmsnorm_modulate": [(x, m, m, weight, eps, dtype, made) for weight in (None, b) for made in (False, True)],
+        "rmsnorm_modulate_backward": [(x, x, m, weight, stats) for weight in (None, b)],
         "scaled_direction": [(image, image, one)],
         "silu_increment": [(x, x, dtype)],
         "token_sum": [(x,)],

@@ -239,7 +239,7 @@ def peaks(run: dict) -> str:
             lines.append([case if k == 0 else "", row["way"], number(held), number(peak), share, number(held + peak)])
     head = ["network and batch", "recipe", "MiB held between steps", "MiB more at the peak of a step", "of the first"]
     note = f"Counted by torch's profiler, one recipe after the other. `{run['command']}`."
-    return page([*head, "MiB together"], 2, lines, run, note)
+    return page([*head, "MiB together"], 4, lines, run, note)
 
 
 def sampling(run: dict) -> str:

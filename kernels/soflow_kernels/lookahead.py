@@ -287,7 +287,7 @@ def euler_lookahead(
     scale, scales = split_scale(op, guidance_scale, x_t)
     settings = {"guidance_decay_time": guidance_decay_time, "mix_ratio": mix_ratio}
     if not (use_kernel(x_t, v_t, t, l, v_null, v_label, scales) and _plain(x_t, v_t, t, l)):
-        settings["guidance_scale"] = scale if scales is None else scales
+        settings = {**settings, "guidance_scale": scale if scales is None else scales}
         return euler_lookahead_reference(x_t, v_t, t, l, v_null, v_label, label_dropped, **settings)
     others = (None if v is None else v.detach() for v in (v_null, v_label))
     numbers = (scale, *map(float, settings.values()))

@@ -496,7 +496,7 @@ def flow_matching_loss(
         "velocity_slope": velocity_slope,
     }
     if 0 in output.shape or not use_kernel(output, v_t, t, v_null, scales):
-        settings["guidance_scale"] = scale if scales is None else scales
+        settings = {**settings, "guidance_scale": scale if scales is None else scales}
         return flow_matching_loss_reference(output, v_t, t, v_null, label_dropped, **settings)
     others = (None if v is None else v.detach() for v in (v_t, t, v_null, label_dropped))
     means, _ = _flow_matching_loss(output, *others, scale, *map(float, settings.values()), scales)

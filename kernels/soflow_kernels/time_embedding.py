@@ -263,7 +263,7 @@ def _hidden(
     ht: Tensor, hs: Tensor, bt: Tensor, bs: Tensor, hg: Tensor | None = None, bg: Tensor | None = None
 ) -> Tensor:
     (B, H), embedders = ht.shape, 2 if hg is None else 3
-    ht, hs, hg = (None if h is None else inner_unit(h) for h in (ht, hs, hg))
+    ht, hs, hg = inner_unit(ht), inner_unit(hs), None if hg is None else inner_unit(hg)
     out = torch.empty(B, embedders * H, dtype=ht.dtype, device=ht.device)
     blocks = -(-H // COLUMNS)
     launch(
@@ -294,20 +294,20 @@ def _hidden_backward(
     """The gradients of ht, hs, bt and bs, and of hg and bg where they are given."""
     B, H = ht.shape
     dout = inner_unit(dout)
-    ht, hs, hg = (None if h is None else inner_unit(h) for h in (ht, hs, hg))
-    dht, dhs, dhg = (None if h is None else torch.empty(B, H, dtype=h.dtype, device=h.device) for h in (ht, hs, hg))
+    ht, hs, hg = inner_unit(ht), inner_unit(hs), None if hg is None else inner_unit(hg)
+    dht, dhs, *dhg = (torch.empty(B, H, dtype=h.dtype, device=h.device) for h in (ht, hs, hg) if h is not None)
     chunks, blocks = -(-B // ROWS), -(-H // COLUMNS)
     dtypes = [bias.dtype for bias in (bt, bs, bg) if bias is not None]
     partials = torch.empty(len(dtypes), 1, chunks, H, dtype=torch.float32, device=ht.device)
     launch(
         _hidden_backward_kernel, (chunks * blocks,),
-        dout, ht, hs, hg, *_dense(bt, bs, bg), dht, dhs, dhg, partials,
+        dout, ht, hs, hg, *_dense(bt, bs, bg), dht, dhs, dhg[0] if dhg else None, partials,
         dout.stride(0), *_strides(ht, hs, hg), B, blocks, chunks * H,
         H=H, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     # With three sums of 32 at a time the registers that sm_100's compiler takes are too few.
     dbt, dbs, *dbg = (bias.view(H) for bias in finish(partials, dtypes, 64 if hg is None else 16))
-    return [dht, dhs, dbt, dbs, *([] if dhg is None else [dhg]), *dbg]
+    return [dht, dhs, dbt, dbs, *dhg, *dbg]
 
 
 @_hidden_backward.register_fake
@@ -390,11 +390,11 @@ def _check(op, t, s, y, t_weights, s_weights, table, g, g_weights, max_period):
     if g is None and g_weights is not None:
         raise ValueError(f"{op}: g must come with g_weights")
     if g is not None:
+        check_tensor(op, "g", g, tuple(t.shape), t)
+        check_plain(op, "g", g)
         embedders["g_weights"] = g_weights
-    for name, value in (("s", s), ("g", g)):
-        if name == "s" or value is not None:
-            check_tensor(op, name, value, tuple(t.shape), t)
-            check_plain(op, name, value)
+    check_tensor(op, "s", s, tuple(t.shape), t)
+    check_plain(op, "s", s)
     if y is not None:
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
             raise ValueError(f"{op}: y must be an int64 tensor, got {getattr(y, 'dtype', type(y).__name__)}")

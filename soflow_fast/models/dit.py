@@ -594,7 +594,8 @@ class DiT(nn.Module):
         if (w is None) != (self.w_embedder is None):
             if w is not None:
                 raise ValueError("w must be left out: the network has no embedder of guidance scales (guidance_range)")
-            low, high = self.config.guidance_range or ()
+            assert self.config.guidance_range is not None
+            low, high = self.config.guidance_range
             raise ValueError(f"w must be given: the network sees a guidance scale for each sample, {low:g} to {high:g}")
 
 

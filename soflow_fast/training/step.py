@@ -62,8 +62,8 @@ class Draws(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], n_fm: int) -> "Draws":
         """The inverse of `tensors`."""
-        *five, w = tensors
-        return cls(*five, n_fm, w)  # pyright: ignore[reportArgumentType]
+        x1, t, l, s, label_dropped, w = tensors
+        return cls(x1, t, l, s, label_dropped, n_fm, w)  # pyright: ignore[reportArgumentType]
 
 
 def _n_fm(state: TrainState, B: int) -> int:

@@ -1,5 +1,6 @@
 """A DiT that normalises queries and keys: what it computes, what it bounds, and that every way through it knows."""
 
+import copy
 import dataclasses
 import math
 
@@ -69,6 +70,26 @@ def test_called_modules_give_the_same_numbers(autocast):
     called = gradients(watched(), autocast=autocast)
     assert torch.equal(called["output"], fused["output"])
     assert_close(called, fused, 1e-2 if autocast else 1e-5)
+
+
+def test_beside_a_guidance_scale():
+    """Both options at once, value and increment: against float64."""
+    net = DiT(dataclasses.replace(SIZES, qk_norm=True, guidance_range=(1.0, 4.0)))
+    net.initialize(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    x, t, s, y, v = inputs()
+    w, dt = torch.tensor([1.0, 1.5, 2.5, 4.0]), 0.01 * (s - t)
+    dx = v * dt[:, None, None, None]
+    value, increment = paired_forward(net, x, dx, t, dt, s, y, w=w, dtype=torch.float32)
+    wide = copy.deepcopy(net).double()
+    given = [each.double() for each in (x, dx, t, dt, s)]
+    with torch.no_grad():
+        start = wide(given[0], given[2], given[4], y, w.double())
+        end = wide(given[0] + given[1], given[2] + given[3], given[4], y, w.double())
+    assert (value - start).norm() <= 1e-5 * start.norm()
+    assert (increment - (end - start)).norm() <= 1e-4 * (end - start).norm()
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])

@@ -58,11 +58,12 @@ def test_a_recorded_step_is_not_taken_for_another_split():
     [
         (
             {"x1": torch.zeros(4, 1, 8, 7)},
-            r"draws\.x1 must be floating \[4, 1, 8, 8\], got torch.float32 \[4, 1, 8, 7\]",
+            r"draws\.x1 must be floating \[4, 1, 8, 8\], got torch.float32",
         ),
         ({"s": torch.zeros(3)}, r"draws\.s must be floating \[4\], got torch.float32 \[3\]"),
         ({"l": torch.zeros(4, dtype=torch.int64)}, r"draws\.l must be floating \[4\], got torch.int64"),
         ({"label_dropped": torch.zeros(4)}, r"draws\.label_dropped must be bool \[4\], got torch.float32"),
+        ({"w": torch.ones(4)}, r"draws\.w: the network sees no guidance scale"),
         ({"w": torch.ones(4)}, r"draws\.w: the network sees no guidance scale"),
         ({"n_fm": 5}, r"draws\.n_fm must be 0 to 4, got 5"),
     ],

@@ -96,6 +96,7 @@ def test_the_step_is_the_objectives_own_gradient(fields, decay):
     for part, call in zip(parts, (objective.flow_matching, objective.consistency), strict=True):
         times = (draws.t,) if call == objective.flow_matching else (draws.t, draws.l, draws.s)
         given = [value[part] for value in (x0, draws.x1, *times, y, draws.label_dropped)]
+        assert draws.w is not None
         terms.append(call(flow, *given, w=draws.w[part]))
     (terms[0].loss * (n / 8) + terms[1].loss * (1 - n / 8)).backward()
     wanted = {name: p.grad.clone() for name, p in flow.named_parameters()}
@@ -146,8 +147,21 @@ def test_what_a_step_needs_is_predicted_with_the_embedder():
 def test_a_network_that_sees_scales_needs_them():
     state = build()
     draws = draw(state, batch()[0].shape)
-    with pytest.raises(ValueError, match="w must be given"):
+    with pytest.raises(ValueError, match=r"^draws\.w: the network sees a guidance scale, so each sample must have one"):
         train_step(state, *batch(), draws=draws._replace(w=None))
+
+
+@pytest.mark.parametrize("kind", ["flow-matching", "meanflow"])
+def test_the_other_objectives_take_scales_too(kind):
+    """The same step on two scales, of no labels dropped, ends in two losses."""
+    losses = []
+    for w in (1.0, 4.0):
+        state = build(ObjectiveConfig(kind=kind, label_drop=0.0, guidance_decay_time=1.0))
+        draws = draw(state, batch()[0].shape)._replace(w=torch.full((8,), w))
+        losses.append(train_step(state, *batch(), draws=draws))
+        assert float(state.flow.network.w_embedder.mlp[2].weight.grad.norm()) > 0
+    parts = [name for name in losses[0] if name.endswith("mse")]
+    assert parts and all(losses[0][name] != losses[1][name] for name in parts)
 
 
 def test_guidance_is_needed_whatever_the_scale_of_all_is():
