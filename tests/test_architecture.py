@@ -612,6 +612,11 @@ def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_tests_is_a_package():
+    """torch-fidelity installs one of this name, which would hide a folder that is none."""
+    assert (ROOT / "tests" / "__init__.py").exists()
+
+
 def test_both_packages_have_the_same_version():
     versions = {(folder / "version.py").read_text(encoding="utf-8") for folder in PACKAGES.values()}
     assert len(versions) == 1

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from forked import free_port
+
+from tests.forked import free_port
 
 WHOLE = os.environ.get("SOFLOW_SOAK") == "1"
 STARTER = Path(__file__).with_name("starter.py")

@@ -13,7 +13,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import chromium
 import pytest
 import torch
 from PIL import Image
@@ -33,6 +32,7 @@ from soflow_fast.runs.gallery.reading import read_log, read_run, told_apart
 from soflow_fast.runs.images import png, to_uint8
 from soflow_fast.sampling import sample
 from soflow_fast.sampling.drawing import image_noise
+from tests import chromium
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)&amp;"
 CPU = torch.device("cpu")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from forked import on_ranks
 
 from soflow_fast import preset
 from soflow_fast.config.schema import Config
@@ -20,6 +19,7 @@ from soflow_fast.evaluation import DigitScores
 from soflow_fast.launch import Launch
 from soflow_fast.runs import samples, tracking, trainer
 from soflow_fast.runs.tracking import Tracker, check_installed
+from tests.forked import on_ranks
 
 WANDB = """
 import json, os, sys

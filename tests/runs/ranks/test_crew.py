@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from forked import on_ranks
-
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import override
 from soflow_fast.launch import Launch
 from soflow_fast.runs.ranks.crew import assemble
 from soflow_fast.runs.ranks.notes import of_rank
 from soflow_fast.runs.ranks.watch import Watch
+from tests.forked import on_ranks
 
 
 def keep(launch: Launch, folder: Path) -> bool:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from forked import on_ranks
 
 from soflow_fast.config.schema import RunConfig
 from soflow_fast.errors import ConfigError, Interrupted, StorageError, storage
@@ -13,6 +12,7 @@ from soflow_fast.launch import Launch
 from soflow_fast.runs.checkpoint.together import together
 from soflow_fast.runs.ranks.failure import Failure, described, from_json, kind_of
 from soflow_fast.training.parallel import join
+from tests.forked import on_ranks
 
 
 def test_errors_of_connections_follow_from_other_ranks() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from forked import free_port, on_ranks
 
 from soflow_fast.errors import ConfigError
 from soflow_fast.launch import Launch
@@ -14,6 +13,7 @@ from soflow_fast.runs.ranks.failure import Failure
 from soflow_fast.runs.ranks.judge import Limits
 from soflow_fast.runs.ranks.meeting import Ended, Meeting
 from soflow_fast.runs.ranks.watch import watched
+from tests.forked import free_port, on_ranks
 
 LIMITS = Limits(period=0.1, silence=0.6, patience=2.4)
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from forked import on_ranks
 
 from soflow_fast.launch import Launch
 from soflow_fast.runs.async_save import Saver
 from soflow_fast.runs.ranks.agreement import Agreement
 from soflow_fast.runs.ranks.place import place
+from tests.forked import on_ranks
 
 HERE = Path(__file__).name
 
