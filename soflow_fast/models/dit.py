@@ -351,8 +351,8 @@ class DiT(nn.Module):
         whole: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
     ) -> None:
         """The public initialisation: Xavier uniform, zero biases; label table and the two Linear weights of the **t**
-        embedder N(0, 0.02), while the s embedder keeps Xavier; adaLN and output layers zero, as is the last layer of the
-        w embedder; norms of q and k one. Nothing on the meta device.
+        embedder N(0, 0.02), while the s embedder keeps Xavier; adaLN and output layers zero, as is the last layer of
+        the w embedder; norms of q and k one. Nothing on the meta device.
 
         whole: gives what is drawn into for a parameter, where that is only a part of one.
         """
