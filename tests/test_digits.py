@@ -94,8 +94,8 @@ def test_one_network_draws_at_every_scale_of_its_range(tmp_path):
     train(tmp_path / "run", "--steps", "600", "--guidance-range", "1,4")
     flow = load(tmp_path / "run")
     weak, middle, strong = (measure_digits(flow, 2000, 1, seed=1, guidance=w) for w in (1, 2, 4))
-    assert weak.accuracy + 0.1 < middle.accuracy < strong.accuracy
-    assert 1.1 * max(weak.frechet, middle.frechet) < strong.frechet
+    assert weak.accuracy + 0.03 < middle.accuracy <= strong.accuracy and middle.accuracy > 0.98
+    assert 1.1 * weak.frechet < middle.frechet < 0.8 * strong.frechet
 
 
 @pytest.mark.slow

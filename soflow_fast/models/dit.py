@@ -351,8 +351,8 @@ class DiT(nn.Module):
         whole: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
     ) -> None:
         """The public initialisation: Xavier uniform, zero biases; label table and the two Linear weights of the **t**
-        embedder N(0, 0.02), while the s embedder keeps Xavier, as that of w does; adaLN and output layers zero, norms
-        of q and k one. Nothing on the meta device.
+        embedder N(0, 0.02), while the s embedder keeps Xavier; adaLN and output layers zero, as is the last layer of
+        the w embedder; norms of q and k one. Nothing on the meta device.
 
         whole: gives what is drawn into for a parameter, where that is only a part of one.
         """
@@ -368,7 +368,9 @@ class DiT(nn.Module):
         for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             with whole(layer.weight) as weight:
                 nn.init.normal_(weight, std=0.02, generator=source)
-        for layer in (*self.modulation_layers(), self.final_layer.linear):
+        # A random embedding of w, larger than that of the label, is hardly unlearned in the steps that the digits take.
+        silent = [] if self.w_embedder is None else [self.w_embedder.mlp[2]]
+        for layer in (*self.modulation_layers(), self.final_layer.linear, *silent):
             nn.init.zeros_(layer.weight)
         for block in self.blocks:
             for norm in block.attn.norms():

@@ -39,6 +39,17 @@ def test_without_a_range_nothing_is_there():
     assert plain.w_embedder is None and list(plain.state_dict()) == [n for n in ranged.state_dict() if n not in added]
 
 
+def test_at_first_no_scale_changes_anything():
+    """And the embedder's last layer has a gradient at once, as the adaLN layers have left zero."""
+    net = off_zero()
+    net.w_embedder = DiT(RANGED).w_embedder
+    *given, direction = inputs(4)
+    outs = [net(*given, w) for w in (W, W.flip(0))]
+    assert torch.equal(*outs)
+    (outs[0] * direction).sum().backward()
+    assert net.w_embedder.mlp[2].weight.grad.norm() > 0
+
+
 def test_the_conditioning_is_the_sum_of_four_embeddings():
     net = off_zero().double()
     _, t, s, y, _ = inputs(4, torch.float64)

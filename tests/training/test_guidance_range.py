@@ -147,7 +147,7 @@ def test_what_a_step_needs_is_predicted_with_the_embedder():
 def test_a_network_that_sees_scales_needs_them():
     state = build()
     draws = draw(state, batch()[0].shape)
-    with pytest.raises(ValueError, match=r"^draws\.w: the network sees a guidance scale, so each sample must have one"):
+    with pytest.raises(ValueError, match=r"^draws\.w must be given: the network sees a guidance scale"):
         train_step(state, *batch(), draws=draws._replace(w=None))
 
 
