@@ -109,7 +109,7 @@ def errors(seed: int, steps: int, samples: int = 256) -> list[dict]:
         with torch.no_grad():
             start = wide.network(doubles[0], doubles[2], doubles[4], y)
             end = wide.network(doubles[0] + doubles[1], doubles[3], doubles[4], y)
-            points = ConsistencyPoints(*(value.double() for value in at[:7]), at.y)
+            points = ConsistencyPoints._make([*(value.double() for value in at[:7]), *at[7:]])
             exact = objective.quotient(wide, points, start, end - start)
         for name, way in WAYS.items():
             given = value_and_increment(way, flow, None, at, None)
