@@ -220,3 +220,21 @@ def test_wrong_arguments_are_named(name):
 def test_heads_of_no_dimension(device):
     empty = torch.zeros(1, 1, 3, 0, device=device)
     assert attention_increment(*((empty, empty),) * 3).shape == empty.shape
+
+
+@pytest.mark.parametrize("size", [3, 8, 20])
+@pytest.mark.parametrize("function", [attention_increment, attention_increment_reference])
+def test_the_key_that_is_looked_at_may_become_another(function, size, device):
+    """Scores of some tens or hundreds that move as far: what a row looked at counts for nothing at its end."""
+    q, k, v = inputs(24, 24, 1.0, device)
+    q, k = ([size * part for part in pair] for pair in (q, k))
+    got = function(q, k, v)
+    assert relative(got, exact(q, k, v)) <= 1e-5 * size**2
+
+
+def test_the_reference_takes_small_and_large_moves_alike(device):
+    """Where it may look at the increments of scores, and where it may not."""
+    q, k, v = inputs(24, 24, 0.05, device)
+    parts = (*q, *k, *v)
+    assert relative(module._increment(*parts, scale=0.2, look=True), exact(q, k, v, 0.2)) <= 1e-6
+    assert relative(module._increment(*parts, scale=0.2, look=False), exact(q, k, v, 0.2)) <= 1e-6
