@@ -32,10 +32,10 @@ from soflow_kernels._rows import power_of_two
 from soflow_kernels.increment._pair import Pair, check_pair, wide
 
 MAX_HEAD_DIM = 128
-PIECE = 2**19
+PIECE = 2**17
 """Scores at a time of the reference on a CPU: what it makes of them stays in the cache."""
 SMALL = 0.5
-"""Increments of scores up to which the reference takes e^x - 1 itself, and beyond them a difference of exponentials."""
+"""Increments of scores up to which the reference takes e^x - 1 itself."""
 
 
 def attention_increment_reference(q: Pair, k: Pair, v: Pair, scale: float | None = None) -> Tensor:
@@ -50,42 +50,32 @@ def attention_increment_reference(q: Pair, k: Pair, v: Pair, scale: float | None
     if parts[0].device.type == "cpu" and type(parts[0]) is Tensor and not torch.compiler.is_compiling():
         samples = max(1, PIECE // max(1, heads * T**2))
         pieces = zip(*(part.split(samples) for part in parts), strict=True)
-        out = torch.cat([_increment(*piece, scale=scale, look=True) for piece in pieces])
+        out = torch.cat([_increment(*piece, scale=scale) for piece in pieces])
     else:
-        out = _increment(*parts, scale=scale, look=False)
+        out = _increment(*parts, scale=scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # [B, T, H, d] in memory
 
 
-def _increment(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, v: Tensor, dv: Tensor, scale: float, look: bool) -> Tensor:
-    """look: whether the increments of scores may be looked at, to see if all are small."""
+def _increment(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, v: Tensor, dv: Tensor, scale: float) -> Tensor:
+    """By the formulas above, with all keys of a row at hand: w and dw up to their factor, c from the maxima."""
     dtype, work = dv.dtype, wide(q).dtype
     low = q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     operand = torch.bfloat16 if low else work
     scores = (q.to(work) * scale) @ k.to(work).transpose(-1, -2)
     moves, keys = torch.cat((dq, q + dq), -1).to(operand), torch.cat((k, dk), -1).to(operand)
     dscores = (moves @ keys.transpose(-1, -2)).to(work).mul_(scale)
-    small = look and dscores.numel() > 0 and bool(torch.stack(dscores.aminmax()).abs().max() <= SMALL)
-    start, end, growth = _small_growth(scores, dscores) if small else _growth(scores, dscores)
-    total, mean = end.sum(-1, keepdim=True), growth.sum(-1, keepdim=True) / start.sum(-1, keepdim=True)
-    out = (growth.addcmul_(start, mean, value=-1).to(operand) @ v.to(operand)).to(work)
-    return ((out + end.to(operand) @ dv.to(operand)) / total).to(dtype)
-
-
-def _small_growth(scores: Tensor, dscores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_growth`, of increments so small that what all keys of a row have in common may stay in them."""
-    start = torch.softmax(scores, -1)
-    growth = dscores.expm1_().mul_(start)
-    return start, growth + start, growth
-
-
-def _growth(scores: Tensor, dscores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """w, w + dw and dw of the module's formulas, the exponentials of a row up to one factor."""
-    most, end = scores.amax(-1, keepdim=True), scores + dscores
-    common = end.amax(-1, keepdim=True) - most
-    start, end = (scores - most).exp_(), (end - (most + common)).exp_()
-    dscores = dscores - common
-    near = dscores.abs() <= SMALL
-    return start, end, torch.where(near, start * dscores.clamp(-SMALL, SMALL).expm1_(), end - start)
+    most, ends = scores.amax(-1, keepdim=True), scores + dscores
+    last = ends.amax(-1, keepdim=True)
+    w, w_end = scores.sub_(most).exp_(), ends.sub_(last).exp_()
+    dscores.sub_(last - most)
+    # A difference of exponentials where the increment is not small: nothing cancels in it there, and where w is 0 in
+    # the dtype while w_end is not, it is right.
+    small = dscores.clamp(-SMALL, SMALL)
+    dw = torch.where(small == dscores, small.expm1_().mul_(w), w_end - w)
+    mean = dw.sum(-1, keepdim=True) / w.sum(-1, keepdim=True)
+    total = w_end.sum(-1, keepdim=True)
+    weights = dw.addcmul_(w, mean, value=-1).to(operand)
+    return (((weights @ v.to(operand)).to(work) + w_end.to(operand) @ dv.to(operand)) / total).to(dtype)
 
 
 @jit
