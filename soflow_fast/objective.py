@@ -20,7 +20,7 @@ from soflow_kernels.losses import quotient
 
 from . import average_velocity
 from .config.schema import ObjectiveConfig
-from .config.validation import validate_objective
+from .config.validation import validate_guidance_range, validate_objective
 from .flow import SolutionFlow, conditions
 
 TIME_GAP = 1e-4
@@ -70,6 +70,7 @@ class Objective:
         self.config = config or ObjectiveConfig()
         self.guidance_range = guidance_range
         validate_objective(self.config)
+        validate_guidance_range(guidance_range)
 
     @property
     def is_meanflow(self) -> bool:

@@ -225,3 +225,9 @@ def test_a_teacher_that_is_asked_for_must_be_given(flow):
     x, t = torch.randn(2, 1, 2, 2), torch.full((2,), 0.8)
     with pytest.raises(ValueError, match=r"teacher must be given: config\.teacher is 'ema'"):
         Objective(ObjectiveConfig(teacher="ema")).consistency(flow, x, x, t, 0.5 * t, 0.1 * t, None)
+
+
+@pytest.mark.parametrize("wrong", [(0.0, 4.0), (4.0, 1.0), (2.0, 2.0), (1.0, 1e9)])
+def test_a_range_of_scales_that_is_none(wrong):
+    with pytest.raises(ValueError, match="guidance_range must be none or two numbers"):
+        Objective(ObjectiveConfig(), wrong)

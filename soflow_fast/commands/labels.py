@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..config.schema import nearest
+from ..config.schema import nearest, shown
 from ..errors import ConfigError
 from .parser import whole_number
 
@@ -23,13 +23,16 @@ def parsed_labels(text: str, num_classes: int, names: Sequence[str]) -> str | li
     A class that is named as one of these words is meant by it. names: of the classes by number, or none. Raises
     ConfigError.
     """
+    parts = text.split(",")
+    if any(not part.strip() and part not in names for part in parts):
+        raise ConfigError(f"--labels {shown(text)}: {'a class' if len(parts) > 1 else 'it'} is empty")
     if not num_classes:
         if text != BALANCED:
             raise ConfigError(f"--labels {text}: the model has no classes")
         return BALANCED
     if text in (BALANCED, RANDOM) and text not in names:
         return text
-    return [_label(part, num_classes, names) for part in text.split(",")]
+    return [_label(part, num_classes, names) for part in parts]
 
 
 def labels_of(chosen: str | list[int], num_classes: int, n: int, seed: int) -> "Tensor | None":

@@ -512,7 +512,7 @@ def _replace(config: Config, changes: Mapping[str, Any], known: Iterable[str]) -
 
 def _read(value: Any, kind: Any) -> Any:
     """`value`, from JSON or as typed, as a field of type `kind` has it; what does not fit stays as it is."""
-    if kind == RANGE and value in ("", "none"):
+    if kind == RANGE and value == "none":
         return None
     if get_origin(kind) is tuple or (kind == RANGE and value is not None):
         parts = value.strip("()[] ").split(",") if isinstance(value, str) else value

@@ -113,13 +113,19 @@ def validate_model(model: DiTConfig, prefix: str = "") -> None:
     check("num_heads", model.hidden_size % model.num_heads == 0, f"a divisor of hidden_size {model.hidden_size}")
     check("hidden_size", model.hidden_size % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
     check("null_label", model.null_label or model.num_classes > 0, "true where there are no classes")
+    validate_guidance_range(model.guidance_range, prefix)
     if model.guidance_range is not None:
-        fits = isinstance(model.guidance_range, tuple) and len(model.guidance_range) == 2
-        low, high = model.guidance_range if fits else (0, 0)
-        what = f"none or two numbers a, b with 1 <= a < b <= {MOST_GUIDANCE:g}"
-        check("guidance_range", fits and 1 <= low < high <= MOST_GUIDANCE, what)
         classes = model.null_label and model.num_classes > 0
         check("guidance_range", classes, "none for a network without classes or null label, which guidance is between")
+
+
+def validate_guidance_range(found: tuple[float, float] | None, prefix: str = "") -> None:
+    """Raise ValueError for a range of guidance scales that is none."""
+    fits = found is None or (isinstance(found, tuple) and len(found) == 2)
+    low, high = found if fits and found is not None else (1, 2)
+    if not (fits and 1 <= low < high <= MOST_GUIDANCE):
+        what = f"none or two numbers a, b with 1 <= a < b <= {MOST_GUIDANCE:g}"
+        raise ValueError(f"{prefix}guidance_range must be {what}, got {shown(found)}")
 
 
 def validate_flow(flow: FlowConfig, prefix: str = "") -> None:

@@ -62,11 +62,13 @@ def _what(flow: SolutionFlow, origin: Origin | None) -> str:
     parameters = sum(p.numel() for p in flow.parameters()) / 1e6
     of_latents = origin is not None and origin.config.data.latent
     kind = f"{'latents' if of_latents else 'samples'} of {model.in_channels} x {model.input_size} x {model.input_size}"
-    norms = ", normalised queries and keys" if model.qk_norm else ""
+    options = ", normalised queries and keys" if model.qk_norm else ""
+    if model.guidance_range is not None:
+        options += ", guidance from {:g} to {:g} chosen by samples".format(*model.guidance_range)
     classes = f"{model.num_classes} classes" if model.num_classes else "no classes"
     return (
         f"{_kind(flow)}: a DiT of {parameters:.2f} M parameters (depth {model.depth}, hidden "
-        f"size {model.hidden_size}, patches of {model.patch_size}{norms}) for {kind}, {classes}, {flow.path} path, "
+        f"size {model.hidden_size}, patches of {model.patch_size}{options}) for {kind}, {classes}, {flow.path} path, "
         f"{flow.coefficients} coefficients."
     )
 

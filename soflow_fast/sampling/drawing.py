@@ -11,7 +11,7 @@ from ..flow import SolutionFlow
 from ..rng import generator
 from .devices import copied, uploaded
 from .guidance import chosen_guidance
-from .solving import checked_method, checked_times, noise_count, solve, usual_calls
+from .solving import checked_method, checked_times, noise_count, solve, usual_calls, whole
 
 BATCH = 64
 """Images per network call when noise is drawn from a seed."""
@@ -64,7 +64,7 @@ def sample(
             nfe=nfe,
             times=times,
             method=method,
-            seed=int(seed or 0),
+            seed=0 if seed is None else seed,
             shape=shape,
             batch_size=batch_size,
             guidance=guidance,
@@ -137,9 +137,8 @@ class Drawing:
         """The arguments of `sample`, checked. Raises ValueError."""
         times, method = checked_times(nfe, times, usual_calls(flow, method)), checked_method(method, flow)
         labels = _checked(flow, y)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        shape = tuple(_shape(flow, labels, shape))
+        seed, batch_size = whole("seed", seed, 0), whole("batch_size", batch_size, 1)
+        shape = tuple(whole("shape", n, 0) for n in _shape(flow, labels, shape))
         if labels is not None and len(labels) != shape[0]:
             raise ValueError(f"y must hold {shape[0]} labels, got {len(labels)}")
         return cls(shape, labels, times, method, seed, batch_size, chosen_guidance(flow, guidance))
@@ -206,7 +205,7 @@ def _checked(flow: SolutionFlow, y: Tensor | Sequence[int] | None) -> Tensor | N
     """The labels as int64, wherever they are. Raises ValueError."""
     if y is None and not has_null_label(flow):
         raise ValueError("y must be given: the network was trained with a label each, it has no null label")
-    return None if y is None else _checked_labels(flow, torch.as_tensor(y))
+    return None if y is None else checked_labels(flow, torch.as_tensor(y))
 
 
 def has_null_label(flow: SolutionFlow) -> bool:
@@ -214,7 +213,7 @@ def has_null_label(flow: SolutionFlow) -> bool:
     return getattr(getattr(flow.network, "config", None), "null_label", True)
 
 
-def _checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
+def checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
     """Labels [B] as int64. Raises ValueError for others than the network's classes and its null label."""
     whole = labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) or not labels.numel()
     if labels.dim() != 1 or not whole:

@@ -1,6 +1,7 @@
 """The guidance scale that samples are asked for, of a network that was trained for a range of them."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ def chosen_guidance(flow: SolutionFlow, guidance: float | None) -> float | None:
     for one that it was not trained for.
     """
     trained = getattr(getattr(flow.network, "config", None), "guidance_range", None)
-    if guidance is not None and (isinstance(guidance, bool) or not isinstance(guidance, int | float)):
+    if isinstance(guidance, Tensor) and guidance.numel() == 1:
+        guidance = guidance.item()
+    if guidance is not None and (isinstance(guidance, bool) or not isinstance(guidance, Real)):
         raise ValueError(f"guidance must be a number, got {shown(guidance)}")
     if trained is None:
         if guidance is not None:
@@ -33,9 +36,11 @@ def chosen_guidance(flow: SolutionFlow, guidance: float | None) -> float | None:
 def scales(flow: SolutionFlow, guidance: float | None, y: Tensor | None, like: Tensor) -> Tensor | None:
     """w [B] in float32 for samples `like` [B, ...] of labels y [B]: 1 where there is no label, which nothing guides.
 
-    guidance: as `chosen_guidance` gives it.
+    guidance: as `chosen_guidance` gives it. Raises ValueError for labels of another shape.
     """
     if guidance is None:
         return None
+    if y is not None and y.shape != (len(like),):
+        raise ValueError(f"y must be [{len(like)}], got {list(y.shape)}")
     w = torch.full((len(like),), 1.0 if y is None else guidance, device=like.device)
     return w if y is None else torch.where(y == flow.network.num_classes, torch.ones_like(w), w)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import get_args
 
 import torch
@@ -13,6 +14,13 @@ from .guidance import scales
 
 EULER_CALLS = 10
 """Network calls of each sample that goes along the velocity, where their number is not said: one would be the mean."""
+
+
+def whole(name: str, value: int, least: int) -> int:
+    """A whole number of at least `least`. Raises ValueError naming it."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
+    return int(value)
 
 
 def usual_calls(flow: SolutionFlow, method: str | None = None) -> int:
@@ -30,12 +38,15 @@ def checked_times(nfe: int | None, times: Sequence[float] | None, usual: int = 1
 
     Raises ValueError.
     """
-    if nfe is not None and nfe < 1:
-        raise ValueError(f"nfe must be at least 1, got {nfe}")
+    if nfe is not None:
+        nfe = whole("nfe", nfe, 1)
     if times is None:
         count = nfe or usual
         return tuple(1 - k / count for k in range(count))
-    found = tuple(float(t) for t in times)
+    try:
+        found = tuple(float(t) for t in times)
+    except (TypeError, ValueError):
+        raise ValueError(f"times must be numbers, got {shown(times)}") from None
     if nfe is not None and len(found) != nfe:
         raise ValueError(f"times must hold one for each of {nfe} network calls, got {shown(list(found))}")
     if not found or found[0] != 1 or not all(a > b for a, b in pairwise((*found, 0.0))):

@@ -261,8 +261,13 @@ def _check_batch(state: TrainState, x0: Tensor, y: Tensor | None) -> None:
 
 
 def _given(state: TrainState, x0: Tensor, draws: Draws) -> Draws:
-    """Draws from outside, where x0 is. Raises ValueError for shapes and dtypes that do not fit it."""
+    """Draws from outside, where x0 is. Raises ValueError for what does not fit; values on a GPU are not looked at."""
     B = len(x0)
+    if not isinstance(draws, Draws):
+        raise ValueError(f"draws must be Draws, got {type(draws).__name__}")
+    for name, value in zip(draws._fields, draws, strict=True):
+        if name not in ("n_fm", "w") and not isinstance(value, Tensor):
+            raise ValueError(f"draws.{name} must be a tensor, got {type(value).__name__}")
     if draws.x1.shape != x0.shape or not draws.x1.is_floating_point():
         raise ValueError(f"draws.x1 must be floating {list(x0.shape)}, got {draws.x1.dtype} {list(draws.x1.shape)}")
     for name in ("t", "l", "s"):
@@ -278,8 +283,15 @@ def _given(state: TrainState, x0: Tensor, draws: Draws) -> Draws:
         raise ValueError(f"draws.w must be floating [{B}], got {draws.w.dtype} {list(draws.w.shape)}")
     if draws.w is not None and state.objective.guidance_range is None:
         raise ValueError("draws.w: the network sees no guidance scale")
-    if not 0 <= draws.n_fm <= B:
-        raise ValueError(f"draws.n_fm must be 0 to {B}, got {draws.n_fm}")
+    if type(draws.n_fm) is not int or not 0 <= draws.n_fm <= B:
+        raise ValueError(f"draws.n_fm must be a whole number from 0 to {B}, got {draws.n_fm!r}")
+    sc = slice(draws.n_fm, B)
+    if not on_gpu(draws.l) and not on_gpu(draws.t) and not bool((draws.l[sc] < draws.t[sc]).all()):
+        raise ValueError("draws.l must be below draws.t for consistency samples, those from draws.n_fm on")
+    if draws.w is not None and state.objective.guidance_range is not None and not on_gpu(draws.w):
+        low, high = state.objective.guidance_range
+        if not bool(((draws.w >= low) & (draws.w <= high)).all()):
+            raise ValueError(f"draws.w must be from {low:g} to {high:g}, as the network is trained")
     if state.parallel is not None and draws.n_fm != _n_fm(state, B):
         raise ValueError(f"draws.n_fm must be {_n_fm(state, B)} on this rank, as of draw(state, x0.shape)")
     return Draws._make(value.to(x0.device) if isinstance(value, Tensor) else value for value in draws)

@@ -16,6 +16,11 @@ def test_labels_are_balanced_random_or_listed() -> None:
         parsed_labels("random", 0, ())
     with pytest.raises(ConfigError, match="--labels evenly: no class of this run"):
         parsed_labels("evenly", 2, ("a", "b"))
+    for text, what in (("0,,1", "a class"), ("0, ", "a class"), ("", "it"), (" ", "it")):
+        for num_classes, names in ((2, ("a", "b")), (2, ()), (0, ())):
+            with pytest.raises(ConfigError, match=f"^--labels '{text}': {what} is empty$"):
+                parsed_labels(text, num_classes, names)
+    assert parsed_labels("b,,b", 2, ("", "b")) == [1, 0, 1]
     balanced, listed = labels_of("balanced", 3, 7, 0), labels_of([2, 3], 3, 5, 0)
     assert balanced is not None and balanced.tolist() == [0, 1, 2, 0, 1, 2, 0] and balanced.dtype == torch.int64
     assert listed is not None and listed.tolist() == [2, 3, 2, 3, 2]

@@ -308,8 +308,10 @@ def test_a_range_is_typed_read_and_left_out(typed: Any) -> None:
     config = override(Config(), {"guidance_range": typed})
     assert config.model.guidance_range == (1.0, 4.0)
     assert from_json(to_json(config)) == config
-    for nothing in ("", "none", None):
+    for nothing in ("none", None):
         assert override(config, {"guidance_range": nothing}) == Config()
+    with pytest.raises(ValueError, match="two numbers or none"):  # of a script, whose variable is not set
+        override(config, {"guidance_range": ""})
 
 
 def test_sizes_by_name() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from soflow_fast.errors import ConfigError, Diverged, StorageError
 from soflow_fast.runs import drawn
-from soflow_fast.runs.drawn.npz import write_npz
+from soflow_fast.runs.drawn.npz import read_first, write_npz
 from soflow_fast.runs.images import from_png
 
 SETTINGS = drawn.Settings(
@@ -134,6 +135,75 @@ def test_pieces_of_the_arrays_stay_until_these_are_there(form: Any, tmp_path: Pa
     (again / ".parts").mkdir()  # a kill between the last two steps
     (again / ".parts" / "00000.npy").touch()
     assert filled(again, settings) == [] and contents(again) == before and not (again / ".parts").exists()
+
+
+@pytest.mark.parametrize("form", ["npz", "both"])
+def test_arrays_that_are_not_those_written_are_written_again(form: Any, tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", replace(SETTINGS, format=form)
+    filled(out, settings)
+    before = contents(out)
+    archive, whole = out / "samples.npz", before["samples.npz"]
+    write_npz(tmp_path / "foreign.npz", [255 - IMAGES.numpy()], (10, 2, 2, 3), LABELS)  # in shape and checksums right
+    for content in (b"", whole[:-1], whole.replace(b"\x05\x06\x07", b"\x05\x07\x07"), b"\0" * len(whole)):
+        assert content != whole
+        archive.write_bytes(content)
+        assert filled(out, settings) == BATCHES and contents(out) == before and not (out / ".parts").exists()
+    shutil.copy(tmp_path / "foreign.npz", archive)
+    assert filled(out, settings) == BATCHES and contents(out) == before
+    archive.unlink()
+    archive.symlink_to(tmp_path / "foreign.npz")
+    with pytest.raises(StorageError, match=r"samples\.npz: is a link"):
+        filled(out, settings)
+    archive.unlink()
+    archive.mkdir()
+    (archive / "note.txt").touch()
+    (out / "samples.json").write_text(settings.to_json("digits"))
+    for asked in (settings, replace(settings, seed=1)):
+        with pytest.raises(StorageError, match=r"samples\.npz: Is a directory"):
+            filled(out, asked, overwrite=True)
+    assert os.listdir(archive) == ["note.txt"]
+
+
+def test_arrays_count_when_the_manifest_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the two draws nothing again: the pieces are there until then."""
+    out, settings = tmp_path / "out", replace(SETTINGS, format="npz")
+    with monkeypatch.context() as patched:
+
+        def killed(self: drawn.Folder) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(drawn.Folder, "end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            filled(out, settings)
+    assert (out / "samples.npz").exists()
+    assert filled(out, settings) == []
+    filled(tmp_path / "other", settings)
+    assert contents(out) == contents(tmp_path / "other") and not (out / ".parts").exists()
+    (out / "samples.json").write_text(settings.to_json("digits"))  # without the SHA-256, nobody knows whose it is
+    assert filled(out, settings) == BATCHES and contents(out) == contents(tmp_path / "other")
+
+
+@pytest.mark.parametrize("form", ["npz", "both"])
+def test_what_is_lost_beside_whole_arrays_is_made_again(form: Any, tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", replace(SETTINGS, format=form)
+    filled(out, settings)
+    before = contents(out)
+    written = (out / "samples.npz").stat().st_mtime_ns
+    (out / "grid.png").unlink()
+    assert filled(out, settings) == [] and contents(out) == before
+    (out / "grid.png").write_bytes(before["grid.png"][:40])
+    assert filled(out, settings) == [] and contents(out) == before
+    if form == "both":
+        (out / "00001.png").write_bytes(before["00001.png"][:-1])
+        (out / "00009.png").unlink()
+        assert filled(out, settings) == [BATCHES[0], BATCHES[2]] and contents(out) == before
+    assert (out / "samples.npz").stat().st_mtime_ns == written and not (out / ".parts").exists()
+
+
+def test_the_first_arrays_are_read_alone(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", [IMAGES.numpy()], (10, 2, 2, 3), LABELS)
+    for count in (1, 3, 10):
+        assert torch.equal(torch.from_numpy(read_first(tmp_path / "a.npz", count)), IMAGES[:count])
 
 
 def test_samples_that_are_not_finite_are_not_written(tmp_path: Path) -> None:

@@ -123,7 +123,12 @@ NOISE = torch.zeros(2, *SHAPE)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"y": [0], "nfe": 0, "seed": 0}, "nfe must be at least 1"),
+        ({"y": [0], "nfe": 2.5, "seed": 0}, "nfe must be a whole number"),
+        ({"y": [0], "times": "1,0.5", "seed": 0}, "times must be numbers"),
+        ({"y": [0], "seed": 1.5}, "seed must be a whole number"),
+        ({"y": [0], "seed": "a"}, "seed must be a whole number"),
+        ({"y": None, "seed": 0, "shape": (-2, 1, 8, 8)}, "shape must be a whole number"),
+        ({"y": [0], "nfe": 0, "seed": 0}, "nfe must be a whole number of at least 1"),
         ({"y": [0]}, "either noise"),
         ({"y": [0, 1], "seed": 0, "noise": [NOISE]}, "either noise"),
         ({"y": [0, 1], "nfe": 2, "noise": [NOISE]}, "one tensor per network call: 2, got 1"),
@@ -137,7 +142,7 @@ NOISE = torch.zeros(2, *SHAPE)
         ({"y": [-1], "seed": 0}, "y must be in 0..2"),
         ({"y": 1, "seed": 0}, r"y must be \[B\] whole numbers"),
         ({"y": [[0, 1]], "seed": 0}, r"y must be \[B\] whole numbers"),
-        ({"y": [0], "seed": 0, "batch_size": 0}, "batch_size must be at least 1"),
+        ({"y": [0], "seed": 0, "batch_size": 0}, "batch_size must be a whole number of at least 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(flow: SolutionFlow, arguments: dict[str, Any], message: str) -> None:

@@ -1,5 +1,6 @@
 """Samples choose the guidance scale of a network that was trained for a range of them, at no further calls."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,3 +65,19 @@ def test_a_scale_that_the_network_was_not_trained_for_is_refused(flow, guidance)
 def test_a_network_for_one_scale_takes_none():
     with pytest.raises(ValueError, match="guidance must be left out, got 2: the network was trained for one scale"):
         sample(small_flow(), [1], seed=0, guidance=2)
+
+
+def test_a_scale_may_be_any_kind_of_number_and_labels_must_fit_the_noise():
+    flow = small_flow(guidance_range=(1.0, 4.0))
+    wanted = sample(flow, [1, 2], seed=0, guidance=2.0)
+    for same in (np.float32(2), torch.tensor(2.0), 2):
+        assert torch.equal(sample(flow, [1, 2], seed=0, guidance=same), wanted)
+    noise = torch.randn(3, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"y must be \[3\], got \[2\]"):
+        sample(flow, [1, 2], noise=[noise])
+    with pytest.raises(ValueError, match=r"y must be \[3\], got \[2\]"):
+        OneStep(flow, precision="fp32")(noise, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"y must be in 0\.\.9"):
+        OneStep(flow, precision="fp32")(noise, torch.tensor([1, 2, 20]))
+    one_step = OneStep(flow, precision="fp32")
+    assert torch.equal(one_step(noise, [1, 2, 3]), one_step(noise, torch.tensor([1, 2, 3])))

@@ -65,7 +65,11 @@ def test_a_recorded_step_is_not_taken_for_another_split():
         ({"label_dropped": torch.zeros(4)}, r"draws\.label_dropped must be bool \[4\], got torch.float32"),
         ({"w": torch.ones(4)}, r"draws\.w: the network sees no guidance scale"),
         ({"w": torch.ones(4)}, r"draws\.w: the network sees no guidance scale"),
-        ({"n_fm": 5}, r"draws\.n_fm must be 0 to 4, got 5"),
+        ({"n_fm": 5}, r"draws\.n_fm must be a whole number from 0 to 4, got 5"),
+        ({"n_fm": 2.0}, r"draws\.n_fm must be a whole number"),
+        ({"n_fm": True}, r"draws\.n_fm must be a whole number"),
+        ({"n_fm": 0}, r"draws\.l must be below draws\.t for consistency samples"),
+        ({"l": None}, r"draws\.l must be a tensor, got NoneType"),
     ],
 )
 def test_draws_that_do_not_fit(changes, message):
@@ -76,11 +80,21 @@ def test_draws_that_do_not_fit(changes, message):
     assert state.step == 0
 
 
+def test_draws_are_draws():
+    x0, y = batch()
+    with pytest.raises(ValueError, match="draws must be Draws, got tuple"):
+        train_step(build(), x0, y, draws=(x0,))
+
+
 def test_a_network_that_sees_a_guidance_scale_is_given_one_for_each_sample():
     state = build(**{"model.guidance_range": (1.0, 4.0)})
     x0, y = batch()
     drawn = draw(state, x0.shape)
-    for w, message in ((None, "draws.w must be given"), (torch.ones(3), r"must be floating \[4\]")):
+    for w, message in (
+        (None, "draws.w must be given"),
+        (torch.ones(3), r"must be floating \[4\]"),
+        (torch.zeros(4), "from 1 to 4"),
+    ):
         with pytest.raises(ValueError, match=message):
             train_step(state, x0, y, draws=drawn._replace(w=w))
     train_step(state, x0, y, draws=drawn)

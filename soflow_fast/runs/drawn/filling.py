@@ -1,6 +1,5 @@
 """The drawing of what a folder lacks, written by several threads, and what is made of all images at the end."""
 
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +15,8 @@ from ...errors import Diverged, Interrupted, storage
 from ...files import read_file, write_file
 from ..images import from_png, is_whole_png, make_grid, npy, png
 from ..progress import Progress
-from .folder import GRID, LARGEST, NPZ, PARTS, THREADS, Folder
-from .npz import write_npz
+from .folder import GRID, LARGEST, NPZ, THREADS, Folder
+from .npz import read_first, write_npz
 
 GRID_IMAGES = 1024
 IN_HAND = 8
@@ -98,20 +97,19 @@ def _write(
 
 
 def _finish(folder: Folder, batches: Sequence[range], labels: Tensor | None, grid_images: int) -> None:
-    grid, archive, parts = (folder.path / name for name in (GRID, NPZ, PARTS))
-    if not folder.settings.latents and not (grid.exists() and is_whole_png(read_file(grid, LARGEST))):
-        write_file(grid, png(make_grid(_first(folder, batches, grid_images))), synced=False)
+    grid, archive = folder.path / GRID, folder.path / NPZ
     if folder.parts:
-        if not archive.exists():
-            shape = (folder.settings.n, *np.load(folder.part(batches[0]), mmap_mode="r").shape[1:])
-            write_npz(archive, (np.load(folder.part(rows)) for rows in batches), shape, labels)
-        shutil.rmtree(parts, ignore_errors=True)
+        archive.unlink(missing_ok=True)  # a damaged one, which would take room beside the parts and the new one
+        shape = (folder.settings.n, *np.load(folder.part(batches[0]), mmap_mode="r").shape[1:])
+        write_npz(archive, (np.load(folder.part(rows)) for rows in batches), shape, labels)
+    folder.end()
+    if not folder.settings.latents and not (grid.exists() and is_whole_png(read_file(grid, LARGEST))):
+        write_file(grid, png(make_grid(_first(folder, grid_images))), synced=False)
 
 
-def _first(folder: Folder, batches: Sequence[range], count: int) -> Tensor:
+def _first(folder: Folder, count: int) -> Tensor:
     """The first images, uint8 [at most count, H, W, C], as they are on the disk."""
     count = min(count, folder.settings.n)
     if folder.singly:
         return torch.stack([from_png(read_file(folder.image(i), LARGEST)) for i in range(count)])
-    found = [torch.from_numpy(np.load(folder.part(rows))) for rows in batches if rows.start < count]
-    return torch.cat(found)[:count]
+    return torch.from_numpy(read_first(folder.path / NPZ, count))

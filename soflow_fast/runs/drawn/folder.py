@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import ConfigError, storage
-from ...files import LOCK, locked, make_folder, read_file, remove, write_file
+from ...files import LOCK, locked, make_folder, read_file, regular_file, remove, sha256, write_file
 from ..images import is_whole_png
-from .settings import MANIFEST, Settings, read_settings
+from .settings import MANIFEST, Settings, read_archive, read_settings
 
 GRID, NPZ, PARTS = "grid.png", "samples.npz", ".parts"
 """The grid of the first images; all of them as arrays; and the pieces of that, a file for each batch, until it is."""
@@ -28,13 +30,19 @@ THREADS = min(16, len(os.sched_getaffinity(0)))
 class Folder:
     """The files of a drawing. Each has its name when it is whole, so that those which are there need not be drawn."""
 
-    def __init__(self, path: Path, settings: Settings, run: str) -> None:
-        self.path, self.settings, self.run = path, settings, run
+    def __init__(self, path: Path, settings: Settings, run: str, archive: str = "") -> None:
+        """archive: the SHA-256 that samples.npz has; "": it is not there, or not what this command has written."""
+        self.path, self.settings, self.run, self.archive = path, settings, run, archive
         self.ending = "npy" if settings.latents else "png"
         self.singly = settings.format != "npz"
         """Whether each image has a file."""
-        self.parts = settings.format != "png"
-        """Whether each batch has one, until samples.npz is written of them."""
+        self.archived = settings.format != "png"
+        """Whether there is to be samples.npz."""
+
+    @property
+    def parts(self) -> bool:
+        """Whether each batch has a file: until samples.npz is written of them."""
+        return self.archived and not self.archive
 
     def image(self, i: int) -> Path:
         """The file of image i."""
@@ -44,14 +52,32 @@ class Folder:
         """The file of a batch, uint8 [len(rows), H, W, C]."""
         return self.path / PARTS / f"{rows.start:05d}.npy"
 
+    def begin(self) -> None:
+        """Write the manifest, and make room for parts. Raises OSError."""
+        self._write_manifest()
+        if self.parts:
+            make_folder(self.path / PARTS)
+            for path in (self.path / PARTS).glob(".*.partial-*"):
+                path.unlink()
+
+    def end(self) -> None:
+        """Keep the SHA-256 of samples.npz, which is there now, and only then remove its parts. Raises OSError."""
+        if self.parts:
+            self.archive = sha256(self.path / NPZ)
+            self._write_manifest()
+        if self.archived:
+            shutil.rmtree(self.path / PARTS, ignore_errors=True)
+
+    def _write_manifest(self) -> None:
+        write_file(self.path / MANIFEST, self.settings.to_json(Path(self.run).name, self.archive).encode())
+
     def missing(self, batches: Sequence[range]) -> list[range]:
         """The batches of which something is not there, or not whole. Raises OSError."""
         names = set(os.listdir(self.path))
         parts = set(os.listdir(self.path / PARTS)) if PARTS in names else set()
-        wanted = self.parts and NPZ not in names
 
         def is_missing(rows: range) -> bool:
-            if wanted and not (self.part(rows).name in parts and _is_part(self.part(rows), len(rows))):
+            if self.parts and not (self.part(rows).name in parts and _is_part(self.part(rows), len(rows))):
                 return True
             files = [self.image(i) for i in rows] if self.singly else []
             return not (all(file.name in names for file in files) and all(map(is_whole, files)))
@@ -84,12 +110,8 @@ def taken(out: Path, settings: Settings, run: str, overwrite: bool, warn: Callab
                 is_file = name == PARTS or not (out / name).is_dir()
                 if is_file and (STALE.fullmatch(name) or (not ours and _is_made(name))):
                     remove(out / name)
-            folder = Folder(out, settings, run)
-            write_file(out / MANIFEST, settings.to_json(Path(run).name).encode())
-            if folder.parts and not (out / NPZ).exists():
-                make_folder(out / PARTS)
-                for path in (out / PARTS).glob(".*.partial-*"):
-                    path.unlink()
+            folder = Folder(out, settings, run, _archive(out, ours) if settings.format != "png" else "")
+            folder.begin()
         yield folder
 
 
@@ -113,6 +135,20 @@ def _array(path: Path) -> np.ndarray | None:
 def _is_part(path: Path, count: int) -> bool:
     found = _array(path)
     return found is not None and len(found) == count
+
+
+def _archive(out: Path, ours: bool) -> str:
+    """The SHA-256 of samples.npz, if it is the one that the manifest of these settings names, and else "".
+
+    It says more than the checksums in the file, which another program's file has as well. Raises OSError, also for what
+    is no regular file, as nothing could be written in its place.
+    """
+    digest = read_archive(out) if ours else ""
+    try:
+        with regular_file(out / NPZ, sys.maxsize):
+            return digest if digest and sha256(out / NPZ) == digest else ""
+    except FileNotFoundError:
+        return ""
 
 
 def _check(out: Path, settings: Settings, overwrite: bool) -> bool:

@@ -1,5 +1,6 @@
 """All images in one file, in the layout of ADM's samples: arr_0, uint8 [n, H, W, C], and arr_1, int64 [n], labels."""
 
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,14 @@ def write_npz(path: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...], l
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_first(path: Path, count: int) -> np.ndarray:
+    """The first images of a file that `write_npz` has written, uint8 [count, H, W, C], without the rest in memory."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        (_, *shape), _, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.frombuffer(bytearray(file.read(count * math.prod(shape))), dtype).reshape(count, *shape)
 
 
 @contextmanager

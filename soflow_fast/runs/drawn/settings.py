@@ -11,6 +11,7 @@ from .. import source_code
 
 MANIFEST = "samples.json"
 KIND = "soflow-fast samples"
+ARCHIVE = "sha256 of samples.npz"
 WORDS = {"weights": "of other weights", "vae": "decoded by another VAE"}
 """What is said of settings whose values tell a person nothing."""
 
@@ -40,10 +41,13 @@ class Settings:
     guidance: float | None = None
     """The scale that samples have chosen, of a network that takes one."""
 
-    def to_json(self, run: str) -> str:
-        """The text of the manifest. run: the name of what the weights were loaded from."""
-        made_by = {"run": run, **source_code.versions()}
-        return json.dumps({"kind": KIND, "settings": asdict(self), "made_by": made_by}, indent=1) + "\n"
+    def to_json(self, run: str, archive: str = "") -> str:
+        """The text of the manifest.
+
+        run: the name of what the weights were loaded from. archive: the SHA-256 of samples.npz; "": it is not there.
+        """
+        values = {"kind": KIND, "settings": asdict(self), "made_by": {"run": run, **source_code.versions()}}
+        return json.dumps(values | ({ARCHIVE: archive} if archive else {}), indent=1) + "\n"
 
     def differences(self, old: dict[str, Any]) -> list[str]:
         """In what these settings differ from those that `read_settings` has found, for a person."""
@@ -60,6 +64,17 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
     Raises OSError, and ValueError for what is none.
     """
+    values = _read(folder)
+    return values and values["settings"]
+
+
+def read_archive(folder: Path) -> str:
+    """The SHA-256 of samples.npz in a folder's manifest; "": it has none. Raises as `read_settings` does."""
+    digest = (_read(folder) or {}).get(ARCHIVE)
+    return digest if isinstance(digest, str) else ""
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(read_file(folder / MANIFEST, TEXT))
     except FileNotFoundError:
@@ -70,4 +85,4 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{MANIFEST} is damaged") from None
     if not isinstance(values, dict) or values.get("kind") != KIND or not isinstance(values.get("settings"), dict):
         raise ValueError(f"{MANIFEST} is no manifest of samples")
-    return values["settings"]
+    return values
