@@ -23,6 +23,12 @@ VERSION = 0
 BACKENDS = ("cpu", "cuda", "rocm")
 LEFT_OUT = {"inspect.py", "testing.py", "_ops.py"}
 """The command that compiles ahead of time, what tests are made of, and what every build has of its own."""
+HERE_ALONE = ("On Hugging Face's kernel hub", "Without a GPU")
+"""Sections of the README about what a build does not have."""
+INSTALLATION = """```
+pip install ./kernels        # from a clone of the repository
+```
+"""
 
 OPS = '''"""The library of this build."""
 
@@ -77,23 +83,21 @@ FLAKE = """{
     };
 }
 """
-CARD = """---
+HEAD = """---
 library_name: kernels
 license: mit
 tags:
 - kernels
 ---
 
-# {name}
-
-Fused Triton kernels for training diffusion transformers. Their README follows; in place of its installation:
+"""
+GET = """The package `kernels` loads them, and every name below is one of `soflow_kernels`:
 
 ```python
 from kernels import get_kernel
 
 soflow_kernels = get_kernel("{repo}", version={version}, trust_remote_code=True)
 ```
-
 """
 
 
@@ -126,6 +130,32 @@ def sources() -> dict[str, str]:
             except ValueError as error:
                 raise ValueError(f"{MODULE}/{place.as_posix()}, {error}") from None
     return found
+
+
+def card(readme: str, repo_id: str) -> str:
+    """The text of CARD.md: the README as it holds for who has the kernels by `get_kernel`.
+
+    Names are taken from what that returns, as a build cannot be imported by its name. Sections of HERE_ALONE and
+    paragraphs that link files which are not in the repository are left out. Raises ValueError for a README that has
+    no INSTALLATION or lacks such a section.
+    """
+    if INSTALLATION not in readme:
+        raise ValueError("README.md no longer says how to install as INSTALLATION does")
+    begin, *sections = re.split(r"^(?=## )", readme, flags=re.MULTILINE)
+    titles = {text.partition("\n")[0].removeprefix("## "): text for text in sections}
+    if lacking := set(HERE_ALONE) - titles.keys():
+        raise ValueError(f"README.md has no section {', '.join(sorted(lacking))}")
+    text = begin + "".join(text for title, text in titles.items() if title not in HERE_ALONE)
+    linking = re.compile(r"\]\((?!https?://|#)")
+    text = "\n\n".join(part for part in text.split("\n\n") if not linking.search(part))
+    text = text.replace(INSTALLATION, GET.format(repo=repo_id, version=VERSION))
+    text = re.sub(rf"^import {MODULE}\n\n?", "", text, flags=re.MULTILINE)
+
+    def assignment(found: re.Match[str]) -> str:
+        names = found[1].split(", ")
+        return f"{', '.join(names)} = {', '.join(f'{MODULE}.{name}' for name in names)}"
+
+    return HEAD + re.sub(rf"^from {MODULE} import (.+)$", assignment, text, flags=re.MULTILINE).rstrip() + "\n"
 
 
 def identifier(files: dict[str, str], backend: str) -> str:
@@ -166,7 +196,7 @@ def repository(repo_id: str) -> dict[str, str]:
     return {
         "build.toml": BUILD.format(**fields, backends=listed),
         "flake.nix": FLAKE,
-        "CARD.md": CARD.format(**fields) + readme,
+        "CARD.md": card(readme, repo_id),
         **{f"torch-ext/{MODULE}/{path}": text for path, text in files.items()},
         **{
             f"build/torch-{backend}/{path}": text

@@ -41,7 +41,7 @@ def parser() -> Parser:
     p.add_argument("--out", required=True, metavar="DIR", help="where the images go")
     p.add_argument("--n", default="64", metavar="N", help="how many (default: 64)")
     p.add_argument(
-        "--nfe", metavar="N", help="network calls per image (default: as many as --times, or 1; of flow matching 10)"
+        "--nfe", metavar="N", help="network calls per image (default: as many as --times, or 1; of euler 10)"
     )
     p.add_argument("--times", metavar="1,T,...", help="of the network calls, falling to above 0 (default: even steps)")
     p.add_argument(

@@ -19,6 +19,7 @@ from soflow_fast.config.presets import PRESETS
 from soflow_fast.config.schema import RunConfig, override
 from soflow_fast.data.dataset import LatentSpace
 from soflow_fast.errors import CheckpointError
+from soflow_fast.evaluation import about_digits
 from soflow_fast.hub import card
 from soflow_fast.runs import checkpoint, source_code
 from soflow_fast.runs.checkpoint import load_with_data, published
@@ -111,6 +112,8 @@ def test_a_flow_for_a_range_of_guidance_scales_is_given_away_as_such(tmp_path: P
     assert "| guidance | 1 to 4, chosen by samples |" in text and "--guidance-range 1.0,4.0" in text
     figures = {"samples": 4000, "guidance": 2.0, "nfe": {"1": FIGURES}}
     assert "Of 4000 samples at guidance 2, fewer" in "".join(card._figures(figures))
+    figures |= about_digits(4000)
+    assert "weights, compared with 1797 real digits:" in "".join(card._figures(figures))
 
 
 @pytest.mark.parametrize("objective", ["flow-matching", "meanflow"])

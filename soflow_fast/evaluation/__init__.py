@@ -1,6 +1,6 @@
 """The quality of samples: on the digits without any weights, and against a reference by the features of a network."""
 
-from .digits import DigitScores, describe, digit_scores, measure_digits
+from .digits import DigitScores, about_digits, describe, digit_scores, measure_digits
 from .gaussian import Gaussian, GaussianSums, frechet, frechet_distance
 from .images import Images, is_npz, open_images
 from .inception_score import inception_score
@@ -30,6 +30,7 @@ __all__ = [
     "OfDigits",
     "RandomFeatures",
     "Tried",
+    "about_digits",
     "best_of",
     "describe",
     "digit_scores",

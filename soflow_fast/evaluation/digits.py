@@ -1,7 +1,7 @@
 """Samples of digits: are they their label, are they distributed like the data, are they copies."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from ..errors import Diverged
 from ..flow import SolutionFlow
 from ..sampling import Devices, Drawing, draw_on
 from .gaussian import frechet_distance
+from .metrics import FEW
 
 REAL = 1797
 """Digits that there are."""
@@ -73,9 +74,16 @@ def measure_digits(
     return digit_scores(torch.cat(images), labels)
 
 
-def describe(nfe: int, scores: DigitScores) -> str:
-    """One line of figures."""
+def about_digits(n: int) -> dict[str, Any]:
+    """What stands beside the figures of n samples, as JSON values: the count, and what they are compared with."""
+    return {"samples": n, "few": n < FEW, "reference": {"path": "digits", "images": REAL}}
+
+
+def describe(nfe: int, scores: DigitScores, n: int) -> str:
+    """One line of the figures of n samples, their count and reference. A count below 50 000 is said to be small."""
+    few = f", fewer than {FEW}" if n < FEW else ""
     return (
         f"{nfe} step{'s' if nfe > 1 else ' '}: {scores.accuracy:.4f} classified as their label, "
-        f"Frechet distance {scores.frechet:.1f}, {scores.near_copies:.4f} within distance 4 of a training image"
+        f"Frechet distance {scores.frechet:.1f}, {scores.near_copies:.4f} within distance 4 of a training image "
+        f"({n} samples against {REAL} real digits{few})"
     )

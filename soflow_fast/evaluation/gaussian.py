@@ -70,6 +70,8 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
 
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"Gaussians of {a.mean.shape[0]} and of {b.mean.shape[0]} dimensions have no distance")
+    if not all(np.isfinite(part).all() for one in (a, b) for part in (one.mean, one.covariance)):
+        raise ValueError("a mean or a covariance is not finite")
     values, vectors = eigh(a.covariance)
     root = (vectors * _roots(values)) @ vectors.T
     product = root @ b.covariance @ root

@@ -6,6 +6,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ GRID = "grid.png"
 STATISTICS = {"mu": "sigma", "mu_s": "sigma_s"}
 """The members of an ADM reference with means, and with their covariances; _s: of spatial features."""
 ARRAY = "arr_0"
+SKEW = 1e-4
+"""Of the largest entry of a covariance: how far it may be from symmetric. Sums in float32 are symmetric to 1e-6."""
 
 
 class Images(abc.ABC):
@@ -59,9 +62,11 @@ class Images(abc.ABC):
 
 
 def is_npz(path: str) -> bool:
-    """Whether it is an .npz that holds images or statistics of them, which a checkpoint does not."""
+    """Whether it is a file called .npz, damaged or not, or one that holds images or statistics of them."""
     place = Path(path)
     try:
+        if place.suffix.lower() == ".npz" and place.is_file():
+            return True
         if not place.is_file() or not zipfile.is_zipfile(place):
             return False
         with zipfile.ZipFile(place) as archive:
@@ -180,34 +185,44 @@ class Npz(Images):
         self._shape = (0, 0, 0, 3)
         try:
             with zipfile.ZipFile(path) as archive:
-                if f"{ARRAY}.npy" in archive.namelist():
+                names = set(archive.namelist())
+                if f"{ARRAY}.npy" in names:
                     with archive.open(f"{ARRAY}.npy") as file:
-                        self._shape = self._header(file)
-            with np.load(path, allow_pickle=False) as arrays:
-                pairs = {mean: other for mean, other in STATISTICS.items() if mean in arrays and other in arrays}
-                self.statistics = {
-                    mean: Gaussian(arrays[mean].astype(np.float64), arrays[other].astype(np.float64))
-                    for mean, other in pairs.items()
-                }
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise self._error(f"cannot be read ({' '.join(str(error).split())[:120]})") from None
-        for name, found in self.statistics.items():
-            if found.mean.ndim != 1 or found.covariance.shape != 2 * found.mean.shape:
-                raise self._error(f"{name} and {STATISTICS[name]} are no mean and covariance")
+                        self._shape = self._images_shape(archive, file)
+                pairs = [pair for pair in STATISTICS.items() if {f"{name}.npy" for name in pair} <= names]
+                self.statistics = {mean: self._gaussian(archive, mean, other) for mean, other in pairs}
+        except zipfile.BadZipFile as error:
+            raise self._error(f"is a damaged .npz, or none: cannot be read ({_brief(error)})") from None
+        except (OSError, ValueError, KeyError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
+            raise self._error(f"cannot be read ({_brief(error)})") from None
         if not len(self) and not self.statistics:
-            raise self._error("holds no images")
+            raise self._error(f"holds no images {ARRAY}, and neither mu and sigma")
 
-    def _header(self, file: Any) -> tuple[int, int, int, int]:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if read is None:
-            raise ValueError(f"{ARRAY} is of format {version}")
-        shape, fortran, dtype = read(file)
+    def _images_shape(self, archive: zipfile.ZipFile, file: Any) -> tuple[int, int, int, int]:
+        shape, fortran, dtype = _header(archive, ARRAY, file)
         square = len(shape) == 4 and shape[1] == shape[2] > 0 and shape[3] in (1, 3)
         if dtype != np.uint8 or fortran or not square:
             raise ValueError(f"{ARRAY} must be uint8 [N, H, H, 3], got {dtype} {list(shape)}")
         n, height, width, channels = shape
         return n, height, width, channels
+
+    def _gaussian(self, archive: zipfile.ZipFile, mean: str, covariance: str) -> Gaussian:
+        found = []
+        for name in (mean, covariance):
+            with archive.open(f"{name}.npy") as file:
+                _, _, dtype = _header(archive, name, file)
+            if dtype.kind != "f":
+                raise ValueError(f"{name} must be of floats, got {dtype}")
+            with archive.open(f"{name}.npy") as file:
+                found.append(np.lib.format.read_array(file, allow_pickle=False).astype(np.float64))
+            if not np.isfinite(found[-1]).all():
+                raise ValueError(f"{name} is not finite")
+        mu, sigma = found
+        if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+            raise ValueError(f"{mean} and {covariance} are no mean and covariance")
+        if np.abs(sigma - sigma.T).max(initial=0) > SKEW * np.abs(sigma).max(initial=0):
+            raise ValueError(f"{covariance} is not symmetric, and no covariance")
+        return Gaussian(mu, sigma)
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -220,11 +235,32 @@ class Npz(Images):
         n, *image = self._shape
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{ARRAY}.npy") as file:
-                self._header(file)
+                self._images_shape(archive, file)
                 for first in range(0, n, BATCH):
                     count = min(BATCH, n - first)
                     content = file.read(count * int(np.prod(image)))
                     found = np.frombuffer(bytearray(content), np.uint8).reshape(count, *image)
                     yield torch.from_numpy(found).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise self._error(f"cannot be read ({' '.join(str(error).split())[:120]})") from None
+            raise self._error(f"cannot be read ({_brief(error)})") from None
+
+
+def _header(archive: zipfile.ZipFile, name: str, file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """The shape, Fortran's order and type of an array, from the beginning of its member, which is left after them.
+
+    Raises ValueError for what is no header, and for a shape that is not that of what follows: an array is made, and
+    images are counted, by the shape that it claims.
+    """
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"{name} is of format {version}")
+    shape, fortran, dtype = read(file)
+    held = archive.getinfo(f"{name}.npy").file_size - file.tell()
+    if not dtype.hasobject and (min(shape, default=0) < 0 or prod(shape) * dtype.itemsize != held):
+        raise ValueError(f"{name} is said to be {dtype} {list(shape)}, which its {held} bytes are not")
+    return shape, fortran, dtype
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -22,10 +22,13 @@ def inception_score(logits: Tensor, *, splits: int = SPLITS, seed: int = 0) -> I
     """exp E[KL(p(y | x) || p(y))] of logits [N, K], in float64, over `splits` parts of a shuffle.
 
     Of 50 000 images these are the splits of 5000 that ADM's evaluator takes; the shuffle keeps images that lie in the
-    order of their classes from being a few classes to a split. Raises ValueError for fewer images than splits.
+    order of their classes from being a few classes to a split. Raises ValueError for fewer images than splits, and for
+    logits not finite.
     """
     if len(logits) < splits:
         raise ValueError(f"{splits} splits need as many images, got {len(logits)}")
+    if not logits.isfinite().all():
+        raise ValueError("logits are not finite")
     order = torch.randperm(len(logits), generator=generator(seed, 0, 0, "inception score"))
     scores = []
     for part in logits[order].tensor_split(splits):

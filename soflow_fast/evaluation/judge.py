@@ -150,7 +150,7 @@ class Judge:
         self.against = Against(reference.path, len(reference), bool(known), reference.size if len(reference) else 0)
 
     def of_images(self, images: Images) -> Figures:
-        """The figures of a set of images. Raises DataError."""
+        """The figures of a set of images. Raises DataError, also for features that are not finite."""
         found = self._measured_images(images, needed_for(self.metrics))
         return self._figures(self.metrics, found, images.size, f"{images.flag}{images.path}")
 
@@ -161,7 +161,7 @@ class Judge:
     def of_flow(self, flow: SolutionFlow, drawing: Drawing, finish_on: Finish, only: Metric | None = None) -> Figures:
         """The figures of images that are drawn as `drawing` says, each device by a copy of the flow.
 
-        only: one of the metrics. Raises Diverged if the samples are not finite.
+        only: one of the metrics. Raises Diverged if the samples are not finite, DataError if their features are not.
         """
         draw_there, size = draw_on(flow, finish_on), 0
         metrics = self.metrics if only is None else (only,)
@@ -192,12 +192,14 @@ class Judge:
                 results = ends.enter_context(Devices(self._devices, work_on)).results(batches)
             else:
                 results = map(work_on(self._devices[0]), batches)
-            found = self._collected(images(results), needed, drawing.shape[0])
+            found = self._collected(images(results), needed, drawing.shape[0], "samples")
         return self._figures(metrics, found, size, "samples")
 
     def _measured_images(self, images: Images, needed: dict[str, set[str]]) -> dict[str, Measured]:
         with exact_convolutions(), Devices(self._devices, lambda device: self._extract_on(device, needed)) as several:
-            return self._collected(several.results(images.batches()), needed, len(images))
+            return self._collected(
+                several.results(images.batches()), needed, len(images), f"{images.flag}{images.path}"
+            )
 
     def _extract_on(self, device: torch.device, needed: dict[str, set[str]]) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """What makes, of images uint8 [n, C, H, W], three tensors for each network that is needed."""
@@ -219,12 +221,15 @@ class Judge:
         return extract
 
     def _collected(
-        self, results: Iterable[Sequence[Tensor]], needed: dict[str, set[str]], count: int
+        self, results: Iterable[Sequence[Tensor]], needed: dict[str, set[str]], count: int, where: str
     ) -> dict[str, Measured]:
         measured = {name: Measured(figures, count) for name, figures in needed.items()}
         for found in results:
-            for k, part in enumerate(measured.values()):
-                part.add(*(value.cpu() for value in found[3 * k : 3 * k + 3]))
+            for k, (name, part) in enumerate(measured.items()):
+                values = [value.cpu() for value in found[3 * k : 3 * k + 3]]
+                if not all(value.isfinite().all() for value in values):
+                    raise DataError(f"{where}: features of the network {name} are not finite")
+                part.add(*values)
             self._tick(next(iter(measured.values())).count, count)
         return measured
 

@@ -32,11 +32,13 @@ def kernel_distance(
     """The unbiased MMD^2 by the kernel (x . y / D + 1)^3 of features a [N, D] and b [M, D], in float64.
 
     subsets: how often `size` samples are drawn from each, or as many as the smaller set has; once is enough where that
-    is all of both. seed: of the draws. Raises ValueError for fewer than two samples.
+    is all of both. seed: of the draws. Raises ValueError for fewer than two samples, and for features not finite.
     """
     size = min(size, len(a), len(b))
     if size < 2:
         raise ValueError(f"a kernel distance needs at least 2 samples of each, got {len(a)} and {len(b)}")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError("features are not finite")
     if size == len(a) == len(b):
         subsets = 1
     found = []

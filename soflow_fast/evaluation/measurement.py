@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..flow import SolutionFlow
 from ..sampling import Devices, Drawing
-from .digits import REAL, describe, measure_digits
+from .digits import about_digits, describe, measure_digits
 from .judge import Finish, Judge
 from .times_search import Times
 
@@ -61,7 +61,7 @@ class OfDigits:
         """See Measure."""
         way: Any = {"several": self._several, "times": times, "guidance": self._guidance}
         scores = measure_digits(self._flow, self._n, nfe, seed, **way)
-        return Measurement(shown(times) + describe(nfe, scores), scores._asdict())
+        return Measurement(shown(times) + describe(nfe, scores, self._n), scores._asdict())
 
     def distance_at(self, times: Times, seed: int) -> float:
         """See Measure."""
@@ -69,7 +69,7 @@ class OfDigits:
 
     def about(self) -> dict[str, Any]:
         """See Measure."""
-        return {"samples": self._n, "reference": {"path": "digits", "images": REAL}, **of_guidance(self._guidance)}
+        return {**about_digits(self._n), **of_guidance(self._guidance)}
 
 
 class AgainstReference:

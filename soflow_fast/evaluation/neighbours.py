@@ -25,10 +25,13 @@ def precision_recall(
     """Precision: the fraction of samples [N, D] within the ball of some sample of the reference [M, D], whose radius is
     the distance to its k-th neighbour there. Recall: the same with both exchanged.
 
-    Distances are float32; ADM's evaluator has float16. Raises ValueError for sets of k samples or fewer.
+    Distances are float32; ADM's evaluator has float16. Raises ValueError for sets of k samples or fewer, and for
+    features not finite.
     """
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"neighbour {k} needs more than {k} samples of each, got {len(samples)} and {len(reference)}")
+    if not (samples.isfinite().all() and reference.isfinite().all()):
+        raise ValueError("features are not finite")
     centre = reference.mean(0)  # distances stay, and squares that are subtracted from each other become small
     a, b = (samples - centre).float().to(device), (reference - centre).float().to(device)
     return PrecisionRecall(_fraction_within(a, b, _radii(b, k)), _fraction_within(b, a, _radii(a, k)))

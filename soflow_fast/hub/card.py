@@ -145,6 +145,8 @@ def _against(reference: Any) -> str:
         case {"path": str(path), "images": int(images), "statistics": bool(statistics)}:
             what = [f"{images} images"] * bool(images) + ["statistics"] * statistics
             return f", compared with {_text(os.path.basename(path.rstrip('/')))} ({' and '.join(what)})"
+        case {"path": "digits", "images": int(images)}:
+            return f", compared with {images} real digits"
         case _:
             return ""
 

@@ -16,6 +16,7 @@ from ..evaluation import (
     NETWORKS,
     AgainstReference,
     Judge,
+    about_digits,
     describe,
     judge_for,
     labels_in_turn,
@@ -159,7 +160,7 @@ class Evaluations:
             return self._against.at(nfe, None, seed=0)
         if not self.state.config.run.reference:
             scores = measure_digits(self.state.ema, self.samples, nfe, seed=0, decode=self._grids.decoded)
-            return describe(nfe, scores), scores._asdict()
+            return describe(nfe, scores, self.samples), scores._asdict()
         y = labels_in_turn(self.state.ema, self.samples)
         drawing = Drawing.of(self.state.ema, y, nfe=nfe, seed=0, shape=(self.samples, *self._shape()))
         for rows in drawing.batches():
@@ -167,8 +168,10 @@ class Evaluations:
         return "", {}
 
     def about(self) -> dict[str, Any]:
-        """What stands beside the figures in evaluation.json."""
-        return {"samples": self.samples} if self._against is None else self._against.about()
+        """What stands beside the figures in evaluation.json; nothing of a rank that only draws."""
+        if self._against is not None:
+            return self._against.about()
+        return {} if self.state.config.run.reference else about_digits(self.samples)
 
 
 def evaluate(evaluations: Evaluations, run_dir: Path | None, say: Callable[[str], None]) -> dict[int, dict[str, float]]:

@@ -38,8 +38,7 @@ def sample(
     Args:
         flow: the trained flow; runs on the device and in the dtype of its parameters.
         y: labels [B]; None: the null label.
-        nfe: number of function evaluations, at least 1; None: as many as `times` has, or 1, of a flow that was trained
-            by flow matching 10.
+        nfe: number of function evaluations, at least 1; None: as many as `times` has, or 1, of "euler" 10.
         times: t_0 = 1, t_1, ..., falling, one for each network call; None: evenly spaced.
         method: "renoise", as above; "consecutive": solve from t_k to t_{k+1}; "euler": go there along the velocity;
             None: "renoise", of a flow that was trained by flow matching "euler", which is then the only one.
@@ -72,7 +71,7 @@ def sample(
         )
         batches = [drawing.batch(flow, rows)[: len(rows)] for rows in drawing.batches()]
         return torch.cat(batches) if batches else next(flow.parameters()).new_empty(drawing.shape)
-    times, method = checked_times(nfe, times, usual_calls(flow)), checked_method(method, flow)
+    times, method = checked_times(nfe, times, usual_calls(flow, method)), checked_method(method, flow)
     labels, parameter, wanted = _checked(flow, y), next(flow.parameters()), noise_count(times, method)
     if len(noise) != wanted:
         each = "one tensor per network call" if method == "renoise" else f"one tensor for method {method}"
@@ -136,7 +135,7 @@ class Drawing:
         guidance: float | None = None,
     ) -> "Drawing":
         """The arguments of `sample`, checked. Raises ValueError."""
-        times, method = checked_times(nfe, times, usual_calls(flow)), checked_method(method, flow)
+        times, method = checked_times(nfe, times, usual_calls(flow, method)), checked_method(method, flow)
         labels = _checked(flow, y)
         seed, batch_size = whole("seed", seed, 0), whole("batch_size", batch_size, 1)
         shape = tuple(whole("shape", n, 0) for n in _shape(flow, labels, shape))

@@ -13,7 +13,7 @@ from ..flow import SolutionFlow, per_sample
 from .guidance import scales
 
 EULER_CALLS = 10
-"""Network calls of each sample of a flow that has learned the velocity alone, where their number is not said."""
+"""Network calls of each sample that goes along the velocity, where their number is not said: one would be the mean."""
 
 
 def whole(name: str, value: int, least: int) -> int:
@@ -23,9 +23,12 @@ def whole(name: str, value: int, least: int) -> int:
     return int(value)
 
 
-def usual_calls(flow: SolutionFlow) -> int:
-    """The network calls of each sample of a flow, where their number is not said."""
-    return 1 if flow.solves else EULER_CALLS
+def usual_calls(flow: SolutionFlow, method: str | None = None) -> int:
+    """The network calls of each sample of a flow, where their number is not said. method: None: the flow's own.
+
+    Raises ValueError as `checked_method` does.
+    """
+    return EULER_CALLS if checked_method(method, flow) == "euler" else 1
 
 
 def checked_times(nfe: int | None, times: Sequence[float] | None, usual: int = 1) -> tuple[float, ...]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from soflow_fast.evaluation import judge
+from soflow_fast.evaluation import Extracted, judge
 from tests.evaluation.small import Small, pictures, save_folder, save_npz
 
 Call = Callable[..., Any]
@@ -51,6 +52,24 @@ def test_images_against_a_reference(small_inception: Any, reference: Path, call:
     assert small_inception[-1] == {"inception": "a.pth", "dinov2": "b.pth"}
 
 
+@pytest.mark.parametrize("metrics", ["fd-random", "kid-random", "precision-random"])
+def test_features_that_are_not_finite_are_one_line(
+    metrics: str, reference: Path, refused: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        name = "random"
+
+        def on(self, device: torch.device) -> Any:
+            return lambda images: Extracted(images.float().mean((2, 3)).log() / (images.amax() < 250))
+
+    monkeypatch.setattr(judge, "open_networks", lambda names, **files: {"random": Broken()})
+    dark, light = (save_npz(pictures(110, 1).clamp(1, most), tmp_path / f"{most}.npz") for most in (99, 255))
+    light.write_bytes(save_npz(pictures(110, 1, light=200), tmp_path / "x.npz").read_bytes())
+    for ours, theirs, where in ((light, dark, str(light)), (dark, light, f"--reference {light}")):
+        line = refused("evaluate", ours, "--reference", theirs, "--metrics", metrics)
+        assert line.strip().endswith(f"{where}: features of the network random are not finite"), line
+
+
 def test_a_run_against_a_reference_is_its_samples_against_it(
     finished: Any, reference: Path, call: Call, tmp_path: Path
 ) -> None:
@@ -78,9 +97,11 @@ def test_times_that_are_given(finished: Any, call: Call) -> None:
     even = json.loads(call("evaluate", finished.folder, "--n", "100", "--nfe", "2", "--json").out)
     same = json.loads(call("evaluate", finished.folder, "--n", "100", "--times", "1,0.5", "--json").out)
     assert same["nfe"]["2"].pop("times") == [1, 0.5] and same["nfe"] == even["nfe"]
-    assert even["reference"] == {"path": "digits", "images": 1797}
+    assert even["reference"] == {"path": "digits", "images": 1797} and even["samples"] == 100 and even["few"] is True
     other = call("evaluate", finished.folder, "--n", "100", "--times", "1,0.7,0.2")
     assert other.out.startswith("times 1,0.7,0.2: 3 steps: 0.") and other.out.count("\n") == 1
+    end = " within distance 4 of a training image (100 samples against 1797 real digits, fewer than 50000)\n"
+    assert other.out.endswith(end)
 
 
 def test_a_search_for_times_prints_its_table_and_measures_the_best_with_other_noise(
@@ -135,6 +156,8 @@ WRONG = [
     (["mu.npz", "--reference", "IMAGES"], ["mu.npz", "no images"]),
     (["IMAGES", "--reference", "mu.npz", "--metrics", "kid"], ["--reference mu.npz", "no images"]),
     (["empty", "--reference", "IMAGES"], ["empty", "no checkpoint"]),
+    (["cut.npz", "--reference", "IMAGES"], ["cut.npz: is a damaged .npz"]),
+    (["IMAGES", "--reference", "cut.npz", "--metrics", "fd-random"], ["--reference cut.npz: is a damaged .npz"]),
 ]
 
 
@@ -146,5 +169,6 @@ def test_wrong_input_is_one_line(
     save_folder(pictures(10, 0), tmp_path / "IMAGES")
     np.savez("mu.npz", mu=np.zeros(3), sigma=np.eye(3))
     Path("empty").mkdir()
+    Path("cut.npz").write_bytes(Path("mu.npz").read_bytes()[:300])
     line = refused("evaluate", *(str(finished.folder) if text == "RUN" else text for text in arguments))
     assert all(part in line for part in parts) and len(line) < 300, line

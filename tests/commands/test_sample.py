@@ -103,7 +103,7 @@ def test_the_same_command_goes_on_and_another_is_refused(
     for more, text in (
         (["--seed", "1"], "seed 0, not 1"),
         (["--times", "1,0.5"], "times [1.0], not [1.0, 0.5]"),
-        (["--method", "euler"], "method 'renoise', not 'euler'"),
+        (["--method", "euler", "--nfe", "1"], "method 'renoise', not 'euler'"),
         (["--labels", "3"], "labels 'balanced', not '3'"),
         (["--batch-size", "8"], "batch_size 4, not 8"),
         (["--n", "12"], "n 9, not 12"),

@@ -115,8 +115,58 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
     assert "cannot be read (Bad CRC-32" in refused(tmp_path / "cut.npz")
 
 
-def test_an_npz_of_something_else_is_none_of_images(tmp_path: Path) -> None:
-    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
-    (tmp_path / "text.npz").write_text("mine")
+def claiming(path: Path, shape: tuple[int, ...], name: str = "arr_0", dtype: str = "|u1") -> Path:
+    """An .npz with 3 images of 8 x 8, or 3 numbers, whose header says that they are of another shape."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(576 if name == "arr_0" else 24)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{name}.npy", content)
+        if name == "mu":
+            archive.writestr("sigma.npy", content)
+    return path
+
+
+@pytest.mark.parametrize("n", [-5, 2, 4, 10**13, 10**30])
+def test_a_shape_that_the_content_is_not_of_is_refused_before_anything_is_read(n: int, tmp_path: Path) -> None:
+    assert len(open_images(str(claiming(tmp_path / "right.npz", (3, 8, 8, 3))))) == 3
+    line = refused(claiming(tmp_path / "wrong.npz", (n, 8, 8, 3)))
+    assert f"arr_0 is said to be uint8 [{n}, 8, 8, 3], which its 576 bytes are not" in line
+    line = refused(claiming(tmp_path / "mu.npz", (n,), "mu", "<f8"))
+    assert f"mu is said to be float64 [{n}], which its 24 bytes are not" in line
+
+
+def test_statistics_that_are_no_mean_and_covariance_are_one_line(tmp_path: Path) -> None:
+    mean, spread = np.zeros(3), np.eye(3)
+    skew, endless, nan = spread.copy(), spread.copy(), mean.copy()
+    skew[0, 1], endless[1, 1], nan[2] = 0.1, np.inf, np.nan
+    for mu, sigma, text in (
+        (mean, spread * 1j, "sigma must be of floats, got complex128"),
+        (mean, np.full((3, 3), "1"), "sigma must be of floats, got <U1"),
+        (mean, spread.astype(int), "sigma must be of floats, got int64"),
+        (mean * 1j, spread, "mu must be of floats, got complex128"),
+        (mean, skew, "sigma is not symmetric"),
+        (mean, endless, "sigma is not finite"),
+        (nan, spread, "mu is not finite"),
+    ):
+        np.savez(tmp_path / "x.npz", mu=mu, sigma=sigma)
+        assert text in refused(tmp_path / "x.npz"), text
+    x = np.random.default_rng(0).standard_normal((500, 64)).astype(np.float32)
+    covariance = (x.T @ x) / np.float32(499)
+    rounded = covariance + np.triu(covariance, 1) * np.float32(3e-7)  # as sums in float32 leave it
+    np.savez(tmp_path / "x.npz", mu=x.mean(0), sigma=rounded)
+    assert np.array_equal(open_images(str(tmp_path / "x.npz")).statistics["mu"].covariance, rounded)
+
+
+def test_what_is_called_npz_is_read_as_one(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "x.pt")  # which is a zip as well
-    assert not any(is_npz(str(tmp_path / name)) for name in ("other.npz", "text.npz", "x.pt", "nowhere", "."))
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "text").write_text("mine")
+    assert not any(is_npz(str(tmp_path / name)) for name in ("x.pt", "folder.npz", "text", "nowhere.npz", "."))
+    save_npz(pictures(5, 0), tmp_path / "x.npz").rename(tmp_path / "images")
+    assert is_npz(str(tmp_path / "images")), "by its content, whatever its name"
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    assert "holds no images arr_0, and neither mu and sigma" in refused(tmp_path / "other.npz")
+    whole = save_npz(pictures(5, 0), tmp_path / "whole.npz").read_bytes()
+    for content in (whole[:300], whole[:-10], b"mine", b""):
+        (tmp_path / "part.npz").write_bytes(content)
+        assert "is a damaged .npz, or none" in refused(tmp_path / "part.npz"), content[:10]

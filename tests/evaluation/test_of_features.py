@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from soflow_fast.evaluation import inception_score, kernel_distance, neighbours, precision_recall
+from soflow_fast.evaluation import Gaussian, frechet, inception_score, kernel_distance, neighbours, precision_recall
 
 
 def normal(n: int, d: int, seed: int) -> Tensor:
@@ -84,6 +84,24 @@ def test_the_inception_score_of_known_classifiers() -> None:
     assert 4.8 < ordered.mean < 5 and 0 < ordered.deviation < 0.1
     with pytest.raises(ValueError, match="10 splits need as many images, got 9"):
         inception_score(torch.zeros(9, 3))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_are_no_figures(value: float) -> None:
+    x, y = normal(20, 4, 0), normal(20, 4, 1)
+    broken = x.clone()
+    broken[3, 1] = value
+    for figure in (precision_recall, kernel_distance):
+        for pair in ((broken, y), (y, broken)):
+            with pytest.raises(ValueError, match="features are not finite"):
+                figure(*pair)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        inception_score(broken)
+    right, wrong = Gaussian.of(x), Gaussian.of(x)
+    wrong.mean[0] = value
+    for pair in ((right, wrong), (wrong, right)):
+        with pytest.raises(ValueError, match="a mean or a covariance is not finite"):
+            frechet(*pair)
 
 
 def test_the_inception_score_is_its_definition() -> None:

@@ -4,8 +4,10 @@ import base64
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +131,42 @@ def test_imports(line, depth, wanted):
             hub.relative(text, depth)
     else:
         assert hub.relative(text, depth) == text.replace(line, wanted or line)
+
+
+def test_the_card_is_true_of_what_get_kernel_returns(repository, load, monkeypatch):
+    """Its code runs with the names of a build, in a process where nothing of it can be imported by its name."""
+    card, build = (repository / "CARD.md").read_text(), load(repository / "build" / "torch-cpu")
+    asked = []
+
+    def get_kernel(name, version, trust_remote_code):
+        asked.append((name, version))
+        return build
+
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    readme = (ROOT / "README.md").read_text()
+    assert len(blocks) == readme.count("```python") + 1  # none is lost, and `get_kernel` comes before them
+    names = {"__name__": "card"}
+    monkeypatch.setattr(build._dispatch, "_mode", "reference")  # interpreted, the kernels would take minutes
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
+        patch.setitem(sys.modules, "soflow_kernels", None)  # an import raises
+        for block in blocks:
+            exec(compile(block, "CARD.md", "exec"), names)
+    assert asked == [("someone/soflow-kernels", hub.VERSION)] and names["h"].shape == names["x"].shape
+    assert names["layernorm_modulate"] is build.layernorm_modulate
+    assert not re.search(r"\]\((?!https?://)", card), "a link to a file that is not there"
+    for name in ("pip install", "python -m", "soflow_kernels.testing", "soflow_kernels.inspect", "kernels/hub.py"):
+        assert name not in card, name
+    assert "`layers` of a package" in card and "## Where a call runs" in card and card.startswith("---\nlibrary_name")
+    for name in re.findall(r"`soflow_kernels\.(\w+)`", card):
+        assert hasattr(build, name), name
+
+
+@pytest.mark.parametrize(("old", "text"), [("pip install ./k", "INSTALLATION"), ("## Without a GPU", "no section")])
+def test_a_readme_that_the_card_can_no_longer_be_made_of_is_refused(old, text):
+    readme = (ROOT / "README.md").read_text().replace(old, "another")
+    with pytest.raises(ValueError, match=text):
+        hub.card(readme, "a/b")
 
 
 def test_wrong_arguments(repository, capsys, tmp_path):

@@ -57,6 +57,8 @@ def test_digits_on_the_way(tmp_path: Path, capsys: Any) -> None:
     assert f"Frechet distance {found[1]['eval_frechet']:.1f}," in said[1]
     final = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert final["samples"] == 100 and final["nfe"].keys() == {"1", "2"}
+    assert final["few"] is True and final["reference"] == {"path": "digits", "images": 1797}
+    assert all(line.endswith(" (100 samples against 1797 real digits, fewer than 50000)") for line in said)
     plain = trainer.train(configuration(tmp_path / "plain"))
     for name, weight in plain.ema.state_dict().items():
         assert torch.equal(weight, state.ema.state_dict()[name]), name

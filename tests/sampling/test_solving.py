@@ -119,6 +119,21 @@ def test_a_method_that_is_none_and_noise_that_is_not_asked_for_are_refused() -> 
             sample(flow, times=TIMES, method=method, noise=noise(3))
 
 
+def test_eulers_method_takes_ten_calls_of_any_flow_unless_it_is_said_otherwise() -> None:
+    """One would be the mean of the data; solutions are drawn in one."""
+    flow, given = SolutionFlow(Network()), {"shape": (5, *SHAPE)}
+    assert torch.equal(
+        sample(flow, method="euler", seed=3, **given), sample(flow, nfe=10, method="euler", seed=3, **given)
+    )
+    start = noise(1)
+    ten = sample(flow, nfe=10, method="euler", noise=start)
+    assert torch.equal(sample(flow, method="euler", noise=start), ten)
+    calls = {method: Drawing.of(flow, method=method, **given).nfe for method in get_args(SamplingMethod)}
+    assert calls == {"renoise": 1, "consecutive": 1, "euler": 10} and Drawing.of(flow, **given).nfe == 1
+    assert Drawing.of(flow, method="euler", nfe=1, **given).nfe == 1
+    assert Drawing.of(flow, method="euler", times=TIMES, **given).nfe == len(TIMES)
+
+
 def test_a_flow_that_has_learned_its_velocity_alone_goes_along_it() -> None:
     """By Euler's method in ten calls, unless it is said otherwise; there are no solutions to draw by."""
     flow = SolutionFlow(Network(), objective="flow-matching")
