@@ -137,8 +137,8 @@ def _side_by_side(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     longer than they take to be multiplied.
     """
     pairs = zip(weights, biases, strict=True)
-    if torch.compiler.is_compiling() or transformed():
-        return torch.cat([F.linear(x, weight, bias) for weight, bias in pairs], 1)
+    if torch.compiler.is_compiling() or transformed():  # no result is given to write to
+        return F.linear(x, torch.cat(list(weights)), torch.cat(list(biases)))
     out = x.new_empty(len(x), sum(map(len, weights)))
     for (weight, bias), columns in zip(pairs, out.split([len(weight) for weight in weights], 1), strict=True):
         torch.addmm(bias, x, weight.t(), out=columns)

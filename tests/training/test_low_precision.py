@@ -185,21 +185,25 @@ def test_bf16_training_stays_near_float32():
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.95
 
 
-def test_the_modulations_of_all_blocks_are_one_product():
+def test_the_weights_of_modulations_are_not_copied_for_their_products():
+    """Each product is written to its columns. As one product, a copy of all weights would come first."""
     network = state().flow.network
-    sizes = []
+    products, copied = [], []
 
-    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            if operation in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
-                sizes.append(tuple(args[-1].shape))
-            return operation(*args, **(kwargs or {}))
+            out = operation(*args, **(kwargs or {}))
+            if operation._overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm):
+                products.append(tuple(args[-1].shape))
+            if operation._overloadpacket in (torch.ops.aten.cat, torch.ops.aten.stack):
+                copied.append(out.numel())
+            return out
 
-    with Products():
+    with Watched():
         forward(network)
     D = SIZES.hidden_size
-    assert sizes.count((D, (6 * SIZES.depth + 2) * D)) == 1
-    assert not any(shape in ((D, 6 * D), (D, 2 * D)) for shape in sizes)
+    assert products.count((D, 6 * D)) == SIZES.depth and products.count((D, 2 * D)) == 1
+    assert not any(size >= 6 * D * D * SIZES.depth for size in copied)
 
 
 def test_masters_are_what_the_parameters_were():
