@@ -424,7 +424,7 @@ def test_the_choice_is_for_the_shape_of_the_run(
     state = TrainState.build(trainer.resolved(override(preset("digits"), TINY | changes)))
     assert trainer.resolve_attention(state) == "sdpa-flash"
     tokens = (state.config.model.input_size // state.config.model.patch_size) ** 2
-    assert asked == [(CPU, dtype, B, 2, tokens, 8, trainer.time.perf_counter, {"compiled": False})]
+    assert asked == [(CPU, dtype, B, 2, tokens, 8, trainer.time.perf_counter, {"compiled": False, "apart": False})]
 
 
 def test_a_backend_that_is_not_there_is_refused(refused: Any, tmp_path: Path, monkeypatch: Any) -> None:
