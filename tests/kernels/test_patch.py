@@ -334,7 +334,7 @@ def changed(**parts):
         # As wide as the four parts of a block without shifts; this one takes six.
         (
             changed(adaLN_modulation=nn.Linear(WIDTH, 4 * WIDTH)),
-            r"it cannot be tried on 3 tokens \(ValueError: not enough",
+            r"it cannot be tried on 3 tokens \(RuntimeError: The size of tensor",
         ),
         (changed(norm2=None), "it has no norm2"),
     ],
