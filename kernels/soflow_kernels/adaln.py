@@ -558,18 +558,18 @@ _gate_residual_layernorm_modulate.register_autograd(
 
 
 def _check(
-    op: str, x: Tensor, tokens: dict[str, Any], rows: dict[str, Any], bias: Any = None,
-    out_dtype: torch.dtype | None = None,
+    op: str, x: Tensor, tokens: dict[str, Any], rows: dict[str, Any], column: Any = None,
+    out_dtype: torch.dtype | None = None, column_name: str = "bias",
 ) -> None:  # fmt: skip
-    """Raise ValueError unless x and tokens are [B, T, D], rows [B, D], bias [D] or None, on one device."""
+    """Raise ValueError unless x and tokens are [B, T, D], rows [B, D], the column [D] or None, on one device."""
     check_tensor(op, "x", x, ("B", "T", "D"))
     B, T, D = x.shape
     for name, value in tokens.items():
         check_tensor(op, name, value, (B, T, D), x)
     for name, value in rows.items():
         check_tensor(op, name, value, (B, D), x)
-    if bias is not None:
-        check_tensor(op, "bias", bias, (D,), x)
+    if column is not None:
+        check_tensor(op, column_name, column, (D,), x)
     check_dtype(op, "out_dtype", out_dtype)
 
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_dtype, check_tensor, operation, use_kernel
-from soflow_kernels.adaln import MAX_D, _backward, _forward, _modulated
+from soflow_kernels._dispatch import operation, use_kernel
+from soflow_kernels.adaln import MAX_D, _backward, _check, _forward, _modulated
 from soflow_kernels.gated_residual import gate_residual_reference
 
 
@@ -166,21 +166,6 @@ _gate_residual_rmsnorm_modulate.register_autograd(
 )
 
 
-def _check(
-    op: str, x: Tensor, y: Tensor | None, rows: dict[str, Any], weight: Any, out_dtype: torch.dtype | None
-) -> None:
-    """Raise ValueError unless x and y are [B, T, D], rows [B, D], weight [D] or None, on one device."""
-    check_tensor(op, "x", x, ("B", "T", "D"))
-    B, T, D = x.shape
-    if "gate" in rows:
-        check_tensor(op, "y", y, (B, T, D), x)
-    for name, value in rows.items():
-        check_tensor(op, name, value, (B, D), x)
-    if weight is not None:
-        check_tensor(op, "weight", weight, (D,), x)
-    check_dtype(op, "out_dtype", out_dtype)
-
-
 def rmsnorm_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None = None, eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
@@ -193,7 +178,7 @@ def rmsnorm_modulate(
     8192, float64 and DTensors take the reference.
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
-    _check("rmsnorm_modulate", x, None, {"shift": shift, "scale": scale}, weight, out_dtype)
+    _check("rmsnorm_modulate", x, {}, {"shift": shift, "scale": scale}, weight, out_dtype, "weight")
     if not 0 < x.shape[2] <= MAX_D or not use_kernel(x, shift, scale, weight):
         return rmsnorm_modulate_reference(x, shift, scale, weight, eps, out_dtype)
     return _rmsnorm_modulate(x, shift, scale, weight, eps, out_dtype or x.dtype, torch.is_grad_enabled())[0]
@@ -211,7 +196,7 @@ def gate_residual_rmsnorm_modulate(
     Raises ValueError naming the argument whose type, shape, dtype or device is wrong.
     """
     op = "gate_residual_rmsnorm_modulate"
-    _check(op, x, y, {"gate": gate, "shift": shift, "scale": scale}, weight, out_dtype)
+    _check(op, x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, weight, out_dtype, "weight")
     if not 0 < x.shape[2] <= MAX_D or not use_kernel(x, y, gate, shift, scale, weight):
         return gate_residual_rmsnorm_modulate_reference(x, y, gate, shift, scale, weight, eps, out_dtype)
     stats = torch.is_grad_enabled()  # a pass without gradient has no use for them

@@ -63,11 +63,10 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         config, chosen = choose_precision(config) if crew.first else (config, "")
         config = replace(config, precision=crew.chosen(config.precision))
         config = resolved(config, crew)
-        if crew.first:  # who measures
+        if crew.first:  # who measures and shows
             check_evaluations(config.run)
-        run_dir = Path(config.run.run_dir)
-        if crew.first:
             check_installed(config.run.track)
+        run_dir = Path(config.run.run_dir)
         labels = MEANFLOW_LABELS if config.objective.kind == "meanflow" else LABELS
         progress = Progress(config.steps, notes=crew.notes, at_work=crew.watch.at_work, labels=labels)
         if choices == NOTHING_LEFT:

@@ -266,30 +266,26 @@ def _given(state: TrainState, x0: Tensor, draws: Draws) -> Draws:
     if not isinstance(draws, Draws):
         raise ValueError(f"draws must be Draws, got {type(draws).__name__}")
     for name, value in zip(draws._fields, draws, strict=True):
-        if name not in ("n_fm", "w") and not isinstance(value, Tensor):
+        if name == "n_fm" or (name == "w" and value is None):
+            continue
+        if not isinstance(value, Tensor):
             raise ValueError(f"draws.{name} must be a tensor, got {type(value).__name__}")
-    if draws.x1.shape != x0.shape or not draws.x1.is_floating_point():
-        raise ValueError(f"draws.x1 must be floating {list(x0.shape)}, got {draws.x1.dtype} {list(draws.x1.shape)}")
-    for name in ("t", "l", "s"):
-        value = getattr(draws, name)
-        if value.shape != (B,) or not value.is_floating_point():
-            raise ValueError(f"draws.{name} must be floating [{B}], got {value.dtype} {list(value.shape)}")
-    dropped = draws.label_dropped
-    if dropped.shape != (B,) or dropped.dtype != torch.bool:
-        raise ValueError(f"draws.label_dropped must be bool [{B}], got {dropped.dtype} {list(dropped.shape)}")
-    if draws.w is None and state.objective.guidance_range is not None:
+        kind, shape = "bool" if name == "label_dropped" else "floating", x0.shape if name == "x1" else (B,)
+        fits = value.dtype == torch.bool if kind == "bool" else value.is_floating_point()
+        if value.shape != shape or not fits:
+            raise ValueError(f"draws.{name} must be {kind} {list(shape)}, got {value.dtype} {list(value.shape)}")
+    scales = state.objective.guidance_range
+    if draws.w is None and scales is not None:
         raise ValueError("draws.w must be given: the network sees a guidance scale of each sample")
-    if draws.w is not None and (draws.w.shape != (B,) or not draws.w.is_floating_point()):
-        raise ValueError(f"draws.w must be floating [{B}], got {draws.w.dtype} {list(draws.w.shape)}")
-    if draws.w is not None and state.objective.guidance_range is None:
+    if draws.w is not None and scales is None:
         raise ValueError("draws.w: the network sees no guidance scale")
     if type(draws.n_fm) is not int or not 0 <= draws.n_fm <= B:
         raise ValueError(f"draws.n_fm must be a whole number from 0 to {B}, got {draws.n_fm!r}")
     sc = slice(draws.n_fm, B)
     if not on_gpu(draws.l) and not on_gpu(draws.t) and not bool((draws.l[sc] < draws.t[sc]).all()):
         raise ValueError("draws.l must be below draws.t for consistency samples, those from draws.n_fm on")
-    if draws.w is not None and state.objective.guidance_range is not None and not on_gpu(draws.w):
-        low, high = state.objective.guidance_range
+    if draws.w is not None and scales is not None and not on_gpu(draws.w):
+        low, high = scales
         if not bool(((draws.w >= low) & (draws.w <= high)).all()):
             raise ValueError(f"draws.w must be from {low:g} to {high:g}, as the network is trained")
     if state.parallel is not None and draws.n_fm != _n_fm(state, B):
