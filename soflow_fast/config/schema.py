@@ -98,6 +98,23 @@ class DiTConfig:
 
 
 @dataclass(frozen=True)
+class PolicyConfig:
+    """The shape of an action policy (`policy.SoFlowPolicy`), and how its chunks of actions are executed."""
+
+    obs_size: int = 0
+    """Numbers in an observation; 0: as many as the demonstrations have."""
+    action_dim: int = 0
+    """Numbers in an action; 0: as many as the demonstrations have."""
+    action_horizon: int = 8
+    """Actions in a chunk."""
+    hidden_size: int = 256
+    num_layers: int = 4
+    """Residual blocks of two linear layers each."""
+    executed: int = 4
+    """Actions of a chunk that are executed before the next one is drawn."""
+
+
+@dataclass(frozen=True)
 class FlowConfig:
     """The path from data to noise and the coefficients of the solution function."""
 

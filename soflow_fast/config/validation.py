@@ -20,6 +20,7 @@ from .schema import (
     DiTConfig,
     FlowConfig,
     ObjectiveConfig,
+    PolicyConfig,
     check_type,
     flatten,
     nearest,
@@ -126,6 +127,18 @@ def validate_guidance_range(found: tuple[float, float] | None, prefix: str = "")
     if not (fits and 1 <= low < high <= MOST_GUIDANCE):
         what = f"none or two numbers a, b with 1 <= a < b <= {MOST_GUIDANCE:g}"
         raise ValueError(f"{prefix}guidance_range must be {what}, got {shown(found)}")
+
+
+def validate_policy(policy: PolicyConfig, prefix: str = "") -> None:
+    """Check a PolicyConfig. Raises ValueError naming the field."""
+    check = _checks(policy, prefix)
+    limits = {"obs_size": 2**16, "action_dim": 2**12, "action_horizon": 2**12, "hidden_size": 2**16, "num_layers": 1000}
+    for name, most in (limits | {"executed": 2**12}).items():
+        value, least = getattr(policy, name), 0 if name in ("obs_size", "action_dim") else 1
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        check(name, whole and least <= value <= most, f"a whole number from {least} to {most}")
+    check("hidden_size", policy.hidden_size % 2 == 0, "even, as half of it are sines of the times and half cosines")
+    check("executed", policy.executed <= policy.action_horizon, f"at most action_horizon {policy.action_horizon}")
 
 
 def validate_flow(flow: FlowConfig, prefix: str = "") -> None:

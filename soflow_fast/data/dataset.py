@@ -44,6 +44,27 @@ class LatentSpace(NamedTuple):
     shift: float | tuple[float, ...]
 
 
+class Normalisation(NamedTuple):
+    """How numbers of observations and actions become those of a model: (value - mean) / deviation, each by its own."""
+
+    observation_mean: tuple[float, ...]
+    observation_deviation: tuple[float, ...]
+    action_mean: tuple[float, ...]
+    action_deviation: tuple[float, ...]
+
+    def normalised_observations(self, values: Tensor) -> Tensor:
+        """Observations [..., obs_size] as a model takes them, in their dtype."""
+        return (values - values.new_tensor(self.observation_mean)) / values.new_tensor(self.observation_deviation)
+
+    def normalised_actions(self, values: Tensor) -> Tensor:
+        """Actions [..., action_dim] as a model gives them, in their dtype."""
+        return (values - values.new_tensor(self.action_mean)) / values.new_tensor(self.action_deviation)
+
+    def actions(self, values: Tensor) -> Tensor:
+        """Actions [..., action_dim] of what a model gives: the inverse of `normalised_actions`."""
+        return values * values.new_tensor(self.action_deviation) + values.new_tensor(self.action_mean)
+
+
 BAD = "bad: "
 """Begins the reasons of `Contents.left_out` that name a sample."""
 
@@ -66,6 +87,8 @@ class Contents:
     """That of what these latents were converted from, "" if it is not known."""
     space: LatentSpace | None = None
     """Of latents."""
+    normalisation: Normalisation | None = None
+    """Of demonstrations."""
 
     def bad(self) -> list[str]:
         """What is wrong with each sample that was left out because it cannot be read, after its name."""
