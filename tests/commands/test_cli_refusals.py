@@ -25,6 +25,7 @@ OUT_OF_RANGE = {
     "--micro-batch": ["-2", "most", "1.5", ""],
     "--precision": ["fp17", "tf32", ""],
     "--quotient": ["pairs", ""],
+    "--condition-size": ["-1", "many", "1.5", "9999999999"],
     "--guidance-range": ["2", "4,1", "0.5,2", "1,x", "1,2,3", "1,2000"],
     "--guidance-precision": ["bf16", "FP8", ""],
     "--quotient-precision": ["fp8", "tf32", ""],
