@@ -19,7 +19,9 @@ from .schema import (
     Config,
     DiTConfig,
     FlowConfig,
+    ModelConfig,
     ObjectiveConfig,
+    UNetConfig,
     check_type,
     flatten,
     nearest,
@@ -54,9 +56,16 @@ def validate(config: Config) -> Config:
     check("weight_decay", optim.weight_decay >= 0, "at least 0")
     check("grad_clip", optim.grad_clip >= 0, "at least 0")
     check("ema_decay", 0 <= optim.ema_decay < 1, "in [0, 1)")
+    check("ema_every", 1 <= optim.ema_every <= 10**6, "in [1, 10^6]")
+    fits = optim.kind == "radam" or optim.ema_precision == "fp32"
+    check("ema_precision", fits, "fp32 unless optim.kind is radam, whose state has room for the float64 average")
 
+    check = _checks(config.data, "data.")
+    check("augment", 0 <= config.data.augment <= 1, "in [0, 1]")
+    check("augment", not config.data.augment or _sees_augmentation(config.model), "0 without model.augmentation_labels")
+    check("augment", not config.data.augment or not config.data.flip, "0 beside data.flip, as it mirrors by itself")
     a_name = "a name that a file can have, without zero byte or lone surrogate"
-    _checks(config.data, "data.")("path", _can_be_a_name(config.data.path), a_name)
+    check("path", _can_be_a_name(config.data.path), a_name)
     run = config.run
     check = _checks(run, "run.")
     check("run_dir", _can_be_a_name(run.run_dir), a_name)
@@ -75,6 +84,10 @@ def validate(config: Config) -> Config:
     check("checkpoint_every", run.checkpoint_every >= 0, "at least 0")
     check("check_quotient_every", run.check_quotient_every >= 0, "at least 0")
     check("keep", run.keep >= 2, "at least 2")
+    fits = config.optim.kind == "adamw" or run.optimizer == "soflow"
+    check("optimizer", fits, "left at soflow with optim.kind radam: the implementations are of AdamW")
+    if isinstance(config.model, UNetConfig):
+        _validate_unet_run(config)
     check("shard_ranks", 0 <= run.shard_ranks <= 2**20, "in [0, 2^20]")
     check("shard_ranks", not run.shard_ranks or run.parallel == "hsdp", "0 unless run.parallel is hsdp")
     check("hang_seconds", 0 <= run.hang_seconds <= 10**6, "in [0, 10^6]")
@@ -83,9 +96,10 @@ def validate(config: Config) -> Config:
     euler = objective.kind != "meanflow" or config.flow.coefficients == "euler"
     what = "euler with the objective meanflow, whose network is the average velocity"
     _checks(config.flow, "flow.")("coefficients", euler, what)
-    unasked = config.model.null_label or (objective.label_drop == 0 and objective.guidance_scale == 1)
-    what = "true unless objective.label_drop is 0 and objective.guidance_scale is 1"
-    _checks(config.model, "model.")("null_label", unasked, what)
+    if isinstance(config.model, DiTConfig):
+        unasked = config.model.null_label or (objective.label_drop == 0 and objective.guidance_scale == 1)
+        what = "true unless objective.label_drop is 0 and objective.guidance_scale is 1"
+        _checks(config.model, "model.")("null_label", unasked, what)
 
     check = _checks(config, "")
     for name in ("quotient", "quotient_precision"):
@@ -98,9 +112,13 @@ def validate(config: Config) -> Config:
     return config
 
 
-def validate_model(model: DiTConfig, prefix: str = "") -> None:
-    """Check a DiTConfig. Raises ValueError naming the field."""
+def validate_model(model: ModelConfig, prefix: str = "") -> None:
+    """Check the shape of a network. Raises ValueError naming the field."""
     check = _checks(model, prefix)
+    check("kind", model.kind == type(model)().kind, f"{type(model)().kind} in a {type(model).__name__}")
+    if isinstance(model, UNetConfig):
+        _validate_unet(model, prefix)
+        return
     for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
         value, least = getattr(model, name), 0 if name == "num_classes" else 1
         check(name, isinstance(value, int) and value >= least, f"a whole number of at least {least}")
@@ -117,6 +135,42 @@ def validate_model(model: DiTConfig, prefix: str = "") -> None:
     if model.guidance_range is not None:
         classes = model.null_label and model.num_classes > 0
         check("guidance_range", classes, "none for a network without classes or null label, which guidance is between")
+
+
+def _validate_unet(model: UNetConfig, prefix: str) -> None:
+    check = _checks(model, prefix)
+    limits = {"input_size": 2**12, "in_channels": 2**12, "channels": 2**14, "blocks": 100}
+    for name, most in limits.items():
+        value = getattr(model, name)
+        check(name, isinstance(value, int) and 1 <= value <= most, f"a whole number from 1 to {most}")
+    check("channels", model.channels % 8 == 0, "a multiple of 8")
+    levels = len(model.multipliers)
+    check("multipliers", 1 <= levels <= 8 and all(1 <= m <= 64 for m in model.multipliers), "1 to 8 numbers of 1 to 64")
+    halved = 2 ** (levels - 1)
+    check("input_size", model.input_size % halved == 0, f"a multiple of {halved}, as {levels} levels halve it")
+    sides = [model.input_size // 2**k for k in range(levels)]
+    check("attention_sizes", set(model.attention_sizes) <= {0, *sides}, f"of {', '.join(map(str, sides))}, or 0 for none")
+    check("dropout", 0 <= model.dropout < 1, "in [0, 1)")
+
+
+def _validate_unet_run(config: Config) -> None:
+    """What a run of a U-Net has no use for. Raises ValueError naming the field."""
+    run, check = config.run, _checks(config.run, "run.")
+    check("parallel", run.parallel == "ddp", "ddp with a U-Net, whose parameters are not cut over ranks")
+    check("compile", not run.compile, "false with a U-Net, which has no compiled blocks")
+    check("cuda_graph", not run.cuda_graph, "left out with a U-Net, whose steps are not recorded")
+    check("recompute", run.recompute != "mlp", "auto, nothing, none or block with a U-Net, which has no MLPs")
+    check("attention", run.attention == "auto", "auto with a U-Net, whose attention is its own")
+    check("mlp", run.mlp == "auto", "auto with a U-Net, which has no MLPs")
+    check = _checks(config, "")
+    check("precision", config.precision != "fp8", "auto, fp32, tf32 or bf16 with a U-Net")
+    check("guidance_precision", config.guidance_precision == "step", "step with a U-Net, which has no guidance")
+    what = "auto or pair with a U-Net: increments are of the DiT alone"
+    check("quotient", config.quotient != "increments", what)
+
+
+def _sees_augmentation(model: ModelConfig) -> bool:
+    return isinstance(model, UNetConfig) and model.augmentation_labels
 
 
 def validate_guidance_range(found: tuple[float, float] | None, prefix: str = "") -> None:
