@@ -86,6 +86,8 @@ def validate(config: Config) -> Config:
     check("keep", run.keep >= 2, "at least 2")
     fits = config.optim.kind == "adamw" or run.optimizer == "soflow"
     check("optimizer", fits, "left at soflow with optim.kind radam: the implementations are of AdamW")
+    fits = config.optim.kind == "adamw" or run.parallel == "ddp"
+    check("parallel", fits, "ddp with optim.kind radam, whose state is not cut over ranks")
     if isinstance(config.model, UNetConfig):
         _validate_unet_run(config)
     check("shard_ranks", 0 <= run.shard_ranks <= 2**20, "in [0, 2^20]")
