@@ -13,15 +13,18 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+ModelKind = Literal["dit", "unet", "policy"]
 FlowPath = Literal["linear", "trig"]
 Coefficients = Literal["euler", "trig"]
 ObjectiveKind = Literal["soflow", "flow-matching", "meanflow"]
 RSchedule = Literal["exponent", "cosine", "linear", "constant"]
 Teacher = Literal["student", "ema"]
 LRSchedule = Literal["constant", "cosine"]
-DataKind = Literal["digits", "digits-latent", "images", "latents"]
+OptimizerKind = Literal["adamw", "radam"]
+AveragePrecision = Literal["fp32", "fp64"]
+DataKind = Literal["digits", "digits-latent", "images", "latents", "demonstrations"]
 OnNonfinite = Literal["stop", "skip"]
 OptimizerName = Literal["soflow", "torch", "apex"]
 Recompute = Literal["auto", "nothing", "none", "mlp", "block"]
@@ -44,6 +47,8 @@ SWITCH = bool | None
 """The type of a field that is true, false or left to the machine."""
 RANGE = tuple[float, float] | None
 """The type of a field that is a range, or none."""
+WHOLES = tuple[int, ...]
+"""The type of a field that is some whole numbers."""
 AUTO = -1
 """The micro-batch that is found at start-up."""
 
@@ -62,6 +67,9 @@ DIT_SIZES = {
 class DiTConfig:
     """The shape of a Diffusion Transformer; the defaults are DiT-XL/2 on 32 x 32 x 4 latents."""
 
+    kind: ModelKind = "dit"
+    """Network; dit: a Diffusion Transformer, unet: a U-Net without labels, policy: an MLP of action
+    chunks; these two have other fields."""
     input_size: int = 32
     """Height and width of the input, in pixels or latent cells."""
     patch_size: int = 2
@@ -94,6 +102,11 @@ class DiTConfig:
         """Whether samples have labels or vectors."""
         return self.num_classes > 0 or self.condition_size > 0
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.in_channels, self.input_size, self.input_size
+
     @classmethod
     def named(cls, size: str, **others: Any) -> "DiTConfig":
         """A public size by name ("S/2", "B/4", "B/2", "M/2", "L/2", "XL/2"; a leading "DiT-" is allowed)."""
@@ -107,9 +120,49 @@ class DiTConfig:
 
 
 @dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a U-Net without labels, DDPM++ as EDM has it (arXiv 2206.00364); the defaults are its network for
+    CIFAR-10 with the channels of SoFlow's."""
+
+    num_classes: ClassVar[int] = 0
+    null_label: ClassVar[bool] = True
+    guidance_range: ClassVar[None] = None
+    condition_size: ClassVar[int] = 0
+    conditional: ClassVar[bool] = False
+
+    kind: ModelKind = "unet"
+    input_size: int = 32
+    """Height and width of the input, in pixels."""
+    in_channels: int = 3
+    channels: int = 128
+    """Channels of the first convolution."""
+    multipliers: tuple[int, ...] = (2, 2, 2)
+    """Channels of each level in units of `channels`; from one to the next the sides are halved."""
+    blocks: int = 4
+    """Residual blocks of each level on the way down; on the way up there is one more."""
+    attention_sizes: tuple[int, ...] = (16,)
+    """Sides of the levels whose blocks have attention. The middle of the network has it in any case."""
+    dropout: float = 0.3
+    """Probability with which a number inside a residual block is left out in training."""
+    augmentation_labels: bool = True
+    """Whether the network sees how an image was changed (`data.augment`), as nine numbers; of samples they are 0."""
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.in_channels, self.input_size, self.input_size
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """The shape of an action policy (`policy.SoFlowPolicy`), and how its chunks of actions are executed."""
 
+    num_classes: ClassVar[int] = 0
+    null_label: ClassVar[bool] = False
+    guidance_range: ClassVar[None] = None
+    conditional: ClassVar[bool] = True
+
+    kind: ModelKind = "policy"
     obs_size: int = 0
     """Numbers in an observation; 0: as many as the demonstrations have."""
     action_dim: int = 0
@@ -121,6 +174,20 @@ class PolicyConfig:
     """Residual blocks of two linear layers each."""
     executed: int = 4
     """Actions of a chunk that are executed before the next one is drawn."""
+
+    @property
+    def condition_size(self) -> int:
+        """Observations are the vectors that samples depend on."""
+        return self.obs_size
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """A chunk of actions, as the engine has it."""
+        return 1, self.action_horizon, self.action_dim
+
+
+ModelConfig = DiTConfig | UNetConfig | PolicyConfig
+"""The shape of a network, of any kind."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +248,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the exponential moving average of the weights."""
+    """The optimiser and the exponential moving average of the weights."""
 
+    kind: OptimizerKind = "adamw"
+    """Optimiser; adamw, or radam: Adam with a rectified learning rate (arXiv 1908.03265)."""
     lr: float = 1e-4
     lr_schedule: LRSchedule = "constant"
     warmup_steps: int = 0
@@ -195,6 +264,10 @@ class OptimConfig:
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     """Let the decay rise as (1 + step) / (10 + step), so that a short run forgets its initial weights."""
+    ema_every: int = 1
+    """Updates between accumulations of the average, each with the decay of as many."""
+    ema_precision: AveragePrecision = "fp32"
+    """Precision in which the average is accumulated; what is sampled and given away is float32."""
 
 
 @dataclass(frozen=True)
@@ -203,13 +276,18 @@ class DataConfig:
 
     kind: DataKind = "digits"
     """digits: the handwritten digits of scikit-learn, digits-latent: their latents, by a VAE that is trained first;
-    images: a folder or zip of images, CLASS/NAME; latents: VAE latents."""
+    images: a folder or zip of images, CLASS/NAME; latents: VAE latents; demonstrations: actions at observations, of a
+    task's expert or a LeRobot data set."""
     path: str = ""
     """Folder or archive with the samples, which is recognised: images by class, known data sets, latents."""
     vae: str = ""
     """VAE that latents must be of, by the name that they bear; empty: any."""
     flip: bool = False
     """Mirror each sample with probability one half."""
+    augment: float = 0.0
+    """Probability of each of EDM's geometric changes of an image beside mirroring, which the network sees; 0: none.
+
+    Mirroring then has the probability one half (arXiv 2206.00364)."""
     resize: bool = False
     """Scale both sides of images to the size of the model, in place of the centre crop."""
     skip_bad: bool = False
@@ -309,7 +387,7 @@ class Config:
     """One training run, resolved: the same Config and the same versions give the same weights."""
 
     preset: str = "digits"
-    model: DiTConfig = field(default_factory=DiTConfig)
+    model: ModelConfig = field(default_factory=DiTConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -457,7 +535,8 @@ def difference(old: Config, new: Config) -> list[str]:
     `data.identity`)."""
     before, after = flatten(old), flatten(new)
     free = ("run.", "micro_batch", "data.path", "data.vae", "data.skip_bad")
-    changed = [name for name in before if before[name] != after[name] and not name.startswith(free)]
+    both = [name for name in before if name in after]  # of networks of two kinds, the kind
+    changed = [name for name in both if before[name] != after[name] and not name.startswith(free)]
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]
 
 
@@ -491,6 +570,10 @@ def check_type(name: str, value: Any, given: Any = None) -> None:
     parts = get_args(kind) if get_origin(kind) is tuple else (float, float) if kind == RANGE else ()
     if kind == RANGE and value is None:
         return
+    if kind == WHOLES:
+        if not isinstance(value, tuple) or not value or not all(type(part) is int for part in value):
+            raise ValueError(f"{name} must be whole numbers, got {shown(value if given is None else given)}")
+        return
     if parts:
         fits = isinstance(value, tuple) and len(value) == len(parts) and all(map(_is, value, parts))
     else:
@@ -513,12 +596,17 @@ def _is(value: Any, kind: Any) -> bool:
 def _types(kind: Any = Config, prefix: str = "") -> dict[str, Any]:
     found = {}
     for name, hint in get_type_hints(kind).items():
-        found |= _types(hint, f"{prefix}{name}.") if is_dataclass(hint) else {prefix + name: hint}
+        classes = [each for each in (hint, *get_args(hint)) if is_dataclass(each)]
+        for each in classes:
+            found |= _types(each, f"{prefix}{name}.")
+        if not classes and get_origin(hint) is not ClassVar:
+            found[prefix + name] = hint
     return found
 
 
 TYPES: dict[str, Any] = _types()
-"""The type of each field, by its full name."""
+"""The type of each field, by its full name; of networks of every kind."""
+_KINDS: dict[str, type] = {made().kind: made for made in get_args(ModelConfig)}
 _SECTIONS = {name.partition(".")[0] for name in TYPES if "." in name}
 
 
@@ -529,10 +617,17 @@ def _items(values: Any, name: str) -> Iterable[tuple[str, Any]]:
 
 
 def _replace(config: Config, changes: Mapping[str, Any], known: Iterable[str]) -> Config:
-    """`config` with fields replaced by full name. Raises ValueError naming one that is unknown or of the wrong type."""
+    """`config` with fields replaced by full name. Raises ValueError naming one that is unknown or of the wrong type.
+
+    Another kind of network begins with the defaults of its kind."""
+    kind = changes.get("model.kind", config.model.kind)
+    if kind != config.model.kind and isinstance(kind, str) and kind in _KINDS:
+        config = replace(config, model=_KINDS[kind]())
     for name, given in changes.items():
         if name not in TYPES:
             raise ValueError(f"unknown field {shown(name)}{nearest(name, known)}")
+        if name.startswith("model.") and name not in flatten(config.model, "model."):
+            raise ValueError(f"unknown field {shown(name)} of a network of the kind {config.model.kind}")
         value = _read(given, TYPES[name]) if (name, given) != ("micro_batch", "auto") else AUTO
         check_type(name, value, given)
         section, _, last = name.rpartition(".")
@@ -545,6 +640,9 @@ def _read(value: Any, kind: Any) -> Any:
     """`value`, from JSON or as typed, as a field of type `kind` has it; what does not fit stays as it is."""
     if kind == RANGE and value == "none":
         return None
+    if kind == WHOLES:
+        parts = value.strip("()[] ").rstrip(",").split(",") if isinstance(value, str) else value
+        return tuple(_read(part, int) for part in parts) if isinstance(parts, (list, tuple)) else value
     if get_origin(kind) is tuple or (kind == RANGE and value is not None):
         parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
         return tuple(_read(part, float) for part in parts) if isinstance(parts, (list, tuple)) else value

@@ -19,8 +19,10 @@ from .schema import (
     Config,
     DiTConfig,
     FlowConfig,
+    ModelConfig,
     ObjectiveConfig,
     PolicyConfig,
+    UNetConfig,
     check_type,
     flatten,
     nearest,
@@ -55,9 +57,16 @@ def validate(config: Config) -> Config:
     check("weight_decay", optim.weight_decay >= 0, "at least 0")
     check("grad_clip", optim.grad_clip >= 0, "at least 0")
     check("ema_decay", 0 <= optim.ema_decay < 1, "in [0, 1)")
+    check("ema_every", 1 <= optim.ema_every <= 10**6, "in [1, 10^6]")
+    fits = optim.kind == "radam" or optim.ema_precision == "fp32"
+    check("ema_precision", fits, "fp32 unless optim.kind is radam, whose state has room for the float64 average")
 
+    check = _checks(config.data, "data.")
+    check("augment", 0 <= config.data.augment <= 1, "in [0, 1]")
+    check("augment", not config.data.augment or _sees_augmentation(config.model), "0 without model.augmentation_labels")
+    check("augment", not config.data.augment or not config.data.flip, "0 beside data.flip, as it mirrors by itself")
     a_name = "a name that a file can have, without zero byte or lone surrogate"
-    _checks(config.data, "data.")("path", _can_be_a_name(config.data.path), a_name)
+    check("path", _can_be_a_name(config.data.path), a_name)
     run = config.run
     check = _checks(run, "run.")
     check("run_dir", _can_be_a_name(run.run_dir), a_name)
@@ -68,7 +77,7 @@ def validate(config: Config) -> Config:
     check("log_every", run.log_every >= 1, "at least 1")
     check("sample_every", run.sample_every >= 0, "at least 0")
     check("eval_every", run.eval_every >= 0, "at least 0")
-    judged = bool(run.reference) or config.data.of_digits
+    judged = bool(run.reference) or config.data.of_digits or config.data.kind == "demonstrations"
     check("eval_every", judged or not run.eval_every, "0 without run.reference, as the data are no digits")
     check("eval_samples", run.eval_samples == 0 or 100 <= run.eval_samples <= 10**6, "0, or in [100, 10^6]")
     for name in ("reference", "inception", "dinov2"):
@@ -76,6 +85,16 @@ def validate(config: Config) -> Config:
     check("checkpoint_every", run.checkpoint_every >= 0, "at least 0")
     check("check_quotient_every", run.check_quotient_every >= 0, "at least 0")
     check("keep", run.keep >= 2, "at least 2")
+    fits = config.optim.kind == "adamw" or run.optimizer == "soflow"
+    check("optimizer", fits, "left at soflow with optim.kind radam: the implementations are of AdamW")
+    fits = config.optim.kind == "adamw" or run.parallel == "ddp"
+    check("parallel", fits, "ddp with optim.kind radam, whose state is not cut over ranks")
+    if isinstance(config.model, UNetConfig):
+        _validate_unet_run(config)
+    if isinstance(config.model, PolicyConfig):
+        _validate_policy_run(config)
+    else:
+        _checks(config.data, "data.")("kind", config.data.kind != "demonstrations", "of images unless the model is a policy")
     check("shard_ranks", 0 <= run.shard_ranks <= 2**20, "in [0, 2^20]")
     check("shard_ranks", not run.shard_ranks or run.parallel == "hsdp", "0 unless run.parallel is hsdp")
     check("hang_seconds", 0 <= run.hang_seconds <= 10**6, "in [0, 10^6]")
@@ -84,9 +103,10 @@ def validate(config: Config) -> Config:
     euler = objective.kind != "meanflow" or config.flow.coefficients == "euler"
     what = "euler with the objective meanflow, whose network is the average velocity"
     _checks(config.flow, "flow.")("coefficients", euler, what)
-    unasked = config.model.null_label or (objective.label_drop == 0 and objective.guidance_scale == 1)
-    what = "true unless objective.label_drop is 0 and objective.guidance_scale is 1"
-    _checks(config.model, "model.")("null_label", unasked, what)
+    if isinstance(config.model, DiTConfig):
+        unasked = config.model.null_label or (objective.label_drop == 0 and objective.guidance_scale == 1)
+        what = "true unless objective.label_drop is 0 and objective.guidance_scale is 1"
+        _checks(config.model, "model.")("null_label", unasked, what)
 
     check = _checks(config, "")
     for name in ("quotient", "quotient_precision"):
@@ -99,9 +119,16 @@ def validate(config: Config) -> Config:
     return config
 
 
-def validate_model(model: DiTConfig, prefix: str = "") -> None:
-    """Check a DiTConfig. Raises ValueError naming the field."""
+def validate_model(model: ModelConfig, prefix: str = "") -> None:
+    """Check the shape of a network. Raises ValueError naming the field."""
     check = _checks(model, prefix)
+    check("kind", model.kind == type(model)().kind, f"{type(model)().kind} in a {type(model).__name__}")
+    if isinstance(model, UNetConfig):
+        _validate_unet(model, prefix)
+        return
+    if isinstance(model, PolicyConfig):
+        _validate_policy(model, prefix)
+        return
     sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
     for name in (*sizes, "num_classes", "condition_size"):
         value, least = getattr(model, name), 1 if name in sizes else 0
@@ -123,6 +150,77 @@ def validate_model(model: DiTConfig, prefix: str = "") -> None:
         check("guidance_range", between, "none for a network without classes or null label, which guidance is between")
 
 
+def _validate_unet(model: UNetConfig, prefix: str) -> None:
+    check = _checks(model, prefix)
+    limits = {"input_size": 2**12, "in_channels": 2**12, "channels": 2**14, "blocks": 100}
+    for name, most in limits.items():
+        value = getattr(model, name)
+        check(name, isinstance(value, int) and 1 <= value <= most, f"a whole number from 1 to {most}")
+    check("channels", model.channels % 8 == 0, "a multiple of 8")
+    levels = len(model.multipliers)
+    check("multipliers", 1 <= levels <= 8 and all(1 <= m <= 64 for m in model.multipliers), "1 to 8 numbers of 1 to 64")
+    halved = 2 ** (levels - 1)
+    check("input_size", model.input_size % halved == 0, f"a multiple of {halved}, as {levels} levels halve it")
+    sides = [model.input_size // 2**k for k in range(levels)]
+    check("attention_sizes", set(model.attention_sizes) <= {0, *sides}, f"of {', '.join(map(str, sides))}, or 0 for none")
+    check("dropout", 0 <= model.dropout < 1, "in [0, 1)")
+
+
+def _validate_unet_run(config: Config) -> None:
+    """What a run of a U-Net has no use for. Raises ValueError naming the field."""
+    run, check = config.run, _checks(config.run, "run.")
+    check("parallel", run.parallel == "ddp", "ddp with a U-Net, whose parameters are not cut over ranks")
+    check("compile", not run.compile, "false with a U-Net, which has no compiled blocks")
+    check("cuda_graph", not run.cuda_graph, "left out with a U-Net, whose steps are not recorded")
+    check("recompute", run.recompute != "mlp", "auto, nothing, none or block with a U-Net, which has no MLPs")
+    check("attention", run.attention == "auto", "auto with a U-Net, whose attention is its own")
+    check("mlp", run.mlp == "auto", "auto with a U-Net, which has no MLPs")
+    check = _checks(config, "")
+    check("precision", config.precision != "fp8", "auto, fp32, tf32 or bf16 with a U-Net")
+    check("guidance_precision", config.guidance_precision == "step", "step with a U-Net, which has no guidance")
+    what = "auto or pair with a U-Net: increments are of the DiT alone"
+    check("quotient", config.quotient != "increments", what)
+
+
+def _validate_policy(model: PolicyConfig, prefix: str) -> None:
+    check = _checks(model, prefix)
+    limits = {"obs_size": 2**16, "action_dim": 2**12, "action_horizon": 2**12, "hidden_size": 2**16, "num_layers": 1000}
+    for name, most in (limits | {"executed": 2**12}).items():
+        value, least = getattr(model, name), 0 if name in ("obs_size", "action_dim") else 1
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        check(name, whole and least <= value <= most, f"a whole number from {least} to {most}")
+    check("hidden_size", model.hidden_size % 2 == 0, "even, as half of it are sines of the times and half cosines")
+    check("executed", model.executed <= model.action_horizon, f"at most action_horizon {model.action_horizon}")
+
+
+def _validate_policy_run(config: Config) -> None:
+    """What a run of a policy has no use for. Raises ValueError naming the field."""
+    _checks(config.data, "data.")("kind", config.data.kind == "demonstrations", "demonstrations with a policy")
+    check = _checks(config.objective, "objective.")
+    check("label_drop", config.objective.label_drop == 0, "0 with a policy, which always has its observations")
+    check("guidance_scale", config.objective.guidance_scale == 1, "1 with a policy, which has no guidance")
+    check = _checks(config.flow, "flow.")
+    linear = (config.flow.path, config.flow.coefficients) == ("linear", "euler")
+    check("path" if config.flow.path != "linear" else "coefficients", linear, "linear and euler with a policy")
+    run, check = config.run, _checks(config.run, "run.")
+    check("parallel", run.parallel == "ddp", "ddp with a policy, whose parameters are not cut over ranks")
+    check("compile", not run.compile, "false with a policy, which has no compiled blocks")
+    check("cuda_graph", not run.cuda_graph, "left out with a policy, whose steps are not recorded")
+    check("recompute", run.recompute in ("auto", "nothing"), "auto or nothing with a policy, which keeps little")
+    check("attention", run.attention == "auto", "auto with a policy, which has none")
+    check("mlp", run.mlp == "auto", "auto with a policy, whose layers are torch's")
+    check("reference", not run.reference, "empty with a policy, whose samples are no images")
+    check("init", not (run.init or run.resume_official), "empty with a policy")
+    check = _checks(config, "")
+    check("precision", config.precision in ("auto", "fp32", "tf32"), "auto, fp32 or tf32 with a policy")
+    check("guidance_precision", config.guidance_precision == "step", "step with a policy, which has no guidance")
+    check("quotient", config.quotient != "increments", "auto or pair with a policy: increments are of the DiT alone")
+
+
+def _sees_augmentation(model: ModelConfig) -> bool:
+    return isinstance(model, UNetConfig) and model.augmentation_labels
+
+
 def validate_guidance_range(found: tuple[float, float] | None, prefix: str = "") -> None:
     """Raise ValueError for a range of guidance scales that is none."""
     fits = found is None or (isinstance(found, tuple) and len(found) == 2)
@@ -130,18 +228,6 @@ def validate_guidance_range(found: tuple[float, float] | None, prefix: str = "")
     if not (fits and 1 <= low < high <= MOST_GUIDANCE):
         what = f"none or two numbers a, b with 1 <= a < b <= {MOST_GUIDANCE:g}"
         raise ValueError(f"{prefix}guidance_range must be {what}, got {shown(found)}")
-
-
-def validate_policy(policy: PolicyConfig, prefix: str = "") -> None:
-    """Check a PolicyConfig. Raises ValueError naming the field."""
-    check = _checks(policy, prefix)
-    limits = {"obs_size": 2**16, "action_dim": 2**12, "action_horizon": 2**12, "hidden_size": 2**16, "num_layers": 1000}
-    for name, most in (limits | {"executed": 2**12}).items():
-        value, least = getattr(policy, name), 0 if name in ("obs_size", "action_dim") else 1
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        check(name, whole and least <= value <= most, f"a whole number from {least} to {most}")
-    check("hidden_size", policy.hidden_size % 2 == 0, "even, as half of it are sines of the times and half cosines")
-    check("executed", policy.executed <= policy.action_horizon, f"at most action_horizon {policy.action_horizon}")
 
 
 def validate_flow(flow: FlowConfig, prefix: str = "") -> None:

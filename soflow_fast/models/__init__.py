@@ -1,1 +1,17 @@
 """The networks, and their forwards: plain, fused, paired."""
+
+from typing import Any
+
+from ..config.schema import ModelConfig, UNetConfig
+
+
+def network_of(config: ModelConfig) -> Any:
+    """The network of a configuration, `dit.DiT` or `unet.UNet`. Raises ValueError for a wrong one, and ConfigError for
+    a U-Net without diffusers."""
+    if isinstance(config, UNetConfig):
+        from .unet import UNet
+
+        return UNet(config)
+    from .dit import DiT
+
+    return DiT(config)

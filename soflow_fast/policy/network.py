@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import PolicyConfig
-from ..config.validation import validate_policy
+from ..config.validation import validate_model
 
 MAX_PERIOD = 10_000.0
 
@@ -75,8 +75,8 @@ class SoFlowPolicy(nn.Module):
         noise at t = 0 (`NOISE_AT_ZERO`). Raises ValueError naming a size that is not a whole number above 0, or a
         `hidden_size` that is odd."""
         super().__init__()
-        self.config = PolicyConfig(obs_size, action_dim, action_horizon, hidden_size, num_layers, executed=1)
-        validate_policy(self.config)
+        self.config = PolicyConfig("policy", obs_size, action_dim, action_horizon, hidden_size, num_layers, executed=1)
+        validate_model(self.config)
         for name in ("obs_size", "action_dim"):
             if not getattr(self.config, name):
                 raise ValueError(f"{name} must be at least 1, got 0")

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) and the averages of the weights, by three implementations.
+"""AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) and the averages of the weights, by three implementations; RAdam.
 
 * "soflow": `soflow_kernels.AdamWEMA`, one pass over everything: update, averages, parameters in low precision;
 * "torch": torch's fused AdamW, then the averages and the rounding by `foreach` operations;
@@ -19,7 +19,7 @@ from soflow_kernels import AdamWEMA
 
 from ..config.schema import OptimConfig
 from ..errors import ConfigError
-from ..models.dit import DiT
+from ._radam import AVERAGE, RAdam
 
 
 class _Masters:
@@ -65,9 +65,10 @@ class _Averages:
         self.decays = torch.zeros(len(emas), dtype=torch.float64, device=params[0].device)
 
     @torch.no_grad()
-    def update(self, finite: Tensor | None) -> None:
+    def update(self, finite: Tensor | None, first: int = 0) -> None:
+        """first: the number of the first average that is updated."""
         weights = (1 - self.decays) if finite is None else (1 - self.decays) * finite
-        for average, weight in zip(self.emas, weights.float(), strict=True):
+        for average, weight in zip(self.emas[first:], weights.float()[first:], strict=True):
             chosen = [(p, a) for p, a in zip(self.params, average, strict=True) if p.grad is not None]
             params, averages = [p for p, _ in chosen], [a for _, a in chosen]
             change = torch._foreach_sub(params, averages)
@@ -181,7 +182,9 @@ class ApexAdamW:
         self.inner.load_state_dict({"state": entries, "param_groups": groups})
 
 
-Optimizer = AdamWEMA | TorchAdamW | ApexAdamW
+__all__ = ["AVERAGE", "ApexAdamW", "Optimizer", "RAdam", "TorchAdamW", "build_optimizer", "updated_parameters"]
+
+Optimizer = AdamWEMA | TorchAdamW | ApexAdamW | RAdam
 
 
 def updated_parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -192,7 +195,7 @@ def updated_parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def build_optimizer(
-    kind: str, settings: OptimConfig, network: DiT, masters: list[Tensor | None], averages: list[nn.Module]
+    kind: str, settings: OptimConfig, network: nn.Module, masters: list[Tensor | None], averages: list[nn.Module]
 ) -> Optimizer:
     """The optimiser of a network and its averages, whose decays the step sets. Raises ConfigError if it is not here.
 
@@ -201,6 +204,9 @@ def build_optimizer(
     params: list[Any] = list(network.parameters())
     emas: Any = [list(average.parameters()) for average in averages]
     options: Any = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
+    if settings.kind == "radam":
+        behind = _Masters(params, masters)
+        return RAdam(behind, _Averages(behind.all, emas), settings.ema_precision == "fp64", **options)
     if kind == "torch":
         return TorchAdamW(params, masters, emas, **options)
     if kind == "apex":

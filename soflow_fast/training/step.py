@@ -465,9 +465,12 @@ def learning_rate(state: TrainState) -> float:
 
 
 def ema_decay(state: TrainState) -> float:
-    """The decay of the EMA in the next update."""
-    decay = state.config.optim.ema_decay
-    return min(decay, (1 + state.step) / (10 + state.step)) if state.config.optim.ema_warmup else decay
+    """The decay of the EMA in the next update: 1 where it accumulates nothing, else that of all updates since."""
+    optim, every = state.config.optim, state.config.optim.ema_every
+    if (state.step + 1) % every:
+        return 1.0
+    decay = optim.ema_decay**every
+    return min(decay, (1 + state.step) / (10 + state.step)) if optim.ema_warmup else decay
 
 
 def teacher_decay(state: TrainState) -> float:

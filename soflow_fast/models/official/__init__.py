@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ...config.authors import from_authors, is_theirs, read_yaml
-from ...config.schema import Coefficients, Config, DiTConfig, FlowPath
+from ...config.schema import Coefficients, Config, DiTConfig, FlowPath, ModelConfig, UNetConfig
 from ...errors import CheckpointError
 from ...files import TEXT, read_file
 from ...flow import SolutionFlow
+from .. import network_of
 from ..dit import DiT, sincos_positions
-from . import moments, one_time, shapes, torch_file
+from . import moments, one_time, shapes, song_unet, torch_file
 from .wrapped import Weights, find_average, find_network
 
 CHECKPOINTS = "ckpts"
@@ -42,7 +43,7 @@ class Start:
 
 def load_official(
     source: str | os.PathLike | Mapping[str, Any],
-    config: DiTConfig | str | os.PathLike | None = None,
+    config: ModelConfig | str | os.PathLike | None = None,
     *,
     path: FlowPath | None = None,
     coefficients: Coefficients | None = None,
@@ -55,8 +56,8 @@ def load_official(
             with entries such as "model" and "ema_model", of which the averaged weights are taken. Of a file nothing is
             executed, and what is not used is not read.
         config: the network's shape, or their config.yaml; None: the config.yaml beside the file, or beside the folder
-            `ckpts` that it lies in; else inferred from the weights, which works for the public sizes (the number of
-            heads of another one cannot be seen in its weights).
+            `ckpts` that it lies in; else inferred from the weights, which works for their U-Net and for the public
+            sizes of the DiT (the number of heads of another one cannot be seen in its weights).
         path, coefficients: those of SolutionFlow; None: of the config.yaml, else "linear" and "euler".
         num_classes: where the label table does not tell: n + 1 rows are n classes and the null label, or n + 1 classes
             of a training that never dropped a label. Of such a network `sample(flow, None)` is a ValueError.
@@ -66,15 +67,16 @@ def load_official(
     """
     where = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
     weights = find_average(source if isinstance(source, Mapping) else torch_file.read(where), where)
-    known = config_of(source, config) if not isinstance(config, DiTConfig) else None
+    known = config_of(source, config) if not isinstance(config, ModelConfig) else None
     if known is not None:
         path, coefficients = _agreed(known, path, coefficients, where)
     model = shape_of(weights, where, known.model if known else config, num_classes)
-    if known is not None and model.null_label != known.model.null_label:
+    if known is not None and isinstance(known.model, DiTConfig) and model.null_label != known.model.null_label:
         rows = known.model.num_classes + known.model.null_label
         raise CheckpointError(f"{where}: its config.yaml asks for a label table of {rows} rows, which it has not")
     flow = SolutionFlow(_on_meta(model), path or "linear", coefficients or "euler")
-    flow.load_state_dict(checked(weights, flow, where, own=True), assign=True)
+    tensors = song_unet.named(weights.tensors, model, where) if isinstance(model, UNetConfig) else weights
+    flow.load_state_dict(checked(tensors, flow, where, own=True), assign=True)
     return flow.eval()
 
 
@@ -118,8 +120,16 @@ def _agreed(
     return known.flow.path, known.flow.coefficients
 
 
-def shape_of(weights: Weights, where: str, config: Any = None, num_classes: int | None = None) -> DiTConfig:
+def shape_of(weights: Weights, where: str, config: Any = None, num_classes: int | None = None) -> ModelConfig:
     """The shape of a network: `config` with a null label as the label table has it, or as its weights show."""
+    if song_unet.is_song_unet(weights.tensors):
+        if isinstance(config, DiTConfig):
+            raise CheckpointError(f"{where}: holds a U-Net, the configuration is a DiT's")
+        if num_classes:
+            raise CheckpointError(f"{where}: holds a U-Net, which has no classes")
+        return song_unet.fitted(config or song_unet.infer(weights.tensors, where), weights.tensors, where)
+    if isinstance(config, UNetConfig):
+        raise CheckpointError(f"{where}: holds a DiT, the configuration is a U-Net's")
     if one_time.is_one_time(weights.tensors):
         raise CheckpointError(
             f"{where}: a DiT or SiT, whose network sees one time: train --init takes it, with --set run.init_kind"
@@ -131,9 +141,9 @@ def shape_of(weights: Weights, where: str, config: Any = None, num_classes: int 
     return shapes.fitted(config, weights.tensors, where)
 
 
-def _on_meta(config: DiTConfig) -> DiT:
+def _on_meta(config: ModelConfig) -> Any:
     with torch.device("meta"):
-        return DiT(config)
+        return network_of(config)
 
 
 def checked(
@@ -146,7 +156,7 @@ def checked(
     tensors = weights.tensors if isinstance(weights, Weights) else weights
     expected = flow.state_dict()
     given = {f"network.{name}": value for name, value in tensors.items()}
-    if "network.pos_embed" not in given:
+    if "network.pos_embed" not in given and isinstance(flow.network, DiT):
         grid = flow.network.config.input_size // flow.network.config.patch_size
         positions = sincos_positions(flow.network.config.hidden_size, grid)
         given["network.pos_embed"] = positions.view(expected["network.pos_embed"].shape)
@@ -160,6 +170,19 @@ def checked(
             raise CheckpointError(f"{where}: {name} is {got}, the model's is {wanted}")
     found = {name: given[name].detach().to("cpu", torch.float32, copy=own) for name in expected}
     return {name: value.contiguous() for name, value in found.items()} if own else found
+
+
+def _unet_weights(
+    weights: Weights, config: ModelConfig, kind: one_time.Kind | None, with_moments: bool, where: str
+) -> dict[str, Tensor]:
+    """The weights of a U-Net for a run of `config`, by their names in it."""
+    model = shape_of(weights, where, config)
+    assert isinstance(model, UNetConfig)
+    if kind is not None:
+        raise CheckpointError(f"{where}: is no {kind}: a U-Net")
+    if with_moments:
+        raise CheckpointError(f"{where}: a U-Net's moments are not taken over; begin with its weights, --init")
+    return song_unet.named(weights.tensors, model, where)
 
 
 def read_start(
@@ -186,6 +209,9 @@ def read_start(
     plain = {key.removeprefix("network."): value for key, value in (initial or {}).items()}
     for name, weights in found.items():
         tensors: Mapping[str, Tensor] = weights.tensors
+        if isinstance(config.model, UNetConfig) or song_unet.is_song_unet(tensors):
+            own[name] = checked(_unet_weights(weights, config.model, kind, with_moments, where), flow, where)
+            continue
         model = shapes.fitted(config.model, tensors, where)
         if model.null_label != config.model.null_label:
             row = "a row for the null label" if model.null_label else "no row for the null label"

@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint are the network's: in whatever it was wrapped, averaged and put into.
 
-A key is taken as components between its dots. What begins with a part of a DiT (`x_embedder`, `blocks`, ...) is its
-name there; what stands before is where it was found: the entries of the file, wrappers, words for a network or an
+A key is taken as components between its dots. What begins with a part of a DiT (`x_embedder`, `blocks`, ...) or of a
+U-Net (`enc`, `map_layer0`, ...) is its name there; what stands before is where it was found: the entries of the file, wrappers, words for a network or an
 average.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import CheckpointError
+from . import song_unet
 from .torch_file import Unmade
 
 PARTS = {"x_embedder", "t_embedder", "s_embedder", "w_embedder", "y_embedder", "blocks", "final_layer", "pos_embed"}
@@ -41,9 +42,9 @@ class Weights:
     """Where they were found: "ema_model.network"; "" at the top."""
     average: bool
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """By their names in the DiT, in the order in which they were found."""
+    """By their names in the DiT or their U-Net, in the order in which they were found."""
     others: list[str] = field(default_factory=list)
-    """Keys beside them that are no part of a DiT."""
+    """Keys beside them that are no part of a network."""
 
 
 def find_average(content: Mapping[str, Any], where: str) -> Weights:
@@ -86,11 +87,11 @@ def _candidates(content: Mapping[str, Any], where: str) -> list[Weights]:
             if not isinstance(key, str) or not isinstance(value, Tensor):
                 continue
             parts = [part for part in key.split(".") if part not in WRAPPERS]
-            at = next((i for i, part in enumerate(parts) if part in PARTS), len(parts) - 1)
+            at = next((i for i, part in enumerate(parts) if _is_part(part)), len(parts) - 1)
             before, name = tuple(parts[:at]), ".".join(parts[at:])
-            if parts and parts[-1] in BOOKKEEPING and parts[at] not in PARTS:
+            if parts and parts[-1] in BOOKKEEPING and not _is_part(parts[at]):
                 continue
-            if not parts or parts[at] not in PARTS or not all(map(_is_known, before)):
+            if not parts or not _is_part(parts[at]) or not all(map(_is_known, before)):
                 strays.setdefault(tuple(takewhile(_is_known, parts)), []).append(key)
                 continue
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -104,7 +105,7 @@ def _candidates(content: Mapping[str, Any], where: str) -> list[Weights]:
         for before, keys in strays.items():
             if (*path, *before) in found:
                 found[(*path, *before)].others += keys
-    networks = [each for each in found.values() if FIRST in each.tensors]
+    networks = [each for each in found.values() if FIRST in each.tensors or song_unet.is_song_unet(each.tensors)]
     return networks + [_named(place, values, networks, where) for place, values in lists]
 
 
@@ -114,6 +115,11 @@ def _mappings(content: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tup
     for key, value in content.items():
         if isinstance(value, Mapping) and isinstance(key, str):
             yield from _mappings(value, (*path, key))
+
+
+def _is_part(component: str) -> bool:
+    """Whether a component is the first of a name in a network."""
+    return component in PARTS or component in song_unet.PARTS or component.startswith(song_unet.MAP)
 
 
 def _is_known(component: str) -> bool:

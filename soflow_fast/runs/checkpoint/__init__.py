@@ -25,6 +25,7 @@ from ...errors import CheckpointError, Diverged, printable
 from ...files import remove, set_aside
 from ...flow import SolutionFlow
 from ...models.official import Start
+from ...training.optimizer import AVERAGE
 from ...training.state import TrainState, build_flow
 from . import origin, published
 from .folder import MANIFEST, directory, list_checkpoints, remove_checkpoint, save_tensors, whole_directory
@@ -278,7 +279,8 @@ def restore(folder: Path, state: TrainState) -> None:
     def take() -> None:
         found.update(_tensors_like(folder, read, state))
         parameters, begun = [*state.flow.parameters()], read_counts(folder, read)["step"] > 0
-        entries.update(optimizer_entries(found["optimizer"], parameters, folder, begun=begun))
+        wide = _is_wide(state.config)
+        entries.update(optimizer_entries(found["optimizer"], parameters, folder, begun=begun, wide=wide))
         for kind, expected in _expected(state).items():
             check_weights(expected, found[kind], folder)
 
@@ -355,17 +357,24 @@ def _tensors_like(folder: Path, files: dict[str, bytes], state: TrainState) -> d
     if not shards.holds("optimizer") and not read_counts(folder, files)["step"]:
         moments = {}
     else:
-        moments = {"optimizer": _moments(state.flow)}
+        moments = {"optimizer": _moments(state.flow, state.config)}
     return {"optimizer": {}} | shards.read(expected | moments, None if parallel is None else parallel.host_mesh)
 
 
-def _moments(flow: SolutionFlow) -> dict[str, Tensor]:
+def _is_wide(config: Config) -> bool:
+    """Whether the optimiser's state holds a float64 average of each parameter."""
+    return config.optim.ema_precision == "fp64"
+
+
+def _moments(flow: SolutionFlow, config: Config) -> dict[str, Tensor]:
     """Tensors of the shapes that the optimiser's state has once a step is made, by their names in a checkpoint."""
     found: dict[str, Tensor] = {}
     for index, p in enumerate(flow.parameters()):
         moment = p.detach() if p.dtype == torch.float32 else torch.empty(p.shape, device="meta")
         found |= {f"{index}.exp_avg": moment, f"{index}.exp_avg_sq": moment}
         found[f"{index}.step"] = torch.empty((), device="meta")
+        if _is_wide(config):
+            found[f"{index}.{AVERAGE}"] = torch.empty(p.shape, device="meta", dtype=torch.float64)
     return found
 
 
@@ -470,7 +479,7 @@ def _load_whole(folder: Path) -> Whole:
         from .sharded import Shards
 
         shards = Shards(folder)
-        moments = {"optimizer": _moments(flow)} if step or shards.holds("optimizer") else {}
+        moments = {"optimizer": _moments(flow, config)} if step or shards.holds("optimizer") else {}
         found = {"optimizer": {}} | shards.read({"network": expected, "ema": expected} | moments)
     else:
         found = {kind: tensors_of(folder, files, f"{kind}.safetensors") for kind in kinds}
@@ -479,9 +488,13 @@ def _load_whole(folder: Path) -> Whole:
         check_weights(expected, weights, folder)
     entries = {}
     if begun:
-        entries = optimizer_entries(found["optimizer"], [*flow.parameters()], folder, begun=step > 0)
+        parameters, wide = [*flow.parameters()], _is_wide(config)
+        entries = optimizer_entries(found["optimizer"], parameters, folder, begun=step > 0, wide=wide)
     names = [name for name, _ in flow.named_parameters()]
-    by_name = {names[index]: entry for index, entry in entries.items()}
+    by_name = {
+        names[index]: {part: value for part, value in entry.items() if part != AVERAGE}
+        for index, entry in entries.items()
+    }
     return Whole(config, read_identity(folder, files), step, network, ema, by_name)
 
 

@@ -17,6 +17,7 @@ from ...data import identity
 from ...data.identity import Identity
 from ...errors import CheckpointError
 from ...files import TEXT, read_file
+from ...training.optimizer import AVERAGE
 from ...training.state import build_flow
 from .folder import MANIFEST
 
@@ -57,6 +58,10 @@ def manifest_digests(folder: Path, content: bytes) -> dict[str, str]:
         return {str(name): str(digest) for name, digest in json.loads(content)["sha256"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise not_whole(folder, error) from None
+
+
+WIDE = (torch.float32, torch.float64)
+"""Dtypes of numbers that a run has computed."""
 
 
 def not_whole(folder: Path, error: Exception) -> CheckpointError:
@@ -128,9 +133,11 @@ def read_config(folder: Path, texts: dict[str, bytes]) -> Config:
 
 
 def most_bytes(config: Config) -> int:
-    """The most bytes of a file of tensors: both moments in float32, and names of any sensible length."""
+    """The most bytes of a file of tensors: both moments in float32, an average in float64 where there is one, and names
+    of any sensible length."""
     weights = [*build_flow(config).state_dict().values()]
-    return 8 * sum(w.numel() for w in weights) + 1024 * len(weights) + 2**20
+    size = 16 if config.optim.ema_precision == "fp64" else 8
+    return size * sum(w.numel() for w in weights) + 1024 * len(weights) + 2**20
 
 
 @torch.no_grad()
@@ -165,7 +172,7 @@ def tensors_of(folder: Path, files: dict[str, bytes], name: str) -> dict[str, Te
         raise CheckpointError(f"{folder / name}: holds numbers of a kind that is not known here: {error}") from None
     except (SafetensorError, ValueError, TypeError, RuntimeError, RecursionError) as error:
         raise CheckpointError(f"{folder / name}: {error}") from None
-    wrong = first_not_finite({key: value for key, value in found.items() if value.dtype == torch.float32})
+    wrong = first_not_finite({key: value for key, value in found.items() if value.dtype in WIDE})
     if wrong:
         raise CheckpointError(f"{folder / name}: {wrong} is not finite")
     return found
@@ -182,22 +189,23 @@ def check_weights(
 
 
 def optimizer_entries(
-    tensors: dict[str, Tensor], parameters: list[Any], folder: Path, *, begun: bool
+    tensors: dict[str, Tensor], parameters: list[Any], folder: Path, *, begun: bool, wide: bool = False
 ) -> dict[int, dict[str, Tensor]]:
     """The optimiser's state by the number of the parameter; before the first step there may be none.
 
-    Raises CheckpointError if it is not of these parameters.
+    wide: it holds a float64 average of each parameter, too. Raises CheckpointError if it is not of these parameters.
     """
+    dtypes = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.float32) | ({AVERAGE: torch.float64} if wide else {})
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        known = re.fullmatch(r"([0-9]{1,6})\.(step|exp_avg|exp_avg_sq)", key)
+        known = re.fullmatch(rf"([0-9]{{1,6}})\.({'|'.join(dtypes)})", key)
         index, name = (int(known[1]), known[2]) if known else (len(parameters), "")
         shape = None if index >= len(parameters) else () if name == "step" else parameters[index].shape
-        if shape is None or value.shape != shape or value.dtype != torch.float32:
+        if shape is None or value.shape != shape or value.dtype != dtypes[name]:
             raise CheckpointError(f"{folder}: optimiser of another model: {key[:60]} does not fit")
         entries.setdefault(index, {})[name] = value
     for index, entry in entries.items():
-        if len(entry) < 3:
+        if len(entry) < len(dtypes):
             raise CheckpointError(f"{folder}: optimiser of another model: {index} has only {', '.join(entry)}")
     if len(entries) < len(parameters) and (entries or begun):
         raise CheckpointError(f"{folder}: optimiser of {len(entries)} weights, the model has {len(parameters)}")

@@ -33,7 +33,7 @@ from ...errors import CheckpointError, Diverged
 from ...files import sha256, sync
 from ...training.parallel import Parallel
 from .folder import begin, commit
-from .reading import damaged, first_not_finite, local, not_whole, unknown_name
+from .reading import WIDE, damaged, first_not_finite, local, not_whole, unknown_name
 from .together import together
 
 KINDS = ("network", "ema", "optimizer", "teacher")
@@ -270,7 +270,7 @@ class Shards:
                 dcp.load(dict(into), storage_reader=self._reader, planner=planner, no_dist=True)
         except (CheckpointException, Exception) as error:
             raise CheckpointError(f"{self.folder}: {_first_line(error)}") from None
-        if wrong := first_not_finite({n: v for n, v in into.items() if v.dtype == torch.float32}):
+        if wrong := first_not_finite({n: v for n, v in into.items() if v.dtype in WIDE}):
             raise CheckpointError(f"{self.folder}: {wrong} is not finite")
         return {kind: {name: into[f"{kind}.{name}"] for name in wanted[kind]} for kind in wanted}
 
