@@ -126,6 +126,11 @@ class Dataset(abc.ABC):
         """
         return raw.float() / 127.5 - 1 if raw.dtype == torch.uint8 else raw
 
+    def given(self, index: Tensor) -> Tensor:
+        """What a network is given of some samples, int64 [n]: vectors, as they are stored, [n, E], or labels, int64
+        [n]. Raises DataError."""
+        return self.labels[index]
+
     def nbytes(self) -> int:
         """Bytes of all that `read` returns without `mirrored`. Raises DataError if a sample cannot be read."""
         return self.read(torch.tensor([0])).nbytes * len(self)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .dataset import Dataset, LatentSpace
+from .dataset import Dataset, LatentSpace, Normalisation
 
 SHOWN = 12
 """Classes that are shown by name."""
@@ -34,6 +34,8 @@ class Identity:
     """Of latents."""
     source: str = ""
     """The checksum of what latents were converted from, which are the same data; "": it is not known."""
+    normalisation: Normalisation | None = None
+    """Of demonstrations; it is no part of whether they are the same, which the checksum says."""
 
 
 def identify(dataset: Dataset) -> Identity:
@@ -41,12 +43,16 @@ def identify(dataset: Dataset) -> Identity:
     contents, classes = dataset.contents, dataset.contents.classes
     counts = torch.bincount(dataset.labels, minlength=len(classes)).tolist() if classes else []
     samples = (contents.kind, len(dataset), dataset.shape, classes, tuple(counts))
-    return Identity(*samples, contents.checksum, contents.space, contents.source)
+    known = (contents.checksum, contents.space, contents.source)
+    return Identity(*samples, *known, normalisation=contents.normalisation)
 
 
 def to_json(identity: Identity) -> str:
     """As JSON text."""
     values = asdict(identity) | {"space": identity.space and identity.space._asdict()}
+    del values["normalisation"]  # which older versions do not know
+    if identity.normalisation is not None:
+        values["normalisation"] = identity.normalisation._asdict()
     return json.dumps(values, indent=None if len(identity.classes) > SHOWN else 2) + "\n"
 
 
@@ -66,6 +72,7 @@ def from_json(text: str | bytes) -> Identity:
             values["checksum"],
             None if values.get("space") is None else _space(values["space"]),
             str(values.get("source", "")),
+            normalisation=None if values.get("normalisation") is None else _normalisation(values["normalisation"]),
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"no identity of a data set: {type(error).__name__}: {error}") from None
@@ -75,6 +82,10 @@ def _space(values: Any) -> LatentSpace:
     scale, shift = (values[name] for name in ("scale", "shift"))
     each = [tuple(map(float, value)) if isinstance(value, list) else float(value) for value in (scale, shift)]
     return LatentSpace(str(values["vae"]), *each)
+
+
+def _normalisation(values: Any) -> Normalisation:
+    return Normalisation(*(tuple(map(float, values[name])) for name in Normalisation._fields))
 
 
 def changes(old: Identity, new: Identity) -> list[str]:

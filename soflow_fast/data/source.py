@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config.schema import Config, DataChoices
+from ..config.schema import Config, DataChoices, PolicyConfig
 from ..errors import DataError
 from ..ranks import share
 from ..rng import generator
@@ -60,7 +60,7 @@ class Source:
     def raw(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         """The samples of one step as they are read, and their labels, int64 [batch_size / world]. Raises DataError."""
         index = self.indices(step, rank, world)
-        return self.dataset.read(index, self.mirrored(step, rank, world)), self.dataset.labels[index]
+        return self.dataset.read(index, self.mirrored(step, rank, world)), self.dataset.given(index)
 
     def decoded(self, raw: Tensor, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """What a model takes, float32 [batch_size / world, C, H, W], of what `raw` returned, on its device."""
@@ -90,6 +90,12 @@ def open_source(config: Config, say: Callable[[str], None] = lambda text: None) 
         from .digits import digits
 
         dataset: Dataset = digits()
+    elif data.kind == "demonstrations":
+        from .demonstrations import TASKS, open_demonstrations
+
+        if not data.path:
+            raise DataError(f"--data is missing: a policy needs a task ({', '.join(TASKS)}) or a LeRobot data set")
+        dataset = open_demonstrations(data.path, config.model.sample_shape[1], config.seed)
     else:
         if not data.path:
             what = (
@@ -99,8 +105,8 @@ def open_source(config: Config, say: Callable[[str], None] = lambda text: None) 
         wanted = Wanted(model.input_size, model.in_channels, data.resize, data.flip, data.skip_bad, say, data.vae)
         path = str(Path(data.path, "latents")) if data.kind == "digits-latent" else data.path
         dataset = open_dataset(path, "latents" if data.latent else "images", wanted)
-    shape = (model.in_channels, model.input_size, model.input_size)
-    if dataset.shape != shape:
+    shape = model.sample_shape
+    if data.kind != "demonstrations" and dataset.shape != shape:
         raise DataError(
             f"the samples are {dataset.shape}, the model takes {shape}: set model.in_channels and model.input_size"
         )
@@ -118,6 +124,9 @@ def fitted(config: Config, source: Source, choices: DataChoices) -> Config:
 
     Raises DataError if the data has another number of classes than is asked for; a model may have none in any case.
     """
+    if isinstance(config.model, PolicyConfig):
+        config = _fitted_policy(config, config.model, source)
+        choices = choices._replace(classes_fixed=True)
     found, wanted = len(source.dataset.contents.classes), config.model.num_classes
     if choices.classes_fixed and wanted not in (0, found):
         has = f"{found} classes" if found else "no classes"
@@ -127,3 +136,13 @@ def fitted(config: Config, source: Source, choices: DataChoices) -> Config:
     if choices.epochs is not None:
         config = replace(config, steps=max(1, -(-choices.epochs * len(source) // config.batch_size)))
     return config
+
+
+def _fitted_policy(config: Config, model: PolicyConfig, source: Source) -> Config:
+    """The configuration with the sizes of observations and actions that it leaves to the demonstrations."""
+    sizes = {"obs_size": source.dataset.given(torch.tensor([0])).shape[1], "action_dim": source.dataset.shape[2]}
+    for name, found in sizes.items():
+        wanted = getattr(model, name)
+        if wanted not in (0, found):
+            raise DataError(f"--data {source.place}: has model.{name} {found}, not {wanted}; leave it out")
+    return replace(config, model=replace(model, **sizes))

@@ -18,6 +18,10 @@ class PolicyNetwork(nn.Module):
     """
 
     num_classes = 0
+    attention_backend = "none"
+    recompute = "none"
+    keep_norms: bool | None = None
+    mlp = "kernels"
     watch_gradient: Callable[[Tensor], None] | None = None
     """Is given the gradient of the hidden state, as by `DiT`."""
 
@@ -30,6 +34,18 @@ class PolicyNetwork(nn.Module):
     def initialize(self, source: torch.Generator | None = None, **whole: Any) -> None:
         """See `SoFlowPolicy.initialize`."""
         self.policy.initialize(source, **whole)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The dtype in which chunks are taken."""
+        return self.policy.output.weight.dtype
+
+    def low_precision_layers(self) -> list[nn.Module]:
+        """The layers whose parameters a step in bf16 rounds: none, as `validate` allows no such step."""
+        return []
+
+    def set_attention(self, backend: Any) -> None:
+        """Nothing: there is no attention."""
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
         """N, [B, 1, horizon, dim]; x: the same, an action at t = 0 and noise at t = 1; t, s: [B]; y: [B, obs_size].

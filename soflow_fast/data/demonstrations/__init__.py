@@ -15,8 +15,8 @@ LEAST = 1e-4
 
 
 class Demonstrations(Dataset):
-    """Chunks [1, horizon, action_dim] of the actions from each step on, with that step's observation [obs_size] for a
-    label. Both have mean 0 and deviation 1, by number; a chunk that passes the end of its episode repeats the last
+    """Chunks [1, horizon, action_dim] of the actions from each step on, and in the place of labels that step's
+    observation [obs_size]. Both have mean 0 and deviation 1, by number; a chunk that passes the end of its episode repeats the last
     action."""
 
     mirrors = False
@@ -25,7 +25,8 @@ class Demonstrations(Dataset):
     def __init__(self, episodes: Episodes, horizon: int) -> None:
         normalisation = normalisation_of(episodes)
         self._actions = normalisation.normalised_actions(episodes.actions)
-        self.labels = normalisation.normalised_observations(episodes.observations)
+        self._observations = normalisation.normalised_observations(episodes.observations)
+        self.labels = torch.zeros(len(episodes.ends), dtype=torch.int64)
         self._ends, self._ahead = episodes.ends, torch.arange(horizon)
         self.shape = (1, horizon, episodes.actions.shape[1])
         self.contents = Contents(episodes.kind, checksum=episodes.checksum, normalisation=normalisation)
@@ -34,6 +35,9 @@ class Demonstrations(Dataset):
         assert mirrored is None
         steps = torch.minimum(index[:, None] + self._ahead, self._ends[index][:, None])
         return self._actions[steps][:, None]
+
+    def given(self, index: Tensor) -> Tensor:
+        return self._observations[index]
 
 
 def normalisation_of(episodes: Episodes) -> Normalisation:
