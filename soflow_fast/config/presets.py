@@ -11,6 +11,7 @@ from .schema import (
     DiTConfig,
     ObjectiveConfig,
     OptimConfig,
+    PolicyConfig,
     RunConfig,
     UNetConfig,
     nearest,
@@ -122,6 +123,31 @@ def imagenet256(size: str, card: int = 0, micro_batch: int = 0) -> Config:
     )
 
 
+def policy() -> Config:
+    """Chunks of actions for gymnasium's pendulum, learned of a scripted expert: about two minutes on two CPU cores.
+
+    `--data obstacle` is a task with two good ways whose mean is none, `--data FOLDER` a LeRobot data set. Times as for
+    the digits, as one step asks for the solution from noise to action.
+    """
+    return Config(
+        preset="policy",
+        model=PolicyConfig(),
+        objective=ObjectiveConfig(
+            guidance_scale=1.0,
+            label_drop=0.0,
+            r_end=0.01,
+            fm_fraction=0.5,
+            sc_time=(0.8, 1.2),
+            sc_end_time=(-2.0, 1.2),
+        ),
+        optim=OptimConfig(lr=2e-3, lr_schedule="cosine", ema_decay=0.999, ema_warmup=True),
+        data=DataConfig(kind="demonstrations", path="pendulum"),
+        run=RunConfig(log_every=50, sample_every=1000, checkpoint_every=1000),
+        steps=4000,
+        batch_size=256,
+    )
+
+
 def preset(name: str, **changes: Any) -> Config:
     """The preset `name` with some fields replaced, by short name (`precision="fp32"`) or by full name given as
     `**{"objective.eps": 0.1}`. Raises ConfigError naming what is unknown."""
@@ -140,6 +166,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "digits-latent": digits_latent,
     "cifar10": cifar10,
     "cifar10-unet": cifar10_unet,
+    "policy": policy,
     "imagenet256-b4": lambda: imagenet256("B/4"),
     "imagenet256-b2": lambda: imagenet256("B/2"),
     "imagenet256-m2": lambda: imagenet256("M/2"),

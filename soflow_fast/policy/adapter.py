@@ -13,7 +13,7 @@ from ..data.dataset import Normalisation
 from ..data.demonstrations.lerobot import OBSERVATIONS
 from ..rng import generator
 from .network import SoFlowPolicy
-from .solution import multi_step_sample
+from .solution import euler_sample, multi_step_sample
 
 
 class LeRobotPolicy(nn.Module):
@@ -24,10 +24,11 @@ class LeRobotPolicy(nn.Module):
     """
 
     def __init__(
-        self, policy: SoFlowPolicy, normalisation: Normalisation, executed: int, steps: int = 1, seed: int = 0
+        self, policy: SoFlowPolicy, normalisation: Normalisation, executed: int, steps: int = 1, seed: int = 0, *, solves: bool = True
     ) -> None:
         """executed: actions of a chunk that are given out before the next one is drawn. steps: calls for a chunk, from
-        noise at t = 0 to actions at t = 1 (`NOISE_AT_ZERO`). seed: of the noise.
+        noise at t = 0 to actions at t = 1 (`NOISE_AT_ZERO`). seed: of the noise. solves: False of a policy that has
+        learned velocities alone, whose steps are Euler's.
 
         Raises ValueError for numbers that do not fit the policy.
         """
@@ -39,7 +40,7 @@ class LeRobotPolicy(nn.Module):
         if sizes != (config.obs_size, config.action_dim):
             raise ValueError(f"normalisation is of sizes {sizes}, the policy of {config.obs_size, config.action_dim}")
         self.policy, self.normalisation = policy, normalisation
-        self.executed, self.steps, self.seed = executed, steps, seed
+        self.executed, self.steps, self.seed, self.solves = executed, steps, seed, solves
         self._episode, self._drawn = -1, 0
         self._queue: deque[Tensor] = deque()
         self.reset()
@@ -68,7 +69,8 @@ class LeRobotPolicy(nn.Module):
         self._drawn += 1
         noise = torch.randn(shape, generator=source).to(weight)
         seen = self.normalisation.normalised_observations(observations)
-        return self.normalisation.actions(multi_step_sample(self.policy, seen, noise, self.steps))
+        draw = multi_step_sample if self.solves else euler_sample
+        return self.normalisation.actions(draw(self.policy, seen, noise, self.steps))
 
     def select_action(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The next action [B, action_dim], of the chunk in hand or of a new one at what is observed now. batch: as for

@@ -4,8 +4,13 @@ Time runs from the noise, t = 0, to the action, t = 1 (`NOISE_AT_ZERO`): x_0 is 
 trains with the weights, schedules and quotient of the paper (`objective`); these are the plain forms.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+Policy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""F(x_t, t, s, observations), such as a `SoFlowPolicy`, with the noise at t = 0 (`NOISE_AT_ZERO`)."""
 
 NOISE_AT_ZERO = True
 """Whether the noise is at t = 0 and the action at t = 1, as everywhere in `soflow_fast.policy`. The rest of the package
@@ -55,14 +60,14 @@ def combined_loss(fm: Tensor, scm: Tensor, lam: float = 0.5) -> Tensor:
     return lam * fm + (1 - lam) * scm
 
 
-def one_step_sample(policy: nn.Module, observations: Tensor, noise: Tensor) -> Tensor:
+def one_step_sample(policy: Policy, observations: Tensor, noise: Tensor) -> Tensor:
     """Chunks of actions [B, horizon, dim] by one call, noise + F(noise, 0, 1): from the noise at t = 0 to the actions at
     t = 1 (`NOISE_AT_ZERO`). policy: as `SoFlowPolicy`; observations: [B, obs_size]; noise: [B, horizon, dim], standard
     normal. Raises ValueError for shapes that do not fit."""
     return multi_step_sample(policy, observations, noise, steps=1)
 
 
-def multi_step_sample(policy: nn.Module, observations: Tensor, noise: Tensor, steps: int = 2) -> Tensor:
+def multi_step_sample(policy: Policy, observations: Tensor, noise: Tensor, steps: int = 2) -> Tensor:
     """The same by `steps` calls, each over an equal segment of the times from the noise at t = 0 to the actions at t = 1
     (`NOISE_AT_ZERO`), from where the one before has come to; no noise is added on the way.
 
@@ -77,6 +82,16 @@ def multi_step_sample(policy: nn.Module, observations: Tensor, noise: Tensor, st
         t, s = (torch.full((len(x),), at / steps, dtype=x.dtype, device=x.device) for at in (k, k + 1))
         x = euler_parameterize(x, policy(x, t, s, observations), t, s)
     return x
+
+
+def euler_sample(policy: Policy, observations: Tensor, noise: Tensor, steps: int = 10) -> Tensor:
+    """The same of a policy that has learned velocities alone (flow matching): `steps` Euler steps along F(x, t, t) from
+    the noise at t = 0 to the actions at t = 1 (`NOISE_AT_ZERO`). Raises ValueError as `multi_step_sample` does."""
+
+    def velocity(x: Tensor, t: Tensor, s: Tensor, observations: Tensor) -> Tensor:
+        return policy(x, t, t, observations)
+
+    return multi_step_sample(velocity, observations, noise, steps)
 
 
 def _times(name: str, t: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -98,6 +98,8 @@ class Evaluations:
     Raises ConfigError and DataError for a reference that cannot be compared with.
     """
 
+    unit = "samples"
+
     def __init__(
         self,
         state: TrainState,
@@ -174,7 +176,19 @@ class Evaluations:
         return {} if self.state.config.run.reference else about_digits(self.samples)
 
 
-def evaluate(evaluations: Evaluations, run_dir: Path | None, say: Callable[[str], None]) -> dict[int, dict[str, float]]:
+class Measured(Protocol):
+    """What is evaluated: `Evaluations` of images, `policies.Returns` of policies."""
+
+    state: TrainState
+    samples: int
+    unit: str
+
+    def at(self, nfe: int) -> tuple[str, dict[str, float]]: ...
+
+    def about(self) -> dict[str, Any]: ...
+
+
+def evaluate(evaluations: Measured, run_dir: Path | None, say: Callable[[str], None]) -> dict[int, dict[str, float]]:
     """Print the figures of samples drawn with 1 and with 2 network calls, and keep them in evaluation.json.
 
     Of a flow that has learned the velocity alone: with as many calls as usual. Returns the figures by name, for each
@@ -183,7 +197,7 @@ def evaluate(evaluations: Evaluations, run_dir: Path | None, say: Callable[[str]
     run_dir: None of a rank that only takes part in the drawing."""
     ema, figures = evaluations.state.ema, {}
     guidance = chosen_guidance(ema, None)
-    say(f"evaluating {evaluations.samples} samples{'' if guidance is None else f' at guidance {guidance:g}'}")
+    say(f"evaluating {evaluations.samples} {evaluations.unit}{'' if guidance is None else f' at guidance {guidance:g}'}")
     for nfe in (1, 2) if ema.solves else (usual_calls(ema),):
         line, figures[nfe] = evaluations.at(nfe)
         if line:

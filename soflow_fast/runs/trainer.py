@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..config.schema import AUTO, NOTHING_LEFT, Config, DataChoices
+from ..config.schema import AUTO, NOTHING_LEFT, Config, DataChoices, DiTConfig, PolicyConfig
 from ..data import Source, fitted, identity, open_source
 from ..errors import CheckpointError, ConfigError, DataError, Diverged, ElsewhereError, Interrupted, storage
 from ..files import OptionalWrites, write_file
@@ -36,11 +36,15 @@ from .async_save import Saver
 from .batches.resident import on_device_bytes
 from .batches.upload import Batches
 from .metrics import Boards, MetricsLog, NoLog, TensorBoard, named_figures
+from .policies import Episodes, Returns
 from .progress import LABELS, MEANFLOW_LABELS, Progress
 from .ranks.crew import ALONE, Crew, assemble
 from .ranks.watch import watched
 from .samples import Evaluations, Grids, check_evaluations, evaluate
 from .tracking import Tracker, check_installed
+
+
+Shown = tuple[Grids | Episodes, Evaluations | Returns]
 
 
 def train(config: Config, choices: DataChoices = NOTHING_LEFT) -> TrainState:
@@ -108,8 +112,7 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
             start = None
             if mlp.said:
                 progress.say(mlp.said)
-            grids = Grids(state, found.space, progress.say)
-            evaluations = Evaluations(state, grids, crew.first, crew.watch.at_work, progress.say)
+            grids, evaluations = _shown(state, found, progress, crew)
             with closing(_boards(state, run_dir, progress, crew)) as board:
                 if state.step < config.steps:
                     listed = str(run_dir / run_directory.LEFT_OUT)
@@ -118,6 +121,15 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
                     _train(state, source, grids, evaluations, run_dir, progress, crew, board)
                 _end(state, grids, evaluations, run_dir, progress, crew, board)
         return state
+
+
+def _shown(state: TrainState, data: identity.Identity, progress: Progress, crew: Crew) -> Shown:
+    """What draws samples of a run and what measures them, on the way and at the end."""
+    if isinstance(state.config.model, PolicyConfig):
+        episodes = Episodes(state, data)
+        return episodes, Returns(state, episodes)
+    grids = Grids(state, data.space, progress.say)
+    return grids, Evaluations(state, grids, crew.first, crew.watch.at_work, progress.say)
 
 
 def _boards(state: TrainState, run_dir: Path, progress: Progress, crew: Crew) -> Boards:
@@ -191,8 +203,8 @@ def _begin(
     else:
         progress.say(
             f"training {config.preset} in {run_dir}: {state.parameter_count() / 1e6:.2f} M parameters, "
-            f"{len(source)} images, {config.steps} steps of {config.batch_size}, {state.precision} on "
-            f"{_devices(state)}, attention {state.flow.network.blocks[0].attn.backend}{_graph_note(state)}"
+            f"{len(source)} {_samples(config)}, {config.steps} steps of {config.batch_size}, {state.precision} on "
+            f"{_devices(state)}, attention {state.flow.network.attention_backend}{_graph_note(state)}"
         )
         if start is not None and config.run.resume_official:
             checkpoint.begin_with(state, start, config.run.resume_official)
@@ -201,6 +213,11 @@ def _begin(
                 theirs, ours = (start.groups[0].get(name) if start.groups else None), getattr(config.optim, name)
                 if theirs is not None and (tuple(theirs) if name == "betas" else theirs) != ours:
                     progress.say(f"  {name} was {theirs} there, and is {ours} here")
+
+
+def _samples(config: Config) -> str:
+    """What the data are, in a word."""
+    return "chunks of actions" if isinstance(config.model, PolicyConfig) else "images"
 
 
 def _devices(state: TrainState) -> str:
@@ -222,8 +239,8 @@ def _graph_note(state: TrainState) -> str:
 def _train(
     state: TrainState,
     source: Source,
-    grids: Grids,
-    evaluations: Evaluations,
+    grids: Grids | Episodes,
+    evaluations: Evaluations | Returns,
     run_dir: Path,
     progress: Progress,
     crew: Crew,
@@ -244,8 +261,8 @@ def _train(
 def _loop(
     state: TrainState,
     source: Source,
-    grids: Grids,
-    evaluations: Evaluations,
+    grids: Grids | Episodes,
+    evaluations: Evaluations | Returns,
     run_dir: Path,
     progress: Progress,
     pending: list[int],
@@ -341,8 +358,8 @@ def _loop(
 
 def _end(
     state: TrainState,
-    grids: Grids,
-    evaluations: Evaluations,
+    grids: Grids | Episodes,
+    evaluations: Evaluations | Returns,
     run_dir: Path,
     progress: Progress,
     crew: Crew,
@@ -432,6 +449,8 @@ def choose_precision(config: Config) -> tuple[Config, str]:
     """
     if config.precision != "auto" or resolve_device(config.run.device).type != "cpu":
         return config, ""
+    if isinstance(config.model, PolicyConfig):  # whose products are too small to gain
+        return replace(config, precision="fp32"), ""
     known = run_directory.configuration(Path(_run_dir(config)))
     if known is not None:
         return replace(config, precision=known.precision), ""
@@ -524,6 +543,8 @@ def resolve_attention(state: TrainState) -> str:
     """
     config, model, device = state.config, state.config.model, state.device
     name = config.run.attention
+    if not isinstance(model, DiTConfig):  # whose attention, if it has one, is its own
+        return "none"
     dtype = torch.bfloat16 if state.precision in ("bf16", "fp8") else torch.float32
     compiled = config.run.compile
     (B, T), head_dim = _tokens(state), model.hidden_size // model.num_heads
@@ -543,6 +564,8 @@ def resolve_mlp(state: TrainState) -> mlp_autotune.Choice:
     Raises ConfigError if the one that is asked for cannot be used.
     """
     run, model, unfit = state.config.run, state.config.model, None
+    if not isinstance(model, DiTConfig):
+        return mlp_autotune.Choice("kernels")
     if state.precision != "bf16":
         unfit = f"needs a step in bf16, it is in {state.precision}"
     elif run.compile:
@@ -574,6 +597,7 @@ def set_mlp(state: TrainState, name: str) -> None:
 def _tokens(state: TrainState) -> tuple[int, int]:
     """The samples in one forward of the student, and the tokens of each."""
     config, model = state.config, state.config.model
+    assert isinstance(model, DiTConfig)
     B = config.batch_size // state.world
     return min(config.micro_batch, B) or B, (model.input_size // model.patch_size) ** 2
 
@@ -582,8 +606,13 @@ def enough_memory(config: Config) -> AbstractContextManager[None]:
     """Within it, memory that runs out is a ConfigError with advice."""
     return errors.enough_memory(
         f"--batch-size {config.batch_size}: out of memory; give a smaller --micro-batch, --recompute block, "
-        f"a smaller batch or network (model.hidden_size {config.model.hidden_size}, depth {config.model.depth})"
+        f"a smaller batch or network{_size_of(config)}"
     )
+
+
+def _size_of(config: Config) -> str:
+    model = config.model
+    return f" (model.hidden_size {model.hidden_size}, depth {model.depth})" if isinstance(model, DiTConfig) else ""
 
 
 def seconds_per_step(state: TrainState, x0: torch.Tensor, y: torch.Tensor) -> float:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config.schema import Config
+from ..config.schema import Config, DiTConfig
 from ..errors import ConfigError
 from ..flow import SolutionFlow, conditions
 from ..models.dit import DiT, TapedOutputs
@@ -56,6 +56,8 @@ class ConsistencyTarget(NamedTuple):
 def resolve_target(config: Config, precision: str, device: torch.device) -> ConsistencyTarget:
     """The target of a step of `precision`, with "auto" resolved. Raises ConfigError for what makes no sense here."""
     kind, matmul, teacher = config.quotient, config.quotient_precision, config.objective.teacher
+    if kind == "auto" and not isinstance(config.model, DiTConfig):  # of which alone there are increments
+        kind = "pair"
     if kind == "auto":
         kind = "pair" if (precision if matmul == "auto" else matmul) == "fp32" else "increments"
     if matmul == "auto":

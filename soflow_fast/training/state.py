@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,8 @@ from ..config.schema import Config, DiTConfig
 from ..config.validation import validate
 from ..errors import ConfigError
 from ..flow import SolutionFlow
-from ..models import float8
+from ..models import float8, network_of
 from ..models.attention import Backend
-from ..models.dit import DiT
 from ..models.paired_forward import missed_part
 from ..objective import Objective
 from ..ranks import micro_batches
@@ -262,7 +261,7 @@ def no_conditions(model: DiTConfig, n: int, device: torch.device) -> Tensor:
     return torch.zeros(n, dtype=torch.int64, device=device)
 
 
-def flow_of(config: Config, network: DiT) -> SolutionFlow:
+def flow_of(config: Config, network: Any) -> SolutionFlow:
     """The flow of a configuration around a network."""
     return SolutionFlow(network, config.flow.path, config.flow.coefficients, config.objective.kind)
 
@@ -270,7 +269,7 @@ def flow_of(config: Config, network: DiT) -> SolutionFlow:
 def build_flow(config: Config) -> SolutionFlow:
     """The flow of a configuration on the meta device: its weights are still to be loaded or initialised."""
     with torch.device("meta"):
-        return flow_of(config, DiT(config.model))
+        return flow_of(config, network_of(config.model))
 
 
 def filled_flow(config: Config, weights: Mapping[str, Tensor]) -> SolutionFlow:
