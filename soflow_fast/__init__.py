@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .objective import LossTerm, Objective
     from .rng import generator
     from .runs.checkpoint import export, load
+    from .runs.policies import load_policy
     from .sampling import OneStep, sample
     from .training.state import TrainState
     from .training.step import Draws, draw, train_step
@@ -37,6 +38,7 @@ _HOMES = {
     "generator": "rng",
     "load": "runs.checkpoint",
     "load_official": "models.official",
+    "load_policy": "runs.policies",
     "paired_forward": "models.paired_forward",
     "preset": "config.presets",
     "push_to_hub": "hub",
@@ -63,6 +65,7 @@ __all__ = [
     "generator",
     "load",
     "load_official",
+    "load_policy",
     "paired_forward",
     "preset",
     "push_to_hub",

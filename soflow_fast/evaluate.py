@@ -4,10 +4,12 @@
     python -m soflow_fast.evaluate runs/imagenet --reference VIRTUAL_imagenet256_labeled.npz
     python -m soflow_fast.evaluate samples.npz --reference imagenet/val --metrics fid,recall
     python -m soflow_fast.evaluate runs/digits --nfe 2 --times search
+    python -m soflow_fast.evaluate runs/policy --n 100 --gif episode.gif
 
 RUN is a run directory, a checkpoint or an exported one. Digits: the fraction classified as their label, the Frechet
 distance in pixel space, the fraction of near copies. With --reference, by torch-fidelity's Inception: FID, sFID, IS,
-precision, recall and KID; a folder of images, an .npz as ADM has it, or whatever --data of train takes.
+precision, recall and KID; a folder of images, an .npz as ADM has it, or whatever --data of train takes. Policies: the
+mean return of --n episodes, beside the expert's, and one of them as a GIF.
 
 Every GPU that is visible draws, or those that --device names; the figures are the same with however many of a kind.
 """
@@ -31,6 +33,10 @@ MOST = 10**6
 """Samples: the features of all are held in memory, or all digits, each of which is compared with each of the data."""
 DIGITS_N, N = 4000, 50_000
 """Samples of digits, and those that are compared with a reference, if --n does not say how many."""
+LEAST = 100
+"""Samples of which figures can be made."""
+EPISODES = 100
+"""Of a policy, if --n does not say how many; a policy alone has so few as one."""
 MOST_SEARCHED = 10
 """Network calls whose times are searched for: they are told apart by thousandths."""
 DIGITS = (1, 8)
@@ -41,7 +47,8 @@ def parser() -> Parser:
     """The command line."""
     p = Parser(prog="python -m soflow_fast.evaluate", description=__doc__)
     p.add_argument("run", metavar="RUN|DIR|NPZ", help="run, checkpoint or exported directory; images")
-    p.add_argument("--n", metavar="N", help=f"samples (default: {DIGITS_N} of digits, {N} with --reference)")
+    counts = f"{DIGITS_N} of digits, {N} with --reference, {EPISODES} episodes of a policy"
+    p.add_argument("--n", metavar="N", help=f"samples (default: {counts})")
     p.add_argument("--nfe", metavar="N,...", help="network calls per image (default: 1,2; of flow matching 10)")
     p.add_argument(
         "--times", metavar="T,...", help="of the calls, such as 1,0.6; search: those with the least distance"
@@ -58,6 +65,9 @@ def parser() -> Parser:
     p.add_argument("--inception", metavar="FILE", help="its weights, as torch-fidelity has them (default: downloaded)")
     p.add_argument("--dinov2", metavar="FILE", help="weights of DINOv2, the authors' or transformers': adds fd-dinov2")
     p.add_argument("--device", default="auto", metavar="D", help=DEVICES)
+    p.add_argument(
+        "--gif", metavar="FILE", help="of a policy: where an episode goes (default: samples/episode.gif in RUN)"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     return p
 
@@ -66,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse and do. Raises UserError."""
     values = parser().parse(arguments)
     process.alone("evaluate")
-    n = None if values.n is None else whole_number("--n", values.n, 100, MOST)
+    n = None if values.n is None else whole_number("--n", values.n, 1, MOST)
     seed, guidance = whole_number("--seed", values.seed or "0", 0, MOST_SEED), number("--guidance", values.guidance)
     schedules = _schedules(values)
     if not values.reference:
@@ -76,6 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     with enough_memory(f"--n {values.n or ''}: out of memory with {values.run}; draw fewer, or on another --device"):
         if _is_images(values.run):
+            if values.gif is not None:
+                raise ConfigError(f"--gif {values.gif}: {values.run} is images, of which there is no episode")
             _evaluate_images(values)
         else:
             _evaluate_flow(values, n, seed, guidance, schedules)
@@ -164,6 +176,13 @@ def _evaluate_flow(
 
     devices = resolve_devices(values.device)
     flow, config, data = load_with_data(values.run, devices[0])
+    if config.model.kind == "policy":
+        _evaluate_policy(values, n or EPISODES, seed, schedules, devices[0])
+        return
+    if values.gif is not None:
+        raise ConfigError(f"--gif {values.gif}: {values.run} is no policy, and has no episodes")
+    if n is not None and n < LEAST:
+        raise ConfigError(f"--n must be a whole number from {LEAST} to {MOST}, got {values.n!r}")
     model, space = config.model, data.space if data is not None else None
     alike = config.data.latent or (model.in_channels, model.input_size) == DIGITS
     of_digits = config.data.of_digits and model.num_classes == 10 and alike
@@ -192,6 +211,42 @@ def _evaluate_flow(
     else:
         with Devices(devices, draw_on(flow, decode_on)) as several:
             _report(values, OfDigits(flow, n or DIGITS_N, several, w), seed, schedules)
+
+
+def _evaluate_policy(
+    values: argparse.Namespace, episodes: int, seed: int, schedules: list[Schedule], device: Any
+) -> None:
+    """Of episodes of a policy in the environment of its task."""
+    from .data.demonstrations.tasks import TASKS
+    from .errors import storage
+    from .files import write_file
+    from .runs.policies import Acting, gif_place, line, policy_of
+    from .sampling.solving import usual_calls
+
+    for flag in ("times", "guidance", "vae", "reference"):
+        if getattr(values, flag) is not None:
+            raise ConfigError(f"--{flag} {getattr(values, flag)}: {values.run} is a policy, which has no use for it")
+    flow, config, data = policy_of(values.run, device)
+    acting = Acting(flow, config, data)
+    if acting.task is None:
+        known = ", ".join(TASKS)
+        raise ConfigError(
+            f"{values.run}: was demonstrated by {config.data.path}, no task with an environment ({known})"
+        )
+    found = {}
+    for nfe, _ in schedules or [(usual_calls(flow), None)]:
+        found[nfe] = acting.figures(nfe, episodes, seed)
+        if not values.json:
+            print(line(nfe, found[nfe], episodes), flush=True)
+    place = gif_place(Path(values.run), values.gif)
+    if place is not None:
+        with storage(f"cannot write {place}"):
+            write_file(place, acting.gif(seed), synced=False)
+    if values.json:
+        about = {"task": acting.task.name, "episodes": episodes, "seed": seed, "nfe": found}
+        print(json.dumps(about | ({} if place is None else {"gif": str(place)})))
+    elif place is not None:
+        print(f"an episode: {place}")
 
 
 def _decoder(vae: Any, space: Any, device: Any) -> Callable[[Any], Any] | None:

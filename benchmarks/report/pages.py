@@ -382,6 +382,36 @@ def quality_for_time(run: dict) -> str:
     return f"{markdown(head, len(head) - 1, lines)}\n\n{picture}\n\n{measured(run, note)}"
 
 
+def policies(run: dict) -> str:
+    """A record of benchmarks.policies as Markdown: a line per task and way to act, mean and range over the seeds."""
+    head = [
+        "task",
+        "policy",
+        "mean return",
+        "expert",
+        "share of the expert, %",
+        "ms an action",
+        "ms a chunk",
+        "trained, s",
+    ]
+    lines = []
+    for task, method in dict.fromkeys((row["task"], row["method"]) for row in run["rows"]):
+        each = [row for row in run["rows"] if (row["task"], row["method"]) == (task, method)]
+        cells = [task, method, spread([row["return"] for row in each], 1), f"{each[0]['expert']:.1f}"]
+        cells.append(spread([100 * row["share"] for row in each], 1))
+        cells += [f"{each[0][name]:.2f}" for name in ("ms_per_action", "ms_per_chunk")]
+        lines.append([*cells, spread([row["seconds"] for row in each], 0)])
+    first, seeds = run["rows"][0], len({row["seed"] for row in run["rows"]})
+    chance = ", ".join(f"{task} {value:.1f}" for task, value in {r["task"]: r["random"] for r in run["rows"]}.items())
+    note = (
+        f"Mean over {seeds} seeds (lowest to highest) of {first['steps']} steps each, and {first['episodes']} episodes. "
+        f"0 % is the return of uniform actions ({chance}). Of behaviour cloning, flow matching and SoFlow the same "
+        f"network. `{run['command']}`."
+    )
+    picture = "![Share of the expert's return by policy and task](policies.svg)"
+    return f"{markdown(head, len(head) - 2, lines)}\n\n{picture}\n\n{measured(run, note)}"
+
+
 def soak(run: dict) -> str:
     """A record of benchmarks.soak in words."""
     total = {name: sum(row[name] for row in run["rows"]) for name in ("passed", "failed", "skipped")}
@@ -413,6 +443,7 @@ BLOCKS = {
     "quality-for-time": Block(
         "docs/performance.md", "quality-for-time", quality_for_time, (plots.quality_for_time, "docs/quality.svg")
     ),
+    "policies": Block("docs/policies.md", "policies", policies, (plots.policies, "docs/policies.svg")),
     "scaling": Block("docs/performance.md", "scaling", scaling),
     "prediction": Block("docs/performance.md", "prediction", prediction),
     "plan": Block("docs/many-gpus-plan.md", "plan", plan),

@@ -107,6 +107,26 @@ def quality_for_time(run: dict, path: Path) -> None:
         axes.legend()
 
 
+def policies(run: dict, path: Path) -> None:
+    """The share of the expert's return that each policy reaches, a point a seed, over its milliseconds an action."""
+    tasks = list(dict.fromkeys(row["task"] for row in run["rows"]))
+    with drawn(run, path, 1, len(tasks), size=(10, 4.5)) as panels:
+        for task, panel in zip(tasks, panels if len(tasks) > 1 else [panels], strict=True):
+            rows = [row for row in run["rows"] if row["task"] == task]
+            for method in dict.fromkeys(row["method"] for row in rows):
+                each = [row for row in rows if row["method"] == method]
+                shares, times = [100 * row["share"] for row in each], [row["ms_per_action"] for row in each]
+                panel.scatter(times, shares, label=method, alpha=0.7)
+            panel.axhline(100, color="gray", linewidth=0.8)
+            panel.axhline(95, color="gray", linewidth=0.8, linestyle=":")
+            panel.set_xscale("log")
+            panel.set_title(task)
+            panel.set_xlabel("ms an action, one thread of a CPU")
+            panel.set_ylabel("share of the expert's return, %")
+            panel.grid(which="both", alpha=0.3)
+            panel.legend(fontsize=8)
+
+
 def sweeps(run: dict, path: Path) -> None:
     """Time and memory over batch, tokens and depth, both axes logarithmic."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator

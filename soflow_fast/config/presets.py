@@ -143,7 +143,7 @@ def policy() -> Config:
         optim=OptimConfig(lr=2e-3, lr_schedule="cosine", ema_decay=0.999, ema_warmup=True),
         data=DataConfig(kind="demonstrations", path="pendulum"),
         run=RunConfig(log_every=50, sample_every=1000, checkpoint_every=1000),
-        steps=4000,
+        steps=3000,
         batch_size=256,
     )
 

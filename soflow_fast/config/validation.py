@@ -94,7 +94,9 @@ def validate(config: Config) -> Config:
     if isinstance(config.model, PolicyConfig):
         _validate_policy_run(config)
     else:
-        _checks(config.data, "data.")("kind", config.data.kind != "demonstrations", "of images unless the model is a policy")
+        _checks(config.data, "data.")(
+            "kind", config.data.kind != "demonstrations", "of images unless the model is a policy"
+        )
     check("shard_ranks", 0 <= run.shard_ranks <= 2**20, "in [0, 2^20]")
     check("shard_ranks", not run.shard_ranks or run.parallel == "hsdp", "0 unless run.parallel is hsdp")
     check("hang_seconds", 0 <= run.hang_seconds <= 10**6, "in [0, 10^6]")
@@ -162,7 +164,9 @@ def _validate_unet(model: UNetConfig, prefix: str) -> None:
     halved = 2 ** (levels - 1)
     check("input_size", model.input_size % halved == 0, f"a multiple of {halved}, as {levels} levels halve it")
     sides = [model.input_size // 2**k for k in range(levels)]
-    check("attention_sizes", set(model.attention_sizes) <= {0, *sides}, f"of {', '.join(map(str, sides))}, or 0 for none")
+    check(
+        "attention_sizes", set(model.attention_sizes) <= {0, *sides}, f"of {', '.join(map(str, sides))}, or 0 for none"
+    )
     check("dropout", 0 <= model.dropout < 1, "in [0, 1)")
 
 

@@ -24,7 +24,14 @@ class LeRobotPolicy(nn.Module):
     """
 
     def __init__(
-        self, policy: SoFlowPolicy, normalisation: Normalisation, executed: int, steps: int = 1, seed: int = 0, *, solves: bool = True
+        self,
+        policy: SoFlowPolicy,
+        normalisation: Normalisation,
+        executed: int,
+        steps: int = 1,
+        seed: int = 0,
+        *,
+        solves: bool = True,
     ) -> None:
         """executed: actions of a chunk that are given out before the next one is drawn. steps: calls for a chunk, from
         noise at t = 0 to actions at t = 1 (`NOISE_AT_ZERO`). seed: of the noise. solves: False of a policy that has
@@ -35,7 +42,9 @@ class LeRobotPolicy(nn.Module):
         super().__init__()
         config = policy.config
         if not 1 <= executed <= config.action_horizon:
-            raise ValueError(f"executed must be from 1 to {config.action_horizon}, the actions in a chunk, got {executed}")
+            raise ValueError(
+                f"executed must be from 1 to {config.action_horizon}, the actions in a chunk, got {executed}"
+            )
         sizes = len(normalisation.observation_mean), len(normalisation.action_mean)
         if sizes != (config.obs_size, config.action_dim):
             raise ValueError(f"normalisation is of sizes {sizes}, the policy of {config.obs_size, config.action_dim}")

@@ -33,7 +33,13 @@ class Rollout:
 
 
 def roll_out(
-    task: Task, chunks: Chunks, normalisation: Normalisation, shape: tuple[int, int], executed: int, episodes: int, seed: int
+    task: Task,
+    chunks: Chunks,
+    normalisation: Normalisation,
+    shape: tuple[int, int],
+    executed: int,
+    episodes: int,
+    seed: int,
 ) -> Rollout:
     """Episodes of a policy, side by side: a chunk of actions is drawn, its first `executed` actions are taken, and the
     next chunk is drawn at what is then observed. The same seed gives the same starts and the same noise.

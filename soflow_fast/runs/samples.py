@@ -197,7 +197,9 @@ def evaluate(evaluations: Measured, run_dir: Path | None, say: Callable[[str], N
     run_dir: None of a rank that only takes part in the drawing."""
     ema, figures = evaluations.state.ema, {}
     guidance = chosen_guidance(ema, None)
-    say(f"evaluating {evaluations.samples} {evaluations.unit}{'' if guidance is None else f' at guidance {guidance:g}'}")
+    say(
+        f"evaluating {evaluations.samples} {evaluations.unit}{'' if guidance is None else f' at guidance {guidance:g}'}"
+    )
     for nfe in (1, 2) if ema.solves else (usual_calls(ema),):
         line, figures[nfe] = evaluations.at(nfe)
         if line:

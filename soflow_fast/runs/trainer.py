@@ -43,7 +43,6 @@ from .ranks.watch import watched
 from .samples import Evaluations, Grids, check_evaluations, evaluate
 from .tracking import Tracker, check_installed
 
-
 Shown = tuple[Grids | Episodes, Evaluations | Returns]
 
 

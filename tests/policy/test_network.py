@@ -11,6 +11,7 @@ from soflow_fast.policy import SoFlowPolicy, output_size, recommended_defaults
 from soflow_fast.rng import generator
 from tests.policies import SIZES, policy
 
+
 def inputs(B: int = 6, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     source = generator(1, 0, 0, "inputs")
     shapes = {"x_t": (B, 4, 3), "t": (B,), "s": (B,), "observations": (B, 5)}

@@ -93,9 +93,11 @@ def _columns(file: Path, names: list[str], features: dict[str, Any]) -> dict[str
         if not rows:
             found[name] = np.empty((0, _size(features.get(name))), np.float32)
             continue
-        if arrow.types.is_list(column.type) or arrow.types.is_large_list(column.type):
-            numbers = column.flatten()
-        elif arrow.types.is_fixed_size_list(column.type):
+        if (
+            arrow.types.is_list(column.type)
+            or arrow.types.is_large_list(column.type)
+            or arrow.types.is_fixed_size_list(column.type)
+        ):
             numbers = column.flatten()
         numeric = arrow.types.is_integer(numbers.type) or arrow.types.is_floating(numbers.type)
         if not numeric or numbers.null_count or column.null_count or len(numbers) % rows:

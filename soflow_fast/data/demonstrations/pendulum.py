@@ -54,6 +54,8 @@ class Pendulum(Task):
         draw, middle, length = ImageDraw.Draw(image), size / 2, size * 0.38
         end = middle - length * float(sine), middle - length * float(cosine)
         draw.line([(middle, middle), end], fill=(190, 60, 50), width=max(2, size // 16))
-        draw.ellipse([end[0] - size / 20, end[1] - size / 20, end[0] + size / 20, end[1] + size / 20], fill=(190, 60, 50))
+        draw.ellipse(
+            [end[0] - size / 20, end[1] - size / 20, end[0] + size / 20, end[1] + size / 20], fill=(190, 60, 50)
+        )
         draw.ellipse([middle - 4, middle - 4, middle + 4, middle + 4], fill="black")
         return image
