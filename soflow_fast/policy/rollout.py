@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.dataset import Normalisation
 from ..data.demonstrations.episodes import environment_seed
-from ..data.demonstrations.tasks import Task
+from ..data.demonstrations.task import Task
 from ..rng import generator
 
 Chunks = Callable[[Tensor, Tensor], Tensor]

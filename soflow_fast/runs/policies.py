@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config.schema import Config, PolicyConfig
-from ..data.demonstrations.tasks import TASKS, Task, open_task
+from ..data.demonstrations.task import Task
+from ..data.demonstrations.tasks import TASKS, open_task
 from ..data.identity import Identity
 from ..errors import CheckpointError, ConfigError
 from ..flow import SolutionFlow

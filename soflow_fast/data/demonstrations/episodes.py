@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...rng import generator
-from .tasks import Task
+from .task import Task
 
 RECORDED = 200
 """Episodes of the expert that a policy learns from."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .tasks import Task, gymnasium
+from .task import Task, gymnasium
 
 if TYPE_CHECKING:
     from PIL.Image import Image
