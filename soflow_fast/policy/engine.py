@@ -1,4 +1,4 @@
-"""A policy as the engine's networks are called: with data at t = 0, noise at t = 1, and samples [B, 1, horizon, dim]."""
+"""A policy as the engine calls its networks: data at t = 0, noise at t = 1, samples [B, 1, horizon, action_dim]."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The residual MLP of an action policy: the mean velocity of a chunk of actions between two times, at an observation."""
+"""The residual MLP of an action policy: the mean velocity of a chunk of actions between two times."""
 
 import math
 from contextlib import nullcontext

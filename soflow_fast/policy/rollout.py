@@ -14,7 +14,7 @@ from ..data.demonstrations.task import Task
 from ..rng import generator
 
 Chunks = Callable[[Tensor, Tensor], Tensor]
-"""Normalised chunks [B, horizon, action_dim] of normalised observations [B, obs_size] and noise of the chunks' shape."""
+"""Normalised chunks [B, horizon, action_dim] of normalised observations [B, obs_size] and noise of their shape."""
 
 
 @dataclass(frozen=True)

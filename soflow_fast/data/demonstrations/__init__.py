@@ -16,8 +16,8 @@ LEAST = 1e-4
 
 class Demonstrations(Dataset):
     """Chunks [1, horizon, action_dim] of the actions from each step on, and in the place of labels that step's
-    observation [obs_size]. Both have mean 0 and deviation 1, by number; a chunk that passes the end of its episode repeats the last
-    action."""
+    observation [obs_size]. Both have mean 0 and deviation 1, by number; a chunk that passes the end of its episode
+    repeats the last action."""
 
     mirrors = False
     copies = True

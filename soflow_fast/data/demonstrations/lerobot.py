@@ -89,18 +89,16 @@ def _columns(file: Path, names: list[str], features: dict[str, Any]) -> dict[str
         if name not in table.column_names:
             raise DataError(f"--data {file}: has no column {name}")
         column: Any = table.column(name).combine_chunks()
-        rows, numbers = len(column), column
+        rows, numbers, alike = len(column), column, True
         if not rows:
             found[name] = np.empty((0, _size(features.get(name))), np.float32)
             continue
-        if (
-            arrow.types.is_list(column.type)
-            or arrow.types.is_large_list(column.type)
-            or arrow.types.is_fixed_size_list(column.type)
-        ):
-            numbers = column.flatten()
+        if isinstance(column, (arrow.ListArray, arrow.LargeListArray, arrow.FixedSizeListArray)):
+            numbers: Any = column.flatten()
+            lengths = column.value_lengths() if hasattr(column, "value_lengths") else None
+            alike = lengths is None or len(lengths.unique()) == 1
         numeric = arrow.types.is_integer(numbers.type) or arrow.types.is_floating(numbers.type)
-        if not numeric or numbers.null_count or column.null_count or len(numbers) % rows:
+        if not numeric or not alike or numbers.null_count or column.null_count:
             raise DataError(f"--data {file}: column {name} is not a number, or as many in each row")
         dtype = np.int64 if name in PLACE else np.float32
         values = numbers.to_numpy(zero_copy_only=False).astype(dtype).reshape(rows, -1)
