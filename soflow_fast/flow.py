@@ -28,6 +28,13 @@ def conditions(y: Tensor | None, w: Tensor | None) -> tuple[Tensor | None, ...]:
     return (y,) if w is None else (y, w)
 
 
+def seen_in_training(augmentation: Tensor | None, dropout: Tensor | None) -> dict[str, Tensor]:
+    """The named arguments of a network that takes them in training: the labels of the augmentation [B, 9], and the
+    seeds of the dropout [B]."""
+    given = {"augmentation": augmentation, "dropout": dropout}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 class SolutionFlow(nn.Module):
     """f(x, t, s) = a(t, s) x + b(t, s) N(x, t, s): the state at time s of the velocity ODE through x at time t.
 

@@ -83,7 +83,7 @@ def add_fields(group: Any, names: Iterable[str], presets: Iterable[Config]) -> N
     usual = [flatten(config) for config in presets]
     for name in names:
         field = SHORT_NAMES[name]
-        kind, defaults = TYPES[field], {config[field] for config in usual}
+        kind, defaults = TYPES[field], {config[field] for config in usual if field in config}
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         notes = [", ".join(choices), f"default {defaults.pop()}" if len(defaults) == 1 and all(defaults) else ""]
         settings: dict[str, Any] = {"metavar": {int: "N", float: "X", str: "NAME", RANGE: "A,B"}.get(kind, "NAME")}

@@ -92,6 +92,12 @@ class DiTConfig:
 
     The network has an embedder for it (w), so that samples choose it without a second call (arXiv 2512.02012)."""
 
+    @property
+    def words(self) -> str:
+        """The shape, for people."""
+        tokens = (self.input_size // self.patch_size) ** 2
+        return f"DiT of hidden size {self.hidden_size}, depth {self.depth}, {tokens} tokens"
+
     @classmethod
     def named(cls, size: str, **others: Any) -> "DiTConfig":
         """A public size by name ("S/2", "B/4", "B/2", "M/2", "L/2", "XL/2"; a leading "DiT-" is allowed)."""
@@ -129,6 +135,12 @@ class UNetConfig:
     """Probability with which a number inside a residual block is left out in training."""
     augmentation_labels: bool = True
     """Whether the network sees how an image was changed (`data.augment`), as nine numbers; of samples they are 0."""
+
+    @property
+    def words(self) -> str:
+        """The shape, for people."""
+        widths = ", ".join(str(self.channels * multiplier) for multiplier in self.multipliers)
+        return f"U-Net of {self.blocks} blocks in each of {len(self.multipliers)} levels of {widths} channels"
 
 
 ModelConfig = DiTConfig | UNetConfig
@@ -358,6 +370,12 @@ class Config:
     """Precision of the products behind it; auto: the step's for increments, fp32 for a pair."""
     seed: int = 0
     """Seed of initialisation, data order, noise and times."""
+
+    @property
+    def dit(self) -> DiTConfig:
+        """The shape of the network, where another kind cannot come."""
+        assert isinstance(self.model, DiTConfig), self.model.kind
+        return self.model
 
 
 class DataChoices(NamedTuple):

@@ -151,7 +151,9 @@ def _validate_unet(model: UNetConfig, prefix: str) -> None:
     halved = 2 ** (levels - 1)
     check("input_size", model.input_size % halved == 0, f"a multiple of {halved}, as {levels} levels halve it")
     sides = [model.input_size // 2**k for k in range(levels)]
-    check("attention_sizes", set(model.attention_sizes) <= {0, *sides}, f"of {', '.join(map(str, sides))}, or 0 for none")
+    check(
+        "attention_sizes", set(model.attention_sizes) <= {0, *sides}, f"of {', '.join(map(str, sides))}, or 0 for none"
+    )
     check("dropout", 0 <= model.dropout < 1, "in [0, 1)")
 
 

@@ -376,6 +376,16 @@ class DiT(nn.Module):
             for norm in block.attn.norms():
                 nn.init.ones_(norm.weight)
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The dtype in which images are taken: that of the two ends."""
+        return self.pos_embed.dtype
+
+    @property
+    def attention_backend(self) -> Backend:
+        """What `set_attention` has set."""
+        return self.blocks[0].attn.backend
+
     def modulation_layers(self) -> list[nn.Linear]:
         """The layers from SiLU(c) to shifts, scales and gates: six rows of D for each block, two for the last norm."""
         parts: list[Any] = [*self.blocks, self.final_layer]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..config.schema import AUTO, NOTHING_LEFT, Config, DataChoices
+from ..config.schema import AUTO, NOTHING_LEFT, Config, DataChoices, UNetConfig
 from ..data import Source, fitted, identity, open_source
 from ..errors import CheckpointError, ConfigError, DataError, Diverged, ElsewhereError, Interrupted, storage
 from ..files import OptionalWrites, write_file
@@ -192,7 +192,7 @@ def _begin(
         progress.say(
             f"training {config.preset} in {run_dir}: {state.parameter_count() / 1e6:.2f} M parameters, "
             f"{len(source)} images, {config.steps} steps of {config.batch_size}, {state.precision} on "
-            f"{_devices(state)}, attention {state.flow.network.blocks[0].attn.backend}{_graph_note(state)}"
+            f"{_devices(state)}, attention {state.flow.network.attention_backend}{_graph_note(state)}"
         )
         if start is not None and config.run.resume_official:
             checkpoint.begin_with(state, start, config.run.resume_official)
@@ -522,7 +522,9 @@ def resolve_attention(state: TrainState) -> str:
 
     Raises ConfigError if the one that it asks for cannot be used.
     """
-    config, model, device = state.config, state.config.model, state.device
+    if isinstance(state.config.model, UNetConfig):  # which has one of its own
+        return state.flow.network.attention_backend
+    config, model, device = state.config, state.config.dit, state.device
     name = config.run.attention
     dtype = torch.bfloat16 if state.precision in ("bf16", "fp8") else torch.float32
     compiled = config.run.compile
@@ -542,7 +544,9 @@ def resolve_mlp(state: TrainState) -> mlp_autotune.Choice:
 
     Raises ConfigError if the one that is asked for cannot be used.
     """
-    run, model, unfit = state.config.run, state.config.model, None
+    if isinstance(state.config.model, UNetConfig):
+        return mlp_autotune.Choice("kernels", "")
+    run, model, unfit = state.config.run, state.config.dit, None
     if state.precision != "bf16":
         unfit = f"needs a step in bf16, it is in {state.precision}"
     elif run.compile:
@@ -573,7 +577,7 @@ def set_mlp(state: TrainState, name: str) -> None:
 
 def _tokens(state: TrainState) -> tuple[int, int]:
     """The samples in one forward of the student, and the tokens of each."""
-    config, model = state.config, state.config.model
+    config, model = state.config, state.config.dit
     B = config.batch_size // state.world
     return min(config.micro_batch, B) or B, (model.input_size // model.patch_size) ** 2
 
@@ -582,7 +586,7 @@ def enough_memory(config: Config) -> AbstractContextManager[None]:
     """Within it, memory that runs out is a ConfigError with advice."""
     return errors.enough_memory(
         f"--batch-size {config.batch_size}: out of memory; give a smaller --micro-batch, --recompute block, "
-        f"a smaller batch or network (model.hidden_size {config.model.hidden_size}, depth {config.model.depth})"
+        f"a smaller batch or network ({config.model.words})"
     )
 
 

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config.schema import Config
+from ..config.schema import Config, UNetConfig
 from ..errors import ConfigError
-from ..flow import SolutionFlow, conditions
+from ..flow import SolutionFlow, conditions, seen_in_training
 from ..models.dit import DiT, TapedOutputs
 from ..models.paired_forward import missed_part, paired_forward
 from ..objective import ConsistencyPoints, Objective
@@ -56,6 +56,8 @@ class ConsistencyTarget(NamedTuple):
 def resolve_target(config: Config, precision: str, device: torch.device) -> ConsistencyTarget:
     """The target of a step of `precision`, with "auto" resolved. Raises ConfigError for what makes no sense here."""
     kind, matmul, teacher = config.quotient, config.quotient_precision, config.objective.teacher
+    if kind == "auto" and isinstance(config.model, UNetConfig):  # which has no increments
+        kind = "pair"
     if kind == "auto":
         kind = "pair" if (precision if matmul == "auto" else matmul) == "fp32" else "increments"
     if matmul == "auto":
@@ -87,7 +89,7 @@ def value_and_increment(
     output: the student's N(x_t, t, s) in the precision of the target, where the step has it; None: it is computed.
     tape: of the forward that made this output, on which the student's increments ride along; None: a pass of their own.
     """
-    student, given = flow.network, conditions(at.y, at.w)
+    student, given, more = flow.network, conditions(at.y, at.w), seen_in_training(at.augmentation, at.dropout)
     network = student if target.teacher == "student" or teacher is None else teacher.network
     kind, precision = target.kind, target.precision
     taken_apart = kind == "increments" and tape is None and isinstance(network, DiT)
@@ -99,15 +101,15 @@ def value_and_increment(
                 network, at.x, at.dx, at.t, at.l - at.t, at.s, at.y, OPERAND[target.precision], w=at.w, tape=tape
             )
         else:
-            end = network(at.x_l, at.l, at.s, *given).to(at.x.dtype)
+            end = network(at.x_l, at.l, at.s, *given, **more).to(at.x.dtype)
             if output is not None and network is student:
                 start = output.detach()
             else:
-                start = network(at.x, at.t, at.s, *given).to(at.x.dtype)
+                start = network(at.x, at.t, at.s, *given, **more).to(at.x.dtype)
             increment = end - start
         if network is student:
             return start, increment
-        value = student(at.x, at.t, at.s, *given).to(at.x.dtype) if output is None else output.detach()
+        value = student(at.x, at.t, at.s, *given, **more).to(at.x.dtype) if output is None else output.detach()
         return value, increment
 
 

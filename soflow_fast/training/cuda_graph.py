@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import Config
+from ..config.schema import Config, UNetConfig
 
 WARM_UP = 3
 """Calls that run as they are before one is recorded: compilers, autotuners and lazy initialisations come to rest."""
@@ -25,6 +25,8 @@ def why_not_graphed(config: Config, precision: str, device: torch.device, ranks:
         return f"{ranks} ranks exchange gradients in it"
     if torch.version.hip is not None:
         return "the GPU is not NVIDIA's"
+    if isinstance(config.model, UNetConfig):
+        return "the network is a U-Net"
     if config.run.compile:
         return "the blocks are compiled"
     if config.run.optimizer == "apex":

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ..config.schema import Config
 from ..config.validation import validate
 from ..errors import ConfigError
 from ..flow import SolutionFlow
-from ..models import float8
+from ..models import float8, network_of
 from ..models.attention import Backend
 from ..models.dit import DiT
 from ..models.paired_forward import missed_part
@@ -107,11 +107,11 @@ class TrainState:
             raise ConfigError(f"--cuda-graph: a step of --parallel {config.run.parallel} cannot be recorded")
         target = resolve_target(config, precision, resolve_for or device)
         if precision == "fp8":
-            float8.require(config.model, device)
+            float8.require(config.dit, device)
         elif config.guidance_precision == "fp8":
             if precision != "bf16":
                 raise ConfigError(f"--guidance-precision fp8: the step must be in bf16, it is in {precision}")
-            float8.require(config.model, device, "--guidance-precision")
+            float8.require(config.dit, device, "--guidance-precision")
         low = torch.bfloat16 if precision in ("bf16", "fp8") else None
         reduce_dtype = OPERAND[config.run.reduce_dtype]
         if parallel is not None and sharded:
@@ -202,7 +202,7 @@ class TrainState:
     def watched(self) -> bool:
         """Whether a module of the network was hooked, replaced or wrapped, so that Python must run in every step."""
         networks = [flow.network for flow in (self.flow, self.teacher, self.guide) if flow is not None]
-        return any(missed_part(network) is not None for network in networks)
+        return any(isinstance(network, DiT) and missed_part(network) is not None for network in networks)
 
     def check_parameters(self) -> None:
         """Raise ValueError naming a parameter with gradient that the optimiser does not update."""
@@ -255,7 +255,7 @@ def check_sharded(config: Config, precision: str, world: int) -> None:
     check_shares(config, world)
 
 
-def flow_of(config: Config, network: DiT) -> SolutionFlow:
+def flow_of(config: Config, network: Any) -> SolutionFlow:
     """The flow of a configuration around a network."""
     return SolutionFlow(network, config.flow.path, config.flow.coefficients, config.objective.kind)
 
@@ -263,7 +263,7 @@ def flow_of(config: Config, network: DiT) -> SolutionFlow:
 def build_flow(config: Config) -> SolutionFlow:
     """The flow of a configuration on the meta device: its weights are still to be loaded or initialised."""
     with torch.device("meta"):
-        return flow_of(config, DiT(config.model))
+        return flow_of(config, network_of(config.model))
 
 
 def filled_flow(config: Config, weights: Mapping[str, Tensor]) -> SolutionFlow:
