@@ -6,6 +6,7 @@ import torch
 
 from soflow_fast import TrainState, preset, train_step
 from soflow_fast.config.schema import Config
+from soflow_fast.models.unet import UNet
 
 FIELDS: dict[str, Any] = {
     "model.input_size": 8,
@@ -30,6 +31,14 @@ def config(**changes: Any) -> Config:
 
 def build(**changes: Any) -> TrainState:
     return TrainState.build(config(**changes))
+
+
+@torch.no_grad()
+def roughened(network: UNet) -> UNet:
+    """The same network off its initial weights, of which every branch ends in almost nothing."""
+    for k, p in enumerate(network.parameters()):
+        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+    return network
 
 
 def images(step: int, n: int = 4) -> torch.Tensor:

@@ -91,7 +91,6 @@ class UNetBlock(nn.Module):
                 rescale_output_factor=SUM,
                 residual_connection=True,
                 bias=True,
-                upcast_softmax=True,
                 # Of products and a softmax, whose backward is the same to the bit each time.
                 processor=AttnProcessor(),
             )

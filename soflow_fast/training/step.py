@@ -68,7 +68,7 @@ class Draws(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], n_fm: int) -> "Draws":
         """The inverse of `tensors`."""
-        return cls(*tensors[:5], n_fm, *tensors[5:])  # pyright: ignore[reportArgumentType]
+        return cls(*tensors[:5], n_fm, *tensors[5:])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def _n_fm(state: TrainState, B: int) -> int:
