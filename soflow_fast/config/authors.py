@@ -163,6 +163,8 @@ def from_authors(values: Mapping[str, Any]) -> Config:
     side = int(_number("data_size", values["data_size"]))
     flow = FlowConfig(_one_of("noising_type", values, PATHS), _one_of("coefficient_type", values, COEFFICIENTS))
     if values["model_type"] == UNET:
+        if data.latent:
+            raise ValueError("model_type UNet goes with dataset_type CIFAR10")
         base = cifar10_unet()
         config = replace(base, model=UNetConfig(input_size=side, in_channels=data.channels), flow=flow)
     else:

@@ -1,4 +1,4 @@
-"""The training step of a U-Net: one mask at both ends of the quotient, whatever the micro-batches, ranks and restarts."""
+"""The training step of a U-Net: one mask at both ends of the quotient, whatever the parts, ranks and restarts."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_a_part_of_the_batch_has_its_own_masks():
     seeds = draw(state, (4, 3, 8, 8)).dropout
     found = [mask.tolist() for _, mask in masks_of(state, images(0))]
     students, ends = found[::2], found[1::2]
-    assert sorted(sum(students, [])) == sorted(seeds.tolist())
+    assert sorted(seed for student in students for seed in student) == sorted(seeds.tolist())
     assert all(end == student[1:] for student, end in zip(students, ends, strict=True))  # the consistency samples'
 
 
@@ -171,13 +171,11 @@ def test_draws_from_outside_are_checked():
         with pytest.raises(ValueError, match=said):
             train_step(state, images(0), None, draws=draws._replace(**changes))
     dit = TrainState.build(preset("digits", batch_size=4, device="cpu", **{"model.depth": 1, "model.hidden_size": 16}))
-    given = draw(dit, (4, 1, 8, 8))
+    given, x, y = draw(dit, (4, 1, 8, 8)), torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
     assert given.dropout is None and Draws.of(given.tensors, given.n_fm) == given
     for name, value in (("dropout", draws.dropout), ("augmentation", draws.augmentation)):
         with pytest.raises(ValueError, match=f"draws.{name}: the network"):
-            train_step(
-                dit, torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), draws=given._replace(**{name: value})
-            )
+            train_step(dit, x, y, draws=given._replace(**{name: value}))
 
 
 def test_the_preset_is_the_published_recipe():
