@@ -7,7 +7,7 @@ there and back, of which the image beyond its borders is the mirrored one. What 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +162,7 @@ _BEFORE = len(SYM6) // 2 - 1
 """Taps before the filter's centre."""
 
 
-def _along(axis: int) -> dict[str, tuple[int, int]]:
+def _along(axis: int) -> dict[str, Any]:
     """Steps of two and the padding of a filter, along an axis alone."""
     return {
         "stride": (2, 1) if axis == 0 else (1, 2),

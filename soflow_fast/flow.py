@@ -39,6 +39,13 @@ def is_null(network: Any, y: Tensor) -> Tensor:
     return y.isnan().all(1) if y.is_floating_point() else y == network.num_classes
 
 
+def seen_in_training(augmentation: Tensor | None, dropout: Tensor | None) -> dict[str, Tensor]:
+    """The named arguments of a network that takes them in training: the labels of the augmentation [B, 9], and the
+    seeds of the dropout [B]."""
+    given = {"augmentation": augmentation, "dropout": dropout}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 class SolutionFlow(nn.Module):
     """f(x, t, s) = a(t, s) x + b(t, s) N(x, t, s): the state at time s of the velocity ODE through x at time t.
 

@@ -54,6 +54,10 @@ class ConsistencyPoints(NamedTuple):
     """Labels [B] or vectors [B, E], the dropped ones replaced by the null one; None: all null."""
     w: Tensor | None = None
     """Guidance scales [B] of a network that sees them, 1 where there is no label; None: of another network."""
+    augmentation: Tensor | None = None
+    """Labels of the augmentation [B, 9] of a network that sees them, and of an image that was changed."""
+    dropout: Tensor | None = None
+    """Seeds of the dropout [B] of a network that has it; the same at both points."""
 
 
 class Objective:

@@ -22,7 +22,7 @@ FLOORS = (
     {"errors", "ranks", "rng", "version"},
     {"config", "files", "launch"},
     {"data", "flow"},
-    {"average_velocity"},
+    {"average_velocity", "augmentation"},
     {"objective"},
     {"policy"},
     {"models"},

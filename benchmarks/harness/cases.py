@@ -21,7 +21,7 @@ class Case(NamedTuple):
 
     def describe(self) -> str:
         """The sizes, in words."""
-        m = self.config.model
+        m = self.config.dit
         tokens = (m.input_size // m.patch_size) ** 2
         return f"{self.name}: hidden {m.hidden_size}, depth {m.depth}, {tokens} tokens, batch {self.config.batch_size}"
 

@@ -146,7 +146,7 @@ def checked(config: Config, recipe: Recipe) -> dict[str, float]:
     against float32. A compiled recipe on a CPU, whose networks are small, is checked on all blocks: the code that is
     compiled for the check is then what is timed. Raises IncorrectResult."""
     whole = recipe.compiled and resolve_device(config.run.device).type == "cpu"
-    depth = config.model.depth if whole else min(GATE_DEPTH, config.model.depth)
+    depth = config.dit.depth if whole else min(GATE_DEPTH, config.dit.depth)
     return _checked(override(config, {"model.depth": depth}), recipe)
 
 

@@ -133,7 +133,7 @@ def why_nothing_is_kept(config: Config) -> str | None:
 def why_no_float8(config: Config) -> str | None:
     """Why there is no float8."""
     try:
-        float8.require(config.model, resolve_device(config.run.device))
+        float8.require(config.dit, resolve_device(config.run.device))
     except ConfigError as error:
         return str(error)
     return None

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if torch.cuda.is_available() or not has_products():
         raise UserError("benchmarks.cpu: is for a CPU with bf16 products (avx512_bf16, amx), without a GPU beside it")
     kept, rows = record.Growing("cpu", argv), []
-    for case in (case.at(32) for case in cases() if case.config.model.hidden_size >= 256):
+    for case in (case.at(32) for case in cases() if case.config.dit.hidden_size >= 256):
         rows += measure(case, seconds)
         for row in rows[-len(WAYS) :]:
             print(f"{row['case']}: {row['way']}: {figures(row)['median_ms']:.1f} ms", flush=True)

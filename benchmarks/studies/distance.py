@@ -62,7 +62,7 @@ def networks(steps: int, wide_steps: int) -> dict[str, Config]:
     model = replace(small.model, hidden_size=768, num_heads=12)
     optim = replace(small.optim, lr=5e-4, warmup_steps=min(50, wide_steps))
     wide = replace(small, model=model, optim=optim, steps=wide_steps)
-    return {describe(config.model): config for config in (small, wide)}
+    return {describe(config.dit): config for config in (small, wide)}
 
 
 def describe(model: DiTConfig) -> str:

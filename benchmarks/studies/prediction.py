@@ -115,7 +115,7 @@ def operations(way: Way, config: Config) -> list[Operation]:
 def compiled_bytes(config: Config) -> int:
     """Bytes beside products and attention of the compiled blocks of the authors' recipe, by `COMPILED_PASSES`: two
     forwards of the flow-matching samples, four of the others, one backward of all."""
-    model, fm = config.model, config.objective.flow_matching_fraction
+    model, fm = config.dit, config.objective.flow_matching_fraction
     activation = config.batch_size * (model.input_size // model.patch_size) ** 2 * model.hidden_size * 2
     forward, backward = COMPILED_PASSES
     return round(model.depth * activation * (forward * (2 * fm + 4 * (1 - fm)) + backward))
@@ -133,7 +133,7 @@ class Predicted(NamedTuple):
 
 def predict(way: Way, config: Config, found: Sequence[list[Operation]], gpu: str) -> Predicted:
     """A step of a recipe on a GPU. found: its operations at `DEPTHS`."""
-    rates, depth = GPUS[gpu], config.model.depth
+    rates, depth = GPUS[gpu], config.dit.depth
 
     def cost(name: str, chosen: Callable[[Operation], bool], at: int) -> float:
         """One figure of some operations with so many blocks: what a block adds, so many times."""

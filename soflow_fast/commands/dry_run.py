@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..config.gpus import GIGA, GPUS
-from ..config.schema import NOTHING_LEFT, Config, DataChoices
+from ..config.schema import NOTHING_LEFT, Config, DataChoices, UNetConfig
 from ..data import Source, fitted, identity, open_source
 from ..errors import ConfigError
 from ..flow import conditions
@@ -121,8 +121,7 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
     rows = [
         (
             "preset",
-            f"{config.preset}: DiT of hidden size {model.hidden_size}, depth {model.depth}, "
-            f"{(model.input_size // model.patch_size) ** 2} tokens; {state.precision} on {state.device}",
+            f"{config.preset}: {model.words}; {state.precision} on {state.device}",
         ),
         ("attention", f"{backend}{' (the fastest here)' if config.run.attention == 'auto' else ''}"),
         ("MLP", mlp.said.removeprefix("MLP by ") or mlp.name),
@@ -140,7 +139,11 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
         ("first losses", ", ".join(f"{k} {float(v):.4f}" for k, v in metrics.items() if k.endswith(("loss", "mse")))),
     ]
     text = "\n".join(f"{name:<13} {value}" for name, value in rows)
-    return text if gpu is None else f"{text}\n\n{table(estimate_time(on_gpu, gpu))}"
+    if gpu is None:
+        return text
+    if isinstance(model, UNetConfig):
+        return f"{text}\n\nThe time of a step on a GPU is predicted of a DiT alone."
+    return f"{text}\n\n{table(estimate_time(on_gpu, gpu))}"
 
 
 def _fits(predicted: MemoryEstimate, gpu: str | None) -> str:

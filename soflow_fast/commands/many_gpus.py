@@ -43,8 +43,7 @@ def _rows(found: Plan) -> list[tuple[str, str]]:
         ("on", f"{cluster.ranks} x {gpu.title}: {where}; {config.run.parallel}{cut}"),
         (
             "preset",
-            f"{config.preset}: DiT of hidden size {model.hidden_size}, depth {model.depth}, "
-            f"{(model.input_size // model.patch_size) ** 2} tokens; {found.precision}"
+            f"{config.preset}: {model.words}; {found.precision}"
             + ("; fp8 is counted as bf16" if "fp8" in (config.precision, config.guidance_precision) else ""),
         ),
         ("parameters", f"{found.parameters / 1e6:.2f} M"),

@@ -12,12 +12,23 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from .presets import imagenet256
-from .schema import DIT_SIZES, Coefficients, Config, DataConfig, DiTConfig, FlowConfig, FlowPath, flatten, nearest
+from .presets import cifar10_unet, imagenet256
+from .schema import (
+    DIT_SIZES,
+    Coefficients,
+    Config,
+    DataConfig,
+    DiTConfig,
+    FlowConfig,
+    FlowPath,
+    UNetConfig,
+    flatten,
+    nearest,
+)
 from .validation import validate
 
 SIZES = {f"DiT-{name.replace('/', '-')}": name for name in ("B/4", "B/2", "M/2", "L/2", "XL/2")}
-"""Their `model_type` by ours. There is no other shape in their code, but for the U-Net."""
+"""Their `model_type` by ours, but for the U-Net, of which there is one."""
 UNET = "UNet"
 PATHS: dict[str, FlowPath] = {"Linear": "linear", "Triangular": "trig", "Trig": "trig"}
 """Their `noising_type`: the trainer's hints say Trig, the model knows Triangular alone."""
@@ -142,29 +153,33 @@ def _scalar(text: str, number: int) -> Any:
 
 
 def from_authors(values: Mapping[str, Any]) -> Config:
-    """Their configuration as ours. Raises ValueError naming a field that is unknown, wrong or of their U-Net."""
+    """Their configuration as ours. Raises ValueError naming a field that is unknown or wrong."""
     for name in values:
         if name not in KNOWN:
             raise ValueError(f"unknown field {name[:40]!r}{nearest(name, KNOWN)}")
     values = {**DEFAULTS, **values}
     data = _one_of("dataset_type", values, DATA)
-    if values["model_type"] == UNET:
-        raise ValueError("model_type is UNet, of which there is none here; the DiT sizes are read")
-    size = _one_of("model_type", values, SIZES)
     numbers = {ours: _number(theirs, values[theirs]) for theirs, ours in NUMBERS.items() if theirs in values}
-    drop = numbers["objective.label_drop"]
-    model = DiTConfig.named(
-        size,
-        input_size=int(_number("data_size", values["data_size"])),
-        in_channels=data.channels,
-        num_classes=data.classes,
-        null_label=drop > 0,
-    )
+    side = int(_number("data_size", values["data_size"]))
     flow = FlowConfig(_one_of("noising_type", values, PATHS), _one_of("coefficient_type", values, COEFFICIENTS))
-    base = imagenet256(size)
-    config = replace(base, model=model, flow=flow, data=DataConfig(kind="latents" if data.latent else "images"))
-    if not data.latent:
-        config = replace(config, preset="cifar10")
+    if values["model_type"] == UNET:
+        if data.latent:
+            raise ValueError("model_type UNet goes with dataset_type CIFAR10")
+        base = cifar10_unet()
+        config = replace(base, model=UNetConfig(input_size=side, in_channels=data.channels), flow=flow)
+    else:
+        size = _one_of("model_type", values, {**SIZES, UNET: UNET})
+        model = DiTConfig.named(
+            size,
+            input_size=side,
+            in_channels=data.channels,
+            num_classes=data.classes,
+            null_label=numbers["objective.label_drop"] > 0,
+        )
+        kind = "latents" if data.latent else "images"
+        config = replace(imagenet256(size), model=model, flow=flow, data=DataConfig(kind=kind))
+        if not data.latent:
+            config = replace(config, preset="cifar10")
     if values.get("dataset_path"):
         config = replace(config, data=replace(config.data, path=str(values["dataset_path"])))
     objective: dict[str, Any] = {}
@@ -220,6 +235,8 @@ def size_of(model: DiTConfig) -> str:
 def to_authors(config: Config, working_dir: str) -> str:
     """Our configuration as their YAML file. Raises ValueError naming a field that their code does not let be chosen."""
     model = config.model
+    if isinstance(model, UNetConfig):
+        raise ValueError("model: a U-Net of theirs is read, but not written")
     if model.guidance_range is not None:
         raise ValueError("model.guidance_range: their network has no embedder of a guidance scale")
     if config.objective.kind != "soflow":

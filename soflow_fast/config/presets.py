@@ -82,6 +82,8 @@ def cifar10_unet() -> Config:
         model=UNetConfig(),
         objective=ObjectiveConfig(
             guidance_scale=1.0,
+            guidance_decay_time=1.0,
+            mix_ratio=1.0,
             label_drop=0.0,
             p=0.75,
             eps=1e-3,

@@ -107,6 +107,12 @@ class DiTConfig:
         """Channels, height and width."""
         return self.in_channels, self.input_size, self.input_size
 
+    @property
+    def words(self) -> str:
+        """The shape, for people."""
+        tokens = (self.input_size // self.patch_size) ** 2
+        return f"DiT of hidden size {self.hidden_size}, depth {self.depth}, {tokens} tokens"
+
     @classmethod
     def named(cls, size: str, **others: Any) -> "DiTConfig":
         """A public size by name ("S/2", "B/4", "B/2", "M/2", "L/2", "XL/2"; a leading "DiT-" is allowed)."""
@@ -152,6 +158,12 @@ class UNetConfig:
         """Channels, height and width."""
         return self.in_channels, self.input_size, self.input_size
 
+    @property
+    def words(self) -> str:
+        """The shape, for people."""
+        widths = ", ".join(str(self.channels * multiplier) for multiplier in self.multipliers)
+        return f"U-Net of {self.blocks} blocks in each of {len(self.multipliers)} levels of {widths} channels"
+
 
 @dataclass(frozen=True)
 class PolicyConfig:
@@ -184,6 +196,12 @@ class PolicyConfig:
     def sample_shape(self) -> tuple[int, int, int]:
         """A chunk of actions, as the engine has it."""
         return 1, self.action_horizon, self.action_dim
+
+    @property
+    def words(self) -> str:
+        """The shape, for people."""
+        chunk = f"{self.action_horizon} actions of {self.action_dim} numbers"
+        return f"policy of {self.num_layers} blocks of {self.hidden_size} numbers, for chunks of {chunk}"
 
 
 ModelConfig = DiTConfig | UNetConfig | PolicyConfig
@@ -414,6 +432,12 @@ class Config:
     """Precision of the products behind it; auto: the step's for increments, fp32 for a pair."""
     seed: int = 0
     """Seed of initialisation, data order, noise and times."""
+
+    @property
+    def dit(self) -> DiTConfig:
+        """The shape of the network, where another kind cannot come."""
+        assert isinstance(self.model, DiTConfig), self.model.kind
+        return self.model
 
 
 class DataChoices(NamedTuple):

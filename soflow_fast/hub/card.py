@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..config.presets import PRESETS, preset
-from ..config.schema import SHORT_NAMES, TYPES, Config, flatten
+from ..config.schema import SHORT_NAMES, TYPES, Config, UNetConfig, flatten
 from ..data.identity import SHOWN, Identity
 from ..errors import printable
 from ..flow import SolutionFlow
@@ -43,7 +43,7 @@ def command(config: Config) -> str:
     flags = {field: f"--{short.replace('_', '-')}" for short, field in SHORT_NAMES.items() if TYPES[field] is not bool}
     before, after = flatten(base), flatten(config)
     for field in after:
-        if before[field] != after[field] and not field.startswith(FREE):
+        if before.get(field) != after[field] and not field.startswith(FREE):
             value = ",".join(map(str, after[field])) if isinstance(after[field], tuple) else str(after[field])
             parts += [flags[field], value] if field in flags else ["--set", f"{field}={value}"]
     return shlex.join(parts)
@@ -53,7 +53,7 @@ def _header(flow: SolutionFlow) -> str:
     found = {"soflow": ("soflow", "one-step"), "meanflow": ("meanflow", "one-step")}.get(
         flow.objective, ("flow-matching",)
     )
-    tags = "".join(f"- {tag}\n" for tag in (*found, "image-generation", "dit"))
+    tags = "".join(f"- {tag}\n" for tag in (*found, "image-generation", flow.network.config.kind))
     return f"---\nlibrary_name: soflow-fast\npipeline_tag: unconditional-image-generation\ntags:\n{tags}---"
 
 
@@ -62,6 +62,9 @@ def _what(flow: SolutionFlow, origin: Origin | None) -> str:
     parameters = sum(p.numel() for p in flow.parameters()) / 1e6
     of_latents = origin is not None and origin.config.data.latent
     kind = f"{'latents' if of_latents else 'samples'} of {model.in_channels} x {model.input_size} x {model.input_size}"
+    if isinstance(model, UNetConfig):
+        form = f"{flow.path} path, {flow.coefficients} coefficients"
+        return f"{_kind(flow)}: a {model.words}, {parameters:.2f} M parameters, for {kind}, no classes, {form}."
     options = ", normalised queries and keys" if model.qk_norm else ""
     if model.guidance_range is not None:
         options += ", guidance from {:g} to {:g} chosen by samples".format(*model.guidance_range)

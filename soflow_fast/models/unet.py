@@ -91,7 +91,6 @@ class UNetBlock(nn.Module):
                 rescale_output_factor=SUM,
                 residual_connection=True,
                 bias=True,
-                upcast_softmax=True,
                 # Of products and a softmax, whose backward is the same to the bit each time.
                 processor=AttnProcessor(),
             )
@@ -262,6 +261,8 @@ class UNet(nn.Module):
         """e_t(t, augmentation) + e_s(t - s), [B, 4 channels]; times are not scaled. The blocks begin with its SiLU."""
         dtype, size = self.input_dtype, self.config.channels
         labels = None if augmentation is None else augmentation.to(dtype)
+        if labels is None and self.config.augmentation_labels:
+            labels = t.new_zeros(len(t), AUGMENTATION, dtype=dtype)  # so that every parameter has a gradient
         of_t = self.t_embedder(sinusoids(t, size).to(dtype), labels)
         return of_t + self.s_embedder(sinusoids(t - s, size).to(dtype))
 

@@ -7,7 +7,7 @@ import torch
 from ..config.schema import from_dict
 from ..errors import CheckpointError
 from ..flow import SolutionFlow
-from ..models.dit import DiT
+from ..models import network_of
 from ..runs.checkpoint import published
 from ..runs.checkpoint.origin import from_values, without_folders
 from ..runs.latents.vae import quiet
@@ -34,12 +34,12 @@ class FlowModel(SolutionFlow, ModelMixin, ConfigMixin):
         run: dict[str, Any] | None = None,
     ) -> None:
         """Raises ValueError for a wrong configuration."""
-        super().__init__(DiT(from_dict({"model": model}).model), **flow)
+        super().__init__(network_of(from_dict({"model": model}).model), **flow)
         self.origin = from_values({"data": data, "run": run})
 
     @classmethod
     def of(cls, flow: SolutionFlow) -> "FlowModel":
-        """The same flow, with the same network. Raises ValueError if its network is no DiT."""
+        """The same flow, with the same network. Raises ValueError if its network is none of ours."""
         if isinstance(flow, cls):
             return flow
         values = published.describe(flow, without_folders(flow.origin))

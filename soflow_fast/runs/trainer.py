@@ -540,10 +540,10 @@ def resolve_attention(state: TrainState) -> str:
 
     Raises ConfigError if the one that it asks for cannot be used.
     """
-    config, model, device = state.config, state.config.model, state.device
+    if not isinstance(state.config.model, DiTConfig):  # whose attention, if it has one, is its own
+        return state.flow.network.attention_backend
+    config, model, device = state.config, state.config.dit, state.device
     name = config.run.attention
-    if not isinstance(model, DiTConfig):  # whose attention, if it has one, is its own
-        return "none"
     dtype = torch.bfloat16 if state.precision in ("bf16", "fp8") else torch.float32
     compiled = config.run.compile
     (B, T), head_dim = _tokens(state), model.hidden_size // model.num_heads
@@ -562,9 +562,9 @@ def resolve_mlp(state: TrainState) -> mlp_autotune.Choice:
 
     Raises ConfigError if the one that is asked for cannot be used.
     """
-    run, model, unfit = state.config.run, state.config.model, None
-    if not isinstance(model, DiTConfig):
-        return mlp_autotune.Choice("kernels")
+    if not isinstance(state.config.model, DiTConfig):
+        return mlp_autotune.Choice("kernels", "")
+    run, model, unfit = state.config.run, state.config.dit, None
     if state.precision != "bf16":
         unfit = f"needs a step in bf16, it is in {state.precision}"
     elif run.compile:
@@ -595,8 +595,7 @@ def set_mlp(state: TrainState, name: str) -> None:
 
 def _tokens(state: TrainState) -> tuple[int, int]:
     """The samples in one forward of the student, and the tokens of each."""
-    config, model = state.config, state.config.model
-    assert isinstance(model, DiTConfig)
+    config, model = state.config, state.config.dit
     B = config.batch_size // state.world
     return min(config.micro_batch, B) or B, (model.input_size // model.patch_size) ** 2
 
@@ -605,13 +604,8 @@ def enough_memory(config: Config) -> AbstractContextManager[None]:
     """Within it, memory that runs out is a ConfigError with advice."""
     return errors.enough_memory(
         f"--batch-size {config.batch_size}: out of memory; give a smaller --micro-batch, --recompute block, "
-        f"a smaller batch or network{_size_of(config)}"
+        f"a smaller batch or network ({config.model.words})"
     )
-
-
-def _size_of(config: Config) -> str:
-    model = config.model
-    return f" (model.hidden_size {model.hidden_size}, depth {model.depth})" if isinstance(model, DiTConfig) else ""
 
 
 def seconds_per_step(state: TrainState, x0: torch.Tensor, y: torch.Tensor) -> float:

@@ -110,4 +110,6 @@ class RAdam(torch.optim.Optimizer):
             for group, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
                 for p, number in zip(group["params"], given["params"], strict=True):
                     if AVERAGE in state_dict["state"].get(number, {}):
-                        self.state[p][AVERAGE] = state_dict["state"][number][AVERAGE].to(p.device, torch.float64, copy=True)
+                        self.state[p][AVERAGE] = state_dict["state"][number][AVERAGE].to(
+                            p.device, torch.float64, copy=True
+                        )

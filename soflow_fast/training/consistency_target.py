@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config.schema import Config, DiTConfig
 from ..errors import ConfigError
-from ..flow import SolutionFlow, conditions
+from ..flow import SolutionFlow, conditions, seen_in_training
 from ..models.dit import DiT, TapedOutputs
 from ..models.paired_forward import missed_part, paired_forward
 from ..objective import ConsistencyPoints, Objective
@@ -89,7 +89,7 @@ def value_and_increment(
     output: the student's N(x_t, t, s) in the precision of the target, where the step has it; None: it is computed.
     tape: of the forward that made this output, on which the student's increments ride along; None: a pass of their own.
     """
-    student, given = flow.network, conditions(at.y, at.w)
+    student, given, more = flow.network, conditions(at.y, at.w), seen_in_training(at.augmentation, at.dropout)
     network = student if target.teacher == "student" or teacher is None else teacher.network
     kind, precision = target.kind, target.precision
     taken_apart = kind == "increments" and tape is None and isinstance(network, DiT)
@@ -101,15 +101,15 @@ def value_and_increment(
                 network, at.x, at.dx, at.t, at.l - at.t, at.s, at.y, OPERAND[target.precision], w=at.w, tape=tape
             )
         else:
-            end = network(at.x_l, at.l, at.s, *given).to(at.x.dtype)
+            end = network(at.x_l, at.l, at.s, *given, **more).to(at.x.dtype)
             if output is not None and network is student:
                 start = output.detach()
             else:
-                start = network(at.x, at.t, at.s, *given).to(at.x.dtype)
+                start = network(at.x, at.t, at.s, *given, **more).to(at.x.dtype)
             increment = end - start
         if network is student:
             return start, increment
-        value = student(at.x, at.t, at.s, *given).to(at.x.dtype) if output is None else output.detach()
+        value = student(at.x, at.t, at.s, *given, **more).to(at.x.dtype) if output is None else output.detach()
         return value, increment
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..config.schema import Config
+from ..config.schema import Config, DiTConfig
 from ..files import cache_folder
 from ..models.measured_choice import read_choices, setting, write_choices
 from .state import TrainState, no_conditions
@@ -46,7 +46,7 @@ def has_products() -> bool:
 def choose(config: Config, clock: Callable[[], float], cache: Path | None = None) -> Choice:
     """The faster precision for a run on the CPU: what the file `cache` (None: the user's) holds for its shape and this
     machine, or measured and put there."""
-    if not has_products() or config.model.hidden_size < NARROWEST:
+    if not isinstance(config.model, DiTConfig) or not has_products() or config.model.hidden_size < NARROWEST:
         return Choice("fp32", 0.0, 0.0)
     path, key = cache or cache_folder() / "cpu_precision.json", _key(config)
     known = read_choices(path).get(key)
@@ -61,9 +61,9 @@ def choose(config: Config, clock: Callable[[], float], cache: Path | None = None
 
 def measure(config: Config, clock: Callable[[], float]) -> Choice:
     """Time a step of a few blocks in both, in turn. Raises ConfigError for a configuration that is wrong."""
-    tokens = (config.model.input_size // config.model.patch_size) ** 2
+    tokens = (config.dit.input_size // config.dit.patch_size) ** 2
     batch = min(config.batch_size, max(4, TOKENS // tokens))
-    model = replace(config.model, depth=min(BLOCKS, config.model.depth))
+    model = replace(config.dit, depth=min(BLOCKS, config.dit.depth))
     run = replace(config.run, check_quotient_every=0, compile=False, optimizer="soflow")
     config = replace(config, model=model, run=run, batch_size=batch, micro_batch=0)
     images = torch.zeros(batch, model.in_channels, model.input_size, model.input_size)
@@ -80,7 +80,7 @@ def measure(config: Config, clock: Callable[[], float]) -> Choice:
 
 
 def _key(config: Config) -> str:
-    model, objective = config.model, config.objective
+    model, objective = config.dit, config.objective
     shape = (model.input_size, model.patch_size, model.in_channels, model.hidden_size, model.num_heads, model.mlp_ratio)
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
     parts = (setting(torch.device("cpu"), torch.float32, ()), sys.platform, cpu, shape, config.batch_size)

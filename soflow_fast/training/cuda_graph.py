@@ -26,7 +26,7 @@ def why_not_graphed(config: Config, precision: str, device: torch.device, ranks:
     if torch.version.hip is not None:
         return "the GPU is not NVIDIA's"
     if not isinstance(config.model, DiTConfig):
-        return "the network is not a DiT"
+        return "the network is no DiT"
     if config.run.compile:
         return "the blocks are compiled"
     if config.run.optimizer == "apex":

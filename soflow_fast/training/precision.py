@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,19 +62,33 @@ def has_float16(device: torch.device) -> bool:
 @contextlib.contextmanager
 def matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
     """The precision of the products inside: "bf16" and "fp16" by autocast, "tf32", "fp32"; "fp8" is as bf16, as the
-    layers that multiply in float8 do so themselves."""
-    if precision in ("bf16", "fp16", "fp8"):
-        with torch.autocast(device.type, OPERAND.get(precision, torch.bfloat16)):
-            yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    layers that multiply in float8 do so themselves. Convolutions are products too, and give the same bits each time."""
+    with _convolutions("tf32" if precision == "tf32" else "ieee"):
+        if precision in ("bf16", "fp16", "fp8"):
+            with torch.autocast(device.type, OPERAND.get(precision, torch.bfloat16)):
+                yield
+            return
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            matmul.fp32_precision = before
+
+
+@contextlib.contextmanager
+def _convolutions(precision: str) -> Iterator[None]:
+    """The precision of float32 convolutions inside, which torch would make in TF32, and cuDNN's algorithms without
+    atomic additions."""
+    cudnn: Any = torch.backends.cudnn
+    before, deterministic = cudnn.conv.fp32_precision, cudnn.deterministic
+    cudnn.conv.fp32_precision, cudnn.deterministic = precision, True
     try:
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
-        matmul.fp32_precision = before
+        cudnn.conv.fp32_precision, cudnn.deterministic = before, deterministic
 
 
 @contextlib.contextmanager

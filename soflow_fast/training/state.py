@@ -106,11 +106,11 @@ class TrainState:
             raise ConfigError(f"--cuda-graph: a step of --parallel {config.run.parallel} cannot be recorded")
         target = resolve_target(config, precision, resolve_for or device)
         if precision == "fp8":
-            float8.require(config.model, device)
+            float8.require(config.dit, device)
         elif config.guidance_precision == "fp8":
             if precision != "bf16":
                 raise ConfigError(f"--guidance-precision fp8: the step must be in bf16, it is in {precision}")
-            float8.require(config.model, device, "--guidance-precision")
+            float8.require(config.dit, device, "--guidance-precision")
         low = torch.bfloat16 if precision in ("bf16", "fp8") else None
         reduce_dtype = OPERAND[config.run.reduce_dtype]
         if parallel is not None and sharded:
@@ -201,7 +201,7 @@ class TrainState:
     def watched(self) -> bool:
         """Whether a module of the network was hooked, replaced or wrapped, so that Python must run in every step."""
         networks = [flow.network for flow in (self.flow, self.teacher, self.guide) if flow is not None]
-        return any(missed_part(network) is not None for network in networks)
+        return any(isinstance(network, DiT) and missed_part(network) is not None for network in networks)
 
     def check_parameters(self) -> None:
         """Raise ValueError naming a parameter with gradient that the optimiser does not update."""

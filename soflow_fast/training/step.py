@@ -20,8 +20,9 @@ from torch import Tensor
 
 from soflow_kernels import AdamWEMA, clip_scale, on_gpu
 
-from ..config.schema import DiTConfig
-from ..flow import conditions, null_like
+from ..augmentation import Changes, augmented
+from ..config.schema import DiTConfig, UNetConfig
+from ..flow import conditions, null_like, seen_in_training
 from ..models.dit import TapedOutputs
 from ..models.float8 import is_twin
 from ..objective import ConsistencyPoints, LossTerm, with_null, without_guidance
@@ -54,17 +55,20 @@ class Draws(NamedTuple):
     n_fm: int
     w: Tensor | None = None
     """Guidance scales [B] where each sample has its own; None: it does not."""
+    augmentation: Tensor | None = None
+    """What is done to the images, [B, 8] as of `augmentation.Changes`; None: nothing."""
+    dropout: Tensor | None = None
+    """A seed of each sample's dropout, int32 [B]; None: nothing is left out."""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All but `n_fm`."""
-        return *self[:5], self.w
+        return *self[:5], *self[6:]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], n_fm: int) -> "Draws":
         """The inverse of `tensors`."""
-        x1, t, l, s, label_dropped, w = tensors
-        return cls(x1, t, l, s, label_dropped, n_fm, w)  # pyright: ignore[reportArgumentType]
+        return cls(*tensors[:5], n_fm, *tensors[5:])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def _n_fm(state: TrainState, B: int) -> int:
@@ -75,8 +79,8 @@ def _n_fm(state: TrainState, B: int) -> int:
 
 
 def draw(state: TrainState, shape: Sequence[int]) -> Draws:
-    """The noise, times, dropped labels and guidance scales of the next step on this rank, for a batch of `shape`
-    [B, C, H, W].
+    """The noise, times, dropped labels, guidance scales, changes of the images and seeds of the dropout of the next
+    step on this rank, for a batch of `shape` [B, C, H, W].
 
     A function of the seed, the step and the shape: it changes nothing, and gives the same until the next `train_step`.
     They are drawn for the whole batch of all ranks, of which this one takes its share (`ranks.share`).
@@ -94,7 +98,14 @@ def draw(state: TrainState, shape: Sequence[int]) -> Draws:
     l_sc = objective.middle_time(t_sc, s_sc, state.step, config.steps)
     dropped = torch.rand(whole, generator=source("label drop"), device=state.device) < config.objective.label_drop
     w = None if objective.guidance_range is None else objective.guidance_scales(whole, source("guidance scale"))
-    drawn = x1, torch.cat([t_fm, t_sc]), torch.cat([t_fm, l_sc]), torch.cat([t_fm, s_sc]), dropped, w
+    changes = seeds = None
+    if config.data.augment:
+        changes = Changes.drawn(whole, config.data.augment, source("augmentation")).stacked
+    if isinstance(config.model, UNetConfig) and config.model.dropout:
+        bounds, kind = (-(2**31), 2**31), torch.int32
+        seeds = torch.randint(*bounds, (whole,), generator=source("dropout"), device=state.device, dtype=kind)
+    times_of = torch.cat([t_fm, t_sc]), torch.cat([t_fm, l_sc]), torch.cat([t_fm, s_sc])
+    drawn = x1, *times_of, dropped, w, changes, seeds
     if state.world == 1:
         return Draws.of(drawn, n_fm)
     mine = share(whole, n_fm, state.rank, state.world).to(state.device)
@@ -115,6 +126,10 @@ class Samples(NamedTuple):
     n_fm: int
     w: Tensor | None = None
     """Guidance scales [B] of a network that sees them, 1 where there is no label."""
+    augmentation: Tensor | None = None
+    """Labels of what was done to the images, [B, 9]; None: nothing was."""
+    dropout: Tensor | None = None
+    """Seeds of the dropout, int32 [B]; None: there is none."""
 
     @property
     def fm(self) -> slice:
@@ -144,7 +159,8 @@ def train_step(
     copied to the host.
 
     draws: noise, times, dropped labels and, of a network with a `guidance_range`, guidance scales, on any device, such
-    as those that another implementation was fed with; None: those of `draw`. Of several ranks each gives its own, with
+    as those that another implementation was fed with; without changes of the images or seeds of the dropout there is
+    neither. None: those of `draw`. Of several ranks each gives its own, with
     the `n_fm` of its `draw`.
     observe: called for each micro-batch as `observe("micro-batch", number=)`, `observe("guidance", null=, labelled=)`,
     `observe("student", samples=, output=)`, `observe("target", points=, value=, increment=)`,
@@ -280,12 +296,13 @@ def _given(state: TrainState, x0: Tensor, draws: Draws) -> Draws:
     if not isinstance(draws, Draws):
         raise ValueError(f"draws must be Draws, got {type(draws).__name__}")
     for name, value in zip(draws._fields, draws, strict=True):
-        if name == "n_fm" or (name == "w" and value is None):
+        if name == "n_fm" or (name in ("w", "augmentation", "dropout") and value is None):
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"draws.{name} must be a tensor, got {type(value).__name__}")
-        kind, shape = "bool" if name == "label_dropped" else "floating", x0.shape if name == "x1" else (B,)
-        fits = value.dtype == torch.bool if kind == "bool" else value.is_floating_point()
+        kind = {"label_dropped": "bool", "dropout": "int32"}.get(name, "floating")
+        shape = {"x1": x0.shape, "augmentation": (B, len(Changes._fields))}.get(name, (B,))
+        fits = value.is_floating_point() if kind == "floating" else value.dtype == getattr(torch, kind)
         if value.shape != shape or not fits:
             raise ValueError(f"draws.{name} must be {kind} {list(shape)}, got {value.dtype} {list(value.shape)}")
     scales = state.objective.guidance_range
@@ -293,6 +310,11 @@ def _given(state: TrainState, x0: Tensor, draws: Draws) -> Draws:
         raise ValueError("draws.w must be given: the network sees a guidance scale of each sample")
     if draws.w is not None and scales is None:
         raise ValueError("draws.w: the network sees no guidance scale")
+    model = state.config.model
+    if draws.dropout is not None and not isinstance(model, UNetConfig):
+        raise ValueError("draws.dropout: the network has none")
+    if draws.augmentation is not None and not (isinstance(model, UNetConfig) and model.augmentation_labels):
+        raise ValueError("draws.augmentation: the network does not see how images were changed")
     if type(draws.n_fm) is not int or not 0 <= draws.n_fm <= B:
         raise ValueError(f"draws.n_fm must be a whole number from 0 to {B}, got {draws.n_fm!r}")
     sc = slice(draws.n_fm, B)
@@ -320,13 +342,18 @@ def _micro_batch(B: int, n_fm: int, k: int, parts: int, device: torch.device) ->
 def _samples(state: TrainState, x0: Tensor, y: Tensor | None, draws: Draws, index: Tensor | None, n_fm: int) -> Samples:
     """The samples of a micro-batch at their times. index: which they are; None: all of the batch."""
     x1, t, l, s, dropped = draws[:5]
-    w = draws.w
+    optional = y, draws.w, draws.augmentation, draws.dropout
     if index is not None:
         x0, x1, t, l, s, dropped = (value[index] for value in (x0, x1, t, l, s, dropped))
-        y, w = (None if value is None else value[index] for value in (y, w))
+        optional = (None if value is None else value[index] for value in optional)
+    y, w, changes, seeds = optional
+    labels = None
+    if changes is not None:
+        made = Changes.of(changes)
+        x0, labels = augmented(x0, made), made.labels
     x_t, v_t = state.flow.point(x0, x1, t)
     w = without_guidance(w, y, dropped)
-    return Samples(x_t, v_t, t, l, s, with_null(state.flow, y, dropped), dropped, n_fm, w)
+    return Samples(x_t, v_t, t, l, s, with_null(state.flow, y, dropped), dropped, n_fm, w, labels, seeds)
 
 
 def _losses(
@@ -390,13 +417,14 @@ def _guidance(state: TrainState, samples: Samples, flags: FiniteFlags) -> tuple[
 
 def _student(state: TrainState, samples: Samples, flags: FiniteFlags) -> tuple[Tensor, TapedOutputs | None]:
     """N(x_t, t, s) of all samples, in float32, and the outputs on which the consistency target rides along."""
-    network, (x_t, _, t, _, s, y, _, n_fm, w) = state.flow.network, samples
-    given = conditions(y, w)
+    network, (x_t, _, t, _, s, y, _, n_fm, w, labels, seeds) = state.flow.network, samples
+    given, more = conditions(y, w), seen_in_training(labels, seeds)
     # Without consistency samples there is nothing to ride along for.
     tape = TapedOutputs(samples.sc) if n_fm < len(x_t) and state.rides_along() else None
     call: Any = network if state.engine is None or not torch.is_grad_enabled() else state.engine.module
     with matmul_precision(state.precision, state.device):
-        output = (call(x_t, t, s, *given) if tape is None else call(x_t, t, s, *given, tape=tape)).float()
+        more |= {} if tape is None else {"tape": tape}
+        output = call(x_t, t, s, *given, **more).float()
     note_finite(flags, "network", output)
     return output, tape
 
@@ -419,9 +447,10 @@ def _target(
     x, v_t, t, l, s, dropped = (
         v[sc] for v in (samples.x_t, samples.v_t, samples.t, samples.l, samples.s, samples.label_dropped)
     )
-    y, w = (None if value is None else value[sc] for value in (samples.y, samples.w))
+    optional = samples.y, samples.w, samples.augmentation, samples.dropout
+    y, w, labels, seeds = (None if value is None else value[sc] for value in optional)
     velocity, dx, x_l = objective.look_ahead(x, v_t, t, l, v_null, v_label, dropped, w)
-    points = ConsistencyPoints(x, velocity, dx, x_l, t, l, s, y, w)
+    points = ConsistencyPoints(x, velocity, dx, x_l, t, l, s, y, w, labels, seeds)
     own = state.precision == state.target.precision or state.target.teacher == "ema"
     given = output if own else None
     value, increment = value_and_increment(state.target, flow, state.teacher, points, given, tape)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from soflow_fast.config.authors import SIZES, from_authors, read_yaml, to_authors, unknown_to_authors
-from soflow_fast.config.presets import imagenet256
+from soflow_fast.config.presets import imagenet256, preset
 from soflow_fast.config.schema import Config, DiTConfig, difference, override
 from soflow_fast.errors import ConfigError
 
@@ -110,7 +110,7 @@ def test_what_their_code_would_take_for_its_own_is_not_written(kind: str) -> Non
         ("cfg_scale: .nan", "cfg_scale must be a number"),
         ("cfg_scale: 0.5", "objective.guidance_scale must be at least 1"),
         ("time_std: [1, 2]", "time_std must be a list of 3 numbers"),
-        ("model_type: UNet", "model_type is UNet"),
+        ("model_type: UNet", "model_type UNet goes with dataset_type CIFAR10"),
         ("model_type: DiT-S-2", "model_type must be one of DiT-B-4"),
         ("noising_type: straight", "noising_type must be one of Linear, Triangular, Trig"),
         ("a: {b: 1}", "line 1 is no field"),
@@ -149,3 +149,24 @@ def test_a_run_is_configured_by_their_file(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(THEIRS + "cfg_scal: 2\n")
     with pytest.raises(ConfigError, match=r"--config .*config\.yaml: unknown field 'cfg_scal'"):
         train.configuration(["--config", str(tmp_path / "config.yaml")])
+
+
+def test_the_configuration_of_their_unet_is_read_and_not_written() -> None:
+    text = """
+model_type: UNet
+dataset_type: CIFAR10
+velocity_loss_ratio: 0.0
+p: 0.75
+eps: 0.001
+time_mean: [-0.9, -4.0, -0.9]
+time_std: [1.6, 1.6, 1.6]
+l_schedule: Exponent
+l_init_ratio: 1.0
+l_end_ratio: 0.0003125
+total_steps: 800000
+batch_size: 1024
+"""
+    config = from_authors(read_yaml(text))
+    assert difference(config, preset("cifar10-unet")) == ["seed: 42 -> 0"]
+    with pytest.raises(ValueError, match="a U-Net of theirs is read, but not written"):
+        to_authors(config, "/a")

@@ -19,6 +19,7 @@ from soflow_fast.config.schema import (
     TYPES,
     Config,
     DiTConfig,
+    UNetConfig,
     difference,
     flatten,
     from_dict,
@@ -147,6 +148,12 @@ OUT_OF_RANGE = {
     "model.patch_size": 3,
     "model.in_channels": 0,
     "model.hidden_size": 0,
+    "model.kind": "resnet",
+    "model.channels": 20,
+    "model.multipliers": (1, 0),
+    "model.blocks": 0,
+    "model.attention_sizes": (12,),
+    "model.dropout": 1,
     "model.depth": 0,
     "model.num_heads": 7,
     "model.mlp_ratio": 0,
@@ -173,6 +180,9 @@ OUT_OF_RANGE = {
     "objective.mf_time": (0, 0),
     "objective.teacher": "emaa",
     "objective.teacher_decay": 1,
+    "optim.kind": "adam",
+    "optim.ema_every": 0,
+    "optim.ema_precision": "fp64",  # without radam
     "optim.lr": 0,
     "optim.lr_schedule": "linear",
     "optim.warmup_steps": -1,
@@ -182,6 +192,7 @@ OUT_OF_RANGE = {
     "optim.grad_clip": -1,
     "optim.ema_decay": 1,
     "data.kind": "image",
+    "data.augment": 1.5,
     "run.init_kind": "unet",
     "run.workers": -2,
     "run.track": "mlflow",
@@ -210,6 +221,7 @@ OUT_OF_RANGE = {
     "quotient_precision": "fp8",
     "seed": -1,
 }
+UNET = UNetConfig()
 FREE = {
     *(
         "preset",
@@ -219,6 +231,7 @@ FREE = {
         "data.resize",
         "data.skip_bad",
         "model.qk_norm",
+        "model.augmentation_labels",
         "run.init",
         "run.resume_official",
         "run.run_dir",
@@ -232,7 +245,8 @@ FREE = {
 
 @pytest.mark.parametrize("name", OUT_OF_RANGE)
 def test_a_value_out_of_range_is_refused_by_name(name: str) -> None:
-    config = override(Config(), {name: OUT_OF_RANGE[name]})
+    unet = name in flatten(UNET, "model.") and name not in flatten(Config())
+    config = override(Config(model=UNET) if unet else Config(), {name: OUT_OF_RANGE[name]})
     with pytest.raises(ValueError, match=rf"^{name} must be ") as error:
         validate(config)
     assert "\n" not in str(error.value)
@@ -260,15 +274,17 @@ def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> No
 
 
 def test_every_field_has_its_range_tested() -> None:
-    assert set(flatten(Config())) == set(TYPES) == set(OUT_OF_RANGE) | FREE
+    known = set(flatten(Config())) | set(flatten(UNET, "model."))
+    assert known == set(TYPES) == set(OUT_OF_RANGE) | FREE
 
 
 def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
     choices = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
-    assert len(choices) == 20
+    beside = {"optim.ema_precision": {"optim.kind": "radam"}}
+    assert len(choices) == 23
     for name, allowed in choices.items():
         for value in allowed:
-            validate(override(Config(), {name: value}))
+            validate(override(Config(), {name: value, **beside.get(name, {})}))
         wrong = f"{name} must be one of {', '.join(allowed)}, got '{allowed[-1]}x' (did you mean "
         with pytest.raises(ValueError, match=re.escape(wrong)):
             validate(override(Config(), {name: allowed[-1] + "x"}))
@@ -426,3 +442,28 @@ def test_a_run_of_flow_matching_begins_with_the_file_of_another(tmp_path: Path) 
     assert (config.quotient, config.quotient_precision) == ("auto", "auto")
     assert (resolved(config).quotient, resolved(config).objective.flow_matching_fraction) == ("auto", 1.0)
     assert resolved(override(config, {"objective": "meanflow"})).quotient != "auto"
+
+
+def test_a_network_of_another_kind_begins_with_its_defaults() -> None:
+    config = override(preset("digits"), {"model.channels": "64", "model.kind": "unet", "model.multipliers": "1, 2,2"})
+    assert config.model == UNetConfig(channels=64, multipliers=(1, 2, 2))
+    assert from_json(to_json(config)) == config and override(config, {"model.kind": "dit"}).model == DiTConfig()
+    assert difference(preset("digits"), config)[0] == "model.kind: 'dit' -> 'unet'"
+    assert from_json('{"model": {"kind": "unet", "attention_sizes": [0]}}').model == UNetConfig(attention_sizes=(0,))
+    assert from_json('{"model": {"depth": 2}}').model == DiTConfig(depth=2)  # a file from before there were two
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model.depth": 2}, "unknown field 'model.depth' of a network of the kind unet"),
+        ({"model.kind": "dit", "model.blocks": 2}, "unknown field 'model.blocks' of a network of the kind dit"),
+        ({"model.multipliers": "2,x"}, "model.multipliers must be whole numbers, got '2,x'"),
+        ({"model.multipliers": []}, "model.multipliers must be whole numbers"),
+        ({"model.multipliers": 2}, "model.multipliers must be whole numbers, got 2"),
+        ({"model.attention_sizes": (16.5,)}, "model.attention_sizes must be whole numbers"),
+    ],
+)
+def test_fields_of_networks_are_told_apart(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        override(preset("cifar10-unet"), changes)

@@ -45,7 +45,9 @@ def test_it_is_torchs(decay):
 
 def test_a_step_that_is_not_finite_changes_nothing():
     state = advance(build(**WIDE), 4)
-    before = {name: value.clone() for name, value in checkpoint.snapshot(state).tensors["optimizer.safetensors"].items()}
+    before = {
+        name: value.clone() for name, value in checkpoint.snapshot(state).tensors["optimizer.safetensors"].items()
+    }
     weights = [p.detach().clone() for p in (*state.flow.parameters(), *state.ema.parameters())]
     for p in state.flow.parameters():
         p.grad = torch.full_like(p, math.nan)
@@ -64,7 +66,9 @@ def test_the_average_is_that_of_every_third_step_in_float64():
         before = [p.detach().clone() for p in state.ema.parameters()]
         advance(state, 1)
         if step in (2, 5):
-            average = [a + (1 - decay**3) * (p.detach() - a) for a, p in zip(average, state.flow.parameters(), strict=True)]
+            average = [
+                a + (1 - decay**3) * (p.detach() - a) for a, p in zip(average, state.flow.parameters(), strict=True)
+            ]
         else:
             assert all(map(torch.equal, before, state.ema.parameters()))
         wide = [state.optimizer.state[p][AVERAGE] for p in state.flow.parameters()]

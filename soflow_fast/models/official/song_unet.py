@@ -115,8 +115,10 @@ def _second_embedding(weights: Mapping[str, Tensor], config: UNetConfig, where: 
     """Our names of the layers that embed the second time. Raises CheckpointError."""
     C, E = config.channels, 4 * config.channels
     if len(weights[FIRST]) == E and weights[FIRST].shape[1:] == (2 * C,):
-        raise CheckpointError(f"{where}: {FIRST} takes both times at once ({2 * C} numbers); here each has its own layers")
-    shapes = {(E, C): "s_embedder.linear_1", (E, E): "s_embedder.linear_2"}
+        raise CheckpointError(
+            f"{where}: {FIRST} takes both times at once ({2 * C} numbers); here each has its own layers"
+        )
+    shapes: dict[tuple[int, ...], str] = {(E, C): "s_embedder.linear_1", (E, E): "s_embedder.linear_2"}
     found: dict[str, str] = {}
     for name, value in weights.items():
         part, _, kind = name.rpartition(".")
@@ -128,7 +130,9 @@ def _second_embedding(weights: Mapping[str, Tensor], config: UNetConfig, where: 
                 raise CheckpointError(f"{where}: {name} {list(value.shape)} has no place in the model")
             found[part] = ours
     if len(found) < 2:
-        raise CheckpointError(f"{where}: its network sees one time: no second pair of layers beside map_layer0, map_layer1")
+        raise CheckpointError(
+            f"{where}: its network sees one time: no second pair of layers beside map_layer0, map_layer1"
+        )
     return found
 
 
@@ -141,5 +145,7 @@ def fitted(config: UNetConfig, weights: Mapping[str, Tensor], where: str) -> UNe
         raise CheckpointError(f"{where}: {wrong} is {theirs} in its network, the configuration says {given}")
     labels = weights.get("map_augment.weight")
     if labels is not None and labels.shape[1:] != (AUGMENTATION,):
-        raise CheckpointError(f"{where}: map_augment.weight is {list(labels.shape)}, the model's sees {AUGMENTATION} labels")
+        raise CheckpointError(
+            f"{where}: map_augment.weight is {list(labels.shape)}, the model's sees {AUGMENTATION} labels"
+        )
     return config

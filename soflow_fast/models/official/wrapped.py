@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint are the network's: in whatever it was wrapped, averaged and put into.
 
 A key is taken as components between its dots. What begins with a part of a DiT (`x_embedder`, `blocks`, ...) or of a
-U-Net (`enc`, `map_layer0`, ...) is its name there; what stands before is where it was found: the entries of the file, wrappers, words for a network or an
-average.
+U-Net (`enc`, `map_layer0`, ...) is its name there; what stands before is where it was found: the entries of the file,
+wrappers, words for a network or an average.
 """
 
 import re

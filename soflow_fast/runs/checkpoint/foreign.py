@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...config.authors import SCALE, VAE
-from ...config.schema import DIT_SIZES, Config, DataConfig, ObjectiveConfig
+from ...config.presets import cifar10_unet
+from ...config.schema import DIT_SIZES, Config, DataConfig, ObjectiveConfig, UNetConfig
 from ...data.dataset import LatentSpace
 from ...data.identity import Identity
 from ...flow import SolutionFlow
@@ -31,7 +32,9 @@ def load_official_run(file: Path) -> tuple[SolutionFlow, Config, Identity]:
     """
     flow = load_official(file)
     model, known = flow.network.config, config_of(file)
-    if known is None:
+    if known is None and isinstance(model, UNetConfig):
+        known, space = cifar10_unet(), None
+    elif known is None:
         kind = "images" if model.in_channels in (1, 3) else "latents"
         known = Config(preset=_preset(model.depth, model.hidden_size, model.patch_size), data=DataConfig(kind=kind))
         if not model.null_label:

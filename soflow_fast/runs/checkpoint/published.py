@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...config.schema import Config, DataConfig, DiTConfig, from_dict, to_dict
+from ...config.schema import Config, DataConfig, ModelConfig, from_dict, to_dict
 from ...config.validation import validate
 from ...data import identity
 from ...data.identity import Identity
@@ -43,8 +43,8 @@ MOST_BYTES = identity.MOST_BYTES + TEXT
 def describe(flow: SolutionFlow, origin: Origin | None) -> dict[str, Any]:
     """The content of config.json. Raises ValueError if the network is none that `load` could build."""
     config = getattr(flow.network, "config", None)
-    if not isinstance(config, DiTConfig):
-        raise ValueError(f"flow: its network is a {type(flow.network).__name__}; only a DiT can be saved")
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"flow: its network is a {type(flow.network).__name__}; only a DiT or UNet can be saved")
     known = {"data": None, "run": None} if origin is None else to_values(published(origin))
     kind = {} if flow.objective == "soflow" else {"objective": flow.objective}  # which older versions do not know
     form = {"path": flow.path, "coefficients": flow.coefficients, **kind}

@@ -195,7 +195,9 @@ def optimizer_entries(
 
     wide: it holds a float64 average of each parameter, too. Raises CheckpointError if it is not of these parameters.
     """
-    dtypes = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.float32) | ({AVERAGE: torch.float64} if wide else {})
+    dtypes = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.float32) | (
+        {AVERAGE: torch.float64} if wide else {}
+    )
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         known = re.fullmatch(rf"([0-9]{{1,6}})\.({'|'.join(dtypes)})", key)

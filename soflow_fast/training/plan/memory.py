@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
-from ...config.schema import Config
+from ...config.schema import Config, DiTConfig
 from ...ranks import micro_batches
 from ..memory_estimate import BLOCK, PassingMemory, estimate_passing
 from .links import Layout
@@ -56,9 +56,10 @@ class GpuMemory:
 
 def passing_memory(config: Config) -> PassingMemory:
     """What comes and goes in a step that does not check the quotient, in seconds whatever its depth."""
-    depth, (a, b), config = config.model.depth, DEPTHS, alone(config)
-    if depth <= b:
+    config = alone(config)
+    if not isinstance(config.model, DiTConfig) or config.model.depth <= DEPTHS[1]:
         return _estimated(config)
+    depth, (a, b) = config.model.depth, DEPTHS
     found = [_estimated(replace(config, model=replace(config.model, depth=d))) for d in DEPTHS]
     values = [[getattr(each, field.name) for each in found] for field in fields(PassingMemory)]
     return PassingMemory(*(of_b + (depth - b) * (of_b - of_a) // (b - a) for of_a, of_b in values))
@@ -111,6 +112,8 @@ def _replicated(
         **_of_optimizer(whole, averages, buffers),
         "gathered": 0,
     }
+    if config.optim.ema_precision == "fp64":
+        state["averages"] += _stored(whole, 8)
     before = GpuMemory(
         **state, gradients=held + sums + copies, activations=passing.activations, workspace=passing.workspace
     )

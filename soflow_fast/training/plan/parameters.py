@@ -49,8 +49,14 @@ class ParameterGroups(NamedTuple):
         return (*self.blocks, self.final, self.ends)
 
 
-def parameter_groups(network: DiT) -> ParameterGroups:
-    """The groups in which `models.sharding.shard` cuts a network that is not cut yet; it may lie on the meta device."""
+def parameter_groups(network: nn.Module) -> ParameterGroups:
+    """The groups in which `models.sharding.shard` cuts a network that is not cut yet; it may lie on the meta device.
+
+    Of a network that is never cut, all in one."""
+    buffers = tuple(b.shape for b in network.buffers())
+    if not isinstance(network, DiT):
+        whole = ParameterGroup(tuple(p.shape for p in network.parameters()), False)
+        return ParameterGroups((), ParameterGroup((), False), whole, buffers)
     low = {id(p) for layer in network.low_precision_layers() for p in layer.parameters()}
     taken: set[int] = set()
 
@@ -61,4 +67,4 @@ def parameter_groups(network: DiT) -> ParameterGroups:
         return ParameterGroup(tuple(p.shape for p in mine), is_low)
 
     *blocks, final = (group(unit.parameters()) for unit in network.units())
-    return ParameterGroups(tuple(blocks), final, group(network.parameters()), tuple(b.shape for b in network.buffers()))
+    return ParameterGroups(tuple(blocks), final, group(network.parameters()), buffers)

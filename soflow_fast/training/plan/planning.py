@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...config.gpus import GPUS
-from ...config.schema import AUTO, Config
+from ...config.schema import AUTO, Config, DiTConfig
 from ...errors import ConfigError
 from ...ranks import flow_matching_samples, micro_batches, ranks_of_a_copy
 from ..consistency_target import resolve_target
@@ -81,6 +81,8 @@ def plan(config: Config, cluster: Cluster) -> Plan:
     run, ranks = config.run, cluster.ranks
     if ranks < 2:
         raise ConfigError("--gpus 1: a single GPU exchanges nothing; --dry-run --gpu NAME predicts it")
+    if not isinstance(config.model, DiTConfig):
+        raise ConfigError(f"--gpus: predicts a step of a DiT, the network is a {config.model.words.partition(' ')[0]}")
     if config.batch_size % ranks:
         raise ConfigError(f"--batch-size {config.batch_size}: must be a multiple of the {ranks} GPUs")
     where = layout(run.parallel, cluster.gpus, cluster.nodes, run.shard_ranks)

@@ -49,7 +49,7 @@ def phase_work(config: Config, gpu: str, size: int) -> dict[str, PhaseWork]:
     config = replace(alone(config), batch_size=size, micro_batch=0)
     found = []
     for depth in DEPTHS:
-        operations = _counted(replace(config, model=replace(config.model, depth=depth)))
+        operations = _counted(replace(config, model=replace(config.dit, depth=depth)))
         found.append(priced(operations, gpu, size, "").phases)
     works = {}
     for name in PHASES:
