@@ -56,7 +56,9 @@ def validate(config: Config) -> Config:
     check("ema_decay", 0 <= optim.ema_decay < 1, "in [0, 1)")
 
     a_name = "a name that a file can have, without zero byte or lone surrogate"
-    _checks(config.data, "data.")("path", _can_be_a_name(config.data.path), a_name)
+    check = _checks(config.data, "data.")
+    check("path", _can_be_a_name(config.data.path), a_name)
+    check("conditions", _can_be_a_name(config.data.conditions), a_name)
     run = config.run
     check = _checks(run, "run.")
     check("run_dir", _can_be_a_name(run.run_dir), a_name)

@@ -16,7 +16,7 @@ from ..sampling.solving import usual_calls
 
 PAPER = "[SoFlow](https://arxiv.org/abs/2512.15657)"
 MEANFLOW = "[MeanFlow](https://arxiv.org/abs/2505.13447)"
-FREE = ("run.", "preset", "data.path", "data.vae", "data.skip_bad", "micro_batch")
+FREE = ("run.", "preset", "data.path", "data.vae", "data.conditions", "data.skip_bad", "micro_batch")
 """Fields that belong to one machine, or to the command's own arguments."""
 FEW = 50_000
 """Samples below which figures are said to be of few."""
