@@ -4,10 +4,10 @@
     python -m soflow_fast.encode IMAGES OUT --vae DIR --size 512 --flip --device cuda:0,cuda:2 --workers 16
     python -m soflow_fast.encode --from imagenet_latent.hdf5 OUT
 
-IMAGES is a folder or a zip of images. Kept are mean and standard deviation of each image's posterior in float16, labels,
-and vectors that images have as conditions; --flip keeps the latents of the mirror image as well. --from takes the SoFlow authors' HDF5 (or its folder), LightningDiT's
-safetensors, EDM2's and REPA's .npy with dataset.json, MeanFlow ports' LMDB, MAR's .npz, .pt per image, and fast-DiT's
-.npy.
+IMAGES is a folder or a zip of images. Kept are mean and standard deviation of each image's posterior in float16, with
+labels, and with the vectors of --conditions or those that lie beside; --flip keeps those of its mirror image as well.
+--from takes the SoFlow authors' HDF5 (or its folder), LightningDiT's safetensors, EDM2's and REPA's .npy with
+dataset.json, MeanFlow ports' LMDB, MAR's .npz, .pt per image, and fast-DiT's .npy.
 
 Every GPU that is visible works on batches of its own, or those that --device names; the outcome is the same on however
 many of a kind. The same command again, with other devices too, goes on after a kill, at the last whole shard.
