@@ -137,6 +137,11 @@ class Conditions:
         numbers = index.numpy() if self._order is None else self._order[index.numpy()]
         return torch.from_numpy(np.array(self._vectors.values[numbers]))
 
+    def some(self, n: int) -> Tensor:
+        """Those of n samples, or of all if there are fewer, evenly spread over the set, [at most n, E]."""
+        n = min(n, len(self))
+        return self.rows(torch.arange(n) * len(self) // n)
+
     def parts(self) -> Iterator[np.ndarray]:
         """All of them in the order of the samples, some rows at a time."""
         return (np.ascontiguousarray(part) for _, part in _parts(self._vectors.values, self._order))

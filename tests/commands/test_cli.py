@@ -55,8 +55,11 @@ TRAIN = {
     ("module", "flags"),
     [
         ("train", " ".join(TRAIN.values())),
-        ("sample", "help out n nfe times method guidance labels format batch-size vae seed device overwrite"),
-        ("evaluate", "help n nfe times guidance vae seed reference metrics inception dinov2 device json"),
+        (
+            "sample",
+            "help out n nfe times method guidance labels conditions format batch-size vae seed device overwrite",
+        ),
+        ("evaluate", "help n nfe times guidance conditions vae seed reference metrics inception dinov2 device json"),
         ("gallery", "help out device"),
         ("export", "help format"),
         ("gallery", "help out device"),
