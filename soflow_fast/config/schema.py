@@ -300,6 +300,9 @@ class DataConfig:
     """Folder or archive with the samples, which is recognised: images by class, known data sets, latents."""
     vae: str = ""
     """VAE that latents must be of, by the name that they bear; empty: any."""
+    conditions: str = ""
+    """File of a vector for each sample, .npz by name or .npy in order, with --condition-size; empty: conditions.npz or
+    conditions.npy in the folder of the data."""
     flip: bool = False
     """Mirror each sample with probability one half."""
     augment: float = 0.0
@@ -458,6 +461,7 @@ SHORT_NAMES = {
     "init": "run.init",
     "resume_official": "run.resume_official",
     "data": "data.path",
+    "conditions": "data.conditions",
     "resize": "data.resize",
     "skip_bad": "data.skip_bad",
     "steps": "steps",
@@ -558,7 +562,7 @@ def difference(old: Config, new: Config) -> list[str]:
     `run` and the micro-batch do not count, nor where the data is and what was left out of it: its content does (see
     `data.identity`)."""
     before, after = flatten(old), flatten(new)
-    free = ("run.", "micro_batch", "data.path", "data.vae", "data.skip_bad")
+    free = ("run.", "micro_batch", "data.path", "data.vae", "data.conditions", "data.skip_bad")
     both = [name for name in before if name in after]  # of networks of two kinds, the kind
     changed = [name for name in both if before[name] != after[name] and not name.startswith(free)]
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]

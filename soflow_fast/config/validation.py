@@ -67,6 +67,7 @@ def validate(config: Config) -> Config:
     check("augment", not config.data.augment or not config.data.flip, "0 beside data.flip, as it mirrors by itself")
     a_name = "a name that a file can have, without zero byte or lone surrogate"
     check("path", _can_be_a_name(config.data.path), a_name)
+    check("conditions", _can_be_a_name(config.data.conditions), a_name)
     run = config.run
     check = _checks(run, "run.")
     check("run_dir", _can_be_a_name(run.run_dir), a_name)
@@ -199,7 +200,10 @@ def _validate_policy(model: PolicyConfig, prefix: str) -> None:
 
 def _validate_policy_run(config: Config) -> None:
     """What a run of a policy has no use for. Raises ValueError naming the field."""
-    _checks(config.data, "data.")("kind", config.data.kind == "demonstrations", "demonstrations with a policy")
+    check = _checks(config.data, "data.")
+    check("kind", config.data.kind == "demonstrations", "demonstrations with a policy")
+    check("conditions", not config.data.conditions, "empty with a policy, whose observations come with its actions")
+    check("flip", not config.data.flip, "false with a policy, whose actions have no left and right")
     check = _checks(config.objective, "objective.")
     check("label_drop", config.objective.label_drop == 0, "0 with a policy, which always has its observations")
     check("guidance_scale", config.objective.guidance_scale == 1, "1 with a policy, which has no guidance")

@@ -12,6 +12,8 @@ from ..config.schema import Config, DataChoices, PolicyConfig
 from ..errors import DataError
 from ..ranks import share
 from ..rng import generator
+from ._beside import conditions_of
+from .conditions import BY_NAME, IN_ORDER, read_vectors
 from .dataset import Dataset, Wanted
 from .formats import open_dataset
 
@@ -58,7 +60,8 @@ class Source:
         return drawn[self._places(rank, world)] < 0.5
 
     def raw(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """The samples of one step as they are read, and their labels, int64 [batch_size / world]. Raises DataError."""
+        """The samples of one step as they are read, and what `Dataset.given` returns of them: labels, int64
+        [batch_size / world], or vectors, [batch_size / world, E]. Raises DataError."""
         index = self.indices(step, rank, world)
         return self.dataset.read(index, self.mirrored(step, rank, world)), self.dataset.given(index)
 
@@ -73,7 +76,8 @@ class Source:
         return self.dataset.decoded(raw, noise)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """Samples, float32 in [-1, 1] or scaled latents, and labels of one step, on the host. Raises DataError."""
+        """Samples, float32 in [-1, 1] or scaled latents, and labels or vectors of one step, on the host. Raises
+        DataError."""
         raw, labels = self.raw(step, rank, world)
         return self.decoded(raw, step, rank, world), labels
 
@@ -84,18 +88,20 @@ def open_source(config: Config, say: Callable[[str], None] = lambda text: None) 
     say: is told how a check that takes long goes on. Its classes may be others than the model's: see `fitted`.
     """
     data, model = config.data, config.model
+    if data.kind == "demonstrations":
+        from .demonstrations import TASKS, open_demonstrations
+
+        if not data.path:
+            raise DataError(f"--data is missing: a policy needs a task ({', '.join(TASKS)}) or a LeRobot data set")
+        chunks = open_demonstrations(data.path, model.sample_shape[1], config.seed)
+        return Source(chunks, seed=config.seed, batch_size=config.batch_size, place=data.path)
     if data.kind == "digits":
         if data.path:
             raise DataError(f"--data {data.path}: the digits come with scikit-learn and take no path")
         from .digits import digits
 
         dataset: Dataset = digits()
-    elif data.kind == "demonstrations":
-        from .demonstrations import TASKS, open_demonstrations
-
-        if not data.path:
-            raise DataError(f"--data is missing: a policy needs a task ({', '.join(TASKS)}) or a LeRobot data set")
-        dataset = open_demonstrations(data.path, config.model.sample_shape[1], config.seed)
+        path = ""
     else:
         if not data.path:
             what = (
@@ -106,7 +112,7 @@ def open_source(config: Config, say: Callable[[str], None] = lambda text: None) 
         path = str(Path(data.path, "latents")) if data.kind == "digits-latent" else data.path
         dataset = open_dataset(path, "latents" if data.latent else "images", wanted)
     shape = model.sample_shape
-    if data.kind != "demonstrations" and dataset.shape != shape:
+    if dataset.shape != shape:
         raise DataError(
             f"the samples are {dataset.shape}, the model takes {shape}: set model.in_channels and model.input_size"
         )
@@ -116,7 +122,26 @@ def open_source(config: Config, say: Callable[[str], None] = lambda text: None) 
         raise DataError(
             f"--data {data.path}: has no mirrored samples; give --set data.flip=false, or encode with --flip"
         )
+    _take_conditions(config, dataset, path)
     return Source(dataset, seed=config.seed, batch_size=config.batch_size, flip=data.flip, place=data.path)
+
+
+def _take_conditions(config: Config, dataset: Dataset, path: str) -> None:
+    """Give a data set its vectors, where the model takes some. Raises DataError."""
+    size, given = config.model.condition_size, config.data.conditions
+    if not size:
+        if given:
+            width = read_vectors(Path(given)).size
+            raise DataError(f"--conditions {given}: the model takes labels; give --condition-size {width} too")
+        return
+    found = conditions_of(dataset, path, given)
+    if found is None:
+        where = f"--data {path}: has" if path else "the digits have"
+        beside = f"put {BY_NAME} or {IN_ORDER} into the folder, or give " if Path(path).is_dir() and path else "give "
+        raise DataError(f"{where} no conditions, the model takes vectors of {size}: {beside}--conditions FILE")
+    if found.size != size:
+        raise DataError(f"--conditions {found.path}: has vectors of {found.size} numbers, --condition-size is {size}")
+    dataset.conditions = found
 
 
 def fitted(config: Config, source: Source, choices: DataChoices) -> Config:
@@ -128,6 +153,8 @@ def fitted(config: Config, source: Source, choices: DataChoices) -> Config:
         config = _fitted_policy(config, config.model, source)
         choices = choices._replace(classes_fixed=True)
     found, wanted = len(source.dataset.contents.classes), config.model.num_classes
+    if source.dataset.conditions is not None:
+        found = wanted = 0
     if choices.classes_fixed and wanted not in (0, found):
         has = f"{found} classes" if found else "no classes"
         raise DataError(f"the data has {has}, the model {wanted}: set model.num_classes, or leave it out")

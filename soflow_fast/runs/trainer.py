@@ -111,7 +111,7 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
             start = None
             if mlp.said:
                 progress.say(mlp.said)
-            grids, evaluations = _shown(state, found, progress, crew)
+            grids, evaluations = _shown(state, source, found, progress, crew)
             with closing(_boards(state, run_dir, progress, crew)) as board:
                 if state.step < config.steps:
                     listed = str(run_dir / run_directory.LEFT_OUT)
@@ -122,12 +122,14 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         return state
 
 
-def _shown(state: TrainState, data: identity.Identity, progress: Progress, crew: Crew) -> Shown:
+def _shown(
+    state: TrainState, source: Source, data: identity.Identity, progress: Progress, crew: Crew
+) -> Shown:
     """What draws samples of a run and what measures them, on the way and at the end."""
     if isinstance(state.config.model, PolicyConfig):
         episodes = Episodes(state, data)
         return episodes, Returns(state, episodes)
-    grids = Grids(state, data.space, progress.say)
+    grids = Grids(state, data.space, progress.say, source.dataset.conditions)
     return grids, Evaluations(state, grids, crew.first, crew.watch.at_work, progress.say)
 
 

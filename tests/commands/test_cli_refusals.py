@@ -45,6 +45,7 @@ OUT_OF_RANGE = {
     "--on-nonfinite": ["ignore", ""],
     "--track": ["tensorboard", "W&B", ""],
     "--data": ["nowhere", "x" * 300],
+    "--conditions": ["nowhere", "/dev/null", "x" * 300],
     "--init": ["nowhere", "/dev/null"],
     "--resume-official": ["nowhere", "/dev/null"],
     "--run-dir": ["/dev/null", "/dev/null/run", "x" * 300],

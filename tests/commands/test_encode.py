@@ -485,5 +485,16 @@ def test_latents_of_others_are_converted(call: Call, refused: Call, tmp_path: Pa
 def test_the_flags() -> None:
     from soflow_fast import encode
 
-    names = ["--help", "--from", "--vae", "--size", "--flip", "--batch-size", "--device", "--workers", "--channels"]
+    names = [
+        "--help",
+        "--from",
+        "--vae",
+        "--size",
+        "--conditions",
+        "--flip",
+        "--batch-size",
+        "--device",
+        "--workers",
+        "--channels",
+    ]
     assert encode.parser().flags() == names

@@ -227,6 +227,7 @@ FREE = {
         "preset",
         "data.path",
         "data.vae",
+        "data.conditions",
         "data.flip",
         "data.resize",
         "data.skip_bad",
