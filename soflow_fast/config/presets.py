@@ -138,7 +138,8 @@ def policy() -> Config:
             guidance_scale=1.0,
             label_drop=0.0,
             r_end=0.01,
-            fm_fraction=0.5,
+            p=0.5,
+            fm_fraction=0.1,
             sc_time=(0.8, 1.2),
             sc_end_time=(-2.0, 1.2),
         ),
@@ -147,6 +148,7 @@ def policy() -> Config:
         run=RunConfig(log_every=50, sample_every=1000, checkpoint_every=1000),
         steps=3000,
         batch_size=256,
+        precision="fp32",
     )
 
 

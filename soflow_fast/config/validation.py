@@ -220,7 +220,7 @@ def _validate_policy_run(config: Config) -> None:
     check("reference", not run.reference, "empty with a policy, whose samples are no images")
     check("init", not (run.init or run.resume_official), "empty with a policy")
     check = _checks(config, "")
-    check("precision", config.precision in ("auto", "fp32", "tf32"), "auto, fp32 or tf32 with a policy")
+    check("precision", config.precision != "fp8", "auto, fp32, tf32 or bf16 with a policy")
     check("guidance_precision", config.guidance_precision == "step", "step with a policy, which has no guidance")
     check("quotient", config.quotient != "increments", "auto or pair with a policy: increments are of the DiT alone")
 

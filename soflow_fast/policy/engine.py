@@ -41,7 +41,7 @@ class PolicyNetwork(nn.Module):
         return self.policy.output.weight.dtype
 
     def low_precision_layers(self) -> list[nn.Module]:
-        """The layers whose parameters a step in bf16 rounds: none, as `validate` allows no such step."""
+        """The layers whose parameters a step in bf16 rounds: none, as they are small; autocast rounds its operands."""
         return []
 
     def set_attention(self, backend: Any) -> None:

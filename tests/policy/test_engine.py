@@ -28,7 +28,7 @@ MODEL = PolicyConfig(obs_size=5, action_dim=3, action_horizon=4, hidden_size=16,
 
 
 def configuration(**changes: object) -> Config:
-    config = preset("policy", precision="fp32", device="cpu", batch_size=12, steps=10, **changes)
+    config = preset("policy", **({"precision": "fp32", "device": "cpu", "batch_size": 12, "steps": 10} | changes))
     return replace(config, model=MODEL)
 
 
@@ -125,6 +125,18 @@ def test_micro_batches_and_teachers(teacher: str):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
 
 
+def test_a_step_in_bf16_rounds_products_and_keeps_weights_and_pair_in_float32():
+    x0, y = batch()
+    exact, rounded = (build(configuration(precision=name)) for name in ("fp32", "bf16"))
+    assert (rounded.target.kind, rounded.target.precision) == ("pair", "fp32")
+    for state in (exact, rounded):
+        train_step(state, x0, y)
+    assert all(p.dtype == torch.float32 for p in rounded.flow.parameters())
+    one, two = (torch.cat([g.flatten() for g in gradients(state).values()]) for state in (exact, rounded))
+    assert not torch.equal(one, two)
+    assert torch.nn.functional.cosine_similarity(one, two, dim=0) > 0.999
+
+
 def test_an_observation_is_wanted_for_each_chunk():
     state = build(configuration())
     x0, y = batch()
@@ -151,7 +163,7 @@ def test_an_observation_is_wanted_for_each_chunk():
         ("run.mlp", "quack"),
         ("run.reference", "images"),
         ("run.init", "runs/other"),
-        ("precision", "bf16"),
+        ("precision", "fp8"),
         ("guidance_precision", "fp8"),
         ("quotient", "increments"),
         ("data.kind", "images"),

@@ -20,7 +20,7 @@ B = 128
 
 def config(steps: int, **changes: object) -> Config:
     model = PolicyConfig(obs_size=1, action_dim=1, action_horizon=2, hidden_size=64, num_layers=2, executed=1)
-    settings = {"precision": "fp32", "device": "cpu", "batch_size": B, "steps": steps, "optim.ema_decay": 0.99}
+    settings = {"precision": "fp32", "device": "cpu", "batch_size": B, "steps": steps, "optim.ema_decay": 0.99, "optim.lr": 8e-3}
     return replace(preset("policy", **(settings | changes)), model=model)
 
 
@@ -35,8 +35,8 @@ def test_one_call_takes_one_of_two_ways_and_regression_their_mean():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        state = TrainState.build(config(400))
-        while state.step < 400:
+        state = TrainState.build(config(300))
+        while state.step < 300:
             train_step(state, *two_ways(state.step))
         cloned = TrainState.build(behaviour_cloning.configuration(config(60)))
         while cloned.step < 60:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 STEPS = 40
 SPEED = 0.05
 """Length of a step at an action of 1."""
-CENTRE, RADIUS = np.array([0.0, 0.4]), 0.25
+CENTRE, RADIUS = np.array([0.0, 0.4]), 0.2
 GOAL = np.array([0.0, 1.0])
 PASSAGE = 0.4
 """How far beside the obstacle's centre the expert passes it."""
