@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..config.gpus import GIGA, GPUS
-from ..config.schema import NOTHING_LEFT, Config, DataChoices, UNetConfig
+from ..config.schema import NOTHING_LEFT, Config, DataChoices, DiTConfig, PolicyConfig
 from ..data import Source, fitted, identity, open_source
 from ..errors import ConfigError
 from ..flow import conditions
@@ -27,7 +27,7 @@ from ..runs.trainer import (
     set_mlp,
 )
 from ..training.memory_estimate import USABLE, MemoryEstimate, estimate_memory, summary
-from ..training.state import TrainState
+from ..training.state import TrainState, no_conditions
 from ..training.step import train_step
 from ..training.time_estimate import estimate_time, table
 
@@ -40,12 +40,13 @@ FORWARDS_PER_IMAGE = 4.5
 def forward_flops(state: TrainState) -> int:
     """The FLOPs of one forward of the network on one image, counted by torch."""
     model = state.config.model
-    x = torch.zeros(1, model.in_channels, model.input_size, model.input_size, device=state.device)
+    x = torch.zeros(1, *model.sample_shape, device=state.device)
     t = torch.ones(1, device=state.device)
     w = t if model.guidance_range else None
+    y = no_conditions(model, 1, state.device) if isinstance(model, PolicyConfig) else None
     counter = flop_counter()
     with torch.no_grad(), counter:
-        state.flow.network(x, t, t, *conditions(None, w))
+        state.flow.network(x, t, t, *conditions(y, w))
     return counter.get_total_flops()
 
 
@@ -102,7 +103,7 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
     else:
         torch.cuda.reset_peak_memory_stats(state.device)
     if source is None:
-        x = torch.randn(batch, model.in_channels, model.input_size, model.input_size)
+        x = torch.randn(batch, *model.sample_shape)
         E = model.condition_size
         y = torch.randn(batch, E) if E else torch.randint(max(model.num_classes, 1), (batch,))
     else:
@@ -141,7 +142,7 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
     text = "\n".join(f"{name:<13} {value}" for name, value in rows)
     if gpu is None:
         return text
-    if isinstance(model, UNetConfig):
+    if not isinstance(model, DiTConfig):
         return f"{text}\n\nThe time of a step on a GPU is predicted of a DiT alone."
     return f"{text}\n\n{table(estimate_time(on_gpu, gpu))}"
 

@@ -196,8 +196,7 @@ def attend_as_on_gpu(state: TrainState) -> None:
 def images(state: TrainState, n: int) -> tuple[Tensor, Tensor]:
     """A batch of n images and their labels or vectors, all zeros."""
     model = state.config.model
-    shape = (n, model.in_channels, model.input_size, model.input_size)
-    return torch.zeros(shape, device=state.device), no_conditions(model, n, state.device)
+    return torch.zeros(n, *model.sample_shape, device=state.device), no_conditions(model, n, state.device)
 
 
 def take_two_micro_batches(state: TrainState) -> tuple[int, int]:

