@@ -32,6 +32,8 @@ EXTRAS = {
         "ipykernel>=6.29",
         "h5py>=3.12",  # real files of latents in others' formats
         "lmdb>=1.5",
+        "gymnasium>=1.0",  # the tasks of policies
+        "pyarrow>=17",  # real files of LeRobot
         "triton>=3.6; sys_platform == 'linux'",
         "torchao>=0.14; sys_platform == 'linux'",  # whose float8 products --precision fp8 takes
         "peft>=0.17; python_version >= '3.11'",  # whose LoRA layers must take effect
@@ -45,6 +47,8 @@ EXTRAS = {
     "quack": ["quack-kernels>=0.6.5; sys_platform == 'linux'"],  # whose products --set run.mlp=quack takes
     "gpu": ["xformers", "flash-attn>=2.7; sys_platform == 'linux'"],
     "eval": ["torch-fidelity>=0.4"],
+    # Tasks, and LeRobot's parquet files; the GIFs are pillow's. Policies themselves need none of these.
+    "policy": ["gymnasium>=1.0", "pyarrow>=17"],
     "hub": ["huggingface_hub>=0.34", "diffusers>=0.35", "accelerate>=1.0"],  # accelerate: enable_model_cpu_offload
     "latents": ["h5py>=3.12", "lmdb>=1.5"],  # whose files --from and --data take
     "hf": ["datasets>=3.6,<6"],  # data sets that it saved, and parquet files of images

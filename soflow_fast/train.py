@@ -3,6 +3,7 @@
     python -m soflow_fast.train                                   digits, about two minutes on two CPU cores
     python -m soflow_fast.train digits --latent                   through a VAE, trained first
     python -m soflow_fast.train cifar10 --data cifar10-train.zip
+    python -m soflow_fast.train policy                            actions for a pendulum, of a scripted expert
     python -m soflow_fast.train imagenet256-xl2 --dry-run         what such a run needs
     python -m soflow_fast.train imagenet256-xl2 --dry-run --gpu h100    and how fast a step is predicted to be
     python -m soflow_fast.train imagenet256-xl2 --dry-run --gpus 8 --nodes 2 --parallel fsdp    on 16 GPUs

@@ -122,9 +122,7 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
         return state
 
 
-def _shown(
-    state: TrainState, source: Source, data: identity.Identity, progress: Progress, crew: Crew
-) -> Shown:
+def _shown(state: TrainState, source: Source, data: identity.Identity, progress: Progress, crew: Crew) -> Shown:
     """What draws samples of a run and what measures them, on the way and at the end."""
     if isinstance(state.config.model, PolicyConfig):
         episodes = Episodes(state, data)

@@ -20,7 +20,14 @@ B = 128
 
 def config(steps: int, **changes: object) -> Config:
     model = PolicyConfig(obs_size=1, action_dim=1, action_horizon=2, hidden_size=64, num_layers=2, executed=1)
-    settings = {"precision": "fp32", "device": "cpu", "batch_size": B, "steps": steps, "optim.ema_decay": 0.99, "optim.lr": 8e-3}
+    settings = {
+        "precision": "fp32",
+        "device": "cpu",
+        "batch_size": B,
+        "steps": steps,
+        "optim.ema_decay": 0.99,
+        "optim.lr": 8e-3,
+    }
     return replace(preset("policy", **(settings | changes)), model=model)
 
 

@@ -10,6 +10,7 @@ from ...errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+
 class Task(abc.ABC):
     """A task whose episodes all have the same number of steps. What is random is a function of seeds."""
 

@@ -25,6 +25,7 @@ from benchmarks.studies import (
     guidance,
     increments,
     plan,
+    policies,
     precision,
     prediction,
     quality_for_time,
@@ -38,8 +39,8 @@ from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
 MODULES = [
-    derivative, digits, distance, guidance, increments, plan, precision, prediction, quality_for_time, sampling,
-    scaling, step, sweeps,
+    derivative, digits, distance, guidance, increments, plan, policies, precision, prediction, quality_for_time,
+    sampling, scaling, step, sweeps,
 ]  # fmt: skip
 
 
@@ -56,6 +57,9 @@ MISTAKES = [
     (quality_for_time, "--every 0", "--every"),
     (quality_for_time, "--workers 0", "--workers"),
     (quality_for_time, "--workers 99999999999999999999", "--workers"),
+    (policies, "--seeds 0 0", "--seeds"),
+    (policies, "--steps 0", "--steps"),
+    (policies, "--workers 0", "--workers"),
     (digits, "--seeds -1", "--seeds"),
     (digits, "--seeds 9223372036854775808", "--seeds"),
     (digits, "--seeds 1.5", "--seeds"),
@@ -122,8 +126,8 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "ceilings", "derivative", "digits", "distance", "gpu", "guidance", "increments", "plan", "precision", "prediction",
-    "quality_for_time", "reading", "sampling", "scaling", "soak", "step", "sweeps",
+    "ceilings", "derivative", "digits", "distance", "gpu", "guidance", "increments", "plan", "policies", "precision",
+    "prediction", "quality_for_time", "reading", "sampling", "scaling", "soak", "step", "sweeps",
 )  # fmt: skip
 
 
