@@ -402,7 +402,8 @@ def policies(run: dict) -> str:
         cells += [f"{each[0][name]:.2f}" for name in ("ms_per_action", "ms_per_chunk")]
         lines.append([*cells, spread([row["seconds"] for row in each], 0)])
     first, seeds = run["rows"][0], len({row["seed"] for row in run["rows"]})
-    chance = ", ".join(f"{task} {value:.1f}" for task, value in {r["task"]: r["random"] for r in run["rows"]}.items())
+    random = {row["task"]: row["random"] for row in run["rows"]}
+    chance = ", ".join(f"{task} {value:.1f}" for task, value in random.items())
     note = (
         f"Mean over {seeds} seeds (lowest to highest) of {first['steps']} steps each, and {first['episodes']} episodes. "
         f"0 % is the return of uniform actions ({chance}). Of behaviour cloning, flow matching and SoFlow the same "

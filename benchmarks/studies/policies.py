@@ -2,10 +2,11 @@
 
 The policy preset on both tasks, in float32 on the CPU: the same network, demonstrations, batches, optimiser, averages
 and seeds. SoFlow acts by one call for a chunk of actions and by two, flow matching by ten Euler steps and by one,
-behaviour cloning by the mean that it learns. Each acts in the same episodes, with the same starts. The share is (return
-- random) / (expert - random): 1 is the expert's return, 0 that of uniform actions. Milliseconds are those of a policy
-that acts alone, one observation at a time, with the environment left out: of an action, a mean over all, and of the
-draw of a chunk, a median. Runs go side by side, one thread each; when all are done, the ways to act are timed one by one.
+behaviour cloning by the mean that it learns. Each acts in the same episodes, with the same starts. The share is
+(return - random) / (expert - random): 1 is the expert's return, 0 that of uniform actions. Milliseconds are those of a
+policy that acts alone, one observation at a time, with the environment left out: of an action, a mean over all, and of
+the draw of a chunk, a median. Runs go side by side, one thread each; when all are done, the ways to act are timed one
+by one.
 """
 
 import os

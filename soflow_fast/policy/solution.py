@@ -62,8 +62,8 @@ def combined_loss(fm: Tensor, scm: Tensor, lam: float = 0.5) -> Tensor:
 
 def one_step_sample(policy: Policy, observations: Tensor, noise: Tensor) -> Tensor:
     """Chunks of actions [B, horizon, dim] by one call, noise + F(noise, 0, 1): from the noise at t = 0 to the actions
-    at t = 1 (`NOISE_AT_ZERO`). policy: as `SoFlowPolicy`; observations: [B, obs_size]; noise: [B, horizon, dim], standard
-    normal. Raises ValueError for shapes that do not fit."""
+    at t = 1 (`NOISE_AT_ZERO`). policy: as `SoFlowPolicy`; observations: [B, obs_size]; noise: [B, horizon, dim],
+    standard normal. Raises ValueError for shapes that do not fit."""
     return multi_step_sample(policy, observations, noise, steps=1)
 
 

@@ -19,6 +19,7 @@ from soflow_fast.config.schema import (
     TYPES,
     Config,
     DiTConfig,
+    PolicyConfig,
     UNetConfig,
     difference,
     flatten,
@@ -149,6 +150,11 @@ OUT_OF_RANGE = {
     "model.in_channels": 0,
     "model.hidden_size": 0,
     "model.kind": "resnet",
+    "model.obs_size": -1,
+    "model.action_dim": -1,
+    "model.action_horizon": 0,
+    "model.num_layers": 0,
+    "model.executed": 9,
     "model.channels": 20,
     "model.multipliers": (1, 0),
     "model.blocks": 0,
@@ -221,7 +227,7 @@ OUT_OF_RANGE = {
     "quotient_precision": "fp8",
     "seed": -1,
 }
-UNET = UNetConfig()
+UNET, POLICY = UNetConfig(), PolicyConfig()
 FREE = {
     *(
         "preset",
@@ -246,8 +252,8 @@ FREE = {
 
 @pytest.mark.parametrize("name", OUT_OF_RANGE)
 def test_a_value_out_of_range_is_refused_by_name(name: str) -> None:
-    unet = name in flatten(UNET, "model.") and name not in flatten(Config())
-    config = override(Config(model=UNET) if unet else Config(), {name: OUT_OF_RANGE[name]})
+    model = next(model for model in (DiTConfig(), UNET, POLICY) if name in flatten(Config(model=model)))
+    config = override(Config(model=model), {name: OUT_OF_RANGE[name]})
     with pytest.raises(ValueError, match=rf"^{name} must be ") as error:
         validate(config)
     assert "\n" not in str(error.value)
@@ -275,17 +281,20 @@ def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> No
 
 
 def test_every_field_has_its_range_tested() -> None:
-    known = set(flatten(Config())) | set(flatten(UNET, "model."))
+    known = set(flatten(Config())) | set(flatten(UNET, "model.")) | set(flatten(POLICY, "model."))
     assert known == set(TYPES) == set(OUT_OF_RANGE) | FREE
 
 
 def test_the_choices_of_a_type_are_the_ones_that_pass() -> None:
     choices = {name: get_args(kind) for name, kind in TYPES.items() if get_origin(kind) is Literal}
     beside = {"optim.ema_precision": {"optim.kind": "radam"}}
+    of_policies = {"model.kind": "policy", "data.kind": "demonstrations"}
+    of_policies |= {"objective.label_drop": 0.0, "objective.guidance_scale": 1.0}
     assert len(choices) == 23
     for name, allowed in choices.items():
         for value in allowed:
-            validate(override(Config(), {name: value, **beside.get(name, {})}))
+            others = of_policies if value in ("policy", "demonstrations") else beside.get(name, {})
+            validate(override(Config(), {name: value, **others}))
         wrong = f"{name} must be one of {', '.join(allowed)}, got '{allowed[-1]}x' (did you mean "
         with pytest.raises(ValueError, match=re.escape(wrong)):
             validate(override(Config(), {name: allowed[-1] + "x"}))

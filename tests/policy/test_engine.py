@@ -178,5 +178,5 @@ def test_what_a_policy_has_no_use_for_is_refused(field: str, value: object):
 
 
 def test_images_are_not_learned_from_demonstrations():
-    with pytest.raises(ConfigError, match="data.kind must be of images unless the model is a policy"):
+    with pytest.raises(ConfigError, match=r"data\.kind must be of images unless the model is a policy"):
         TrainState.build(preset("digits", **{"data.kind": "demonstrations"}))

@@ -1,4 +1,4 @@
-"""`policy.rollout`: receding horizons, the same starts for all, and shares of the expert, in an environment of our own."""
+"""`policy.rollout`: receding horizons, the same starts for all, and shares, in an environment of our own."""
 
 from typing import Any
 
