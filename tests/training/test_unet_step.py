@@ -10,8 +10,12 @@ from soflow_fast.augmentation import Changes, augmented
 from soflow_fast.errors import ConfigError
 from soflow_fast.models._seeded_dropout import SeededDropout
 from soflow_fast.objective import ConsistencyPoints
+from soflow_fast.ranks import share
 from soflow_fast.runs import checkpoint
+from soflow_fast.training.optimizer import AVERAGE
+from soflow_fast.training.parallel import join
 from soflow_fast.training.step import Draws
+from tests.forked import on_ranks
 from tests.unets import advance, build, images, roughened
 
 
@@ -93,6 +97,31 @@ def test_two_ranks_take_their_shares_of_one_draw():
         value = getattr(whole, name)
         got = torch.cat([getattr(part, name) for part in parts])
         assert sorted(map(str, got.tolist())) == sorted(map(str, value.tolist()))
+
+
+def three_steps(launch, folder):
+    """On a share of each batch, saved by all ranks together; the average of the weights."""
+    config = build(batch_size=4).config
+    parallel = join(launch, config.run, torch.device("cpu"))
+    state = TrainState.build(config, parallel=parallel)
+    for step in range(3):
+        train_step(state, images(step, 4)[share(4, 0, launch.rank, launch.world)], None)
+    checkpoint.save(folder, state)
+    return {name: value.clone() for name, value in state.ema.state_dict().items()}
+
+
+def test_two_ranks_train_and_save_what_one_does(tmp_path):
+    first, second = on_ranks(2, three_steps, tmp_path)
+    alone, resumed = advance(build(batch_size=4), 3), build(batch_size=4)
+    assert checkpoint.resume(tmp_path, resumed, print) and resumed.step == 3
+    for name, value in resumed.ema.state_dict().items():
+        assert torch.equal(value, first[name]) and torch.equal(value, second[name])
+    moved = torch.stack([(a - b).norm() for a, b in zip(alone.ema.parameters(), build().ema.parameters(), strict=True)])
+    errors = [(a - b).norm() for a, b in zip(alone.ema.parameters(), resumed.ema.parameters(), strict=True)]
+    assert torch.stack(errors).norm() < 1e-3 * moved.norm()
+    entry = next(iter(resumed.optimizer.state_dict()["state"].values()))
+    assert entry[AVERAGE].dtype == torch.float64
+    train_step(resumed, images(3), None)
 
 
 def test_the_step_learns_the_changed_image_and_tells_the_network():
