@@ -10,6 +10,7 @@ from PIL import Image
 
 from soflow_fast import OneStep, SolutionFlow, load_official, sample
 from soflow_fast.errors import ConfigError
+from soflow_fast.pipeline import SoFlowPipeline
 from soflow_fast.runs.checkpoint import load
 from tests import song_unet
 from tests.unets import FIELDS
@@ -59,11 +60,15 @@ def test_a_run_from_images_to_samples(photographs: Any, call: Any, tmp_path: Any
     assert torch.equal(OneStep(other, precision="fp32")(noise), sample(flow, None, noise=[noise]))
     with pytest.raises(ConfigError, match="compile: is of the DiT's blocks"):
         OneStep(other, precision="fp32", compile=True)
+    assert call("export", run, tmp_path / "pipeline", "--format", "diffusers").code == 0
+    pipeline = SoFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    drawn = pipeline(latents=noise, num_images_per_label=2, output_type="pt").images
+    wanted = (sample(flow, None, noise=[noise]) / 2 + 0.5).clamp(0, 1)
+    assert drawn.shape == (2, 3, 8, 8) and (drawn - wanted).abs().max() <= 1 / 255
     line = call("export", run, tmp_path / "theirs", "--format", "authors")
     assert line.code == 2 and "a U-Net of theirs is read, but not written" in line.err
 
 
-@pytest.mark.slow  # the judge's convolutions
 def test_samples_of_a_unet_are_judged(photographs: Any, call: Any, tmp_path: Any) -> None:
     file = tmp_path / "1.pt"
     torch.save({f"network.{name}": value for name, value in song_unet.random_weights().items()}, file)

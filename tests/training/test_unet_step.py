@@ -1,5 +1,6 @@
 """The training step of a U-Net: one mask at both ends of the quotient, whatever the parts, ranks and restarts."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -12,8 +13,10 @@ from soflow_fast.models._seeded_dropout import SeededDropout
 from soflow_fast.objective import ConsistencyPoints
 from soflow_fast.ranks import share
 from soflow_fast.runs import checkpoint
+from soflow_fast.training.consistency_target import value_and_increment
 from soflow_fast.training.optimizer import AVERAGE
 from soflow_fast.training.parallel import join
+from soflow_fast.training.precision import matmul_precision
 from soflow_fast.training.step import Draws
 from tests.forked import on_ranks
 from tests.unets import advance, build, images, roughened
@@ -164,6 +167,58 @@ def test_a_meanflow_of_a_unet_takes_its_derivative_by_a_float32_pair():
     state = build(**{"objective.kind": "meanflow", "objective.fm_fraction": 0.5})
     assert (state.target.kind, state.target.precision) == ("pair", "fp32")
     assert float(train_step(state, images(0), None)["sc_mse"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "wanted"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee"), ("fp16", "ieee")]
+)
+def test_float32_convolutions_are_not_made_in_tf32(precision, wanted):
+    """As torch makes them on a GPU unless it is told: a mantissa of ten bits in the pair behind the quotient."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    with matmul_precision(precision, torch.device("cpu")):
+        assert (cudnn.conv.fp32_precision, cudnn.deterministic) == (wanted, True)
+    assert (cudnn.conv.fp32_precision, cudnn.deterministic) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_step_is_the_same_each_time():
+    found = []
+    for _ in range(2):
+        state = advance(build(device="cuda", precision="bf16"), 4)
+        found.append([p.detach().clone() for p in (*state.flow.parameters(), *state.ema.parameters())])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_on_a_gpu_the_pair_is_as_exact_as_it_says(precision):
+    """The increment of a float32 pair against float64: were its convolutions in TF32, it would err a thousand times as
+    much."""
+    state = advance(build(device="cuda", precision="bf16", quotient_precision=precision), 2)
+    assert (state.target.kind, state.target.precision) == ("pair", precision)
+    seen = {}
+    train_step(state, images(2), None, observe=lambda name, **values: seen.setdefault(name, values))
+    at = seen["target"]["points"]
+    exact = copy.deepcopy(roughened(state.flow.network)).double()
+    _, increment = value_and_increment(state.target, state.flow, None, at, None)
+    seen = {"augmentation": at.augmentation, "dropout": at.dropout}
+    with torch.no_grad():
+        t, s, l = at.t.double(), at.s.double(), at.l.double()
+        start = exact(at.x.double(), t, s, **seen)
+        wanted = exact(at.x_l.double(), l, s, **seen) - start
+    scale = {"fp32": 2**-22, "fp16": 2**-9}[precision]
+    assert float((increment - wanted).norm()) < 8 * scale * float(start.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_leaves_out_the_same():
+    layer, seeds = SeededDropout(0.3), torch.arange(-8, 8, dtype=torch.int32)
+    shape = torch.Size([5, 7, 9])
+    assert torch.equal(layer.kept(seeds, shape), layer.kept(seeds.cuda(), shape).cpu())
 
 
 @pytest.mark.parametrize(
