@@ -1,6 +1,7 @@
 """Ranks of a process group as forks of the test's process: each is there in a tenth of a second."""
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import socket
@@ -8,11 +9,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch._dynamo  # DDP and FSDP2 import it, and take more than a second: once here, not in every rank
 
 from soflow_fast.launch import Launch
 
+SERVED = torch.cuda.is_available()
+"""Where a GPU is, no fork of a process that has made a backward can make another: ranks are then forks of a server,
+which has torch and no GPU. Functions and what they return must be importable by name."""
 PATIENCE = 300.0
 """Seconds that a rank may take in all."""
 
@@ -27,7 +32,7 @@ def free_port() -> int:
 def on_ranks(world: int, function: Callable[..., Any], *given: Any) -> list[Any]:
     """What `function(launch, *given)` returns in each of `world` processes. Fails with the traceback of one that
     raised. Results are copied: tensors, numbers, containers of them."""
-    context = multiprocessing.get_context("fork")
+    context = _server() if SERVED else multiprocessing.get_context("fork")
     port, ends, processes = free_port(), [], []
     for rank in range(world):
         launch = Launch(rank, world, rank, world, "127.0.0.1", port, f"host{rank}")
@@ -54,6 +59,15 @@ def on_ranks(world: int, function: Callable[..., Any], *given: Any) -> list[Any]
             process.kill()
             process.join()
     return found
+
+
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def _work(end: Any, function: Callable[..., Any], launch: Launch, given: tuple) -> None:

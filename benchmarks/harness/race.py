@@ -45,6 +45,8 @@ class Row:
     """Why there is nothing more."""
     failed: bool = False
     """Whether that is a fault."""
+    chosen: str = ""
+    """Ways of attention, of MLPs and of what the backward makes again, of ours."""
     parameters: int = 0
     network_calls: int = 0
     flops_per_image: float = 0.0
@@ -168,6 +170,10 @@ def prepared(case: Case, recipe: Recipe, counted: Row | None = None) -> tuple[Ro
     step = functools.partial(recipe.step, state, x0, y)
     row = Row(case=case.describe(), recipe=recipe.name, precision=state.precision, batch=len(x0))
     row.parameters = state.parameter_count()
+    network = state.flow.network
+    if recipe.name.startswith(OURS.name):
+        backend, again = network.blocks[0].attn.backend, state.config.run.recompute
+        row.chosen = f"attention {backend}, MLP {network.mlp}, recompute {again}"
     step()  # whatever is made or measured on a first call, such as the choice of an attention, is not to be counted
     if counted is None:
         _count(recipe, state, x0[:BATCH], y[:BATCH], row)

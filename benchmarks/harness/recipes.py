@@ -15,6 +15,7 @@ from soflow_fast.flow import SolutionFlow
 from soflow_fast.models import float8
 from soflow_fast.objective import Objective
 from soflow_fast.rng import generator
+from soflow_fast.runs import trainer
 from soflow_fast.training import state as engine
 from soflow_fast.training.precision import resolve_device, resolve_precision
 from soflow_fast.training.state import TrainState, build_flow
@@ -114,6 +115,21 @@ def ours(name: str, why_not: Callable[[Config], str | None] = lambda config: Non
     )
 
 
+def build_as_trained(config: Config, weights: Weights | None = None) -> TrainState:
+    """The engine's state as `python -m soflow_fast.train` has it on this GPU: a CUDA graph, with room for what the
+    backward would make again, and the attention and the MLPs that are fastest here."""
+    config = trainer.resolved(override(config, {"run.cuda_graph": None}))
+    state = TrainState.build(config, weights=weights)
+    state.set_attention(trainer.resolve_attention(state))
+    trainer.set_mlp(state, trainer.resolve_mlp(state).name)
+    return state
+
+
+def build_with_low_guidance(config: Config, weights: Weights | None = None) -> TrainState:
+    """The same, with the forward behind guidance in float8."""
+    return build_as_trained(override(config, {"guidance_precision": "fp8"}), weights)
+
+
 def why_no_compiler(config: Config) -> str | None:
     """Why nothing can be compiled."""
     return fused.no_compiler(resolve_device(config.run.device))
@@ -146,6 +162,10 @@ def why_no_other_pair(config: Config) -> str | None:
 
 
 OURS = ours("soflow-fast")
+AS_TRAINED = ours("soflow-fast, as train runs it", why_no_graph)._replace(build=build_as_trained, checked_steps=5)
+LOW_GUIDANCE = ours("soflow-fast, as train runs it, guidance in fp8", why_no_float8)._replace(
+    build=build_with_low_guidance, checked_steps=5, coarse=True
+)
 VARIANTS = [
     ours("soflow-fast, float32 pair", why_no_other_pair, quotient="pair", quotient_precision="fp32"),
     ours("soflow-fast, nothing made again", why_nothing_is_kept, run__recompute="nothing"),

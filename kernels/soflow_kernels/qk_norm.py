@@ -111,7 +111,7 @@ def _gradient(dout_ptr, dout_at, x_ptr, x_at, dx_ptr, out, weight, cols, mask, e
 def _backward_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, dq_ptr, dk_ptr, partial_ptr,
     dq_out_b, dq_out_i, dq_out_j, dk_out_b, dk_out_i, dk_out_j, q_b, q_i, q_j, k_b, k_i, k_j,
-    N, M, L, chunks, rows, eps, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+    N, M, L, rows, eps, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     cols = tl.arange(0, WIDTH)
@@ -134,7 +134,7 @@ def _backward_kernel(
         )  # fmt: skip
     at = partial_ptr + chunk.to(tl.int64) * WIDTH + cols
     tl.store(at, tl.sum(q_sum, axis=0))
-    tl.store(at + chunks.to(tl.int64) * WIDTH, tl.sum(k_sum, axis=0))
+    tl.store(at + tl.num_programs(0).to(tl.int64) * WIDTH, tl.sum(k_sum, axis=0))
 
 
 def heads_inside(q: Tensor) -> bool:
@@ -206,7 +206,7 @@ def _qk_rms_norm_backward(
     launch(
         _backward_kernel, (chunks,),
         *given, q_weight.contiguous(), k_weight.contiguous(), *in_order(swap, dq, dk), partials, *steps,
-        B * M * L, M, L, chunks, per_chunk, float(eps), D=d, WIDTH=width, ROWS=rows, UNIT=unit, num_warps=4,
+        B * M * L, M, L, per_chunk, float(eps), D=d, WIDTH=width, ROWS=rows, UNIT=unit, num_warps=4,
     )  # fmt: skip
     dq_weight, dk_weight = (dw[0, :d] for dw in finish(partials, [q_weight.dtype, k_weight.dtype]))
     return dq, dk, dq_weight, dk_weight

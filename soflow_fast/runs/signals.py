@@ -18,6 +18,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 NOTHING_TO_SAVE = "stopped before the first step; the same command begins where this one did"
 
+LEAVE = 20
+"""Seconds after a SIGTERM until a process that serves another one ends."""
+
 ECHO = 5.0
 """Seconds within which a signal is sent again by whoever forwards it."""
 
@@ -83,11 +86,16 @@ def watch(act: Callable[[int], None]) -> None:
 
 
 def serve(parent: int) -> None:
-    """In a process that works for another one, its parent: a terminal's signals are for that one, and it does not
-    outlive it."""
+    """In a process that works for another one, its parent: signals are for that one, and it does not outlive it.
+
+    Slurm, systemd and `timeout` send SIGTERM to the processes of a run all alike. The parent then ends its step and
+    saves, for which it may need this one, so that one stays for LEAVE seconds; a pool that has lost one of its
+    processes ends the others that way too, and cannot wait for ever.
+    """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LEAVE))
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it went before
         os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,7 @@ import inspect
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,7 +202,7 @@ class Replicated:
         self.parallel, self.reduce_dtype = parallel, reduce_dtype
         self.stream: Any = torch.cuda.Stream(parallel.device) if graphed else None
         engine: Any = DistributedDataParallel
-        with torch.cuda.stream(self.stream):  # nothing of None
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             self.module = engine(
                 network,
                 process_group=parallel.mesh.get_group("replicate"),

@@ -51,7 +51,12 @@ def check(op, tensors, weights, optional=(), **options):
     exact = testing.grads(
         partial(reference, **{k: v for k, v in options.items() if k == "eps"}), doubles, exact_weights
     )
-    testing.assert_matches(actual, eager, exact)
+    rounding = 0.0
+    if tensors["x"].shape[-1] == 1 and "scale" in tensors:
+        # Nothing is left but what a fused multiply-add keeps that a product alone rounds off, times 1 / sqrt(eps).
+        g = max(float(weight.abs().max()) for weight in weights) * (1 + float(tensors["scale"].abs().max()))
+        rounding = torch.finfo(torch.float32).eps * g * 1e-6**-0.5
+    testing.assert_matches(actual, eager, exact, beside={"gradient of x": rounding, "gradient of y": rounding})
 
 
 @pytest.mark.parametrize(("op", "shape"), SHAPES, ids=str)
@@ -255,7 +260,8 @@ def test_without_gradient_no_statistics_are_written(op, device, monkeypatch):
     kept = OPS[op][0](**tensors)
     with torch.no_grad():
         quiet = OPS[op][0](**tensors)
-    torch.testing.assert_close(quiet, kept, rtol=0, atol=0)
+    # A GPU's code for the two may fuse a multiplication with an addition in one and not in the other.
+    torch.testing.assert_close(quiet, kept, rtol=0, atol=0 if device == "cpu" else 1e-6)
     # mean and rstd
     assert [[value if value is None else value.numel() for value in a[10:12]] for a in launched] == [
         [6, 6],

@@ -385,8 +385,8 @@ def good(device="cpu"):
         "grads": lists[0],
         "exp_avgs": lists[1],
         "exp_avg_sqs": lists[2],
-        "steps": [torch.ones(()), torch.ones(())],
-        "lr": torch.tensor(0.1),
+        "steps": [torch.ones((), device=device), torch.ones((), device=device)],
+        "lr": torch.tensor(0.1, device=device),
     }
 
 

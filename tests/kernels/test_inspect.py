@@ -50,20 +50,19 @@ print("touched", resident() - before)
 """
 
 ONES = """
-import torch
-from soflow_kernels import _dispatch, adaln, gated_residual, gelu, inspect
+from soflow_kernels import _dispatch, inspect
 
-x, m, stats = torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1)
-with _dispatch.recording() as launches:
-    adaln._forward(x, x, m, m, m, m[0], 1e-6, x.dtype, True)
-    adaln._backward(x, x, x, x, m, m, m[0], stats, stats)
-    gated_residual._gate_residual(x, x, m, m[0])
-    gated_residual._gate_residual_backward(x, x, m, m[0])
-    gelu._bias_gelu(x, m[0])
-    gelu._bias_gelu_backward(x, x, m[0], True)
-for launch in launches:
-    inspect.compile_launch(*launch, 90)
-print(len(launches))
+compiled = set()
+for module in inspect.MODULES:
+    for _, call in module.inspect_cases():
+        with _dispatch.recording() as launches:
+            call()
+        for kernel, args, options in launches:
+            if kernel not in compiled:
+                compiled.add(kernel)
+                ones = [1 if type(value) is int else value for value in args]
+                inspect.compile_launch(kernel, ones, options, 90)
+print(len(compiled))
 """
 
 
@@ -187,7 +186,7 @@ def test_spills_narrow_loads_and_being_alone_are_problems(run):
 def test_sizes_of_one_compile(run):
     """A launch turns an argument that is 1 into a constant, on which some of the language is not defined."""
     result = run("-c", ONES)
-    assert result.stdout == "11\n", result.stderr
+    assert result.returncode == 0 and int(result.stdout) >= 30, result.stdout + result.stderr
 
 
 @pytest.mark.slow

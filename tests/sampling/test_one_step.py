@@ -59,7 +59,7 @@ def test_recorded_on_a_gpu():
     for _ in range(capture.WARM_UP + 3):
         noise = torch.randn_like(noise)
         torch.testing.assert_close(recorded(noise, y), plain(noise, y), rtol=1e-3, atol=1e-3)
-    assert isinstance(recorded.call, capture.Captured) and recorded.call.replay is not None
+    assert isinstance(recorded.call, capture.GraphedFunction) and recorded.call.replay is not None
 
 
 def test_a_flow_of_many_steps_is_refused():

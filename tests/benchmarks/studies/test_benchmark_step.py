@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from benchmarks.baselines import fused
+from benchmarks.baselines.authors import AUTHORS
 from benchmarks.harness import recipes, timing
 from benchmarks.harness.cases import Case, gpu_cases, small_batches
-from benchmarks.harness.contestants import COMPILED, FIRST, GRAPH, HEADLINE, QUARTER
+from benchmarks.harness.contestants import COMPILED, FIRST, HEADLINE, QUARTER
 from benchmarks.harness.race import Race
-from benchmarks.harness.recipes import OURS
+from benchmarks.harness.recipes import AS_TRAINED, OURS
 from benchmarks.report import pages, record
 from benchmarks.studies import step
 from soflow_fast.config.schema import override
@@ -34,7 +35,7 @@ def test_what_answers_the_question_comes_first():
     names = [(races[k].case.describe().split(":")[0], races[k].case.config.batch_size, n) for k, n in step.turns(races)]
     first = [("DiT-XL/2", 256), ("DiT-B/2", 256)]
     assert names[:6] == [(*at, recipe.name) for at in first for recipe in FIRST]
-    assert [recipe.name for recipe in FIRST] == [OURS.name, GRAPH.name, COMPILED[0].name]
+    assert [recipe.name for recipe in FIRST] == [OURS.name, AS_TRAINED.name, COMPILED[0].name]
     rest = names[6 : 2 * len(HEADLINE)]
     assert {at for *at, _ in map(list, rest) for at in [tuple(at)]} == set(first)
     assert {batch for _, batch, _ in names[2 * len(HEADLINE) :]} == {32} and len(set(names)) == 4 * len(HEADLINE)
@@ -64,12 +65,12 @@ def counted(monkeypatch, tmp_path, committed):
 
 def test_every_recipe_is_built_once_and_weights_are_made_once(counted, monkeypatch, tmp_path, capsys):
     built, made = counted
-    monkeypatch.setattr(step, "HEADLINE", [OURS, GRAPH, QUARTER, HEADLINE[5]])
+    monkeypatch.setattr(step, "HEADLINE", [OURS, AS_TRAINED, QUARTER, AUTHORS])
     assert step.main(["--seconds", "0"]) == 0
     run = record.newest(tmp_path)
     assert run is not None and "unfinished" not in run and "missing" not in run
     timed = [(row["case"].split(":")[0], row["recipe"]) for row in run["rows"] if row["seconds"]]
-    assert timed == [(n, r) for n in ("one", "two") for r in (OURS.name, QUARTER.name, HEADLINE[5].name)]
+    assert timed == [(n, r) for n in ("one", "two") for r in (OURS.name, QUARTER.name, AUTHORS.name)]
     assert all(row["seconds"] == [0.25] * 5 for row in run["rows"] if row["seconds"])
     assert built[91, 3] == built[92, 3] == 3, "once each, at full depth"
     assert 0 < built[91, 2] <= 8 and 0 < built[92, 2] <= 8, "of the checks, on two blocks"
