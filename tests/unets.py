@@ -37,7 +37,7 @@ def build(**changes: Any) -> TrainState:
 def roughened(network: UNet) -> UNet:
     """The same network off its initial weights, of which every branch ends in almost nothing."""
     for k, p in enumerate(network.parameters()):
-        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k)).to(p.device))
     return network
 
 

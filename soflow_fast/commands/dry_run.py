@@ -11,6 +11,7 @@ from ..data import Source, fitted, identity, open_source
 from ..errors import ConfigError
 from ..flow import conditions
 from ..models.attention import flop_counter
+from ..models.mlp_autotune import Choice
 from ..ranks import flow_matching_samples
 from ..runs.progress import duration
 from ..runs.samples import check_evaluations
@@ -124,8 +125,7 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
             "preset",
             f"{config.preset}: {model.words}; {state.precision} on {state.device}",
         ),
-        ("attention", f"{backend}{' (the fastest here)' if config.run.attention == 'auto' else ''}"),
-        ("MLP", mlp.said.removeprefix("MLP by ") or mlp.name),
+        *([] if isinstance(model, UNetConfig) else _choices(config, backend, mlp)),
         ("data", "; ".join(line.strip() for line in data).removeprefix("data: ")),
         ("parameters", f"{state.parameter_count() / 1e6:.2f} M"),
         ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one_forward:.2f} forwards"),
@@ -145,6 +145,14 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
     if not isinstance(model, DiTConfig):
         return f"{text}\n\nThe time of a step on a GPU is predicted of a DiT alone."
     return f"{text}\n\n{table(estimate_time(on_gpu, gpu))}"
+
+
+def _choices(config: Config, backend: str, mlp: Choice) -> list[tuple[str, str]]:
+    """What was chosen for the blocks of a DiT."""
+    return [
+        ("attention", f"{backend}{' (the fastest here)' if config.run.attention == 'auto' else ''}"),
+        ("MLP", mlp.said.removeprefix("MLP by ") or mlp.name),
+    ]
 
 
 def _fits(predicted: MemoryEstimate, gpu: str | None) -> str:

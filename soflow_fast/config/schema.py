@@ -162,7 +162,7 @@ class UNetConfig:
     def words(self) -> str:
         """The shape, for people."""
         widths = ", ".join(str(self.channels * multiplier) for multiplier in self.multipliers)
-        return f"U-Net of {self.blocks} blocks in each of {len(self.multipliers)} levels of {widths} channels"
+        return f"U-Net with levels of {widths} channels, blocks in each: {self.blocks}"
 
 
 @dataclass(frozen=True)

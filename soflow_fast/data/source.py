@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config.schema import Config, DataChoices, PolicyConfig
+from ..config.schema import Config, DataChoices, DiTConfig, PolicyConfig
 from ..errors import DataError
 from ..ranks import share
 from ..rng import generator
@@ -158,7 +158,7 @@ def fitted(config: Config, source: Source, choices: DataChoices) -> Config:
     if choices.classes_fixed and wanted not in (0, found):
         has = f"{found} classes" if found else "no classes"
         raise DataError(f"the data has {has}, the model {wanted}: set model.num_classes, or leave it out")
-    if not choices.classes_fixed:
+    if not choices.classes_fixed and isinstance(config.model, DiTConfig):
         config = replace(config, model=replace(config.model, num_classes=found))
     if choices.epochs is not None:
         config = replace(config, steps=max(1, -(-choices.epochs * len(source) // config.batch_size)))

@@ -217,6 +217,10 @@ class UNet(nn.Module):
         """The layers whose parameters are in low precision in a step in low precision: none, autocast rounds them."""
         return []
 
+    def compile_blocks(self, backend: Any = "inductor") -> None:
+        """Raises ConfigError: the blocks are diffusers', which are not compiled here."""
+        raise ConfigError("compile: is of the DiT's blocks; the network is a U-Net")
+
     def set_attention(self, backend: Any) -> None:
         """Nothing: the attention is the network's own, whatever the DiT would take."""
 

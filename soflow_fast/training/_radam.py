@@ -96,11 +96,13 @@ class RAdam(torch.optim.Optimizer):
             return
         weight = 1 - self.ema_decays[0]
         weight = weight if finite is None else torch.where(finite, weight, 0.0)
-        for p, rounded in zip(self._masters.all, self._averages.emas[0], strict=True):
-            if AVERAGE in self.state[p]:
-                wide = self.state[p][AVERAGE]
-                wide.add_(weight * (p.double() - wide))
-                rounded.copy_(wide)
+        pairs = zip(self._masters.all, self._averages.emas[0], strict=True)
+        chosen = [(self.state[p][AVERAGE], p, rounded) for p, rounded in pairs if p in self.state]
+        wide, params, rounded = ([each[k] for each in chosen] for k in range(3))
+        changes = torch._foreach_sub(wide, params)
+        torch._foreach_mul_(changes, -weight)
+        torch._foreach_add_(wide, changes)
+        torch._foreach_copy_(rounded, wide)
         self._averages.update(finite, first=1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

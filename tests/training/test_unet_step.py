@@ -1,5 +1,6 @@
 """The training step of a U-Net: one mask at both ends of the quotient, whatever the parts, ranks and restarts."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -10,8 +11,14 @@ from soflow_fast.augmentation import Changes, augmented
 from soflow_fast.errors import ConfigError
 from soflow_fast.models._seeded_dropout import SeededDropout
 from soflow_fast.objective import ConsistencyPoints
+from soflow_fast.ranks import share
 from soflow_fast.runs import checkpoint
+from soflow_fast.training.consistency_target import value_and_increment
+from soflow_fast.training.optimizer import AVERAGE
+from soflow_fast.training.parallel import join
+from soflow_fast.training.precision import matmul_precision
 from soflow_fast.training.step import Draws
+from tests.forked import on_ranks
 from tests.unets import advance, build, images, roughened
 
 
@@ -95,6 +102,31 @@ def test_two_ranks_take_their_shares_of_one_draw():
         assert sorted(map(str, got.tolist())) == sorted(map(str, value.tolist()))
 
 
+def three_steps(launch, folder):
+    """On a share of each batch, saved by all ranks together; the average of the weights."""
+    config = build(batch_size=4).config
+    parallel = join(launch, config.run, torch.device("cpu"))
+    state = TrainState.build(config, parallel=parallel)
+    for step in range(3):
+        train_step(state, images(step, 4)[share(4, 0, launch.rank, launch.world)], None)
+    checkpoint.save(folder, state)
+    return {name: value.clone() for name, value in state.ema.state_dict().items()}
+
+
+def test_two_ranks_train_and_save_what_one_does(tmp_path):
+    first, second = on_ranks(2, three_steps, tmp_path)
+    alone, resumed = advance(build(batch_size=4), 3), build(batch_size=4)
+    assert checkpoint.resume(tmp_path, resumed, print) and resumed.step == 3
+    for name, value in resumed.ema.state_dict().items():
+        assert torch.equal(value, first[name]) and torch.equal(value, second[name])
+    moved = torch.stack([(a - b).norm() for a, b in zip(alone.ema.parameters(), build().ema.parameters(), strict=True)])
+    errors = [(a - b).norm() for a, b in zip(alone.ema.parameters(), resumed.ema.parameters(), strict=True)]
+    assert torch.stack(errors).norm() < 1e-3 * moved.norm()
+    entry = next(iter(resumed.optimizer.state_dict()["state"].values()))
+    assert entry[AVERAGE].dtype == torch.float64
+    train_step(resumed, images(3), None)
+
+
 def test_the_step_learns_the_changed_image_and_tells_the_network():
     state, seen = build(**{"model.dropout": 0.0}), {}
     draws = draw(state, (4, 3, 8, 8))
@@ -135,6 +167,64 @@ def test_a_meanflow_of_a_unet_takes_its_derivative_by_a_float32_pair():
     state = build(**{"objective.kind": "meanflow", "objective.fm_fraction": 0.5})
     assert (state.target.kind, state.target.precision) == ("pair", "fp32")
     assert float(train_step(state, images(0), None)["sc_mse"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "wanted"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee"), ("fp16", "ieee")]
+)
+def test_float32_convolutions_are_not_made_in_tf32(precision, wanted):
+    """As torch makes them on a GPU unless it is told: a mantissa of ten bits in the pair behind the quotient."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    with matmul_precision(precision, torch.device("cpu")):
+        assert (cudnn.conv.fp32_precision, cudnn.deterministic) == (wanted, True)
+    assert (cudnn.conv.fp32_precision, cudnn.deterministic) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_step_is_the_same_each_time():
+    found = []
+    for _ in range(2):
+        state = advance(build(device="cuda", precision="bf16"), 4)
+        found.append([p.detach().clone() for p in (*state.flow.parameters(), *state.ema.parameters())])
+    assert all(map(torch.equal, *found))
+
+
+def error_of_pair(precision, device):
+    """The error of an increment beside its value, of rough weights, against float64."""
+    state = build(device=device, precision="bf16", quotient_precision=precision)
+    assert (state.target.kind, state.target.precision) == ("pair", precision)
+    seen = {}
+    train_step(state, images(2), None, observe=lambda name, **values: seen.setdefault(name, values))
+    at = seen["target"]["points"]
+    exact = copy.deepcopy(roughened(state.flow.network)).double()
+    value, increment = value_and_increment(state.target, state.flow, None, at, None)
+    given = {"augmentation": at.augmentation, "dropout": at.dropout}
+    with torch.no_grad():
+        t, l, s = at.t.double(), at.l.double(), at.s.double()
+        wanted = exact(at.x_l.double(), l, s, **given) - exact(at.x.double(), t, s, **given)
+    return float((increment - wanted).norm() / value.norm())
+
+
+def test_the_pair_is_as_exact_as_it_says():
+    """Some thirty layers round by 2^-24 or 2^-9, and the two ends do so independently."""
+    assert error_of_pair("fp32", "cpu") < 30 * 2**-24 < 2**-9 < error_of_pair("bf16", "cpu") < 30 * 2**-9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_pair_is_as_exact_as_it_says():
+    """Were its convolutions in TF32, it would err as fp16 does."""
+    assert error_of_pair("fp32", "cuda") < 30 * 2**-24 < 2**-12 < error_of_pair("fp16", "cuda") < 30 * 2**-12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_leaves_out_the_same():
+    layer, seeds = SeededDropout(0.3), torch.arange(-8, 8, dtype=torch.int32)
+    shape = torch.Size([5, 7, 9])
+    assert torch.equal(layer.kept(seeds, shape), layer.kept(seeds.cuda(), shape).cpu())
 
 
 @pytest.mark.parametrize(
