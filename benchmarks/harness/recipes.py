@@ -125,6 +125,11 @@ def build_as_trained(config: Config, weights: Weights | None = None) -> TrainSta
     return state
 
 
+def build_with_low_guidance(config: Config, weights: Weights | None = None) -> TrainState:
+    """The same, with the forward behind guidance in float8."""
+    return build_as_trained(override(config, {"guidance_precision": "fp8"}), weights)
+
+
 def why_no_compiler(config: Config) -> str | None:
     """Why nothing can be compiled."""
     return fused.no_compiler(resolve_device(config.run.device))
@@ -158,6 +163,9 @@ def why_no_other_pair(config: Config) -> str | None:
 
 OURS = ours("soflow-fast")
 AS_TRAINED = ours("soflow-fast, as train runs it", why_no_graph)._replace(build=build_as_trained, checked_steps=5)
+LOW_GUIDANCE = ours("soflow-fast, as train runs it, guidance in fp8", why_no_float8)._replace(
+    build=build_with_low_guidance, checked_steps=5, coarse=True
+)
 VARIANTS = [
     ours("soflow-fast, float32 pair", why_no_other_pair, quotient="pair", quotient_precision="fp32"),
     ours("soflow-fast, nothing made again", why_nothing_is_kept, run__recompute="nothing"),

@@ -23,17 +23,19 @@ def sigmoid_increment(z: Tensor, dz: Tensor) -> Tensor:
 
 
 @jit
-def _sigmoid(z):
-    return 1 / (1 + tl.exp(-z))
+def _falling(z):
+    """e^-z, at most e^40, as the product of two must not overflow: sigma(z) is then 4e-18."""
+    return tl.minimum(tl.exp(-z), 2.3538526683702e17)
 
 
 @jit
 def times_sigmoid_increment(h, dh, z, dz):
-    """The increment of h sigma(z)."""
-    start = _sigmoid(z)
-    end = _sigmoid(z + dz)
+    """The increment of h sigma(z): with e = e^-z and f = e^-(z + dz), sigma(z + dz) = (1 + e) / ((1 + e) (1 + f)) and
+    its increment is (e - f) / ((1 + e) (1 + f)), so that one division does for all."""
+    start = _falling(z)
+    end = _falling(z + dz)
     near = tl.where(tl.abs(dz) <= 0.5, dz, 0.0)
-    small = -expm1(-near) * end * _sigmoid(-z)
-    # Comparisons that are false for NaN let it through by the difference.
-    dsigma = tl.where(tl.abs(dz) <= 0.5, small, end - start)
-    return dh * end + h * dsigma
+    # NaN is not lost: it comes from h or dh, by which all is multiplied.
+    fall = tl.where(tl.abs(dz) <= 0.5, -expm1(-near) * start, start - end)
+    share = 1 / ((1 + start) * (1 + end))
+    return share * (dh * (1 + start) + h * fall)

@@ -61,7 +61,7 @@ def _gelu_kernel(
     if bias_ptr is not None:
         h += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     z = 1.5957691216057308 * h * (1 + 0.044715 * h * h)
-    dz = 1.5957691216057308 * dh * (1 + 0.044715 * (3 * h * h + 3 * h * dh + dh * dh))
+    dz = 1.5957691216057308 * dh * (1 + 0.044715 * (dh * dh + 3 * h * (h + dh)))
     tl.store(out_ptr + rows * D + cols, times_sigmoid_increment(h, dh, z, dz), mask=mask)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.baselines import fused
+from benchmarks.baselines.authors import AUTHORS
 from benchmarks.harness import recipes, timing
 from benchmarks.harness.cases import Case, gpu_cases, small_batches
 from benchmarks.harness.contestants import COMPILED, FIRST, HEADLINE, QUARTER
@@ -64,12 +65,12 @@ def counted(monkeypatch, tmp_path, committed):
 
 def test_every_recipe_is_built_once_and_weights_are_made_once(counted, monkeypatch, tmp_path, capsys):
     built, made = counted
-    monkeypatch.setattr(step, "HEADLINE", [OURS, AS_TRAINED, QUARTER, HEADLINE[5]])
+    monkeypatch.setattr(step, "HEADLINE", [OURS, AS_TRAINED, QUARTER, AUTHORS])
     assert step.main(["--seconds", "0"]) == 0
     run = record.newest(tmp_path)
     assert run is not None and "unfinished" not in run and "missing" not in run
     timed = [(row["case"].split(":")[0], row["recipe"]) for row in run["rows"] if row["seconds"]]
-    assert timed == [(n, r) for n in ("one", "two") for r in (OURS.name, QUARTER.name, HEADLINE[5].name)]
+    assert timed == [(n, r) for n in ("one", "two") for r in (OURS.name, QUARTER.name, AUTHORS.name)]
     assert all(row["seconds"] == [0.25] * 5 for row in run["rows"] if row["seconds"])
     assert built[91, 3] == built[92, 3] == 3, "once each, at full depth"
     assert 0 < built[91, 2] <= 8 and 0 < built[92, 2] <= 8, "of the checks, on two blocks"
