@@ -40,7 +40,7 @@ def command(config: Config) -> str:
     base, parts = preset(name), ["python", "-m", "soflow_fast.train", name]
     if config.data.kind in ("images", "latents"):
         parts += ["--data", "DATA"]
-    if config.data.conditions:
+    if config.model.condition_size:
         parts += ["--conditions", "CONDITIONS"]
     flags = {field: f"--{short.replace('_', '-')}" for short, field in SHORT_NAMES.items() if TYPES[field] is not bool}
     before, after = flatten(base), flatten(config)

@@ -36,7 +36,7 @@ def save_vectors(place: Path, n: int, dtype: Any = np.float32, size: int = E) ->
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Of a network that shows its vectors: off its initial zeros."""
-    state = build(**{"model.num_classes": 0, "model.condition_size": E})
+    state = build(**{"model.num_classes": 0, "model.condition_size": E, "data.conditions": str(tmp_path / "v.npy")})
     with torch.no_grad():
         for i, p in enumerate(state.ema.parameters()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
@@ -172,6 +172,8 @@ def test_a_flow_of_vectors_is_given_away_and_comes_back(call: Call, run: Path, t
     assert torch.equal(sample(SolutionFlow.from_pretrained(tmp_path / "hub"), y, noise=noise), wanted)
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "vectors of 5 numbers as conditions" in card and "vectors = torch.zeros(2, 5)" in card
+    assert "--conditions CONDITIONS" in card
+    assert all(str(tmp_path).encode() not in file.read_bytes() for file in (tmp_path / "hub").iterdir())
     found = ways(run, torch.device("cpu"))
     assert found.by_label == [] and len(found.by_seed) == 5 and found.label == ""
 
@@ -187,8 +189,7 @@ def test_the_cards_use_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_command_names_the_vectors_without_their_place(tmp_path: Path) -> None:
-    config = preset("digits", condition_size=E, conditions=str(tmp_path / "v.npy"))
-    line = command(config)
+    line = command(preset("digits", condition_size=E, conditions=str(tmp_path / "v.npy")))
     assert "--conditions CONDITIONS" in line and "--condition-size 5" in line and str(tmp_path) not in line
 
 

@@ -1,6 +1,8 @@
 """Vectors beside samples: by name and in order, checked, in batches of a source and in folders of latents."""
 
+import io
 import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import Config, DataChoices, override
-from soflow_fast.data import Source, fitted, identity, open_source
+from soflow_fast.data import Source, fitted, identity, open_source, webdataset
 from soflow_fast.data import latents as latents_module
 from soflow_fast.data._beside import conditions_of
 from soflow_fast.data.conditions import Conditions, read_vectors
@@ -100,6 +102,28 @@ def test_a_bad_image_takes_its_vector_along(tmp_path: Path) -> None:
     conditions = conditions_of(found, str(place))
     assert conditions is not None and len(conditions) == len(found) == 3
     assert np.array_equal(conditions.rows(torch.tensor([1])).numpy()[0], vectors()[NAMES.index("b/1.png")])
+
+
+def test_samples_of_tar_shards_are_in_order_and_a_bad_one_takes_its_vector_along(tmp_path: Path) -> None:
+    contents = [picture(0), picture(1)[:-30], picture(2), picture(3)]
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as shard:
+        for i, content in enumerate(contents):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    place = tmp_path / "shards"
+    np.save(place / "conditions.npy", vectors())
+    found = webdataset.load(place, WANTED._replace(skip_bad=True))
+    conditions = conditions_of(found, str(place))
+    assert conditions is not None and len(conditions) == len(found) == 3 and found.names is None
+    assert np.array_equal(conditions.rows(torch.arange(3)).numpy(), vectors()[[0, 2, 3]])
+    np.save(place / "conditions.npy", vectors(3))  # of those that are left
+    conditions = conditions_of(found, str(place))
+    assert conditions is not None and np.array_equal(conditions.rows(torch.arange(3)).numpy(), vectors(3))
+    np.save(place / "conditions.npy", vectors(2))
+    with pytest.raises(DataError, match=r"conditions\.npy: holds 2 vectors, the data 3 samples"):
+        conditions_of(found, str(place))
 
 
 @pytest.mark.parametrize(

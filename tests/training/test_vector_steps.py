@@ -177,11 +177,11 @@ def test_a_graph_has_vectors_among_its_inputs(graphs, monkeypatch):  # noqa: F81
     assert len(graphs) == 1 and graphs[0].replays == 3
 
 
-def ranked(launch: Launch | None, kind: str, steps: int):
+def ranked(launch: Launch | None, kind: str, steps: int, quotient: str):
     config = override(preset("digits", precision="fp32", device="cpu", batch_size=8), {"run.parallel": kind})
     parallel = None if launch is None else join(launch, config.run, torch.device("cpu"))
     config = dataclasses.replace(config, model=VECTORS, objective=ObjectiveConfig(label_drop=0.3), seed=3)
-    config = override(config, {"optim.lr": 1e-3})
+    config = override(config, {"optim.lr": 1e-3, "quotient": quotient})
     state = TrainState.build(config, parallel=parallel)
     found = []
     for step in range(steps):
@@ -197,10 +197,10 @@ def ranked(launch: Launch | None, kind: str, steps: int):
     return found, weights
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_ranks_learn_what_one_does(kind):
-    metrics, weights = ranked(None, "ddp", 12)
-    for got, others in on_ranks(2, ranked, kind, 12):
+@pytest.mark.parametrize(("kind", "quotient"), [("ddp", "pair"), ("fsdp", "pair"), ("fsdp", "increments")])
+def test_two_ranks_learn_what_one_does(kind, quotient):
+    metrics, weights = ranked(None, "ddp", 12, quotient)
+    for got, others in on_ranks(2, ranked, kind, 12, quotient):
         for a, b in zip(got, metrics, strict=True):
             for name, value in b.items():
                 assert abs(a[name] - value) <= 1e-4 * max(abs(value), 1e-2), name

@@ -30,16 +30,16 @@ def image_set(
     where: str,
     stamp: str = "",
     wrapper: str = "",
-    named: bool = False,
+    by_path: bool = False,
 ) -> Dataset:
     """A data set of encoded images, checked.
 
     files: read by several threads at once; an Unreadable that it raises says in words what is wrong with a file.
     labels: int64 [N]. where: the path in errors. stamp: is another one when a file has changed, so that the outcome of
     the check can be kept in the user's cache folder; "": it is not kept. wrapper: the folder that all names begin
-    with, which is no part of the identity. named: whether names are paths of files. Raises DataError for an image that
-    cannot be decoded, unless `wanted.skip_bad`, for a class without an image and for a number of channels other than 1
-    and 3.
+    with, which is no part of the identity. by_path: whether names are paths of files. Raises DataError for an image
+    that cannot be decoded, unless `wanted.skip_bad`, for a class without an image and for a number of channels other
+    than 1 and 3.
     """
     if wanted.channels not in (1, 3):
         raise DataError(f"--data {where}: images have 1 or 3 channels, not {wanted.channels}: set model.in_channels")
@@ -70,7 +70,7 @@ def image_set(
     start = len(wrapper) + 1 if wrapper else 0
     contents.checksum = checksum((files.names[i][start:] for i in numbers), np.asarray(files.sizes)[numbers], labels)
     found = ImageSet(files, numbers, labels, contents, wanted, where)
-    if named:
+    if by_path:
         found.names, found.wrapper = Some(files.names, numbers), wrapper
     return found
 
