@@ -185,7 +185,7 @@ def _evaluate_flow(
         raise ConfigError(f"--gif {values.gif}: {values.run} is no policy, and has no episodes")
     if n is not None and n < LEAST:
         raise ConfigError(f"--n must be a whole number from {LEAST} to {MOST}, got {values.n!r}")
-    model, space = config.model, data.space if data is not None else None
+    model, space = config.image_model, data.space if data is not None else None
     alike = config.data.latent or (model.in_channels, model.input_size) == DIGITS
     of_digits = config.data.of_digits and model.num_classes == 10 and alike
     if not of_digits and not values.reference:
@@ -226,7 +226,7 @@ def _evaluate_policy(
     from .runs.policies import Acting, gif_place, line, policy_of
     from .sampling.solving import usual_calls
 
-    for flag in ("times", "guidance", "vae", "reference"):
+    for flag in ("times", "guidance", "conditions", "vae", "reference"):
         if getattr(values, flag) is not None:
             raise ConfigError(f"--{flag} {getattr(values, flag)}: {values.run} is a policy, which has no use for it")
     flow, config, data = policy_of(values.run, device)

@@ -65,6 +65,8 @@ def _write(run: str, out: Path, form: str) -> None:
     from .runs import checkpoint
 
     flow, config, data = checkpoint.load_with_data(run)
+    if config.model.kind == "policy" and form != "safetensors":
+        raise ConfigError(f"--format {form}: {run} is a policy; --format safetensors gives it away")
     if form == "safetensors":
         checkpoint.export(flow, config, out, data)
     elif form == "hub":
@@ -77,7 +79,8 @@ def _write(run: str, out: Path, form: str) -> None:
             from .runs.latents.vae import load_vae
 
             try:
-                vae = load_vae(data.space.vae, torch.device("cpu"), local=True, channels=config.model.in_channels).model
+                channels = config.image_model.in_channels
+                vae = load_vae(data.space.vae, torch.device("cpu"), local=True, channels=channels).model
             except ConfigError as error:
                 print(f"without a VAE, so of latents: {str(error).removeprefix('--vae ')}")
         from .pipeline import SoFlowPipeline

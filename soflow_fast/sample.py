@@ -98,9 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         devices = resolve_devices(values.device)
         flow, config, data = load_with_data(values.run, devices[0])
-        model = config.model
-        if model.kind == "policy":
+        if config.model.kind == "policy":
             raise ConfigError(f"{values.run}: is a policy, whose samples are actions; evaluate shows an episode of it")
+        model = config.image_model
         names = data.classes if data is not None and len(data.classes) == model.num_classes else ()
         chosen = parsed_labels(values.labels, model.num_classes, names)
         if isinstance(chosen, list) and model.num_classes in chosen and not model.null_label:

@@ -326,7 +326,7 @@ def why_no_flash_jvp(config: Config) -> str | None:
         return "jvp_flash_attention is not installed (pip install jvp_flash_attention)"
     if resolve_device(config.run.device).type != "cuda":
         return "jvp_flash_attention needs a GPU"
-    tokens = (config.model.input_size // config.dit.patch_size) ** 2
+    tokens = (config.dit.input_size // config.dit.patch_size) ** 2
     if tokens % 2 or tokens < 32:
         return f"jvp_flash_attention needs an even number of at least 32 tokens, not {tokens}"
     return None

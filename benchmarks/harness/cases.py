@@ -45,7 +45,7 @@ def random_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """Normal images and uniform labels for the network of `config`, the same on every device."""
     model = config.model
     source = generator(config.seed, 0, 0, "benchmark batch")
-    x0 = torch.randn(config.batch_size, model.in_channels, model.input_size, model.input_size, generator=source)
+    x0 = torch.randn(config.batch_size, *model.sample_shape, generator=source)
     y = torch.randint(model.num_classes, (config.batch_size,), generator=source)
     return x0.to(device), y.to(device)
 

@@ -405,7 +405,8 @@ def policies(run: dict) -> str:
     random = {row["task"]: row["random"] for row in run["rows"]}
     chance = ", ".join(f"{task} {value:.1f}" for task, value in random.items())
     note = (
-        f"Mean over {seeds} seeds (lowest to highest) of {first['steps']} steps each, and {first['episodes']} episodes. "
+        f"Mean over {seeds} seed{'s' * (seeds != 1)} (lowest to highest) of {first['steps']} steps each, and "
+        f"{first['episodes']} episodes. "
         f"0 % is the return of uniform actions ({chance}). Of behaviour cloning, flow matching and SoFlow the same "
         f"network. `{run['command']}`."
     )

@@ -29,7 +29,7 @@ WARM = 6
 def contestants(case: Case, batch: int) -> dict[str, Callable[[], Callable[[], object]]]:
     """The ways by name, each a call that makes one and returns the call that is timed."""
     model, device = case.config.model, resolve_device(case.config.run.device)
-    noise = torch.randn(batch, model.in_channels, model.input_size, model.input_size, device=device)
+    noise = torch.randn(batch, *model.sample_shape, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
     ways: dict[str, dict[str, Any]] = {"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}}
     if shutil.which("g++"):

@@ -125,7 +125,7 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
             "preset",
             f"{config.preset}: {model.words}; {state.precision} on {state.device}",
         ),
-        *([] if isinstance(model, UNetConfig) else _choices(config, backend, mlp)),
+        *(_choices(config, backend, mlp) if isinstance(model, DiTConfig) else []),
         ("data", "; ".join(line.strip() for line in data).removeprefix("data: ")),
         ("parameters", f"{state.parameter_count() / 1e6:.2f} M"),
         ("FLOPs", f"{flops / 1e9:.4g} GFLOP per image and step, {flops / one_forward:.2f} forwards"),

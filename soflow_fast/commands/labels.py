@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.schema import DiTConfig, nearest, shown
+from ..config.schema import ModelConfig, nearest, shown
 from ..errors import ConfigError
 from .parser import whole_number
 
@@ -55,7 +55,7 @@ def labels_of(chosen: str | list[int], num_classes: int, n: int, seed: int) -> "
     return turn[torch.arange(n) % len(turn)]
 
 
-def vectors_of(path: str | None, model: DiTConfig, run: str) -> "Tensor | None":
+def vectors_of(path: str | None, model: ModelConfig, run: str) -> "Tensor | None":
     """The vectors of a file, float32 [M, E], for a model that takes some; None: no file is given, or the model takes
     labels. run: what the model was loaded from. Raises ConfigError and DataError."""
     if path is None:

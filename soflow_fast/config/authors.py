@@ -21,6 +21,7 @@ from .schema import (
     DiTConfig,
     FlowConfig,
     FlowPath,
+    PolicyConfig,
     UNetConfig,
     flatten,
     nearest,
@@ -237,6 +238,8 @@ def to_authors(config: Config, working_dir: str) -> str:
     model = config.model
     if isinstance(model, UNetConfig):
         raise ValueError("model: a U-Net of theirs is read, but not written")
+    if isinstance(model, PolicyConfig):
+        raise ValueError("model: their code has no policies")
     if model.guidance_range is not None:
         raise ValueError("model.guidance_range: their network has no embedder of a guidance scale")
     if model.condition_size:

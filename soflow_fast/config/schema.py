@@ -442,6 +442,12 @@ class Config:
         assert isinstance(self.model, DiTConfig), self.model.kind
         return self.model
 
+    @property
+    def image_model(self) -> DiTConfig | UNetConfig:
+        """The shape of the network, where a policy cannot come."""
+        assert not isinstance(self.model, PolicyConfig), self.model.kind
+        return self.model
+
 
 class DataChoices(NamedTuple):
     """What a run leaves to its data."""

@@ -108,7 +108,8 @@ def open_source(config: Config, say: Callable[[str], None] = lambda text: None) 
                 "a folder or zip of images, CLASS/NAME" if data.kind == "images" else "latents, as encode writes them"
             )
             raise DataError(f"--data is missing: preset {config.preset} needs {what}")
-        wanted = Wanted(model.input_size, model.in_channels, data.resize, data.flip, data.skip_bad, say, data.vae)
+        size, channels = config.image_model.input_size, config.image_model.in_channels
+        wanted = Wanted(size, channels, data.resize, data.flip, data.skip_bad, say, data.vae)
         path = str(Path(data.path, "latents")) if data.kind == "digits-latent" else data.path
         dataset = open_dataset(path, "latents" if data.latent else "images", wanted)
     shape = model.sample_shape

@@ -6,8 +6,8 @@ from ..config.schema import ModelConfig, PolicyConfig, UNetConfig
 
 
 def network_of(config: ModelConfig) -> Any:
-    """The network of a configuration, `dit.DiT`, `unet.UNet` or `policy.PolicyNetwork`. Raises ValueError for a wrong one,
-    and ConfigError for a U-Net without diffusers."""
+    """The network of a configuration, `dit.DiT`, `unet.UNet` or `policy.PolicyNetwork`. Raises ValueError for a wrong
+    one, and ConfigError for a U-Net without diffusers."""
     if isinstance(config, UNetConfig):
         from .unet import UNet
 

@@ -58,7 +58,7 @@ class Grids:
         self.vae: VAE | None = None
         if space is not None and space.vae:
             try:
-                self.vae = load_vae(space.vae, state.device, local=True, channels=state.config.model.in_channels)
+                self.vae = load_vae(space.vae, state.device, local=True, channels=state.config.image_model.in_channels)
             except ConfigError as error:
                 say(f"samples are written as latents, in .npy: {str(error).removeprefix('--vae ')}")
 
@@ -73,9 +73,9 @@ class Grids:
     def draw(self) -> tuple[str, bytes, Tensor | None]:
         """The ending of a file, its content, and the grid in it, uint8 [H, W, C]; None: it is of latents,
         float32 [100, C, h, w]."""
-        model = self.state.config.model
+        model = self.state.config.image_model
         labels = labels_in_turn(self.state.ema, GRID, self.vectors(GRID))
-        shape = (GRID, model.in_channels, model.input_size, model.input_size)
+        shape = (GRID, *model.sample_shape)
         x = sample(self.state.ema, labels, seed=0, shape=shape)
         if self.vae is None and (self.space is not None or not has_colours(model.in_channels)):
             return "npy", npy(x), None
@@ -133,7 +133,7 @@ class Evaluations:
             return
         if latents_stay:
             raise ConfigError(f"--reference {run.reference}: samples are latents, and their VAE is not on this machine")
-        size = config.model.input_size if grids.vae is None else grids.vae.pixels * config.model.input_size
+        size = config.image_model.input_size * (1 if grids.vae is None else grids.vae.pixels)
         if first:
             self._against = AgainstReference(
                 state.ema,
@@ -145,8 +145,7 @@ class Evaluations:
             )
 
     def _shape(self) -> tuple[int, int, int]:
-        model = self.state.config.model
-        return model.in_channels, model.input_size, model.input_size
+        return self.state.config.model.sample_shape
 
     def _finish_on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         return lambda x: to_uint8(self._grids.decoded(x)).permute(0, 3, 1, 2)

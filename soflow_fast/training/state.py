@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config.schema import Config, DiTConfig
+from ..config.schema import Config, ModelConfig
 from ..config.validation import validate
 from ..errors import ConfigError
 from ..flow import SolutionFlow
 from ..models import float8, network_of
 from ..models.attention import Backend
+from ..models.dit import DiT
 from ..models.paired_forward import missed_part
 from ..objective import Objective
 from ..ranks import micro_batches
@@ -254,7 +255,7 @@ def check_sharded(config: Config, precision: str, world: int) -> None:
     check_shares(config, world)
 
 
-def no_conditions(model: DiTConfig, n: int, device: torch.device) -> Tensor:
+def no_conditions(model: ModelConfig, n: int, device: torch.device) -> Tensor:
     """Labels int64 [n], or vectors float32 [n, E] of a model that takes these, all zeros."""
     if model.condition_size:
         return torch.zeros(n, model.condition_size, device=device)

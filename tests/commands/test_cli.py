@@ -59,7 +59,10 @@ TRAIN = {
             "sample",
             "help out n nfe times method guidance labels conditions format batch-size vae seed device overwrite",
         ),
-        ("evaluate", "help n nfe times guidance conditions vae seed reference metrics inception dinov2 gif device json"),
+        (
+            "evaluate",
+            "help n nfe times guidance conditions vae seed reference metrics inception dinov2 gif device json",
+        ),
         ("gallery", "help out device"),
         ("export", "help format"),
         ("gallery", "help out device"),

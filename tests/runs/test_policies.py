@@ -16,7 +16,9 @@ from soflow_fast.config.schema import from_json
 from soflow_fast.data import identity
 from soflow_fast.data.demonstrations.obstacle import moved
 from soflow_fast.errors import CheckpointError, ConfigError
+from soflow_fast.export import main as export_main
 from soflow_fast.runs.checkpoint import export, load_with_data
+from soflow_fast.runs.gallery.ways import ways
 from soflow_fast.runs.policies import Acting, policy_of, task_of
 from soflow_fast.sample import main as sample_main
 
@@ -128,7 +130,14 @@ def test_what_is_asked_of_a_policy_that_it_is_not(run: Path, tmp_path: Path):
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="is a policy, whose samples are actions"):
         sample_main([str(run), "--out", str(tmp_path / "out")])
+    for form in ("hub", "pipeline"):
+        with pytest.raises(ConfigError, match=f"--format {form}: .* is a policy; --format safetensors gives it away"):
+            export_main([str(run), str(tmp_path / form), "--format", form])
     flow, config, _ = load_with_data(run)
+    with pytest.raises(ValueError, match="flow: is a policy, which `export` gives away"):
+        flow.save_pretrained(tmp_path / "hub")
+    with pytest.raises(ConfigError, match="it is a policy, whose samples are actions"):
+        ways(run, torch.device("cpu"))
     export(flow, config, tmp_path / "nameless", None)
     with pytest.raises(CheckpointError, match="does not say how observations and actions are normalised"):
         load_policy(tmp_path / "nameless")

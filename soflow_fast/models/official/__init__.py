@@ -212,13 +212,13 @@ def read_start(
         if isinstance(config.model, UNetConfig) or song_unet.is_song_unet(tensors):
             own[name] = checked(_unet_weights(weights, config.model, kind, with_moments, where), flow, where)
             continue
-        model = shapes.fitted(config.model, tensors, where)
-        if model.null_label != config.model.null_label:
+        model = shapes.fitted(config.dit, tensors, where)
+        if model.null_label != config.dit.null_label:
             row = "a row for the null label" if model.null_label else "no row for the null label"
             raise CheckpointError(
                 f"{where}: its label table has {row}; give --set model.null_label={str(model.null_label).lower()}"
             )
-        if model.qk_norm != config.model.qk_norm:
+        if model.qk_norm != config.dit.qk_norm:
             norms = "norms of queries and keys" if model.qk_norm else "no norms of queries and keys"
             raise CheckpointError(f"{where}: has {norms}; give --set model.qk_norm={str(model.qk_norm).lower()}")
         if one_time.is_one_time(tensors):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...config.schema import Config, DataConfig, ModelConfig, from_dict, to_dict
+from ...config.schema import Config, DataConfig, ModelConfig, PolicyConfig, from_dict, to_dict
 from ...config.validation import validate
 from ...data import identity
 from ...data.identity import Identity
@@ -45,6 +45,8 @@ def describe(flow: SolutionFlow, origin: Origin | None) -> dict[str, Any]:
     config = getattr(flow.network, "config", None)
     if not isinstance(config, ModelConfig):
         raise ValueError(f"flow: its network is a {type(flow.network).__name__}; only a DiT or UNet can be saved")
+    if isinstance(config, PolicyConfig):
+        raise ValueError("flow: is a policy, which `export` gives away, with what it was trained on")
     known = {"data": None, "run": None} if origin is None else to_values(published(origin))
     kind = {} if flow.objective == "soflow" else {"objective": flow.objective}  # which older versions do not know
     form = {"path": flow.path, "coefficients": flow.coefficients, **kind}
@@ -141,7 +143,9 @@ def _configuration(values: dict[str, Any]) -> Config:
     origin = from_values(values)
     if origin is None:
         config = from_dict(given, Config(preset="", data=DataConfig(kind="images")))
-        latent = config.model.in_channels not in (1, 3)  # which are no colours
+        if isinstance(config.model, PolicyConfig):
+            raise ValueError("is a policy without its training, which says how observations and actions are normalised")
+        latent = config.image_model.in_channels not in (1, 3)  # which are no colours
         if not config.model.null_label:
             config = replace(config, objective=replace(config.objective, guidance_scale=1.0, label_drop=0.0))
         return validate(replace(config, data=DataConfig(kind="latents")) if latent else config)

@@ -48,7 +48,9 @@ def ways(run_dir: Path, device: torch.device) -> Ways:
     Raises UserError, in one line, where there is no checkpoint, or where its latents' VAE is not on this machine.
     """
     flow, config, data = load_with_data(run_dir, device)
-    model = config.model
+    if config.model.kind == "policy":
+        raise ConfigError("it is a policy, whose samples are actions")
+    model = config.image_model
     finish: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
     if config.data.latent or not has_colours(model.in_channels):
         space = data.space if data is not None else None
