@@ -10,6 +10,7 @@ from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import Config, PolicyConfig
 from soflow_fast.errors import ConfigError
 from soflow_fast.flow import SolutionFlow
+from soflow_fast.launch import Launch
 from soflow_fast.policy import (
     PolicyNetwork,
     consistency_loss,
@@ -19,10 +20,13 @@ from soflow_fast.policy import (
     multi_step_sample,
     one_step_sample,
 )
+from soflow_fast.ranks import flow_matching_samples, share
 from soflow_fast.rng import generator
 from soflow_fast.sampling import sample
+from soflow_fast.training.parallel import join
 from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import draw, train_step
+from tests.forked import on_ranks
 
 MODEL = PolicyConfig(obs_size=5, action_dim=3, action_horizon=4, hidden_size=16, num_layers=2)
 
@@ -180,3 +184,27 @@ def test_what_a_policy_has_no_use_for_is_refused(field: str, value: object):
 def test_images_are_not_learned_from_demonstrations():
     with pytest.raises(ConfigError, match=r"data\.kind must be of images unless the model is a policy"):
         TrainState.build(preset("digits", **{"data.kind": "demonstrations"}))
+
+
+def two_steps(launch: Launch | None) -> dict[str, Tensor]:
+    """The weights after two steps on a share of each batch, or of one process on all of it."""
+    config = configuration()
+    if launch is None:
+        state, mine = TrainState.build(config), torch.arange(12)
+    else:
+        parallel = join(launch, config.run, torch.device("cpu"))
+        state = TrainState.build(config, parallel=parallel)
+        first = flow_matching_samples(12, config.objective.flow_matching_fraction)
+        mine = share(12, first, launch.rank, launch.world)
+    x0, y = batch()
+    for _ in range(2):
+        train_step(state, x0[mine], y[mine])
+    return {name: value.clone() for name, value in state.flow.state_dict().items()}
+
+
+def test_two_ranks_train_what_one_does():
+    alone, (one, two) = two_steps(None), on_ranks(2, two_steps)
+    for name, value in alone.items():
+        assert torch.equal(one[name], two[name])
+        # AdamW's first steps have the size of the rate, 2e-3, wherever a gradient is; sums of ranks round otherwise.
+        torch.testing.assert_close(one[name], value, rtol=0, atol=1e-5)

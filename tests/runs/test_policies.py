@@ -130,7 +130,7 @@ def test_what_is_asked_of_a_policy_that_it_is_not(run: Path, tmp_path: Path):
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="is a policy, whose samples are actions"):
         sample_main([str(run), "--out", str(tmp_path / "out")])
-    for form in ("hub", "pipeline"):
+    for form in ("hub", "diffusers"):
         with pytest.raises(ConfigError, match=f"--format {form}: .* is a policy; --format safetensors gives it away"):
             export_main([str(run), str(tmp_path / form), "--format", form])
     flow, config, _ = load_with_data(run)
