@@ -67,8 +67,6 @@ DIT_SIZES = {
 class DiTConfig:
     """The shape of a Diffusion Transformer; the defaults are DiT-XL/2 on 32 x 32 x 4 latents."""
 
-    kind: ModelKind = "dit"
-    """Network; dit: a Diffusion Transformer, unet: a U-Net without labels, which has other fields than these."""
     input_size: int = 32
     """Height and width of the input, in pixels or latent cells."""
     patch_size: int = 2
@@ -91,6 +89,8 @@ class DiTConfig:
     """Guidance scales, as 1,4, of which each image is trained with one of its own, in place of one for all.
 
     The network has an embedder for it (w), so that samples choose it without a second call (arXiv 2512.02012)."""
+    kind: ModelKind = "dit"
+    """Network; dit: a Diffusion Transformer, unet: a U-Net without labels, which has other fields than these."""
 
     @property
     def words(self) -> str:
@@ -119,7 +119,6 @@ class UNetConfig:
     null_label: ClassVar[bool] = True
     guidance_range: ClassVar[None] = None
 
-    kind: ModelKind = "unet"
     input_size: int = 32
     """Height and width of the input, in pixels."""
     in_channels: int = 3
@@ -135,6 +134,7 @@ class UNetConfig:
     """Probability with which a number inside a residual block is left out in training."""
     augmentation_labels: bool = True
     """Whether the network sees how an image was changed (`data.augment`), as nine numbers; of samples they are 0."""
+    kind: ModelKind = "unet"
 
     @property
     def words(self) -> str:
