@@ -66,8 +66,8 @@ def normed_mlp() -> Iterator[Arguments]:
         if residual[1] is None:  # the MLP follows attention, whose result is its branch
             continue
         weights = (ones(H, D, dtype=dtype), ones(H, dtype=dtype), ones(D, H, dtype=dtype), ones(D, dtype=dtype))
-        for defer_bias, keep_inner in ((False, False), (True, True)):
-            yield (*residual, *weights, "kernels", defer_bias, keep_inner)
+        for defer_bias, keep_inner, keep_norm in ((False, False, False), (True, True, False), (True, True, True)):
+            yield (*residual, *weights, "kernels", defer_bias, keep_inner, keep_norm)
 
 
 def stacked_linear() -> Iterator[Arguments]:

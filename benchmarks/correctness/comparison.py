@@ -15,6 +15,9 @@ from soflow_fast.training.state import TrainState
 
 LOSS_TOLERANCE = 2e-4
 GRADIENT_TOLERANCE = 5e-4
+STORED = 2**0.5 * 1.63e-3
+"""Root mean square of what bf16 rounds off gradients that are kept in it, twice: one part, and its sum with another. No
+batch makes it less."""
 ROUNDING_LIMIT = 0.1
 """The most that rounding may make of a quantity whose tolerance is measured: a wrong or missing one is off by more."""
 BATCH = 8

@@ -37,6 +37,7 @@ from benchmarks.correctness.comparison import (
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
     ROUNDING_LIMIT,
+    STORED,
     IncorrectResult,
     PlainNetwork,
     count_calls,
@@ -154,7 +155,9 @@ def check_in(
                 raise IncorrectResult(
                     f"{recipe.name}: {name} in {precision} is rounding by {error:.1e}, which hides all else"
                 )
-            tolerances[name] = 2 * error + (LOSS_TOLERANCE if name.endswith(("mse", "loss")) else GRADIENT_TOLERANCE)
+            stored = STORED if precision == "bf16" and name.startswith(("gradient", "update")) else 0.0
+            least = LOSS_TOLERANCE if name.endswith(("mse", "loss")) else GRADIENT_TOLERANCE
+            tolerances[name] = 2 * math.hypot(error, stored) + least
     if half_width is not None and state.precision == "fp32":
         tolerances["du/dt"] = 2 * relative([truth(rounding, at)], [derivatives["exact"]]) + LOSS_TOLERANCE
     elif tolerance is None and half_width is None:

@@ -5,6 +5,7 @@ updated weights, their EMA, and how often each recipe calls the network. Then lo
 precision that is timed: within twice of what rounding makes of the same formulas around the same network.
 """
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from benchmarks.correctness.comparison import (
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
     ROUNDING_LIMIT,
+    STORED,
     PlainNetwork,
     count_calls,
     error_of_square,
@@ -32,7 +34,7 @@ from benchmarks.harness.cases import random_batch
 from benchmarks.harness.recipes import OURS, Recipe, build, initial_flow, plain_operations
 from soflow_fast.config.schema import Config, override
 from soflow_fast.flow import SolutionFlow, per_sample
-from soflow_fast.training.precision import matmul_precision, resolve_device, resolve_precision
+from soflow_fast.training.precision import backward_precision, matmul_precision, resolve_device, resolve_precision
 from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import draw
 from soflow_kernels import consistency_loss, euler_lookahead, flow_matching_loss
@@ -131,7 +133,9 @@ def check_timed(config: Config, recipe: Recipe) -> dict[str, float]:
     errors["grad_norm"] = relative([metrics["grad_norm"]], [norm])
     if recipe.checked_steps == 1:  # a recording keeps its gradients to itself
         errors["gradient"] = relative([gradient(p) for p in state.flow.parameters()], exact.gradients)
-    tolerances["gradient"] = tolerances["grad_norm"] = 2 * rounding["gradient"] + GRADIENT_TOLERANCE
+    stored = STORED if any(p.dtype.itemsize == 2 for p in state.flow.parameters()) else 0.0
+    tolerances["grad_norm"] = 2 * rounding["gradient"] + GRADIENT_TOLERANCE
+    tolerances["gradient"] = 2 * math.hypot(rounding["gradient"], stored) + GRADIENT_TOLERANCE
     what = f"{recipe.name} in {precision} against float32"
     faults = [f"{name} is rounding by {e:.1e}" for name, e in rounding.items() if not e <= ROUNDING_LIMIT]
     return {f"{name} in {precision}": error for name, error in require(what, errors, tolerances, faults).items()}
@@ -167,7 +171,9 @@ def whole_step(network: PlainNetwork, state: TrainState, x0: Tensor, y: Tensor) 
         late = [value[sc] for value in (output, end - output.detach(), x_t, target, t, l, s)]
         second = consistency_loss(*late, p=c.p, eps=c.eps, coefficients=flow.coefficients)
         loss = first[0] * (n / B) + second[0] * ((B - n) / B)
-    return Exact(delta, q, gradients_of(loss, network.inner))
+        with backward_precision(network.precision or "fp32", x0.device):
+            gradients = gradients_of(loss, network.inner)
+    return Exact(delta, q, gradients)
 
 
 def check_precision(config: Config, recipe: Recipe = OURS) -> dict[str, float]:

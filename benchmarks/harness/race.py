@@ -170,10 +170,7 @@ def prepared(case: Case, recipe: Recipe, counted: Row | None = None) -> tuple[Ro
     step = functools.partial(recipe.step, state, x0, y)
     row = Row(case=case.describe(), recipe=recipe.name, precision=state.precision, batch=len(x0))
     row.parameters = state.parameter_count()
-    network = state.flow.network
-    if recipe.name.startswith(OURS.name):
-        backend, again = network.blocks[0].attn.backend, state.config.run.recompute
-        row.chosen = f"attention {backend}, MLP {network.mlp}, recompute {again}"
+    row.chosen = chosen(recipe, state)
     step()  # whatever is made or measured on a first call, such as the choice of an attention, is not to be counted
     if counted is None:
         _count(recipe, state, x0[:BATCH], y[:BATCH], row)
@@ -192,6 +189,14 @@ def prepared(case: Case, recipe: Recipe, counted: Row | None = None) -> tuple[Ro
     row.product_ceiling = ceilings.product_ceiling(device, state.precision)
     row.copy_ceiling = ceilings.copy_ceiling(device)
     return row, step
+
+
+def chosen(recipe: Recipe, state: TrainState) -> str:
+    """In words, the ways of a recipe of ours; empty: of another."""
+    if not recipe.name.startswith(OURS.name):
+        return ""
+    network, again = state.flow.network, state.config.run.recompute
+    return f"attention {network.blocks[0].attn.backend}, MLP {network.mlp}, recompute {again}"
 
 
 def _count(recipe: Recipe, state: TrainState, x0: Tensor, y: Tensor, row: Row) -> None:

@@ -47,7 +47,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soflow_kernels._dispatch import check_dtype, check_tensor, inner_unit, jit, launch, operation, tl, use_kernel
+from soflow_kernels._dispatch import (
+    check_dtype,
+    check_tensor,
+    inner_unit,
+    jit,
+    launch,
+    operation,
+    tl,
+    transformed,
+    use_kernel,
+)
 from soflow_kernels._reduce import finish, split_rows
 from soflow_kernels._rows import backward_layout, centre, forward_layout, load, stages, store
 from soflow_kernels.gated_residual import gate_residual_reference
@@ -93,7 +103,13 @@ def layernorm_modulate_reference(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """`layernorm_modulate` in plain PyTorch: any device and dtype, any order of differentiation."""
-    return _modulated(F.layer_norm(x, x.shape[-1:], None, None, eps), shift, scale, out_dtype or x.dtype)
+    # A GPU's norm of half precision has a tangent in float32, which no product takes beside a value in half.
+    normed = F.layer_norm(_wide(x) if transformed() else x, x.shape[-1:], None, None, eps)
+    return _modulated(normed if normed.dtype == x.dtype else normed.to(x.dtype), shift, scale, out_dtype or x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gate_residual_layernorm_modulate_reference(

@@ -32,7 +32,7 @@ from soflow_kernels import (
 from soflow_kernels.adaln import adaln_bwd, adaln_fwd
 from soflow_kernels.packed_gradient import qkv_gradient, token_sum
 
-from .mlp_products import mlp_products
+from .mlp_products import QUACK, mlp_products
 
 EPS = 1e-6
 """Epsilon of every norm."""
@@ -224,19 +224,22 @@ class _NormedLinear(torch.autograd.Function):
 
 
 class _NormedMLP(torch.autograd.Function):
-    """x', LN(x') modulated, and the MLP; keeps x', the branch, the statistics and (`keep_inner`) the inner values.
+    """x', LN(x') modulated, and the MLP; keeps x', the branch, the statistics and, as told, inner values and norm.
 
     mlp: who makes the products around the GELU (`mlp_products`). defer_bias: the last bias is left out. The inner
     values are returned as well, as the product left them and without gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, branch, gate, branch_bias, shift, scale, w1, b1, w2, b2, mlp, defer_bias, keep_inner):
+    def forward(
+        ctx: Any, x, branch, gate, branch_bias, shift, scale, w1, b1, w2, b2, mlp, defer_bias, keep_inner, keep_norm
+    ):
         x, h, mean, rstd = adaln_fwd(x, branch, gate, shift, scale, EPS, branch_bias, w1.dtype)
         u, inner = mlp_products(mlp, x, w1.dtype).forward(h, w1, b1)
         out = F.linear(inner, w2, None if defer_bias else b2)
         ctx.save_for_backward(
-            x, branch, gate, branch_bias, shift, scale, mean, rstd, w1, b1, w2, u if keep_inner else None
+            *(x, branch, gate, branch_bias, shift, scale, mean, rstd, w1, b1, w2),
+            *(u if keep_inner else None, h if keep_norm else None),
         )
         ctx.mlp, ctx.defer_bias = mlp, defer_bias
         ctx.mark_non_differentiable(u)
@@ -246,21 +249,23 @@ class _NormedMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dsum, dout, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, branch, gate, branch_bias, shift, scale, mean, rstd, w1, b1, w2, u = ctx.saved_tensors
+        x, branch, gate, branch_bias, shift, scale, mean, rstd, w1, b1, w2, u, h = ctx.saved_tensors
         if dout is None:
             dout = x.new_zeros(*x.shape[:-1], len(w2), dtype=w2.dtype)
         products = mlp_products(ctx.mlp, x, w1.dtype)
         if u is None:
-            u = products.product(layernorm_modulate(x, shift, scale, EPS, w1.dtype), w1, b1)
+            u = products.product(layernorm_modulate(x, shift, scale, EPS, w1.dtype) if h is None else h, w1, b1)
         du, db1, inner = products.backward(dout, w2, u, b1)
         del u
         dout = dout.flatten(0, -2)
         dw2, db2 = dout.t() @ inner.flatten(0, -2), None if ctx.defer_bias else dout.sum(0)
         del inner
-        d = adaln_bwd(du @ w1, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS, shift)
-        assert d.out is not None
-        dw1 = du.flatten(0, -2).t() @ d.out.flatten(0, -2)
-        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dw1, db1, dw2, db2, None, None, None
+        again = shift if h is None else None
+        d = adaln_bwd(du @ w1, dsum, x, branch, gate, scale, branch_bias, mean, rstd, EPS, again)
+        h = d.out if h is None else h
+        assert h is not None
+        dw1 = du.flatten(0, -2).t() @ h.flatten(0, -2)
+        return d.x, d.y, d.gate, d.bias, d.shift, d.scale, dw1, db1, dw2, db2, *[None] * 4
 
 
 def _composed() -> bool:
@@ -321,12 +326,14 @@ def normed_mlp(
     before the GELU, and whether these lack the first bias.
 
     Where `defers_bias`, the last bias is left out of the MLP. The values before the GELU come without gradient, None
-    unless they are at hand (`taped`: they are). mlp: who makes the products around the GELU where the norm is not kept.
+    unless they are at hand (`taped`: they are). mlp: who makes the products around the GELU where there is a backward.
     """
     defer_bias = defers_bias(residual.x)
-    if not (save.norms or _composed()):
-        out: Any = _NormedMLP.apply(*residual, shift, scale, *fc1, *fc2, mlp, defer_bias, save.inner)
-        return *out, mlp_products(mlp, residual.x, fc1.weight.dtype).defers_bias
+    products = mlp_products(mlp, residual.x, fc1.weight.dtype)
+    # Where norms and GELUs are kept, operations one by one keep them; quack's products have their GELU in themselves.
+    if not _composed() and (products is QUACK or not save.norms):
+        out: Any = _NormedMLP.apply(*residual, shift, scale, *fc1, *fc2, mlp, defer_bias, save.inner, save.norms)
+        return *out, products.defers_bias
     x, h = _norm(residual, shift, scale, fc1.weight.dtype)
     if taped or (torch.is_grad_enabled() and (defer_bias or h.dtype != torch.float32)):
         u, inner = mlp_products("kernels", residual.x, fc1.weight.dtype).forward(h, *fc1)
