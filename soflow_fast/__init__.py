@@ -7,12 +7,13 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .config.presets import preset
-    from .config.schema import Config, DiTConfig, ObjectiveConfig
+    from .config.schema import Config, DiTConfig, ObjectiveConfig, UNetConfig
     from .flow import SolutionFlow
     from .hub import from_pretrained, push_to_hub, save_pretrained
     from .models.dit import DiT
     from .models.official import load_official
     from .models.paired_forward import paired_forward
+    from .models.unet import UNet
     from .objective import LossTerm, Objective
     from .rng import generator
     from .runs.checkpoint import export, load
@@ -32,6 +33,8 @@ _HOMES = {
     "OneStep": "sampling",
     "SolutionFlow": "flow",
     "TrainState": "training.state",
+    "UNet": "models.unet",
+    "UNetConfig": "config.schema",
     "draw": "training.step",
     "export": "runs.checkpoint",
     "from_pretrained": "hub",
@@ -58,6 +61,8 @@ __all__ = [
     "OneStep",
     "SolutionFlow",
     "TrainState",
+    "UNet",
+    "UNetConfig",
     "__version__",
     "draw",
     "export",

@@ -200,7 +200,8 @@ def test_a_card_of_a_hostile_data_set_stays_in_its_lines(run: Path) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_command_in_the_card_trains_the_same(name: str) -> None:
-    changes = {"steps": 30, "seed": 7, "objective.sc_time": (0.25, 1.5), "data.resize": True, "model.depth": 3}
+    layers = {"dit": "model.depth", "unet": "model.blocks"}[preset(name).model.kind]
+    changes = {"steps": 30, "seed": 7, "objective.sc_time": (0.25, 1.5), "data.resize": True, layers: 3}
     config = preset(name, run_dir="/secret", compile=True, **changes)
     words = shlex.split(card.command(config))
     assert words[:3] == ["python", "-m", "soflow_fast.train"] and "/secret" not in words
@@ -209,8 +210,9 @@ def test_the_command_in_the_card_trains_the_same(name: str) -> None:
     assert replace(got, run=RunConfig(), data=replace(got.data, path="")) == wanted
 
 
-def test_the_command_of_another_preset_names_all_that_differs() -> None:
-    config = replace(preset("cifar10"), preset="mine")
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-unet"])
+def test_the_command_of_another_preset_names_all_that_differs(name: str) -> None:
+    config = replace(preset(name), preset="mine")
     got, _ = configuration(shlex.split(card.command(config))[3:])
     assert (got.model, got.optim, got.objective, got.steps) == (
         *(config.model, config.optim, config.objective),
@@ -267,7 +269,7 @@ def test_what_cannot_be_saved_is_named(run: Path, saved: Path, tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         flow.save_pretrained(tmp_path / "file")
-    with pytest.raises(ValueError, match="its network is a Linear; only a DiT can be saved"):
+    with pytest.raises(ValueError, match="its network is a Linear; only a DiT or a U-Net can be saved"):
         SolutionFlow(torch.nn.Linear(1, 1)).save_pretrained(tmp_path / "new")
     broken = small_flow()
     broken.network.x_embedder.proj.bias[0] = float("nan")

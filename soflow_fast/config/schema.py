@@ -67,9 +67,6 @@ DIT_SIZES = {
 class DiTConfig:
     """The shape of a Diffusion Transformer; the defaults are DiT-XL/2 on 32 x 32 x 4 latents."""
 
-    kind: ModelKind = "dit"
-    """Network; dit: a Diffusion Transformer, unet: a U-Net without labels, policy: an MLP of action
-    chunks; these two have other fields."""
     input_size: int = 32
     """Height and width of the input, in pixels or latent cells."""
     patch_size: int = 2
@@ -96,6 +93,9 @@ class DiTConfig:
     """Guidance scales, as 1,4, of which each image is trained with one of its own, in place of one for all.
 
     The network has an embedder for it (w), so that samples choose it without a second call (arXiv 2512.02012)."""
+    kind: ModelKind = "dit"
+    """Network; dit: a Diffusion Transformer, unet: a U-Net without labels, policy: an MLP on chunks of actions;
+    these two have other fields."""
 
     @property
     def conditional(self) -> bool:
@@ -136,7 +136,6 @@ class UNetConfig:
     condition_size: ClassVar[int] = 0
     conditional: ClassVar[bool] = False
 
-    kind: ModelKind = "unet"
     input_size: int = 32
     """Height and width of the input, in pixels."""
     in_channels: int = 3
@@ -152,6 +151,7 @@ class UNetConfig:
     """Probability with which a number inside a residual block is left out in training."""
     augmentation_labels: bool = True
     """Whether the network sees how an image was changed (`data.augment`), as nine numbers; of samples they are 0."""
+    kind: ModelKind = "unet"
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -174,7 +174,6 @@ class PolicyConfig:
     guidance_range: ClassVar[None] = None
     conditional: ClassVar[bool] = True
 
-    kind: ModelKind = "policy"
     obs_size: int = 0
     """Numbers in an observation; 0: as many as the demonstrations have."""
     action_dim: int = 0
@@ -186,6 +185,7 @@ class PolicyConfig:
     """Residual blocks of two linear layers each."""
     executed: int = 4
     """Actions of a chunk that are executed before the next one is drawn."""
+    kind: ModelKind = "policy"
 
     @property
     def condition_size(self) -> int:

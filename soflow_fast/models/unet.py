@@ -133,7 +133,7 @@ class UNet(nn.Module):
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         here, skips = C, [C]
 
-        def block(out: int, size: int, attention: bool, skip: int = 0, **resample: bool) -> UNetBlock:
+        def block(out: int, attention: bool, skip: int = 0, **resample: bool) -> UNetBlock:
             nonlocal here
             made = UNetBlock(here + skip, out, E, config.dropout, attention=attention, **resample)
             here = out
@@ -146,22 +146,22 @@ class UNet(nn.Module):
             if level == 0:
                 self.enc[f"{size}x{size}_conv"] = nn.Conv2d(config.in_channels, C, 3, padding=1)
             else:
-                self.enc[f"{size}x{size}_down"] = block(here, size, False, down=True)
+                self.enc[f"{size}x{size}_down"] = block(here, False, down=True)
                 skips.append(here)
             for k in range(config.blocks):
-                self.enc[f"{size}x{size}_block{k}"] = block(width, size, attends)
+                self.enc[f"{size}x{size}_block{k}"] = block(width, attends)
                 skips.append(here)
         for level, width in reversed([*enumerate(widths)]):
             size = config.input_size >> level
             attends = size in config.attention_sizes
             if level == len(widths) - 1:
-                self.dec[f"{size}x{size}_in0"] = block(here, size, True)
-                self.dec[f"{size}x{size}_in1"] = block(here, size, False)
+                self.dec[f"{size}x{size}_in0"] = block(here, True)
+                self.dec[f"{size}x{size}_in1"] = block(here, False)
             else:
-                self.dec[f"{size}x{size}_up"] = block(here, size, False, up=True)
+                self.dec[f"{size}x{size}_up"] = block(here, False, up=True)
             for k in range(config.blocks + 1):
                 last = k == config.blocks
-                self.dec[f"{size}x{size}_block{k}"] = block(width, size, attends and last, skips.pop())
+                self.dec[f"{size}x{size}_block{k}"] = block(width, attends and last, skips.pop())
         size = config.input_size
         self.dec[f"{size}x{size}_aux_norm"] = nn.GroupNorm(groups(here), here, eps=EPS)
         self.dec[f"{size}x{size}_aux_conv"] = nn.Conv2d(here, config.in_channels, 3, padding=1)

@@ -75,7 +75,7 @@ class SoFlowPolicy(nn.Module):
         noise at t = 0 (`NOISE_AT_ZERO`). Raises ValueError naming a size that is not a whole number above 0, or a
         `hidden_size` that is odd."""
         super().__init__()
-        self.config = PolicyConfig("policy", obs_size, action_dim, action_horizon, hidden_size, num_layers, executed=1)
+        self.config = PolicyConfig(obs_size, action_dim, action_horizon, hidden_size, num_layers, executed=1)
         validate_model(self.config)
         for name in ("obs_size", "action_dim"):
             if not getattr(self.config, name):

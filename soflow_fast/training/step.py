@@ -102,8 +102,8 @@ def draw(state: TrainState, shape: Sequence[int]) -> Draws:
     if config.data.augment:
         changes = Changes.drawn(whole, config.data.augment, source("augmentation")).stacked
     if isinstance(config.model, UNetConfig) and config.model.dropout:
-        bounds, kind = (-(2**31), 2**31), torch.int32
-        seeds = torch.randint(*bounds, (whole,), generator=source("dropout"), device=state.device, dtype=kind)
+        seeds = torch.empty(whole, dtype=torch.int32, device=state.device)
+        seeds.random_(-(2**31), 2**31, generator=source("dropout"))
     times_of = torch.cat([t_fm, t_sc]), torch.cat([t_fm, l_sc]), torch.cat([t_fm, s_sc])
     drawn = x1, *times_of, dropped, w, changes, seeds
     if state.world == 1:

@@ -458,7 +458,7 @@ def test_a_network_of_another_kind_begins_with_its_defaults() -> None:
     config = override(preset("digits"), {"model.channels": "64", "model.kind": "unet", "model.multipliers": "1, 2,2"})
     assert config.model == UNetConfig(channels=64, multipliers=(1, 2, 2))
     assert from_json(to_json(config)) == config and override(config, {"model.kind": "dit"}).model == DiTConfig()
-    assert difference(preset("digits"), config)[0] == "model.kind: 'dit' -> 'unet'"
+    assert "model.kind: 'dit' -> 'unet'" in difference(preset("digits"), config)
     assert from_json('{"model": {"kind": "unet", "attention_sizes": [0]}}').model == UNetConfig(attention_sizes=(0,))
     assert from_json('{"model": {"depth": 2}}').model == DiTConfig(depth=2)  # a file from before there were two
 

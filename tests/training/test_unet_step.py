@@ -276,4 +276,4 @@ def test_the_preset_is_the_published_recipe():
     assert (objective.r_init, objective.r_end, objective.r_schedule) == (1.0, 0.0003125, "exponent")
     assert (config.batch_size, config.steps, config.data.augment) == (1024, 800_000, 0.12)
     assert (optim.kind, optim.ema_every, optim.ema_precision) == ("radam", 16, "fp64")
-    assert dataclasses.astuple(model) == ("unet", 32, 3, 128, (2, 2, 2), 4, (16,), 0.3, True)
+    assert dataclasses.astuple(model) == (32, 3, 128, (2, 2, 2), 4, (16,), 0.3, True, "unet")

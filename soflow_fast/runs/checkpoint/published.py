@@ -44,7 +44,7 @@ def describe(flow: SolutionFlow, origin: Origin | None) -> dict[str, Any]:
     """The content of config.json. Raises ValueError if the network is none that `load` could build."""
     config = getattr(flow.network, "config", None)
     if not isinstance(config, ModelConfig):
-        raise ValueError(f"flow: its network is a {type(flow.network).__name__}; only a DiT or UNet can be saved")
+        raise ValueError(f"flow: its network is a {type(flow.network).__name__}; only a DiT or a U-Net can be saved")
     if isinstance(config, PolicyConfig):
         raise ValueError("flow: is a policy, which `export` gives away, with what it was trained on")
     known = {"data": None, "run": None} if origin is None else to_values(published(origin))
