@@ -206,6 +206,8 @@ def _evaluate_flow(
     schedules = schedules or [(nfe, None) for nfe in ((1, 2) if flow.solves else (usual_calls(flow),))]
     if w is not None and not values.json:
         print(f"guidance {w:g}")
+    if model.condition_size and vectors is None and not values.json:
+        print("without conditions: --conditions FILE gives the samples some")
     if values.reference:
         finish_on = finish_with(to_uint8, decode_on)
         judge = _judge(values, side, devices)

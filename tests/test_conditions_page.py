@@ -34,13 +34,13 @@ def test_the_small_example_runs(call: Callable[..., Any], tmp_path: Path, monkey
         assert (result.code, result.err) == (0, ""), line
     assert "conditions: 2 of wanted.npy" in result.out
     assert {path.name for path in Path("out").glob("0*.png")} == {"00000.png", "00001.png"}
-    found = load(Path("squares"), Wanted(16, 3))
+    found = load(Path("squares"), Wanted(8, 3))
     conditions = conditions_of(found, "squares")
     assert conditions is not None and found.names is not None
     for number, name in ((0, "0.png"), (1, "1.png"), (2, "10.png")):  # a vector tells the colour of its own image
         assert found.names[number] == name
         y = conditions.rows(torch.tensor([number])).numpy()[0]
-        x, row = (int(4 * (v + 1)) for v in y[3:])
+        x, row = (int(2 * (v + 1)) for v in y[3:])
         pixel = found.read(torch.tensor([number]))[0, :, row, x].numpy()
         assert np.abs(pixel - 255 * (y[:3] + 1) / 2).max() <= 1
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -50,18 +50,13 @@ def read_vectors(path: Path) -> Vectors:
     try:
         with regular_file(path, LARGEST, follow=True) as file:
             beginning = file.read(6)
-        if not beginning.startswith((b"PK", b"\x93NUMPY")):
-            raise DataError(f"{FLAG} {path}: is neither .npz nor .npy")
-        found = np.load(path, mmap_mode="c", allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            names, values = None, found
-        else:
-            with found:
-                for name in ("names", "vectors"):
-                    if name not in found.files:
-                        has = ", ".join(map(printable, found.files[:4])) or "nothing"
-                        raise DataError(f"{FLAG} {path}: must hold names and vectors, it has {has}")
-                names, values = found["names"], found["vectors"]
+            file.seek(0)
+            if beginning.startswith(b"PK"):
+                names, values = _named(path, file)
+            elif beginning.startswith(b"\x93NUMPY"):
+                names, values = None, np.load(path, mmap_mode="c", allow_pickle=False)
+            else:
+                raise DataError(f"{FLAG} {path}: is neither .npz nor .npy")
     except DataError:
         raise
     except OSError as error:
@@ -77,6 +72,16 @@ def read_vectors(path: Path) -> Vectors:
         count = " x ".join(map(str, names.shape))
         raise vectors.error(f"must have one name, text, for each of {len(values)} vectors, got {names.dtype}, {count}")
     return vectors
+
+
+def _named(path: Path, file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """Names and vectors of a .npz that is open: of a damaged one that it opens itself, numpy would leave it open."""
+    with np.load(file, allow_pickle=False) as found:
+        for name in ("names", "vectors"):
+            if name not in found.files:
+                has = ", ".join(map(printable, found.files[:4])) or "nothing"
+                raise DataError(f"{FLAG} {path}: must hold names and vectors, it has {has}")
+        return found["names"], found["vectors"]
 
 
 def first_not_finite(values: np.ndarray) -> int | None:

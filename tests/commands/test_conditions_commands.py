@@ -106,6 +106,8 @@ def test_figures_are_of_the_vectors_that_are_given(call: Call, run: Path, tmp_pa
         for more in ([], ["--conditions", given])
     ]
     assert found[0] != found[1]
+    said = call("evaluate", run, *flags[:-1]).out
+    assert said.startswith("without conditions: --conditions FILE gives the samples some\n")
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate"])

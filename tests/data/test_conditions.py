@@ -1,5 +1,6 @@
 """Vectors beside samples: by name and in order, checked, in batches of a source and in folders of latents."""
 
+import gc
 import io
 import pickle
 import tarfile
@@ -157,6 +158,7 @@ def test_other_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
     ):
         file.write_bytes(content)
         assert refusal(place, file).startswith(f"--conditions {file}: {said}")
+    gc.collect()  # a file that was left open would be noticed by another test
     np.savez(file, latents=vectors())
     assert refusal(place, file) == f"--conditions {file}: must hold names and vectors, it has latents"
     assert refusal(place, tmp_path / "none.npz") == f"--conditions {tmp_path / 'none.npz'}: No such file or directory"

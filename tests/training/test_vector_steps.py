@@ -100,6 +100,21 @@ def test_a_step_on_one_hot_vectors_is_that_on_labels(kind, precision):
         torch.testing.assert_close(gradients(state)[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_a_step_has_the_losses_of_one_call_at_a_time():
+    state, other = build(), build()
+    x0, y = batch()
+    draws = draw(state, x0.shape)
+    fm, sc = slice(0, draws.n_fm), slice(draws.n_fm, 8)
+    objective, flow, dropped = other.objective, other.flow, draws.label_dropped
+    wanted = objective.flow_matching(flow, x0[fm], draws.x1[fm], draws.t[fm], y[fm], dropped[fm])
+    times = draws.t[sc], draws.l[sc], draws.s[sc]
+    also = objective.consistency(flow, x0[sc], draws.x1[sc], *times, y[sc], dropped[sc])
+    metrics = train_step(state, x0, y, draws=draws)
+    for name, term in (("fm", wanted), ("sc", also)):
+        for part, value in zip(term._fields, term, strict=True):
+            torch.testing.assert_close(metrics[f"{name}_{part}"], value.detach(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("teacher", ["student", "ema"])
 def test_micro_batches_and_called_modules_have_the_same_gradients(precision, teacher):
