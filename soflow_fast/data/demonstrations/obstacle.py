@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 STEPS = 40
 SPEED = 0.05
 """Length of a step at an action of 1."""
-CENTRE, RADIUS = np.array([0.0, 0.4]), 0.25
+CENTRE, RADIUS = np.array([0.0, 0.4]), 0.2
 GOAL = np.array([0.0, 1.0])
-PASSAGE = 0.5
+PASSAGE = 0.4
 """How far beside the obstacle's centre the expert passes it."""
 START = 0.02
 """Starts are in [-START, START] beside the middle, on the line below the obstacle."""
