@@ -200,13 +200,13 @@ def test_a_card_of_a_hostile_data_set_stays_in_its_lines(run: Path) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_command_in_the_card_trains_the_same(name: str) -> None:
-    layers = {"dit": "model.depth", "unet": "model.blocks"}[preset(name).model.kind]
+    layers = {"dit": "model.depth", "unet": "model.blocks", "policy": "model.num_layers"}[preset(name).model.kind]
     changes = {"steps": 30, "seed": 7, "objective.sc_time": (0.25, 1.5), "data.resize": True, layers: 3}
     config = preset(name, run_dir="/secret", compile=True, **changes)
     words = shlex.split(card.command(config))
     assert words[:3] == ["python", "-m", "soflow_fast.train"] and "/secret" not in words
     got, _ = configuration(words[3:])
-    wanted = replace(config, run=RunConfig(), micro_batch=got.micro_batch)
+    wanted = replace(config, run=RunConfig(), micro_batch=got.micro_batch, data=replace(config.data, path=""))
     assert replace(got, run=RunConfig(), data=replace(got.data, path="")) == wanted
 
 

@@ -66,15 +66,15 @@ def test_one_call_takes_one_of_two_ways_and_regression_their_mean():
 
 @pytest.mark.slow
 def test_one_call_passes_the_obstacle_where_behaviour_cloning_runs_into_it(monkeypatch: pytest.MonkeyPatch):
-    """One seed of the study at half of its steps, and of fewer episodes."""
+    """One seed of the study at two thirds of its steps, and of fewer episodes."""
     pytest.importorskip("gymnasium")
     monkeypatch.setattr(policies, "EPISODES", 50)
     threads = torch.get_num_threads()
     try:
-        rows = [row for method in ("SoFlow", "behaviour cloning") for row in policies.run("obstacle", method, 0, 1500)]
+        rows = [row for method in ("SoFlow", "behaviour cloning") for row in policies.run("obstacle", method, 0, 2000)]
     finally:
         torch.set_num_threads(threads)
     share = {row["method"]: row["share"] for row in rows}
-    assert share["SoFlow, 1 call"] > 0.85
-    assert share["SoFlow, 2 calls"] > 0.9
-    assert share["behaviour cloning, mean squared error"] < 0.6
+    assert share["SoFlow, 1 call"] > 0.9
+    assert share["SoFlow, 2 calls"] > 0.95
+    assert share["behaviour cloning, mean squared error"] < 0.85
