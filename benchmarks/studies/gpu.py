@@ -9,6 +9,7 @@ are.
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -48,6 +49,7 @@ def parts(minutes: float, cpu: bool = False) -> list[Part]:
     scale = minutes / 10
     python, pytest = [sys.executable, "-m"], [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     bounded = [*pytest, "-p", "benchmarks.harness.within", f"--within={WITHIN}"]
+    tests = bounded + beside_each_other(os.cpu_count() or 1)
     step = [*python, "benchmarks.step", f"--seconds={12 * scale:g}", f"--within={WITHIN}"]
     step += ["--only=digits"] if cpu else ["--every"] * (minutes >= ALL)
     kernels = "tests/kernels/test_math.py" if cpu else "tests/kernels"
@@ -63,14 +65,22 @@ def parts(minutes: float, cpu: bool = False) -> list[Part]:
     operations = [*bounded, "benchmarks/test_kernels.py", "--record", f"--kernel-seconds={0.3 * scale:g}"]
     return [
         Part("environment", 15, [*python, "soflow_fast.train", "--env"]),
-        Part("kernels' tests", 75, [*bounded, "--taking=device", kernels]),
+        Part("kernels' tests", 75, [*tests, "--taking=device", kernels]),
         Part("the step", 350, step),
         Part("operations", 80, operations),
-        Part("engine's tests", 25, [*bounded, *engine]),
+        Part("engine's tests", 25, [*tests, *engine]),
         Part("sampling", 25, [*python, "benchmarks.sampling", f"--seconds={3 * scale:g}", f"--within={WITHIN}"]),
         Part("sweeps", 30, [*python, "benchmarks.sweeps", f"--seconds={2 * scale:g}", f"--within={WITHIN}"]),
         *([Part("the largest batches", 600, largest)] if minutes >= ALL and not cpu else []),
     ]
+
+
+def beside_each_other(processors: int) -> list[str]:
+    """Arguments by which tests run in several processes, where pytest-xdist and enough processors are there: compiling
+    kernels takes most of their time, on the host."""
+    if importlib.util.find_spec("xdist") is None or processors < 8:
+        return []
+    return ["-n", str(min(processors - 2, 12)), "-p", "no:benchmark"]
 
 
 def run(part: Part, seconds: float, environment: dict[str, str]) -> str | None:

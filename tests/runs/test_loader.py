@@ -91,6 +91,17 @@ def test_a_worker_that_is_killed_is_told_in_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_pool_that_has_lost_a_worker_does_not_wait_for_the_others() -> None:
+    reader = Reader(source(Here(20)), workers=3)
+    os.kill(int(reader.read(0)[0][0]), signal.SIGKILL)
+    with pytest.raises(DataError):
+        for step in range(1, 200):
+            reader.read(step)
+    processes = reader._ahead._forks._made
+    reader.close()
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 3, "and not of the alarm of `serve`"
+
+
 def test_closing_ends_the_workers() -> None:
     reader = Reader(source(Here(20)), workers=2)
     pids = {int(reader.read(step)[0][0]) for step in range(4)}

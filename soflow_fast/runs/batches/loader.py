@@ -1,6 +1,7 @@
 """Batches read ahead, in processes of their own where samples must be decoded."""
 
 import multiprocessing
+import multiprocessing.context
 import os
 import warnings
 from collections import deque
@@ -45,6 +46,23 @@ def workers_for(dataset: Dataset, workers: int = AUTO, devices: int = 1) -> int:
     return 0 if quick else max(1, min(MOST_WORKERS * devices, processors() - 1))
 
 
+class _Forks(multiprocessing.context.ForkContext):
+    """Forks that are known: those of a pool that has lost one are told to end, and would take their time
+    (`signals.serve`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[Any] = []
+
+    def Process(self, *given: Any, **named: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._made.append(multiprocessing.context.ForkProcess(*given, **named))
+        return self._made[-1]
+
+    def kill(self) -> None:
+        for process in self._made:
+            process.kill()
+
+
 class Ahead(Generic[Item, Result]):
     """`read` of one item after the other, which processes do ahead of the one who asks. They begin with the first.
 
@@ -59,6 +77,7 @@ class Ahead(Generic[Item, Result]):
         self.workers = workers
         self._read, self._lost = read, lost
         self._pool: ProcessPoolExecutor | None = None
+        self._forks = _Forks()
 
     def results(self, items: Iterable[Item]) -> Iterator[Result]:
         """`read(item)` of each, in order; AHEAD items for each process are under way. Raises DataError."""
@@ -75,6 +94,8 @@ class Ahead(Generic[Item, Result]):
         except RuntimeError as error:  # a pool that is broken, or torch's
             if not isinstance(error, BrokenProcessPool) and "shared memory" not in str(error):
                 raise
+            if isinstance(error, BrokenProcessPool):
+                self._forks.kill()
             raise DataError(self._lost) from None
         finally:
             for future in ahead:
@@ -83,8 +104,8 @@ class Ahead(Generic[Item, Result]):
     def _submit(self, items: Iterable[Item], ahead: deque[Future[Result]]) -> None:
         if self._pool is None:
             # The index of a large set is shared with a process that is forked, and sent to any other.
-            context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(self.workers, context, _begin_worker, (self._read, os.getpid()))
+            self._forks = _Forks()
+            self._pool = ProcessPoolExecutor(self.workers, self._forks, _begin_worker, (self._read, os.getpid()))
         with warnings.catch_warnings():  # from Python 3.12 on, of threads; those of torch do not run in the fork
             warnings.simplefilter("ignore", DeprecationWarning)
             ahead.extend(self._pool.submit(_work, item) for item in items)

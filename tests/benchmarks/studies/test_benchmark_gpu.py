@@ -87,6 +87,13 @@ def test_the_plan_is_said_first_and_what_is_left_out_last(tmp_path, capfd):
     ]
 
 
+def test_tests_run_beside_each_other_where_they_can(monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
+    assert gpu.beside_each_other(4) == [] and gpu.beside_each_other(16)[:2] == ["-n", "12"]
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert gpu.beside_each_other(16) == []
+
+
 def part(name: str, code: str, share: float = 1.0) -> gpu.Part:
     return gpu.Part(name, share, [sys.executable, "-c", code])
 
