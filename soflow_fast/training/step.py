@@ -159,9 +159,8 @@ def train_step(
     copied to the host.
 
     draws: noise, times, dropped labels and, of a network with a `guidance_range`, guidance scales, on any device, such
-    as those that another implementation was fed with; without changes of the images or seeds of the dropout there is
-    neither. None: those of `draw`. Of several ranks each gives its own, with
-    the `n_fm` of its `draw`.
+    as those that another implementation was fed with; None: those of `draw`. Of several ranks each gives its own, with
+    the `n_fm` of its `draw`. Without changes of the images or seeds of the dropout there is neither.
     observe: called for each micro-batch as `observe("micro-batch", number=)`, `observe("guidance", null=, labelled=)`,
     `observe("student", samples=, output=)`, `observe("target", points=, value=, increment=)`,
     `observe("losses", fm=, sc=)` and, just before its backward, `observe("backward", loss=)`; then, before the update,
