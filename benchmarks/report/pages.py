@@ -14,6 +14,7 @@ from benchmarks.harness.command import Parser
 from benchmarks.harness.race import figures, speed_ups
 from benchmarks.report import plots, record
 from benchmarks.report.compare import compare, find
+from benchmarks.report.gpu_tables import choices_table, timeline_table
 from benchmarks.report.tables import (
     distance_table,
     efficiency,
@@ -398,6 +399,20 @@ def soak(run: dict) -> str:
     return measured(run, note)
 
 
+def timeline(run: dict) -> str:
+    """A record of benchmarks.timeline as Markdown."""
+    said = f" {run['note']}" if "note" in run else ""
+    said += "".join(f" {row['recipe']}: {row['note']}." for row in run["rows"] if "note" in row)
+    note = f"Milliseconds of kernels by kind, from a trace of two steps. `{run['command']}`.{said}"
+    return f"{timeline_table(run['rows'])}\n\n{measured(run, note)}"
+
+
+def choices(run: dict) -> str:
+    """A record of what `--attention auto` and `run.mlp` found on a GPU, as Markdown."""
+    note = f"On the way of `{run['command']}`."
+    return f"{choices_table(run['rows'])}\n\n{measured(run, note)}"
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -406,10 +421,15 @@ class Block(NamedTuple):
     render: Callable[[dict], str]
     plot: tuple[Callable[[dict, Path], None], str] | None = None
     """The function that draws the same record, and the file that it draws."""
+    gpu: bool | None = None
+    """Whether it shows a record of a GPU alone, or of a CPU alone."""
 
 
 BLOCKS = {
-    "step": Block("docs/performance.md", "step", table),
+    "step": Block("docs/performance.md", "step", table, gpu=False),
+    "step-gpu": Block("docs/performance.md", "step", table, gpu=True),
+    "timeline": Block("docs/performance.md", "timeline", timeline),
+    "choices": Block("docs/performance.md", "choices", choices),
     "quality-for-time": Block(
         "docs/performance.md", "quality-for-time", quality_for_time, (plots.quality_for_time, "docs/quality.svg")
     ),
@@ -492,7 +512,7 @@ def bring_up_to_date(root: Path, folder: Path, check: bool) -> int:
 
     Raises UserError naming the record, page or package that stands in the way.
     """
-    runs = {name: run for name, block in BLOCKS.items() if (run := record.newest(folder, block.benchmark))}
+    runs = {name: run for name, block in BLOCKS.items() if (run := record.newest(folder, block.benchmark, block.gpu))}
     if not runs:
         raise UserError(f"no record in {record.shown(folder)}: make one with pytest benchmarks/ --record")
     differing = []

@@ -223,11 +223,12 @@ def read(path: Path) -> dict:
     return found | {"file": path.name}
 
 
-def newest(folder: Path | None = None, benchmark: str = "step") -> dict | None:
-    """The record of a benchmark to show, None if there is none: one of a GPU before one of a CPU, one that is finished
-    before one that is not, and then the latest. Raises BadRecord if any file of the folder is damaged."""
+def newest(folder: Path | None = None, benchmark: str = "step", gpu: bool | None = None) -> dict | None:
+    """The record of a benchmark to show, None if there is none: one of a GPU before one of a CPU (gpu: only the one, or
+    only the other), one that is finished before one that is not, and then the latest. Raises BadRecord if any file of
+    the folder is damaged."""
     found = [read(path) for path in sorted((folder or RECORDS).glob("*.json"))]
-    mine = [run for run in found if run.get("benchmark") == benchmark]
+    mine = [run for run in found if run.get("benchmark") == benchmark and gpu in (None, "gpu" in run)]
     return max(mine, key=lambda run: ("gpu" in run, not run.get("unfinished"), run["date"]), default=None)
 
 

@@ -1,9 +1,12 @@
 """GPUs for predictions: memory, and rates at which they are assumed to work.
 
-The rates are assumptions, not measurements of this project: what libraries are known to reach in large shapes, below
-the peaks of NVIDIA's data sheets, which stand beside them. Products of the sizes of a DiT-XL/2 at a batch of 256 fill a
-GPU; smaller ones do not, and then a prediction is too short. Links are those of servers with NVSwitch and an InfiniBand
-adapter for each GPU; latencies are near those by which NCCL chooses among its algorithms (src/graph/tuning.cc, LL128).
+Products in bf16, attention and copies of the H200 are what kernels reached in whole steps at a batch of 256 (record
+2026-11-26-timeline-nvidia-h200): products 77 % of one alone, which the card's power holds back in a step, and the rest
+78 % of a large copy. The H100, the same chip with slower memory, is assumed to do as well, and the A100 in proportion.
+All else is assumption: what libraries are known to reach in large shapes, below the peaks of NVIDIA's data sheets,
+which stand beside them. Products of the sizes of a DiT-XL/2 at a batch of 256 fill a GPU; smaller ones do not, and then
+a prediction is too short. Links are those of servers with NVSwitch and an InfiniBand adapter for each GPU; latencies
+are near those by which NCCL chooses among its algorithms (src/graph/tuning.cc, LL128).
 """
 
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ class Gpu:
     memory: int
     """Bytes."""
     copy: float
-    """Bytes a second, read and written."""
+    """Bytes a second, read and written, of kernels beside products and attention."""
     products: dict[str, float]
     """FLOP/s of products, by the precision of their operands; what is not there runs at the rate of bf16."""
     attention: float
@@ -63,10 +66,10 @@ GPUS = {
     "h100": Gpu(
         title="H100 SXM, 80 GB",
         memory=80 * GIB,
-        copy=2.9 * TERA,
-        products={"bf16": 700 * TERA, "fp8": 1300 * TERA, "tf32": 380 * TERA, "fp32": 50 * TERA},
+        copy=2.3 * TERA,
+        products={"bf16": 640 * TERA, "fp8": 1300 * TERA, "tf32": 380 * TERA, "fp32": 50 * TERA},
         attention=250 * TERA,
-        attention_backward=200 * TERA,
+        attention_backward=160 * TERA,
         nvlink=360 * GIGA,
         network=45 * GIGA,
     ),
@@ -74,10 +77,10 @@ GPUS = {
     "h200": Gpu(
         title="H200 SXM, 141 GB",
         memory=141 * GIB,
-        copy=4.2 * TERA,
-        products={"bf16": 790 * TERA, "fp8": 1450 * TERA, "tf32": 380 * TERA, "fp32": 50 * TERA},
+        copy=3.3 * TERA,
+        products={"bf16": 660 * TERA, "fp8": 1450 * TERA, "tf32": 380 * TERA, "fp32": 50 * TERA},
         attention=250 * TERA,
-        attention_backward=200 * TERA,
+        attention_backward=160 * TERA,
         nvlink=360 * GIGA,
         network=45 * GIGA,
     ),
@@ -86,7 +89,7 @@ GPUS = {
     "a100": Gpu(
         title="A100 SXM, 80 GB",
         memory=80 * GIB,
-        copy=1.6 * TERA,
+        copy=1.25 * TERA,
         products={"bf16": 250 * TERA, "tf32": 125 * TERA, "fp32": 17 * TERA},
         attention=170 * TERA,
         attention_backward=130 * TERA,

@@ -353,6 +353,6 @@ def test_check_needs_no_matplotlib(site, monkeypatch, capsys):
 
 def test_plots_of_the_pages_are_of_the_newest_records():
     for block in pages.BLOCKS.values():
-        run = record.newest(benchmark=block.benchmark)
+        run = record.newest(benchmark=block.benchmark, gpu=block.gpu)
         if block.plot and run:
             assert plots.fault(run, record.ROOT / block.plot[1]) is None
