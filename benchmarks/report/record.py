@@ -30,7 +30,7 @@ def folder_of(name: str | None) -> Path:
 
 RECORDS = folder_of(os.environ.get("SOFLOW_RECORDS"))
 """SOFLOW_RECORDS names another folder, for a trial that is no record to hand in."""
-PACKAGES = ("torch", "triton", "numpy", "pytest-benchmark")
+PACKAGES = ("torch", "triton", "numpy", "pytest-benchmark", "flash-attn-4", "flash-attn", "quack-kernels", "torchao")
 RENDERED = ("benchmarks/records", "README.md", "docs")
 """Files that change when a record is made and rendered; nothing that is measured depends on them."""
 LEAST, MOST = 1e-9, 1e9

@@ -4,6 +4,9 @@ weights to begin with, and data that goes bad on the way."""
 import json
 import os
 import shutil
+import signal
+import subprocess
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -183,6 +186,30 @@ def test_a_file_that_changes_during_the_run_ends_it_with_all_saved(
     assert result.code == 2 and result.err.count("\n") == 1 and f"--data {photos}: " in result.err
     saved = sorted(path.name for path in Path("run/checkpoints").iterdir())
     assert len(saved) == 1 and 3 <= int(saved[0][-8:]) < 10
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_all_processes_of_a_run_leaves_those_that_read_in_place(photos: Path, start: Any) -> None:
+    """As of Slurm, systemd and `timeout`: the run saves, and is not ended for a process that reads."""
+    flags = [*FLAGS, "--steps", "100000", "--checkpoint-every", "100000", "--set=run.workers=2"]
+    training = start(
+        *("train", *flags, "--data", photos, "--run-dir", "run"),
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+    try:
+        said = iter(training.stdout.readline, "")
+        assert any(line.startswith("step ") for line in said)
+        readers = Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split()
+        assert len(readers) >= 2
+        for pid in map(int, readers):  # they may well be the first
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(1)
+        training.send_signal(signal.SIGTERM)
+        _, err = training.communicate(timeout=60)
+    finally:
+        training.kill()
+    assert training.returncode == 143 and "stopped and saved" in err
+    assert len(list(Path("run/checkpoints").iterdir())) == 1
 
 
 LATENTS = [
