@@ -21,7 +21,17 @@ COMMANDS = [
 ]
 FLAGS = {flag.removeprefix("--") for command in COMMANDS for flag in command.parser().flags()}
 
-FLAGGED = ("data", "conditions", "training", "sampling", "authors", "precision", "many-gpus-plan", "policies", "watching")
+FLAGGED = (
+    "data",
+    "conditions",
+    "training",
+    "sampling",
+    "authors",
+    "precision",
+    "many-gpus-plan",
+    "policies",
+    "watching",
+)
 """Pages of docs/ on which every flag is one of these commands."""
 
 

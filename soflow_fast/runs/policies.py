@@ -175,11 +175,6 @@ def policy_of(source: str | os.PathLike, device: str | torch.device) -> tuple[So
     return flow, config, data
 
 
-def is_policy(config: Config) -> bool:
-    """Whether a configuration is of a policy."""
-    return isinstance(config.model, PolicyConfig)
-
-
 def gif_place(run: Path, given: str | None) -> Path | None:
     """Where the GIF of an episode goes: where it is said, else among the samples of a run directory; None: nowhere."""
     if given is not None:
