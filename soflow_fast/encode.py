@@ -4,10 +4,10 @@
     python -m soflow_fast.encode IMAGES OUT --vae DIR --size 512 --flip --device cuda:0,cuda:2 --workers 16
     python -m soflow_fast.encode --from imagenet_latent.hdf5 OUT
 
-IMAGES is a folder or a zip of images. Kept are mean and standard deviation of each image's posterior in float16; --flip
-keeps those of its mirror image as well. --from takes the SoFlow authors' HDF5 (or its folder), LightningDiT's
-safetensors, EDM2's and REPA's .npy with dataset.json, MeanFlow ports' LMDB, MAR's .npz, .pt per image, and fast-DiT's
-.npy.
+IMAGES is a folder or a zip of images. Kept are mean and standard deviation of each image's posterior in float16, with
+labels, and with the vectors of --conditions or those that lie beside; --flip keeps those of its mirror image as well.
+--from takes the SoFlow authors' HDF5 (or its folder), LightningDiT's safetensors, EDM2's and REPA's .npy with
+dataset.json, MeanFlow ports' LMDB, MAR's .npz, .pt per image, and fast-DiT's .npy.
 
 Every GPU that is visible works on batches of its own, or those that --device names; the outcome is the same on however
 many of a kind. The same command again, with other devices too, goes on after a kill, at the last whole shard.
@@ -43,6 +43,7 @@ def parser() -> Parser:
     p.add_argument("--from", dest="source", metavar="FILE", help="latents to convert, in place of IMAGES")
     p.add_argument("--vae", metavar="NAME", help=f"AutoencoderKL, by its name on the hub or its folder (default {VAE})")
     p.add_argument("--size", metavar="N", help="height and width of the images (default 256)")
+    p.add_argument("--conditions", metavar="FILE", help="vectors to keep with them (default: those beside, if any)")
     p.add_argument("--flip", action="store_true", help="encode the mirror images as well")
     p.add_argument("--batch-size", metavar="N", help="images at a time (default 32)")
     p.add_argument("--device", metavar="D", help=DEVICES)
@@ -64,7 +65,11 @@ def main(arguments: list[str] | None = None) -> None:
             if getattr(values, flag):
                 raise ConfigError(f"--{flag.replace('_', '-')}: is of no use with --from")
         _convert(
-            values.source, out, values.vae or "", whole_number("--channels", values.channels or "0", 0, MOST_CHANNELS)
+            values.source,
+            out,
+            values.vae or "",
+            whole_number("--channels", values.channels or "0", 0, MOST_CHANNELS),
+            values.conditions or "",
         )
         return
     if values.channels:
@@ -81,6 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     devices = resolve_devices(values.device or "auto")
     with _naming("IMAGES"):
         images = encoding.open_images(values.places[0], size, print)
+        encoding.take_conditions(images, values.places[0], values.conditions or "", print)
         vae = load_vae(values.vae or VAE, devices[0])
         encoding.encode(
             images, out, vae, size=size, flip=values.flip, batch_size=batch_size, devices=devices, workers=workers
@@ -88,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{len(images)} images encoded: {out}")
 
 
-def _convert(source: str, out: Path, vae: str, channels: int) -> None:
+def _convert(source: str, out: Path, vae: str, channels: int, conditions: str) -> None:
     from .data import latent_formats
     from .data.dataset import Wanted
     from .data.latents import recognises
@@ -104,6 +110,7 @@ def _convert(source: str, out: Path, vae: str, channels: int) -> None:
         found = latent_formats.load(place, Wanted(0, channels, say=print))
         for note in found.contents.notes:
             print(note)
+        encoding.take_conditions(found, source, conditions, print)
         encoding.convert(found, out, vae)
     print(f"{len(found)} latents converted: {out}")
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .commands import process
+from .commands.labels import CONDITIONS, vectors_of
 from .commands.parser import DEVICES, GUIDANCE, MOST_CALLS, MOST_SEED, Parser, number, user_value, whole_number
 from .errors import ConfigError, enough_memory
 
@@ -47,6 +48,7 @@ def parser() -> Parser:
         "--times", metavar="T,...", help="of the calls, such as 1,0.6; search: those with the least distance"
     )
     p.add_argument("--guidance", metavar="W", help=GUIDANCE)
+    p.add_argument("--conditions", metavar="FILE", help=CONDITIONS)
     p.add_argument("--vae", metavar="NAME", help="of a model of latents: its VAE, if it lies elsewhere by now")
     p.add_argument("--seed", metavar="N", help="of the noise (default: 0)")
     p.add_argument("--reference", metavar="PATH", help="images to compare with, or an .npz of ADM")
@@ -118,7 +120,7 @@ def _schedules(values: argparse.Namespace) -> list[Schedule]:
 
 def _evaluate_images(values: argparse.Namespace) -> None:
     """Of a set of images."""
-    for flag in ("n", "nfe", "times", "guidance", "vae", "seed"):
+    for flag in ("n", "nfe", "times", "guidance", "conditions", "vae", "seed"):
         if getattr(values, flag) is not None:
             raise ConfigError(f"--{flag} {getattr(values, flag)}: {values.run} is images, of which none are drawn")
     if not values.reference:
@@ -169,6 +171,7 @@ def _evaluate_flow(
     of_digits = config.data.of_digits and model.num_classes == 10 and alike
     if not of_digits and not values.reference:
         raise ConfigError(f"{values.run}: only labelled digits can be evaluated without --reference PATH")
+    vectors = vectors_of(values.conditions, model, values.run)
     vae, side = None, model.input_size
     if config.data.latent or not has_colours(model.in_channels):
         name = values.vae or (space.vae if space is not None else "")
@@ -184,11 +187,13 @@ def _evaluate_flow(
     schedules = schedules or [(nfe, None) for nfe in ((1, 2) if flow.solves else (usual_calls(flow),))]
     if w is not None and not values.json:
         print(f"guidance {w:g}")
+    if model.condition_size and vectors is None and not values.json:
+        print("without conditions: --conditions FILE gives the samples some")
     if values.reference:
         finish_on = finish_with(to_uint8, decode_on)
         judge = _judge(values, side, devices)
         shape = (model.in_channels, model.input_size, model.input_size)
-        _report(values, AgainstReference(flow, judge, n or N, shape, finish_on, w), seed, schedules)
+        _report(values, AgainstReference(flow, judge, n or N, shape, finish_on, w, vectors), seed, schedules)
     else:
         with Devices(devices, draw_on(flow, decode_on)) as several:
             _report(values, OfDigits(flow, n or DIGITS_N, several, w), seed, schedules)

@@ -24,7 +24,7 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
 
 
 def conditions(y: Tensor | None, w: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The last arguments of a network: labels [B], and guidance scales [B] where it takes them."""
+    """The last arguments of a network: labels [B] or vectors [B, E], and guidance scales [B] where it takes them."""
     return (y,) if w is None else (y, w)
 
 
@@ -35,6 +35,17 @@ def seen_in_training(augmentation: Tensor | None, dropout: Tensor | None) -> dic
     return {name: value for name, value in given.items() if value is not None}
 
 
+def null_like(network: Any, y: Tensor) -> Tensor:
+    """No condition for each of y: the null label for labels [B], and for vectors [B, E], floating, rows of NaN, which a
+    network takes for its null vector. No other number could not be part of a vector."""
+    return torch.full_like(y, math.nan if y.is_floating_point() else network.num_classes)
+
+
+def is_null(network: Any, y: Tensor) -> Tensor:
+    """Which samples of labels [B] or vectors [B, E] have no condition, bool [B]."""
+    return y.isnan().all(1) if y.is_floating_point() else y == network.num_classes
+
+
 class SolutionFlow(nn.Module):
     """f(x, t, s) = a(t, s) x + b(t, s) N(x, t, s): the state at time s of the velocity ODE through x at time t.
 
@@ -43,8 +54,9 @@ class SolutionFlow(nn.Module):
     | "linear" | 1 - t, t |    | "euler" | 1, s - t |
     | "trig" | cos(pi t / 2), sin(pi t / 2) |    | "trig" | cos(pi/2 (s - t)), sin(pi/2 (s - t)) |
 
-    `network` is any module with the call `network(x, t, s, y)` and the attribute `num_classes`, the null label. One
-    that was trained for a range of guidance scales takes these too, `network(x, t, s, y, w)`, w [B].
+    `network` is any module with the call `network(x, t, s, y)` and, where y are labels, the attribute `num_classes`,
+    the null label; where they are vectors [B, E], floating, it takes a row of NaN for its null vector. One that was
+    trained for a range of guidance scales takes these too, `network(x, t, s, y, w)`, w [B].
     Its parameters' names are `network.` and the network's own, as in the public checkpoints.
     """
 
@@ -100,8 +112,8 @@ class SolutionFlow(nn.Module):
         return per_sample(a, x) * x + per_sample(b, x) * output
 
     def velocity(self, x: Tensor, t: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        """v(x, t; y), the velocity of the ODE, [B, C, H, W]; y [B] labels, None: the null label; w [B] guidance scales
-        of a network that takes them."""
+        """v(x, t; y), the velocity of the ODE, [B, C, H, W]; y [B] labels or [B, E] vectors, None: the null one; w [B]
+        guidance scales of a network that takes them."""
         return self.to_velocity(self.network(x, t, t, *conditions(y, w)))
 
     def solution(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:

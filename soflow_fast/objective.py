@@ -21,7 +21,7 @@ from soflow_kernels.losses import quotient
 from . import average_velocity
 from .config.schema import ObjectiveConfig
 from .config.validation import validate_guidance_range, validate_objective
-from .flow import SolutionFlow, conditions
+from .flow import SolutionFlow, conditions, null_like
 
 TIME_GAP = 1e-4
 """The least distance kept between t, l and s."""
@@ -51,7 +51,7 @@ class ConsistencyPoints(NamedTuple):
     l: Tensor
     s: Tensor
     y: Tensor | None
-    """Labels [B], the dropped ones replaced by the null label; None: all null."""
+    """Labels [B] or vectors [B, E], the dropped ones replaced by the null one; None: all null."""
     w: Tensor | None = None
     """Guidance scales [B] of a network that sees them, 1 where there is no label; None: of another network."""
     augmentation: Tensor | None = None
@@ -237,8 +237,8 @@ class Objective:
     ) -> LossTerm:
         """The flow-matching loss of data x0 and noise x1 [B, C, H, W] at times t [B].
 
-        y [B]: labels, None: unconditional (no guidance); label_dropped [B] bool: those that become the null label; w
-        [B]: guidance scales, of a network that sees them.
+        y: labels [B] or vectors [B, E], None: unconditional (no guidance); label_dropped [B] bool: those that become
+        the null one; w [B]: guidance scales, of a network that sees them.
         """
         w = without_guidance(w, y, label_dropped)
         x_t, v_t = flow.point(x0, x1, t)
@@ -291,10 +291,10 @@ class Objective:
 
 
 def with_null(flow: SolutionFlow, y: Tensor | None, label_dropped: Tensor | None) -> Tensor | None:
-    """Labels [B] with the dropped ones replaced by the null label; None stays None (all null)."""
+    """Labels [B] or vectors [B, E] with the dropped ones replaced by the null one; None stays None (all null)."""
     if y is None or label_dropped is None:
         return y
-    return torch.where(label_dropped, torch.full_like(y, flow.network.num_classes), y)
+    return torch.where(label_dropped if y.dim() == 1 else label_dropped[:, None], null_like(flow.network, y), y)
 
 
 def without_guidance(w: Tensor | None, y: Tensor | None, label_dropped: Tensor | None) -> Tensor | None:

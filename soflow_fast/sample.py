@@ -3,10 +3,11 @@
     python -m soflow_fast.sample runs/digits --out out --n 64 --nfe 1
     python -m soflow_fast.sample runs/digits --out out --labels 3,5 --seed 7 --times 1,0.6
     python -m soflow_fast.sample runs/digits --out out --n 50000 --labels random --format npz
+    python -m soflow_fast.sample runs/texts --out out --n 8 --conditions texts.npy
 
 Writes an image each, 00000.png and on, or samples.npz in ADM's layout, or both; and grid.png of the first 1024. Latents
 are decoded by the VAE that made them, if it is on this machine, or by --vae NAME; without, a .npy each. Image i depends
-on the seed, its label and i alone. The same command goes on where it was interrupted.
+on the seed, its label or vector and i alone. The same command goes on where it was interrupted.
 
 Every GPU that is visible draws batches of its own, or those that --device names; the images are the same with however
 many of a kind.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .commands import process
-from .commands.labels import BALANCED, NULL, labels_of, parsed_labels
+from .commands.labels import BALANCED, CONDITIONS, NULL, digest_of, labels_of, parsed_labels, vectors_of
 from .commands.parser import DEVICES, GUIDANCE, MOST_CALLS, MOST_SEED, Parser, number, user_value, whole_number
 from .config.schema import SampleFormat, SamplingMethod, shown
 from .errors import ConfigError, enough_memory
@@ -58,6 +59,7 @@ def parser() -> Parser:
         help="balanced, each class in turn; random, by the seed; or classes by number or name, or null, repeated in "
         f"turn (default: {BALANCED})",
     )
+    p.add_argument("--conditions", metavar="FILE", help=CONDITIONS)
     p.add_argument(
         "--format", choices=formats, default=formats[0], help=f"{', '.join(formats)} (default: {formats[0]})"
     )
@@ -82,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError(f"--out {out}: is a file")
 
     from .data.dataset import LatentSpace
+    from .evaluation.measurement import labels_in_turn
     from .runs import drawn
     from .runs import images as pictures
     from .runs.checkpoint import load_with_data
@@ -100,7 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = parsed_labels(values.labels, model.num_classes, names)
         if isinstance(chosen, list) and model.num_classes in chosen and not model.null_label:
             raise ConfigError(f"--labels {values.labels}: {values.run} has no null label: it was trained without one")
-        y = labels_of(chosen, model.num_classes, n, seed)
+        vectors = vectors_of(values.conditions, model, values.run)
+        labels = labels_of(chosen, model.num_classes, n, seed)
+        y = labels if vectors is None else labels_in_turn(flow, n, vectors)
         latents = config.data.latent or not pictures.has_colours(model.in_channels)
         if values.vae and not latents:
             raise ConfigError(f"--vae {values.vae}: the samples of {values.run} are images")
@@ -116,6 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         w = user_value(lambda: chosen_guidance(flow, guidance), "--guidance")
         way: Any = {"method": method, "seed": seed, "batch_size": size, "guidance": w}
         drawing = user_value(lambda: Drawing.of(flow, y, nfe=nfe, times=given, shape=shape, **way), "--labels")
+        used = None if vectors is None else vectors[:n]
         settings = drawn.Settings(
             n=n,
             times=drawing.times,
@@ -125,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
             flow=f"{flow.objective}, {flow.path} path, {flow.coefficients} coefficients",
             weights=weights_digest(flow),
             vae=f"{vae.weights} {space[1:]}" if vae and space else "",
+            conditions=digest_of(used),
             **way,
         )
 
@@ -137,9 +144,13 @@ def main(arguments: list[str] | None = None) -> None:
             drawn.taken(out, settings, values.run, values.overwrite, _warn) as folder,
         ):
             draw = lambda wanted: several.results((drawing, rows) for rows in wanted)  # noqa: E731
-            drawn.fill(folder, [*drawing.batches()], draw, y, grid_images=GRID)
-    if y is not None and names:
-        print(_classes(list(dict.fromkeys([*names, NULL][label] for label in y.tolist()))))
+            drawn.fill(folder, [*drawing.batches()], draw, labels, grid_images=GRID)
+    if labels is not None and names:
+        print(_classes(list(dict.fromkeys([*names, NULL][label] for label in labels.tolist()))))
+    if used is not None:
+        print(f"conditions: {len(used)} of {values.conditions}")
+    elif model.condition_size:
+        print("without conditions: --conditions FILE gives the images some")
     calls = f"of {drawing.nfe} network call{'s' if drawing.nfe > 1 else ''} each"
     if as_they_are:
         hint = f"--vae {space.vae if space is not None and space.vae else 'NAME'}"

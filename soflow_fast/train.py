@@ -37,7 +37,7 @@ MOST_GPUS, MOST_NODES = 1024, 2**16
 FLAGS = {
     "the run": "run_dir init resume_official steps seed device eval_every reference checkpoint_every keep "
     "on_nonfinite track",
-    "the data": "data resize skip_bad batch_size",
+    "the data": "data resize skip_bad batch_size conditions condition_size",
     "learning": "objective teacher teacher_decay guidance_range guidance_precision quotient quotient_precision",
     "speed and memory": "precision micro_batch recompute attention optimizer compile cuda_graph parallel",
 }

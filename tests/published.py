@@ -19,10 +19,16 @@ FIGURES = {"accuracy": 0.975, "frechet": 21.25, "near_copies": 0.5}
 
 
 def small_flow(
-    channels: int = 1, classes: int = 10, guidance_range: tuple[float, float] | None = None, **settings: Any
+    channels: int = 1,
+    classes: int = 10,
+    guidance_range: tuple[float, float] | None = None,
+    condition_size: int = 0,
+    null_label: bool = True,
+    **settings: Any,
 ) -> SolutionFlow:
-    """A flow of 8 x 8, in eval mode without gradients."""
-    net = DiT(DiTConfig(8, 2, channels, 32, 2, 2, num_classes=classes, guidance_range=guidance_range))
+    """A flow of 8 x 8, in eval mode without gradients. condition_size: of vectors in the place of classes."""
+    condition: Any = {"num_classes": 0 if condition_size else classes, "condition_size": condition_size}
+    net = DiT(DiTConfig(8, 2, channels, 32, 2, 2, null_label=null_label, guidance_range=guidance_range, **condition))
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():

@@ -21,7 +21,7 @@ COMMANDS = [
 ]
 FLAGS = {flag.removeprefix("--") for command in COMMANDS for flag in command.parser().flags()}
 
-FLAGGED = ("data", "training", "sampling", "authors", "precision", "many-gpus-plan", "watching")
+FLAGGED = ("data", "conditions", "training", "sampling", "authors", "precision", "many-gpus-plan", "watching")
 """Pages of docs/ on which every flag is one of these commands."""
 
 

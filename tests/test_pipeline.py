@@ -72,6 +72,36 @@ def test_a_network_without_a_null_label_is_not_asked_for_one() -> None:
     assert len(pipe(class_labels=[0, model.num_classes - 1], output_type="pt").images) == 2
 
 
+def test_vectors_are_given_as_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = quiet(SoFlowPipeline(flow=small_flow(condition_size=6), vae=None))
+    noise, vectors = torch.randn(4, 1, 8, 8, generator=source(5)), torch.randn(2, 6, generator=source(1))
+    each = {"latents": noise, "output_type": "latent", "num_images_per_label": 2}
+    wanted = sample(pipe.flow, vectors.repeat_interleave(2, 0), noise=[noise])
+    for given in (vectors, vectors.numpy(), vectors.double()):
+        torch.testing.assert_close(pipe(prompt_embeds=given, **each).images, wanted)
+    alone = pipe(latents=noise[:1], output_type="latent").images
+    assert torch.equal(alone, sample(pipe.flow, noise=[noise[:1]]))
+    for settings, said in (
+        ({"class_labels": [1]}, "class_labels must be left out: the network takes vectors; give prompt_embeds"),
+        ({"prompt_embeds": vectors[:, :5]}, r"prompt_embeds must be vectors \[B, 6\], floating, got torch.float32"),
+        ({"prompt_embeds": "a dog"}, r"prompt_embeds must be vectors \[n, 6\], got 'a dog'"),
+        ({"prompt_embeds": vectors * torch.nan}, "prompt_embeds must be finite, row 0 of it is not"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pipe(**settings)
+    with pytest.raises(ValueError, match="prompt_embeds must be left out: the network takes no vectors"):
+        quiet(SoFlowPipeline(flow=small_flow(), vae=None))(prompt_embeds=vectors)
+    with pytest.raises(ValueError, match="prompt_embeds must be given"):
+        quiet(SoFlowPipeline(flow=small_flow(condition_size=6, null_label=False), vae=None))()
+    pipe.save_pretrained(tmp_path / "given")
+    again = quiet(SoFlowPipeline.from_pretrained(tmp_path / "given"))
+    assert torch.equal(again(prompt_embeds=vectors, **each).images, pipe(prompt_embeds=vectors, **each).images)
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    exec((tmp_path / "given" / "README.md").read_text().split("```python\n")[1].split("```")[0], space)
+    assert space["image"].size == (8, 8)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_samples_are_those_of_sample(steps: int, pipe: SoFlowPipeline) -> None:
     generator = source(5)

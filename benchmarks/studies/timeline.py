@@ -68,7 +68,7 @@ def by_kernel(events: list[dict], steps: int) -> list[dict]:
 
 def totals(kernels: list[dict]) -> dict[str, float]:
     """Milliseconds of each kind."""
-    found = dict.fromkeys(KINDS, 0.0)
+    found: dict[str, float] = {name: 0.0 for name in KINDS}
     for row in kernels:
         found[kind(row["kernel"])] += row["ms"]
     return found

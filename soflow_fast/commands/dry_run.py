@@ -58,7 +58,7 @@ def forwards_per_image(state: TrainState, config: Config) -> float:
     """
     objective, B = state.objective, config.batch_size
     consistency = 1 - flow_matching_samples(B, config.objective.flow_matching_fraction) / B
-    guided = objective.guided and config.model.num_classes > 0
+    guided = objective.guided and config.model.conditional
     guidance = guided * (1 + consistency * objective.mixed)
     target = state.target
     own_value = target.kind == "pair" and target.precision == state.precision and target.teacher != "ema"
@@ -104,7 +104,8 @@ def _report(given: Config, gpu: str | None, choices: DataChoices) -> str:
         torch.cuda.reset_peak_memory_stats(state.device)
     if source is None:
         x = torch.randn(batch, model.in_channels, model.input_size, model.input_size)
-        y = torch.randint(max(model.num_classes, 1), (batch,))
+        E = model.condition_size
+        y = torch.randn(batch, E) if E else torch.randint(max(model.num_classes, 1), (batch,))
     else:
         x, y = (value[:batch] for value in source.batch(0))
     counter = flop_counter()

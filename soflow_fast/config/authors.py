@@ -239,6 +239,8 @@ def to_authors(config: Config, working_dir: str) -> str:
         raise ValueError("model: a U-Net of theirs is read, but not written")
     if model.guidance_range is not None:
         raise ValueError("model.guidance_range: their network has no embedder of a guidance scale")
+    if model.condition_size:
+        raise ValueError("model.condition_size: their network takes labels")
     if config.objective.kind != "soflow":
         raise ValueError(f"objective.kind: their code trains and samples soflow, not {config.objective.kind}")
     kind = next((name for name, data in DATA.items() if data[:2] == (model.in_channels, model.num_classes)), None)

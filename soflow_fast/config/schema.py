@@ -78,9 +78,13 @@ class DiTConfig:
     num_classes: int = 1000
     """Row `num_classes` of the label table is the null label, so the table has one row more."""
     null_label: bool = True
-    """Whether the table has that row.
+    """Whether the table has that row, or the network a null vector.
 
     A network without it was trained with every label, and is not asked for samples without one."""
+    condition_size: int = 0
+    """Size of the vector that each image has as its condition, in place of a label; 0: labels.
+
+    The embedding of a text, say. A learned null vector, zero at first, is that of no condition."""
     qk_norm: bool = False
     """RMSNorm of queries and keys over the head dimension, each with a weight, which bounds the logits of attention.
 
@@ -97,6 +101,11 @@ class DiTConfig:
         """The shape, for people."""
         tokens = (self.input_size // self.patch_size) ** 2
         return f"DiT of hidden size {self.hidden_size}, depth {self.depth}, {tokens} tokens"
+
+    @property
+    def conditional(self) -> bool:
+        """Whether samples have labels or vectors."""
+        return self.num_classes > 0 or self.condition_size > 0
 
     @classmethod
     def named(cls, size: str, **others: Any) -> "DiTConfig":
@@ -116,6 +125,8 @@ class UNetConfig:
     CIFAR-10 with the channels of SoFlow's."""
 
     num_classes: ClassVar[int] = 0
+    condition_size: ClassVar[int] = 0
+    conditional: ClassVar[bool] = False
     null_label: ClassVar[bool] = True
     guidance_range: ClassVar[None] = None
 
@@ -238,6 +249,9 @@ class DataConfig:
     """Folder or archive with the samples, which is recognised: images by class, known data sets, latents."""
     vae: str = ""
     """VAE that latents must be of, by the name that they bear; empty: any."""
+    conditions: str = ""
+    """File of a vector for each sample, .npz by name or .npy in order, with --condition-size; empty: conditions.npz or
+    conditions.npy in the folder of the data."""
     flip: bool = False
     """Mirror each sample with probability one half."""
     augment: float = 0.0
@@ -396,12 +410,14 @@ SHORT_NAMES = {
     "init": "run.init",
     "resume_official": "run.resume_official",
     "data": "data.path",
+    "conditions": "data.conditions",
     "resize": "data.resize",
     "skip_bad": "data.skip_bad",
     "steps": "steps",
     "batch_size": "batch_size",
     "micro_batch": "micro_batch",
     "precision": "precision",
+    "condition_size": "model.condition_size",
     "guidance_range": "model.guidance_range",
     "guidance_precision": "guidance_precision",
     "objective": "objective.kind",
@@ -479,10 +495,14 @@ def from_dict(values: Any, base: Config | None = None) -> Config:
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """`config` with some fields replaced, by short name ("run_dir") or full name ("objective.eps").
 
-    Values may be text, as typed on a command line. Raises ValueError naming the field.
+    Values may be text, as typed on a command line. A `condition_size` leaves no classes unless their number is given.
+    Raises ValueError naming the field.
     """
     full = {SHORT_NAMES.get(name, name): value for name, value in changes.items()}
-    return _replace(config, full, [*TYPES, *SHORT_NAMES])
+    changed = _replace(config, full, [*TYPES, *SHORT_NAMES])
+    if changed.model.condition_size and "model.condition_size" in full and "model.num_classes" not in full:
+        changed = replace(changed, model=replace(changed.model, num_classes=0))
+    return changed
 
 
 def difference(old: Config, new: Config) -> list[str]:
@@ -491,7 +511,7 @@ def difference(old: Config, new: Config) -> list[str]:
     `run` and the micro-batch do not count, nor where the data is and what was left out of it: its content does (see
     `data.identity`)."""
     before, after = flatten(old), flatten(new)
-    free = ("run.", "micro_batch", "data.path", "data.vae", "data.skip_bad")
+    free = ("run.", "micro_batch", "data.path", "data.vae", "data.conditions", "data.skip_bad")
     both = [name for name in before if name in after]  # of networks of two kinds, the kind
     changed = [name for name in both if before[name] != after[name] and not name.startswith(free)]
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]

@@ -66,6 +66,7 @@ def validate(config: Config) -> Config:
     check("augment", not config.data.augment or not config.data.flip, "0 beside data.flip, as it mirrors by itself")
     a_name = "a name that a file can have, without zero byte or lone surrogate"
     check("path", _can_be_a_name(config.data.path), a_name)
+    check("conditions", _can_be_a_name(config.data.conditions), a_name)
     run = config.run
     check = _checks(run, "run.")
     check("run_dir", _can_be_a_name(run.run_dir), a_name)
@@ -121,10 +122,12 @@ def validate_model(model: ModelConfig, prefix: str = "") -> None:
     if isinstance(model, UNetConfig):
         _validate_unet(model, prefix)
         return
-    for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-        value, least = getattr(model, name), 0 if name == "num_classes" else 1
+    sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
+    for name in (*sizes, "num_classes", "condition_size"):
+        value, least = getattr(model, name), 1 if name in sizes else 0
         check(name, isinstance(value, int) and value >= least, f"a whole number of at least {least}")
     limits = {"input_size": 2**12, "in_channels": 2**12, "hidden_size": 2**16, "depth": 1000, "num_classes": 2**24}
+    limits["condition_size"] = 2**16
     for name, most in limits.items():
         check(name, getattr(model, name) <= most, f"at most {most}")
     check("mlp_ratio", 0 < model.mlp_ratio <= 64, "above 0 and at most 64")
@@ -132,11 +135,12 @@ def validate_model(model: ModelConfig, prefix: str = "") -> None:
     check("patch_size", model.input_size % model.patch_size == 0, f"a divisor of input_size {model.input_size}")
     check("num_heads", model.hidden_size % model.num_heads == 0, f"a divisor of hidden_size {model.hidden_size}")
     check("hidden_size", model.hidden_size % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
-    check("null_label", model.null_label or model.num_classes > 0, "true where there are no classes")
+    check("num_classes", not (model.num_classes and model.condition_size), "0 beside a condition_size, of vectors")
+    check("null_label", model.null_label or model.conditional, "true where there are no classes and no vectors")
     validate_guidance_range(model.guidance_range, prefix)
     if model.guidance_range is not None:
-        classes = model.null_label and model.num_classes > 0
-        check("guidance_range", classes, "none for a network without classes or null label, which guidance is between")
+        between = model.null_label and model.conditional
+        check("guidance_range", between, "none for a network without classes or null label, which guidance is between")
 
 
 def _validate_unet(model: UNetConfig, prefix: str) -> None:

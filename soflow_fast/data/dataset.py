@@ -3,7 +3,7 @@
 import abc
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from .conditions import Conditions
 
 Noise = Callable[[tuple[int, ...]], Tensor]
 """Standard normal numbers of a shape [n, ...], one row for each sample of a batch."""
@@ -66,6 +68,8 @@ class Contents:
     """That of what these latents were converted from, "" if it is not known."""
     space: LatentSpace | None = None
     """Of latents."""
+    conditions: str = ""
+    """The checksum of the vectors that came with latents; "": none did."""
 
     def bad(self) -> list[str]:
         """What is wrong with each sample that was left out because it cannot be read, after its name."""
@@ -78,6 +82,16 @@ class Dataset(abc.ABC):
     contents: Contents
     labels: Tensor
     """int64 [N]; all 0 where there are no classes."""
+    conditions: Conditions | None = None
+    """Vectors in the place of labels; None: there are none, or nobody asked for them."""
+    names: Sequence[str] | None = None
+    """Paths of files in a folder or zip, of samples that are such; None: of others."""
+    wrapper: str = ""
+    """The folder that all names begin with, which is no part of the identity."""
+    numbers: np.ndarray | None = None
+    """int64 [N], the samples among all that were found, where some may have been left out; None: none can be."""
+    found: int = 0
+    """How many were found, where `numbers` says which are samples."""
     shape: tuple[int, int, int]
     """Channels, height and width of a sample as a model takes it."""
     mirrors = True
@@ -102,6 +116,11 @@ class Dataset(abc.ABC):
         noise: for samples that are distributions, as latents are. No other randomness is allowed here.
         """
         return raw.float() / 127.5 - 1 if raw.dtype == torch.uint8 else raw
+
+    def given(self, index: Tensor) -> Tensor:
+        """What a network is given of some samples, int64 [n]: vectors, as they are stored, [n, E], or labels, int64
+        [n]. Raises DataError."""
+        return self.labels[index] if self.conditions is None else self.conditions.rows(index)
 
     def nbytes(self) -> int:
         """Bytes of all that `read` returns without `mirrored`. Raises DataError if a sample cannot be read."""

@@ -34,6 +34,8 @@ class Identity:
     """Of latents."""
     source: str = ""
     """The checksum of what latents were converted from, which are the same data; "": it is not known."""
+    conditions: str = ""
+    """The checksum of vectors in the place of labels; "": there are none."""
 
 
 def identify(dataset: Dataset) -> Identity:
@@ -41,7 +43,8 @@ def identify(dataset: Dataset) -> Identity:
     contents, classes = dataset.contents, dataset.contents.classes
     counts = torch.bincount(dataset.labels, minlength=len(classes)).tolist() if classes else []
     samples = (contents.kind, len(dataset), dataset.shape, classes, tuple(counts))
-    return Identity(*samples, contents.checksum, contents.space, contents.source)
+    vectors = "" if dataset.conditions is None else dataset.conditions.checksum
+    return Identity(*samples, contents.checksum, contents.space, contents.source, vectors)
 
 
 def to_json(identity: Identity) -> str:
@@ -66,6 +69,7 @@ def from_json(text: str | bytes) -> Identity:
             values["checksum"],
             None if values.get("space") is None else _space(values["space"]),
             str(values.get("source", "")),
+            str(values.get("conditions", "")),
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"no identity of a data set: {type(error).__name__}: {error}") from None
@@ -93,6 +97,8 @@ def changes(old: Identity, new: Identity) -> list[str]:
         found.append("samples of " + _some([f"{name}: {a} -> {b}" for name, a, b in each if a != b]))
     if (old.space and old.space[1:]) != (new.space and new.space[1:]):  # where the VAE lies is no part of it
         found.append("another scale or shift of latents")
+    if old.conditions != new.conditions:
+        found.append(("other" if new.conditions else "no") + " vectors" if old.conditions else "vectors for labels")
     if not found and not _same_samples(old, new):
         found.append("other latents or labels" if new.space else "other names, sizes or labels of samples")
     return found

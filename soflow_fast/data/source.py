@@ -12,6 +12,8 @@ from ..config.schema import Config, DataChoices, DiTConfig
 from ..errors import DataError
 from ..ranks import share
 from ..rng import generator
+from ._beside import conditions_of
+from .conditions import BY_NAME, IN_ORDER, read_vectors
 from .dataset import Dataset, Wanted
 from .formats import open_dataset
 
@@ -58,9 +60,10 @@ class Source:
         return drawn[self._places(rank, world)] < 0.5
 
     def raw(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """The samples of one step as they are read, and their labels, int64 [batch_size / world]. Raises DataError."""
+        """The samples of one step as they are read, and what `Dataset.given` returns of them: labels, int64
+        [batch_size / world], or vectors, [batch_size / world, E]. Raises DataError."""
         index = self.indices(step, rank, world)
-        return self.dataset.read(index, self.mirrored(step, rank, world)), self.dataset.labels[index]
+        return self.dataset.read(index, self.mirrored(step, rank, world)), self.dataset.given(index)
 
     def decoded(self, raw: Tensor, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """What a model takes, float32 [batch_size / world, C, H, W], of what `raw` returned, on its device."""
@@ -73,7 +76,8 @@ class Source:
         return self.dataset.decoded(raw, noise)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """Samples, float32 in [-1, 1] or scaled latents, and labels of one step, on the host. Raises DataError."""
+        """Samples, float32 in [-1, 1] or scaled latents, and labels or vectors of one step, on the host. Raises
+        DataError."""
         raw, labels = self.raw(step, rank, world)
         return self.decoded(raw, step, rank, world), labels
 
@@ -90,6 +94,7 @@ def open_source(config: Config, say: Callable[[str], None] = lambda text: None) 
         from .digits import digits
 
         dataset: Dataset = digits()
+        path = ""
     else:
         if not data.path:
             what = (
@@ -110,7 +115,26 @@ def open_source(config: Config, say: Callable[[str], None] = lambda text: None) 
         raise DataError(
             f"--data {data.path}: has no mirrored samples; give --set data.flip=false, or encode with --flip"
         )
+    _take_conditions(config, dataset, path)
     return Source(dataset, seed=config.seed, batch_size=config.batch_size, flip=data.flip, place=data.path)
+
+
+def _take_conditions(config: Config, dataset: Dataset, path: str) -> None:
+    """Give a data set its vectors, where the model takes some. Raises DataError."""
+    size, given = config.model.condition_size, config.data.conditions
+    if not size:
+        if given:
+            width = read_vectors(Path(given)).size
+            raise DataError(f"--conditions {given}: the model takes labels; give --condition-size {width} too")
+        return
+    found = conditions_of(dataset, path, given)
+    if found is None:
+        where = f"--data {path}: has" if path else "the digits have"
+        beside = f"put {BY_NAME} or {IN_ORDER} into the folder, or give " if Path(path).is_dir() and path else "give "
+        raise DataError(f"{where} no conditions, the model takes vectors of {size}: {beside}--conditions FILE")
+    if found.size != size:
+        raise DataError(f"--conditions {found.path}: has vectors of {found.size} numbers, --condition-size is {size}")
+    dataset.conditions = found
 
 
 def fitted(config: Config, source: Source, choices: DataChoices) -> Config:
@@ -119,6 +143,8 @@ def fitted(config: Config, source: Source, choices: DataChoices) -> Config:
     Raises DataError if the data has another number of classes than is asked for; a model may have none in any case.
     """
     found, wanted = len(source.dataset.contents.classes), config.model.num_classes
+    if source.dataset.conditions is not None:
+        found = wanted = 0
     if choices.classes_fixed and wanted not in (0, found):
         has = f"{found} classes" if found else "no classes"
         raise DataError(f"the data has {has}, the model {wanted}: set model.num_classes, or leave it out")

@@ -73,7 +73,8 @@ class OfDigits:
 
 
 class AgainstReference:
-    """Images that are compared with a reference: labels in turn, so that of each class there are equally many.
+    """Images that are compared with a reference: labels in turn, so that of each class there are equally many, or
+    vectors in turn.
 
     Args:
         judge: of the metrics.
@@ -81,6 +82,7 @@ class AgainstReference:
         shape: [C, H, W] of a sample.
         finish_on: gives what makes images, uint8 [n, C, H, W], of samples on a device.
         guidance: as for `sample`.
+        vectors: [M, E], of a network that takes some; None: samples have the null one.
     """
 
     def __init__(
@@ -91,9 +93,10 @@ class AgainstReference:
         shape: tuple[int, int, int],
         finish_on: Finish,
         guidance: float | None = None,
+        vectors: Tensor | None = None,
     ) -> None:
         self._flow, self._judge, self._n, self._shape, self._finish_on = flow, judge, n, shape, finish_on
-        self._guidance = guidance
+        self._guidance, self._vectors = guidance, vectors
         distances = [metric for metric in judge.metrics if metric.figure == "frechet"]
         self._metric = distances[0] if distances else None
         self.distance = self._metric.written if self._metric else ""
@@ -118,11 +121,14 @@ class AgainstReference:
 
     def _drawing(self, nfe: int, times: Times | None, seed: int) -> Drawing:
         way: Any = {"times": times, "seed": seed, "shape": (self._n, *self._shape), "guidance": self._guidance}
-        return Drawing.of(self._flow, labels_in_turn(self._flow, self._n), nfe=nfe, **way)
+        return Drawing.of(self._flow, labels_in_turn(self._flow, self._n, self._vectors), nfe=nfe, **way)
 
 
-def labels_in_turn(flow: SolutionFlow, n: int) -> Tensor | None:
-    """0, 1, ... of a flow's classes and again, int64 [n]; None: it has none."""
+def labels_in_turn(flow: SolutionFlow, n: int, vectors: Tensor | None = None) -> Tensor | None:
+    """0, 1, ... of a flow's classes and again, int64 [n], or the rows of vectors [M, E] and again, [n, E]; None: there
+    are neither."""
+    if vectors is not None:
+        return vectors[torch.arange(n) % len(vectors)]
     classes = getattr(flow.network, "num_classes", 0)
     return torch.arange(n) % classes if classes else None
 

@@ -16,7 +16,7 @@ from ..sampling.solving import usual_calls
 
 PAPER = "[SoFlow](https://arxiv.org/abs/2512.15657)"
 MEANFLOW = "[MeanFlow](https://arxiv.org/abs/2505.13447)"
-FREE = ("run.", "preset", "data.path", "data.vae", "data.skip_bad", "micro_batch")
+FREE = ("run.", "preset", "data.path", "data.vae", "data.conditions", "data.skip_bad", "micro_batch")
 """Fields that belong to one machine, or to the command's own arguments."""
 FEW = 50_000
 """Samples below which figures are said to be of few."""
@@ -40,6 +40,8 @@ def command(config: Config) -> str:
     base, parts = preset(name), ["python", "-m", "soflow_fast.train", name]
     if config.data.kind in ("images", "latents"):
         parts += ["--data", "DATA"]
+    if config.model.condition_size:
+        parts += ["--conditions", "CONDITIONS"]
     flags = {field: f"--{short.replace('_', '-')}" for short, field in SHORT_NAMES.items() if TYPES[field] is not bool}
     before, after = flatten(base), flatten(config)
     for field in after:
@@ -69,6 +71,8 @@ def _what(flow: SolutionFlow, origin: Origin | None) -> str:
     if model.guidance_range is not None:
         options += ", guidance from {:g} to {:g} chosen by samples".format(*model.guidance_range)
     classes = f"{model.num_classes} classes" if model.num_classes else "no classes"
+    if model.condition_size:
+        classes = f"vectors of {model.condition_size} numbers as conditions"
     return (
         f"{_kind(flow)}: a DiT of {parameters:.2f} M parameters (depth {model.depth}, hidden "
         f"size {model.hidden_size}, patches of {model.patch_size}{options}) for {kind}, {classes}, {flow.path} path, "
@@ -89,9 +93,13 @@ def _use(flow: SolutionFlow, name: str) -> str:
     model = flow.network.config
     shape = f"None, shape=(2, {model.in_channels}, {model.input_size}, {model.input_size})"
     labels, calls = "[0, 1]" if model.num_classes > 1 else shape, usual_calls(flow)
+    needed = given = ""
+    if model.condition_size:
+        labels, needed = "vectors", "import torch\n\n"
+        given = f"vectors = torch.zeros(2, {model.condition_size})  # the embeddings of two texts, say\n"
     return (
-        "from soflow_fast import SolutionFlow, sample\n\n"
-        f"flow = SolutionFlow.from_pretrained({json.dumps(name)})\n"
+        f"{needed}from soflow_fast import SolutionFlow, sample\n\n"
+        f"flow = SolutionFlow.from_pretrained({json.dumps(name)})\n{given}"
         f"x = sample(flow, {labels}, nfe={calls}, seed=0)  # in the scale of the training data, images in [-1, 1]"
     )
 

@@ -140,6 +140,38 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class VectorEmbedder(nn.Module):
+    """Vectors [B, E] -> [B, D] by a linear layer."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.condition_size, config.hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        dtype = next((p.dtype for p in self.proj.parameters() if p.is_floating_point()), y.dtype)
+        return self.proj(y.to(dtype))
+
+
+class NullVectorEmbedder(VectorEmbedder):
+    """The same with a vector `null` [E], learned from zero, in the place of a row of NaN, which is no condition
+    (`flow.null_like`)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        self.null = nn.Parameter(torch.zeros(config.condition_size))
+
+    def forward(self, y: Tensor) -> Tensor:
+        dropped = y.isnan().all(1, keepdim=True)  # NaN itself would reach the gradient of the layer
+        return super().forward(torch.where(dropped, self.null, y.to(self.null.dtype)))
+
+
+def condition_embedder(config: DiTConfig) -> type[nn.Module]:
+    """The kind of module that embeds y."""
+    if not config.condition_size:
+        return LabelEmbedder
+    return NullVectorEmbedder if config.null_label else VectorEmbedder
+
+
 class HeadNorm(nn.Module):
     """RMSNorm over the head dimension with a weight, [..., head_dim]: statistics and product in float32, rounded once,
     as timm's RmsNorm does."""
@@ -291,6 +323,8 @@ KINDS: Kinds = {
     **plain_kind(TimeMLP, {"0": nn.Linear, "1": nn.SiLU, "2": nn.Linear}),
     **plain_kind(TimeEmbedder, {"mlp": TimeMLP}),
     **plain_kind(LabelEmbedder, {"embedding_table": LabelTable}),
+    **plain_kind(VectorEmbedder, {"proj": nn.Linear}),
+    **plain_kind(NullVectorEmbedder, {"proj": nn.Linear}, ("null",)),
     **plain_kind(Attention, {"qkv": nn.Linear, "proj": nn.Linear}),
     **plain_kind(MLP, {"fc1": nn.Linear, "fc2": nn.Linear}),
     **plain_kind(Modulation, {"0": nn.SiLU, "1": nn.Linear}),
@@ -306,8 +340,9 @@ QK_NORM_KINDS: Kinds = {
 
 
 class DiT(nn.Module):
-    """N(x, t, s; y, w), the network of a SolutionFlow, from `DiTConfig`; w, a guidance scale for each sample, is of one
-    with a `guidance_range` alone. Raises ValueError for a wrong configuration."""
+    """N(x, t, s; y, w), the network of a SolutionFlow, from `DiTConfig`; y are vectors where it has a `condition_size`,
+    else labels; w, a guidance scale for each sample, is of one with a `guidance_range` alone. Raises ValueError for a
+    wrong configuration."""
 
     pos_embed: Tensor
     blocks: Any  # a ModuleList of Block
@@ -338,7 +373,7 @@ class DiT(nn.Module):
         self.t_embedder = TimeEmbedder(D)
         self.s_embedder = TimeEmbedder(D)
         self.w_embedder = None if config.guidance_range is None else TimeEmbedder(D)
-        self.y_embedder = LabelEmbedder(config)
+        self.y_embedder: Any = condition_embedder(config)(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.register_buffer("pos_embed", torch.empty(1, (config.input_size // config.patch_size) ** 2, D))
@@ -365,13 +400,17 @@ class DiT(nn.Module):
                     nn.init.xavier_uniform_(weight.flatten(1), generator=source)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        vectors = self.config.condition_size > 0
+        table = [] if vectors else [self.y_embedder.embedding_table]
+        for layer in (*table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             with whole(layer.weight) as weight:
                 nn.init.normal_(weight, std=0.02, generator=source)
         # A random embedding of w, larger than that of the label, is hardly unlearned in the steps that the digits take.
         silent = [] if self.w_embedder is None else [self.w_embedder.mlp[2]]
         for layer in (*self.modulation_layers(), self.final_layer.linear, *silent):
             nn.init.zeros_(layer.weight)
+        if vectors and self.config.null_label:
+            nn.init.zeros_(self.y_embedder.null)
         for block in self.blocks:
             for norm in block.attn.norms():
                 nn.init.ones_(norm.weight)
@@ -424,7 +463,7 @@ class DiT(nn.Module):
             ("t_embedder", self.t_embedder, TimeEmbedder),
             ("s_embedder", self.s_embedder, TimeEmbedder),
             *([] if self.w_embedder is None else [("w_embedder", self.w_embedder, TimeEmbedder)]),
-            ("y_embedder", self.y_embedder, LabelEmbedder),
+            ("y_embedder", self.y_embedder, condition_embedder(self.config)),
             *((f"blocks.{k}", block, Block) for k, block in enumerate(self.blocks)),
             ("final_layer", self.final_layer, FinalLayer),
         ]
@@ -440,13 +479,25 @@ class DiT(nn.Module):
 
     def conditioning(self, t: Tensor, s: Tensor, y: Tensor | None, w: Tensor | None = None) -> Tensor:
         """SiLU(c), c = e_t(t) + e_s(t - s) + e_y(y), [B, D], with w + e_w(1 - 1/w); times [B] are not scaled, y None is
-        the null label. All embedders must be plain."""
+        the null label or vector. All embedders must be plain."""
         of_t, of_s = (tuple(embedder.mlp.parameters()) for embedder in (self.t_embedder, self.s_embedder))
-        of_y = self.y_embedder.embedding_table.weight
+        if self.config.condition_size:  # embedded vectors are a table of as many rows as samples, each with its own
+            of_y = self.embedded_condition(y, t)
+            y = torch.arange(t.shape[0], device=t.device)
+        else:
+            of_y = self.y_embedder.embedding_table.weight
         if w is None:
             return dual_time_embedding(t, s, y, of_t, of_s, of_y, max_period=MAX_PERIOD)
         third = {"g": guidance_time(w), "g_weights": tuple(self.w_embedder.mlp.parameters())}
         return dual_time_embedding(t, s, y, of_t, of_s, of_y, max_period=MAX_PERIOD, **third)
+
+    def embedded_condition(self, y: Tensor | None, like: Tensor) -> Tensor:
+        """e_y(y), [B, D], of labels [B] or vectors [B, E]; None: of the null label or vector, for `like` [B]."""
+        if y is None and self.config.condition_size:
+            y = torch.full((like.shape[0], self.config.condition_size), math.nan, device=like.device)
+        elif y is None:
+            y = torch.full(like.shape, self.num_classes, device=like.device)
+        return self.y_embedder(y)
 
     def modulations(self, c: Tensor, dtype: torch.dtype, tape: TapedOutputs | None = None) -> list[Tensor]:
         """Modulations from SiLU(c) [B, D], all in one product: six [B, D] for each block, then shift and scale of the
@@ -469,8 +520,8 @@ class DiT(nn.Module):
         *,
         tape: TapedOutputs | None = None,
     ) -> Tensor:
-        """The network's output, [B, C, H, W], for x [B, C, H, W], times t and s [B], labels y [B] (None: null), and
-        guidance scales w [B] where there is a `guidance_range`.
+        """The network's output, [B, C, H, W], for x [B, C, H, W], times t and s [B], labels y [B] or vectors [B, E]
+        (None: null; a vector of NaN too), and guidance scales w [B] where there is a `guidance_range`.
 
         The blocks compute in the dtype of autocast where it is on, else in that of `pos_embed`, whatever the dtype of
         their weights, residual and modulations included; the statistics of norms are float32 in any case. The two ends
@@ -497,8 +548,7 @@ class DiT(nn.Module):
         self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, w: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """Patches [B, T, patch^2 C], every module called."""
-        labels = torch.full(t.shape, self.num_classes, device=t.device) if y is None else y
-        c = self.t_embedder(t) + self.s_embedder(t - s) + self.y_embedder(labels)
+        c = self.t_embedder(t) + self.s_embedder(t - s) + self.embedded_condition(y, t)
         if w is not None:
             c = c + self.w_embedder(guidance_time(w))
         x = self._watched((self.x_embedder(x) + self.pos_embed).to(dtype))
@@ -598,9 +648,13 @@ class DiT(nn.Module):
         shape = (self.config.in_channels, self.config.input_size, self.config.input_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != shape:
             raise ValueError(f"x must be [B, {shape[0]}, {shape[1]}, {shape[2]}], got {list(x.shape)}")
+        E = self.config.condition_size
         for name, value in (("t", t), ("s", s), ("y", y), ("w", w)):
-            if value is not None and value.shape != x.shape[:1]:
-                raise ValueError(f"{name} must be [{x.shape[0]}], got {list(value.shape)}")
+            wanted = (x.shape[0], E) if name == "y" and E else x.shape[:1]
+            if value is not None and value.shape != wanted:
+                raise ValueError(f"{name} must be {list(wanted)}, got {list(value.shape)}")
+        if y is not None and y.is_floating_point() != (E > 0):
+            raise ValueError(f"y must be {f'vectors of {E} numbers' if E else 'labels'}, got {y.dtype}")
         if y is None and not self.config.null_label:
             raise ValueError("y must be given: the network was trained with a label each, it has no null label")
         if (w is None) != (self.w_embedder is None):

@@ -79,7 +79,7 @@ def paired_forward(
         net: a DiT, any size; the parameters of its ends in float32 or float64, those of its blocks in any dtype. All
             its layers must be as `DiT` makes them: what acts when they are called would be missed here. One that
             `sharding.shard` has cut is gathered block by block, by all ranks at the same time.
-        x, dx: [B, C, H, W]; t, dt, s: [B], dt of either sign; y: labels [B], None: the null label.
+        x, dx: [B, C, H, W]; t, dt, s: [B], dt of either sign; y: labels [B] or vectors [B, E], None: the null one.
         dtype: of the operands of the products (accumulated in float32): bfloat16, float16, float32 or float64. The
             conditioning, the patches and the last product, which cost next to nothing, stay in float32.
         w: guidance scales [B], the same at both ends, of a network that has them.
@@ -206,9 +206,9 @@ class _IncrementPass:
         return list(zip(values, self.product(dc, layer).split(D, 1), strict=True))
 
     def conditioning(self, t: Tensor, dt: Tensor, s: Tensor, y: Tensor | None, w: Tensor | None) -> Pair:
-        """c [B, D], before its SiLU; t - s changes by dt as t does, label and guidance scale do not."""
+        """c [B, D], before its SiLU; t - s changes by dt as t does, condition and guidance scale do not."""
         net = self.net
-        value = net.y_embedder(torch.full(t.shape, net.num_classes, device=t.device) if y is None else y)
+        value = net.embedded_condition(y, t)
         if w is not None:
             value = value + net.w_embedder(guidance_time(w))
         increment: Tensor | None = None

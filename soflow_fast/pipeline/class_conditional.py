@@ -1,4 +1,4 @@
-"""`SoFlowPipeline`: images of classes, by the conventions of diffusers' `DiTPipeline`."""
+"""`SoFlowPipeline`: images of classes or vectors, by the conventions of diffusers' `DiTPipeline`."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.schema import nearest, shown
+from ..config.schema import DiTConfig, nearest, shown
 from ..flow import SolutionFlow
 from ..hub import add_card, upload
 from ..hub.card import model_card
 from ..runs.images import to_uint8
 from ..runs.latents.vae import factors, quiet
+from ..sampling.drawing import checked_conditions
 from ..sampling.guidance import chosen_guidance, scales
 from ..sampling.solving import usual_calls
 from .flow_model import FlowModel
@@ -119,6 +120,7 @@ class SoFlowPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_scale: float | None = None,
+        prompt_embeds: Tensor | None = None,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Draw images: solve from noise to the data and, in each further step, re-noise the result and solve again. A
         flow that was trained by flow matching goes along its velocity instead, by Euler's method.
@@ -138,13 +140,15 @@ class SoFlowPipeline(DiffusionPipeline):
                 of the dict that it returns take its place.
             guidance_scale: w, of a flow that was trained for a range of them, at no further calls; None: the geometric
                 mean of the range.
+            prompt_embeds: of a flow that takes vectors, such as embeddings of texts, in the place of `class_labels`:
+                [n, E], one for each image. None: an image of no condition.
 
         Raises:
             ValueError: for arguments that are wrong or do not fit, naming the argument.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        labels = self._label_tensor(class_labels)
+        y = self._condition(class_labels, prompt_embeds)
         num_inference_steps = usual_calls(self.flow) if num_inference_steps is None else num_inference_steps
         for name, count in (
             ("num_inference_steps", num_inference_steps),
@@ -152,7 +156,8 @@ class SoFlowPipeline(DiffusionPipeline):
         ):
             if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {shown(count)}")
-        n, model, device = len(labels) * int(num_images_per_label), self.flow.network.config, self._execution_device
+        each, model, device = int(num_images_per_label), self.flow.network.config, self._execution_device
+        n = each * (1 if y is None else len(y))
         shape = (n, model.in_channels, model.input_size, model.input_size)
         self._check(shape, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
@@ -167,8 +172,7 @@ class SoFlowPipeline(DiffusionPipeline):
         def noise() -> Tensor:
             return randn_tensor(shape, generators, device, torch.float32).to(dtype)
 
-        # A network without classes has no other label than none.
-        y = labels.repeat_interleave(int(num_images_per_label)).to(device) if model.num_classes else None
+        y = y.repeat_interleave(each, 0).to(device) if y is not None and model.conditional else None
         x = noise() if latents is None else latents.to(device, dtype)
         w = scales(self.flow, guidance, y, x)
         self._interrupt, self._num_timesteps = False, int(num_inference_steps)
@@ -189,6 +193,27 @@ class SoFlowPipeline(DiffusionPipeline):
         images = self._output(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _condition(self, labels: Any, vectors: Any) -> Tensor | None:
+        """Labels int64 [n], all null of a network without classes, or vectors [n, E] of one that takes some, None: one
+        image of no condition. Raises ValueError."""
+        model = self.flow.network.config
+        if not model.condition_size:
+            if vectors is not None:
+                raise ValueError("prompt_embeds must be left out: the network takes no vectors; give class_labels")
+            return self._label_tensor(labels)
+        if labels is not None:
+            raise ValueError("class_labels must be left out: the network takes vectors; give prompt_embeds")
+        if vectors is None:
+            if not model.null_label:
+                raise ValueError("prompt_embeds must be given: the network was trained with a vector each")
+            return None
+        if not isinstance(vectors, Tensor | np.ndarray) or not len(vectors):
+            raise ValueError(f"prompt_embeds must be vectors [n, {model.condition_size}], got {shown(vectors)}")
+        try:
+            return checked_conditions(self.flow, torch.as_tensor(vectors)).to(self.flow.dtype)
+        except ValueError as error:
+            raise ValueError(str(error).replace("y ", "prompt_embeds ", 1)) from None
 
     def _label_tensor(self, labels: Any) -> Tensor:
         """Labels as int64 [n], on the CPU. Raises ValueError."""
@@ -256,7 +281,7 @@ class SoFlowPipeline(DiffusionPipeline):
         self._add_card(Path(save_directory), Path(save_directory).absolute().name)
 
     def _add_card(self, folder: Path, name: str) -> None:
-        add_card(folder, model_card(self.flow, self.flow.origin, name, _use(self.flow.network.num_classes, name)))
+        add_card(folder, model_card(self.flow, self.flow.origin, name, _use(self.flow.network.config, name)))
 
     def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
         """Upload what `save_pretrained` writes, as `hub.push_to_hub` does it of a flow. Returns the same."""
@@ -288,9 +313,13 @@ def _pictures(images: np.ndarray) -> list[Any]:
     return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images]
 
 
-def _use(classes: int, name: str) -> str:
-    labels = "class_labels=[0]" if classes else ""
+def _use(model: DiTConfig, name: str) -> str:
+    labels = "class_labels=[0]" if model.num_classes else ""
+    needed = given = ""
+    if model.condition_size:
+        labels, needed = "prompt_embeds=vectors", "import torch\n\n"
+        given = f"vectors = torch.zeros(1, {model.condition_size})  # the embedding of a text, say\n"
     return (
-        "from soflow_fast.pipeline import SoFlowPipeline\n\n"
-        f'pipe = SoFlowPipeline.from_pretrained("{name}")\nimage = pipe({labels}).images[0]'
+        f"{needed}from soflow_fast.pipeline import SoFlowPipeline\n\n"
+        f'pipe = SoFlowPipeline.from_pretrained("{name}")\n{given}image = pipe({labels}).images[0]'
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config.schema import RunConfig
+from ..data.conditions import Conditions
 from ..data.dataset import LatentSpace
 from ..errors import ConfigError, DataError
 from ..evaluation import (
@@ -38,15 +39,22 @@ EVALUATION_SAMPLES = 4000
 
 
 class Grids:
-    """The grids of a run: samples of the EMA weights in as few calls as usual, of the same noise and labels every time.
+    """The grids of a run: samples of the EMA weights in as few calls as usual, of the same noise and labels, or vectors
+    of the data, every time.
 
     Latents are decoded by their VAE where it is on this machine and fits them, and else kept as they are, in .npy:
     they are no colours.
     """
 
-    def __init__(self, state: TrainState, space: LatentSpace | None, say: Callable[[str], None]) -> None:
-        """space: of latents; None: the samples are images."""
-        self.state, self.space = state, space
+    def __init__(
+        self,
+        state: TrainState,
+        space: LatentSpace | None,
+        say: Callable[[str], None],
+        conditions: Conditions | None = None,
+    ) -> None:
+        """space: of latents; None: the samples are images. conditions: the data's, of a model that takes vectors."""
+        self.state, self.space, self.conditions = state, space, conditions
         self.vae: VAE | None = None
         if space is not None and space.vae:
             try:
@@ -58,11 +66,15 @@ class Grids:
         """Images [n, C, H, W] of samples."""
         return x if self.vae is None or self.space is None else self.vae.decoded(x, self.space)
 
+    def vectors(self, n: int) -> Tensor | None:
+        """At most n of the data's, evenly spread, float32 [m, E]; None: the model takes none."""
+        return None if self.conditions is None else self.conditions.some(n).float()
+
     def draw(self) -> tuple[str, bytes, Tensor | None]:
         """The ending of a file, its content, and the grid in it, uint8 [H, W, C]; None: it is of latents,
         float32 [100, C, h, w]."""
         model = self.state.config.model
-        labels = torch.arange(GRID) % max(model.num_classes, 1) if model.num_classes else None
+        labels = labels_in_turn(self.state.ema, GRID, self.vectors(GRID))
         shape = (GRID, model.in_channels, model.input_size, model.input_size)
         x = sample(self.state.ema, labels, seed=0, shape=shape)
         if self.vae is None and (self.space is not None or not has_colours(model.in_channels)):
@@ -122,7 +134,12 @@ class Evaluations:
         size = config.model.input_size if grids.vae is None else grids.vae.pixels * config.model.input_size
         if first:
             self._against = AgainstReference(
-                state.ema, self._judge(size, at_work, say), self.samples, self._shape(), self._finish_on
+                state.ema,
+                self._judge(size, at_work, say),
+                self.samples,
+                self._shape(),
+                self._finish_on,
+                vectors=grids.vectors(self.samples),
             )
 
     def _shape(self) -> tuple[int, int, int]:
@@ -161,7 +178,7 @@ class Evaluations:
         if not self.state.config.run.reference:
             scores = measure_digits(self.state.ema, self.samples, nfe, seed=0, decode=self._grids.decoded)
             return describe(nfe, scores, self.samples), scores._asdict()
-        y = labels_in_turn(self.state.ema, self.samples)
+        y = labels_in_turn(self.state.ema, self.samples, self._grids.vectors(self.samples))
         drawing = Drawing.of(self.state.ema, y, nfe=nfe, seed=0, shape=(self.samples, *self._shape()))
         for rows in drawing.batches():
             drawing.batch(self.state.ema, rows)

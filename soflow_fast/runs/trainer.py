@@ -108,7 +108,7 @@ def _train_with(crew: Crew, config: Config, choices: DataChoices) -> TrainState:
             start = None
             if mlp.said:
                 progress.say(mlp.said)
-            grids = Grids(state, found.space, progress.say)
+            grids = Grids(state, found.space, progress.say, source.dataset.conditions)
             evaluations = Evaluations(state, grids, crew.first, crew.watch.at_work, progress.say)
             with closing(_boards(state, run_dir, progress, crew)) as board:
                 if state.step < config.steps:

@@ -20,7 +20,7 @@ BATCH = 64
 @torch.no_grad()
 def sample(
     flow: SolutionFlow,
-    y: Tensor | Sequence[int] | None = None,
+    y: Tensor | Sequence | None = None,
     *,
     nfe: int | None = None,
     times: Sequence[float] | None = None,
@@ -37,7 +37,7 @@ def sample(
 
     Args:
         flow: the trained flow; runs on the device and in the dtype of its parameters.
-        y: labels [B]; None: the null label.
+        y: labels [B], or vectors [B, E] of a network with a `condition_size`; None: the null label or vector.
         nfe: number of function evaluations, at least 1; None: as many as `times` has, or 1, of "euler" 10.
         times: t_0 = 1, t_1, ..., falling, one for each network call; None: evenly spaced.
         method: "renoise", as above; "consecutive": solve from t_k to t_{k+1}; "euler": go there along the velocity;
@@ -52,8 +52,8 @@ def sample(
             the range. Samples without a label have none.
 
     Raises:
-        ValueError: for nfe < 1, noise and seed both or neither given, times, shapes or labels that do not fit, for a
-            method that is none or not the flow's, and for a guidance that the network was not trained for.
+        ValueError: for nfe < 1, noise and seed both or neither given, times, shapes, labels or vectors that do not
+            fit, for a method that is none or not the flow's, and for a guidance that the network was not trained for.
     """
     if (noise is None) == (seed is None):
         raise ValueError("give either noise, one tensor per network call, or a seed")
@@ -84,7 +84,7 @@ def sample(
 
 def sample_batches(
     flow: SolutionFlow,
-    y: Tensor | Sequence[int] | None = None,
+    y: Tensor | Sequence | None = None,
     *,
     nfe: int | None = None,
     times: Sequence[float] | None = None,
@@ -105,13 +105,13 @@ def sample_batches(
 
 @dataclass(frozen=True)
 class Drawing:
-    """Images that are drawn from a seed. Each is a function of the seed, its label and its number alone: whoever draws
-    it does so in the same batch, and all batches are of one size."""
+    """Images that are drawn from a seed. Each is a function of the seed, its condition and its number alone: whoever
+    draws it does so in the same batch, and all batches are of one size."""
 
     shape: tuple[int, ...]
     """[n, C, H, W] of all images."""
     labels: Tensor | None
-    """int64 [n]; None: the null label."""
+    """int64 [n], or vectors [n, E]; None: the null one."""
     times: tuple[float, ...]
     """Those of the network calls, falling from 1; time 0 comes after the last."""
     method: SamplingMethod
@@ -124,7 +124,7 @@ class Drawing:
     def of(
         cls,
         flow: SolutionFlow,
-        y: Tensor | Sequence[int] | None = None,
+        y: Tensor | Sequence | None = None,
         *,
         nfe: int | None = None,
         times: Sequence[float] | None = None,
@@ -140,7 +140,8 @@ class Drawing:
         seed, batch_size = whole("seed", seed, 0), whole("batch_size", batch_size, 1)
         shape = tuple(whole("shape", n, 0) for n in _shape(flow, labels, shape))
         if labels is not None and len(labels) != shape[0]:
-            raise ValueError(f"y must hold {shape[0]} labels, got {len(labels)}")
+            what = "labels" if labels.dim() == 1 else "vectors"
+            raise ValueError(f"y must hold {shape[0]} {what}, got {len(labels)}")
         return cls(shape, labels, times, method, seed, batch_size, chosen_guidance(flow, guidance))
 
     @property
@@ -201,11 +202,11 @@ def image_noise(seed: int, index: int, call: int, shape: Sequence[int]) -> Tenso
     return torch.randn(tuple(shape), generator=generator(seed, index, call, "sample noise"))
 
 
-def _checked(flow: SolutionFlow, y: Tensor | Sequence[int] | None) -> Tensor | None:
-    """The labels as int64, wherever they are. Raises ValueError."""
+def _checked(flow: SolutionFlow, y: Tensor | Sequence | None) -> Tensor | None:
+    """The labels as int64 or the vectors as float32, wherever they are. Raises ValueError."""
     if y is None and not has_null_label(flow):
         raise ValueError("y must be given: the network was trained with a label each, it has no null label")
-    return None if y is None else checked_labels(flow, torch.as_tensor(y))
+    return None if y is None else checked_conditions(flow, torch.as_tensor(y))
 
 
 def has_null_label(flow: SolutionFlow) -> bool:
@@ -213,7 +214,26 @@ def has_null_label(flow: SolutionFlow) -> bool:
     return getattr(getattr(flow.network, "config", None), "null_label", True)
 
 
-def checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
+def condition_size(flow: SolutionFlow) -> int:
+    """The size of the vectors that a network takes; 0: it takes labels."""
+    return getattr(getattr(flow.network, "config", None), "condition_size", 0)
+
+
+def checked_conditions(flow: SolutionFlow, y: Tensor) -> Tensor:
+    """Labels [B] as int64, or vectors [B, E] in the dtype of the flow. Raises ValueError for those that the network
+    does not take, and for vectors that are not finite."""
+    size = condition_size(flow)
+    if not size:
+        return _checked_labels(flow, y)
+    if not y.is_floating_point() or y.dim() != 2 or y.shape[1] != size:
+        raise ValueError(f"y must be vectors [B, {size}], floating, got {y.dtype} {list(y.shape)}")
+    wrong = (~torch.isfinite(y)).any(1).nonzero()
+    if len(wrong):
+        raise ValueError(f"y must be finite, row {int(wrong[0])} of it is not")
+    return y.to(next(flow.parameters()).dtype)
+
+
+def _checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
     """Labels [B] as int64. Raises ValueError for others than the network's classes and its null label."""
     whole = labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) or not labels.numel()
     if labels.dim() != 1 or not whole:
@@ -227,7 +247,7 @@ def checked_labels(flow: SolutionFlow, labels: Tensor) -> Tensor:
     return labels.long()
 
 
-def _shape(flow: SolutionFlow, labels: Tensor | Sequence[int] | None, shape: Sequence[int] | None) -> Sequence[int]:
+def _shape(flow: SolutionFlow, labels: Tensor | Sequence | None, shape: Sequence[int] | None) -> Sequence[int]:
     """The shape [B, C, H, W] of all images. Raises ValueError if it is neither given nor known from the network."""
     if shape is not None:
         return shape

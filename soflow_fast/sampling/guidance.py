@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config.schema import shown
-from ..flow import SolutionFlow
+from ..flow import SolutionFlow, is_null
 
 
 def chosen_guidance(flow: SolutionFlow, guidance: float | None) -> float | None:
@@ -34,13 +34,14 @@ def chosen_guidance(flow: SolutionFlow, guidance: float | None) -> float | None:
 
 
 def scales(flow: SolutionFlow, guidance: float | None, y: Tensor | None, like: Tensor) -> Tensor | None:
-    """w [B] in float32 for samples `like` [B, ...] of labels y [B]: 1 where there is no label, which nothing guides.
+    """w [B] in float32 for samples `like` [B, ...] of labels y [B] or vectors [B, E]: 1 where there is none, which
+    nothing guides.
 
-    guidance: as `chosen_guidance` gives it. Raises ValueError for labels of another shape.
+    guidance: as `chosen_guidance` gives it. Raises ValueError for y of another shape.
     """
     if guidance is None:
         return None
-    if y is not None and y.shape != (len(like),):
+    if y is not None and (len(y) != len(like) or y.dim() != (2 if y.is_floating_point() else 1)):
         raise ValueError(f"y must be [{len(like)}], got {list(y.shape)}")
     w = torch.full((len(like),), 1.0 if y is None else guidance, device=like.device)
-    return w if y is None else torch.where(y == flow.network.num_classes, torch.ones_like(w), w)
+    return w if y is None else torch.where(is_null(flow.network, y), torch.ones_like(w), w)

@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..flow import SolutionFlow
 from ..training.cuda_graph import GraphedFunction
 from ..training.precision import matmul_precision, resolve_precision, round_parameters
-from .drawing import checked_labels
+from .drawing import checked_conditions
 from .guidance import chosen_guidance, scales
 
 
@@ -58,12 +58,13 @@ class OneStep:
     @torch.no_grad()
     def __call__(self, noise: Tensor, y: Tensor | None = None) -> Tensor:
         """Images [B, C, H, W] in the scale of the training data, from standard normal noise [B, C, H, W] and labels
-        [B] (None: the null label) on the flow's device.
+        [B] or vectors [B, E] (None: the null one) on the flow's device.
 
-        Raises ValueError for labels that are none; those on a GPU are not looked at, as that would wait for it."""
+        Raises ValueError for labels or vectors that are none; those on a GPU are not looked at, as that would wait for
+        it."""
         if y is not None and not isinstance(y, Tensor):
             y = torch.as_tensor(y, device=self.device)
-        return self.call(noise, y if y is None or on_gpu(y) else checked_labels(self.flow, y))
+        return self.call(noise, y if y is None or on_gpu(y) else checked_conditions(self.flow, y))
 
     def _call(self, noise: Tensor, y: Tensor | None) -> Tensor:
         t = torch.ones(len(noise), device=noise.device, dtype=noise.dtype)

@@ -16,7 +16,7 @@ import torch
 from ..config.schema import Config, DiTConfig
 from ..files import cache_folder
 from ..models.measured_choice import read_choices, setting, write_choices
-from .state import TrainState
+from .state import TrainState, no_conditions
 from .step import train_step
 
 NARROWEST = 256
@@ -67,7 +67,7 @@ def measure(config: Config, clock: Callable[[], float]) -> Choice:
     run = replace(config.run, check_quotient_every=0, compile=False, optimizer="soflow")
     config = replace(config, model=model, run=run, batch_size=batch, micro_batch=0)
     images = torch.zeros(batch, model.in_channels, model.input_size, model.input_size)
-    labels = torch.zeros(batch, dtype=torch.int64)
+    labels = no_conditions(model, batch, images.device)
     states = {name: TrainState.build(replace(config, precision=name)) for name in ("fp32", "bf16")}
     seconds: dict[str, list[float]] = {name: [] for name in states}
     for _ in range(1 + ROUNDS):  # the first calls prepare
@@ -85,4 +85,5 @@ def _key(config: Config) -> str:
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
     parts = (setting(torch.device("cpu"), torch.float32, ()), sys.platform, cpu, shape, config.batch_size)
     norms = ("qk_norm",) if model.qk_norm else ()
+    norms += (f"vectors {model.condition_size}",) if model.condition_size else ()
     return "; ".join(map(str, (*parts, objective.teacher, config.run.recompute, *norms)))

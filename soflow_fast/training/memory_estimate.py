@@ -23,7 +23,7 @@ from ..config.schema import Config
 from ..errors import ConfigError
 from ..ranks import micro_batches
 from .precision import resolve_precision
-from .state import TrainState
+from .state import TrainState, no_conditions
 from .step import draw, train_step
 
 BLOCK = 512
@@ -194,10 +194,10 @@ def attend_as_on_gpu(state: TrainState) -> None:
 
 
 def images(state: TrainState, n: int) -> tuple[Tensor, Tensor]:
-    """A batch of n images and their labels, all zeros."""
+    """A batch of n images and their labels or vectors, all zeros."""
     model = state.config.model
     shape = (n, model.in_channels, model.input_size, model.input_size)
-    return torch.zeros(shape, device=state.device), torch.zeros(n, dtype=torch.int64, device=state.device)
+    return torch.zeros(shape, device=state.device), no_conditions(model, n, state.device)
 
 
 def take_two_micro_batches(state: TrainState) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config.schema import Config
+from ..config.schema import Config, ModelConfig
 from ..config.validation import validate
 from ..errors import ConfigError
 from ..flow import SolutionFlow
@@ -253,6 +253,13 @@ def check_sharded(config: Config, precision: str, world: int) -> None:
     if config.run.optimizer == "apex":
         raise ConfigError(f"{given}: apex's optimiser does not know parts of parameters; give another --optimizer")
     check_shares(config, world)
+
+
+def no_conditions(model: ModelConfig, n: int, device: torch.device) -> Tensor:
+    """Labels int64 [n], or vectors float32 [n, E] of a model that takes these, all zeros."""
+    if model.condition_size:
+        return torch.zeros(n, model.condition_size, device=device)
+    return torch.zeros(n, dtype=torch.int64, device=device)
 
 
 def flow_of(config: Config, network: Any) -> SolutionFlow:

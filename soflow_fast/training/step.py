@@ -22,7 +22,7 @@ from soflow_kernels import AdamWEMA, clip_scale, on_gpu
 
 from ..augmentation import Changes, augmented
 from ..config.schema import UNetConfig
-from ..flow import conditions, seen_in_training
+from ..flow import conditions, null_like, seen_in_training
 from ..models.dit import TapedOutputs
 from ..models.float8 import is_twin
 from ..objective import ConsistencyPoints, LossTerm, with_null, without_guidance
@@ -121,7 +121,7 @@ class Samples(NamedTuple):
     l: Tensor
     s: Tensor
     y: Tensor | None
-    """Labels [B], the dropped ones replaced by the null label; None: unconditional."""
+    """Labels [B] or vectors [B, E], the dropped ones replaced by the null one; None: unconditional."""
     label_dropped: Tensor
     n_fm: int
     w: Tensor | None = None
@@ -150,8 +150,9 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One whole update of `state` on this rank's batch.
 
-    x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], None: unconditional. Of several ranks each gives its
-    share of the whole batch, all at the same time.
+    x0: [B, C, H, W] in [-1, 1] or scaled latents; y: labels [B], or vectors [B, E] where the network has a
+    `condition_size`, None: unconditional. Of several ranks each gives its share of the whole batch, all at the same
+    time.
     Returns scalars of the whole batch, as tensors on the device: losses, `sc_mse` (`LossTerm`), weights, gradient norm,
     learning rate; every `run.check_quotient_every` steps `q_cosine` (`measure_quotient`); where such steps are skipped,
     `skipped`: how many so far had a number that is not finite. They change nothing but the count of steps. Nothing is
@@ -170,7 +171,9 @@ def train_step(
     _check_batch(state, x0, y)
     state.check_parameters()
     x0 = x0.to(state.device, state.flow.network.input_dtype, non_blocking=True)
-    y = None if y is None or config.model.num_classes == 0 else y.to(state.device, non_blocking=True)
+    y = None if y is None or not config.model.conditional else y.to(state.device, non_blocking=True)
+    if y is not None and y.is_floating_point():
+        y = y.to(x0.dtype)
     draws = draw(state, x0.shape) if draws is None else _given(state, x0, draws)
     _set_rates(state)
     measured = _measured_by_all(state, x0, y, draws) if _checks_quotient(state) else None
@@ -227,7 +230,7 @@ def update(
     whole_fm = draws.n_fm if ranks == 1 else flow_matching_samples(B * ranks, config.objective.flow_matching_fraction)
     totals: dict[str, Tensor] = {}
     flags: FiniteFlags = {}
-    note_finite(flags, "input", x0)
+    note_finite(flags, "input", x0, *([y] if y is not None and y.is_floating_point() else []))
     if state.parallel is not None:  # after the reduction no rank's gradient tells whose was wrong
         state.flow.network.watch_gradient = partial(note_finite, flags, "gradient")
     for k in range(parts):
@@ -269,6 +272,14 @@ def _check_batch(state: TrainState, x0: Tensor, y: Tensor | None) -> None:
     if not x0.is_floating_point() or x0.dim() != 4 or not len(x0):
         raise ValueError(f"x0 must be a floating [B, C, H, W] with B >= 1, got {x0.dtype} {list(x0.shape)}")
     if y is None:
+        return
+    if model.condition_size:
+        if not y.is_floating_point() or y.shape != (len(x0), model.condition_size):
+            wanted = f"floating [{len(x0)}, {model.condition_size}], vectors of the model's condition_size"
+            raise ValueError(f"y must be {wanted}, got {y.dtype} {list(y.shape)}")
+        if not on_gpu(y) and not bool(torch.isfinite(y).all()):  # on a GPU the step itself refuses them
+            row = int((~torch.isfinite(y)).any(1).nonzero()[0])
+            raise ValueError(f"y must be finite, row {row} of it is not")
         return
     if y.dtype != torch.int64 or y.shape != x0.shape[:1]:
         raise ValueError(f"y must be int64 [{len(x0)}], got {y.dtype} {list(y.shape)}")
@@ -391,7 +402,7 @@ def _guidance(state: TrainState, samples: Samples, flags: FiniteFlags) -> tuple[
             "state.guide: its parameters are no longer the network's; set it to None, or build a new state"
         )
     B, sc = len(samples.x_t), samples.sc
-    null = torch.full_like(y, network.num_classes)
+    null = null_like(network, y)
     mixed = state.objective.mixed and samples.n_fm < B
     x, t = (torch.cat([v, v[sc]]) if mixed else v for v in (samples.x_t, samples.t))
     labels = torch.cat([null, y[sc]]) if mixed else null

@@ -43,7 +43,7 @@ def png_size(content: bytes) -> tuple[int, int]:
 TRAIN = {
     "the run": "latent config set epochs run-dir init resume-official steps seed device eval-every reference "
     "checkpoint-every keep on-nonfinite track",
-    "the data": "data resize no-resize skip-bad no-skip-bad batch-size",
+    "the data": "data resize no-resize skip-bad no-skip-bad batch-size conditions condition-size",
     "learning": "objective teacher teacher-decay guidance-range guidance-precision quotient quotient-precision",
     "speed and memory": "precision micro-batch recompute attention optimizer compile no-compile cuda-graph "
     "no-cuda-graph parallel",
@@ -55,8 +55,11 @@ TRAIN = {
     ("module", "flags"),
     [
         ("train", " ".join(TRAIN.values())),
-        ("sample", "help out n nfe times method guidance labels format batch-size vae seed device overwrite"),
-        ("evaluate", "help n nfe times guidance vae seed reference metrics inception dinov2 device json"),
+        (
+            "sample",
+            "help out n nfe times method guidance labels conditions format batch-size vae seed device overwrite",
+        ),
+        ("evaluate", "help n nfe times guidance conditions vae seed reference metrics inception dinov2 device json"),
         ("gallery", "help out device"),
         ("export", "help format"),
         ("gallery", "help out device"),

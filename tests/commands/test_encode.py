@@ -110,6 +110,32 @@ def test_images_are_encoded(call: Call, vaes: Path, tmp_path: Path, images: dict
     assert (header["vae"], header["source"], len(header["weights"])) == (str(vaes / "one"), "noise", 64)
 
 
+def test_vectors_are_kept_with_latents(
+    call: Call, refused: Call, vaes: Path, tmp_path: Path, images: dict[str, Dataset]
+) -> None:
+    """Those that are given, those that lie beside the images, and those of latents of others."""
+    values = np.random.default_rng(0).standard_normal((N, 5)).astype(np.float32)
+    np.save(tmp_path / "v.npy", values)
+    (tmp_path / "photos").mkdir()
+    images[str(tmp_path / "photos")] = Pixels()
+    np.save(tmp_path / "photos" / "conditions.npy", -values)
+    fast_dit(tmp_path / "theirs")
+    np.save(tmp_path / "theirs" / "conditions.npy", 2 * values)
+    for name, arguments, wanted in (
+        ("given", ["images", tmp_path / "given", *flags(vaes), "--conditions", tmp_path / "v.npy"], values),
+        ("beside", [tmp_path / "photos", tmp_path / "beside", *flags(vaes)], -values),
+        ("converted", ["--from", tmp_path / "theirs", tmp_path / "converted"], 2 * values),
+    ):
+        result = call("encode", *arguments)
+        assert (result.code, result.err) == (0, "") and "conditions: vectors of 5 numbers, float32" in result.out, name
+        assert np.array_equal(np.load(tmp_path / name / "conditions.npy"), wanted)
+        assert len(json.loads((tmp_path / name / "latents.json").read_text())["conditions"]) == 64
+        assert len(latents.load(tmp_path / name, ANY)) == len(wanted)
+    np.save(tmp_path / "v.npy", values[:3])
+    said = refused("encode", "images", tmp_path / "few", *flags(vaes), "--conditions", tmp_path / "v.npy")
+    assert f"--conditions {tmp_path / 'v.npy'}: holds 3 vectors, the data {N} samples" in said
+
+
 def test_without_flip_there_is_no_twin(call: Call, vaes: Path, tmp_path: Path) -> None:
     assert call("encode", "images", tmp_path / "out", *flags(vaes)).code == 0
     assert not latents.load(tmp_path / "out", ANY).mirrors and not [*(tmp_path / "out").glob("mirrored*")]
@@ -485,5 +511,16 @@ def test_latents_of_others_are_converted(call: Call, refused: Call, tmp_path: Pa
 def test_the_flags() -> None:
     from soflow_fast import encode
 
-    names = ["--help", "--from", "--vae", "--size", "--flip", "--batch-size", "--device", "--workers", "--channels"]
+    names = [
+        "--help",
+        "--from",
+        "--vae",
+        "--size",
+        "--conditions",
+        "--flip",
+        "--batch-size",
+        "--device",
+        "--workers",
+        "--channels",
+    ]
     assert encode.parser().flags() == names

@@ -159,6 +159,7 @@ OUT_OF_RANGE = {
     "model.mlp_ratio": 0,
     "model.num_classes": -1,
     "model.null_label": False,  # with labels that are dropped
+    "model.condition_size": -1,
     "model.guidance_range": (4.0, 1.0),
     "flow.path": "straight",
     "flow.coefficients": "eulre",
@@ -226,6 +227,7 @@ FREE = {
         "preset",
         "data.path",
         "data.vae",
+        "data.conditions",
         "data.flip",
         "data.resize",
         "data.skip_bad",
@@ -349,6 +351,7 @@ CONFIGURATIONS = st.fixed_dictionaries(
         "model.num_heads": small,
         "model.mlp_ratio": st.floats(-0.1, 2),
         "model.num_classes": small,
+        "model.condition_size": small,
         "model.guidance_range": st.none() | st.tuples(st.floats(0.5, 2), st.floats(1, 4)),
         "flow.path": st.sampled_from(["linear", "trig", "line"]),
         "flow.coefficients": st.sampled_from(["euler", "trig", ""]),

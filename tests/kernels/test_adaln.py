@@ -388,7 +388,7 @@ def test_the_norm_of_a_dual_number_is_taken_in_float32(monkeypatch):
     seen, plain = [], torch.nn.functional.layer_norm
     monkeypatch.setattr(adaln.F, "layer_norm", lambda x, *rest: seen.append(x.dtype) or plain(x, *rest))
     x, m = torch.randn(2, 3, 8, dtype=torch.bfloat16), torch.randn(2, 8, dtype=torch.bfloat16)
-    value, tangent = torch.func.jvp(lambda x: adaln.layernorm_modulate_reference(x, m, m), (x,), (x,))
+    value, tangent, *_ = torch.func.jvp(lambda x: adaln.layernorm_modulate_reference(x, m, m), (x,), (x,))
     assert value.dtype == tangent.dtype == torch.bfloat16 and seen == [torch.float32]
     adaln.layernorm_modulate_reference(x, m, m)
     assert seen == [torch.float32, torch.bfloat16]

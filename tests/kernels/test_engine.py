@@ -11,9 +11,9 @@ from soflow_kernels import testing
 SIZES = DiTConfig(input_size=8, patch_size=2, in_channels=2, hidden_size=40, depth=2, num_heads=2, num_classes=5)
 
 
-def build(device, keep_norms=False, qk_norm=False):
+def build(device, keep_norms=False, qk_norm=False, sizes=SIZES):
     config = preset("digits", precision="fp32", device=str(device), batch_size=4)
-    model = dataclasses.replace(SIZES, qk_norm=qk_norm)
+    model = dataclasses.replace(sizes, qk_norm=qk_norm)
     state = TrainState.build(dataclasses.replace(config, model=model, objective=ObjectiveConfig()))
     state.flow.network.keep_norms = keep_norms
     with torch.no_grad():  # off the initial zeros, where half of the gradients vanish
@@ -45,6 +45,26 @@ def test_forward_and_gradients(keep_norms, qk_norm, device):
     assert not torch.equal(out, wanted)  # the kernels did run
     for (name, _), got, reference in zip(state.flow.named_parameters(), gradients, references, strict=True):
         assert (got - reference).norm() <= 1e-4 * reference.norm(), name
+
+
+def test_vectors_take_the_kernel_of_labels(device):
+    """As a table with a row for each sample; one of them is the null vector."""
+    sizes = dataclasses.replace(SIZES, num_classes=0, condition_size=6, depth=1)
+    network = build(device, sizes=sizes).flow.network
+    t = torch.tensor([0.9, 0.5, 0.7, 0.3], device=device)
+    y, direction = (torch.randn(4, n, generator=torch.Generator().manual_seed(n)).to(device) for n in (6, 40))
+    y[2] = torch.nan
+    embedders = {name: p for name, p in network.named_parameters() if "_embedder.mlp" in name or "y_embedder" in name}
+    found = []
+    for mode in ("auto", "reference"):
+        network.zero_grad()
+        with testing.mode(mode):
+            c = network.conditioning(t, 0.5 * t, y)
+            (c * direction).sum().backward()
+        found.append([c.detach(), *(p.grad.clone() for p in embedders.values())])
+    assert not torch.equal(found[0][0], found[1][0])  # the kernel did run
+    for name, got, wanted in zip(("c", *embedders), *found, strict=True):
+        assert wanted.norm() > 0 and (got - wanted).norm() <= 1e-5 * wanted.norm(), name
 
 
 @pytest.mark.slow

@@ -9,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from soflow_fast.data.dataset import Contents, Dataset, LatentSpace
+from soflow_fast.data import latents
+from soflow_fast.data.dataset import Contents, Dataset, LatentSpace, Wanted
 from soflow_fast.data.latents import writer
 from soflow_fast.errors import ConfigError, DataError, Interrupted
 from soflow_fast.runs.latents import encoding
@@ -112,6 +114,28 @@ def test_the_bytes_are_the_same_whoever_works(
     others = {int(path.name) for path in (tmp_path / "told").iterdir()} - {os.getpid()}
     assert (1 <= len(others) <= workers) if workers else not others
     assert not at_work() and not any(Path(f"/proc/{pid}").exists() for pid in others)
+
+
+def test_vectors_go_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "told").mkdir()
+    values = torch.randn(N, 5, generator=torch.Generator().manual_seed(0)).half()
+    np.save(tmp_path / "v.npy", values.numpy())
+    images, said = Pixels(tmp_path / "told"), []
+    encoding.take_conditions(images, "", str(tmp_path / "v.npy"), said.append)
+    assert said == ["conditions: vectors of 5 numbers, float16, from v.npy"]
+    settings: dict[str, Any] = {"size": SIZE, "flip": False, "batch_size": 9, "workers": 0, "devices": [CPU]}
+    encoding.encode(images, tmp_path / "out", vae(), **settings)
+    found = latents.load(tmp_path / "out", Wanted(0, 0))
+    encoding.take_conditions(found, str(tmp_path / "out"), "", said.append)
+    assert torch.equal(found.given(torch.arange(N)), values)
+    encoding.convert(found, tmp_path / "again")
+    again = latents.load(tmp_path / "again", Wanted(0, 0))
+    encoding.take_conditions(again, str(tmp_path / "again"), "", said.append)
+    assert again.conditions is not None and again.conditions.checksum == found.contents.conditions != ""
+    images.conditions = None
+    with pytest.raises(DataError, match="is written with other conditions, or without"):
+        encoding.encode(images, tmp_path / "out", vae(), **settings)
 
 
 @pytest.mark.parametrize("killed", [1, 5, 9])

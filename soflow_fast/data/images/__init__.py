@@ -88,4 +88,4 @@ def load(place: Path, wanted: Wanted) -> Dataset:
         raise DataError(f"--data {place}: cannot be read ({text or type(error).__name__})") from None
     labels, classes, root = classes_of(found, str(place))
     about = {"kind": found.kind, "left_out": found.left_out, "notes": [], "where": str(place), "wrapper": root}
-    return image_set(found, labels, classes, wanted, **about, stamp=found.stamp)
+    return image_set(found, labels, classes, wanted, **about, stamp=found.stamp, by_path=True)

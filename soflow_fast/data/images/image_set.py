@@ -1,6 +1,8 @@
 """A data set of encoded images, which are decoded when they are read."""
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +30,16 @@ def image_set(
     where: str,
     stamp: str = "",
     wrapper: str = "",
+    by_path: bool = False,
 ) -> Dataset:
     """A data set of encoded images, checked.
 
     files: read by several threads at once; an Unreadable that it raises says in words what is wrong with a file.
     labels: int64 [N]. where: the path in errors. stamp: is another one when a file has changed, so that the outcome of
     the check can be kept in the user's cache folder; "": it is not kept. wrapper: the folder that all names begin
-    with, which is no part of the identity. Raises DataError for an image that cannot be decoded, unless
-    `wanted.skip_bad`, for a class without an image and for a number of channels other than 1 and 3.
+    with, which is no part of the identity. by_path: whether names are paths of files. Raises DataError for an image
+    that cannot be decoded, unless `wanted.skip_bad`, for a class without an image and for a number of channels other
+    than 1 and 3.
     """
     if wanted.channels not in (1, 3):
         raise DataError(f"--data {where}: images have 1 or 3 channels, not {wanted.channels}: set model.in_channels")
@@ -65,7 +69,10 @@ def image_set(
         contents.notes.append(f"{animated} {'animations' if animated > 1 else 'animation'}: the first frame is taken")
     start = len(wrapper) + 1 if wrapper else 0
     contents.checksum = checksum((files.names[i][start:] for i in numbers), np.asarray(files.sizes)[numbers], labels)
-    return ImageSet(files, numbers, labels, contents, wanted, where)
+    found = ImageSet(files, numbers, labels, contents, wanted, where)
+    if by_path:
+        found.names, found.wrapper = Some(files.names, numbers), wrapper
+    return found
 
 
 def _refuse_empty(labels: Tensor, classes: tuple[str, ...], where: str, what: str = "") -> None:
@@ -76,15 +83,32 @@ def _refuse_empty(labels: Tensor, classes: tuple[str, ...], where: str, what: st
         raise DataError(f"--data {where}: {name} is a class without an image{what}{more}")
 
 
+class Some(Sequence[str]):
+    """Those of some names that have these numbers, int64 [N]."""
+
+    def __init__(self, names: Sequence[str], numbers: np.ndarray) -> None:
+        self._names, self._numbers = names, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, number: Any) -> Any:
+        found = self._numbers[number]
+        return [self._names[int(i)] for i in found] if isinstance(number, slice) else self._names[int(found)]
+
+
 class ImageSet(Dataset):
     """numbers: int64 [N], the files of the samples."""
+
+    numbers: np.ndarray
 
     def __init__(
         self, files: Files, numbers: np.ndarray, labels: Tensor, contents: Contents, wanted: Wanted, where: str
     ) -> None:
         self.labels, self.contents = labels, contents
         self.shape = wanted.channels, wanted.size, wanted.size
-        self._files, self._numbers, self._where = files, numbers, where
+        self._files, self._where = files, where
+        self.numbers, self.found = numbers, len(files.names)
         self._wanted = wanted._replace(say=Wanted._field_defaults["say"])
 
     @quiet
@@ -92,7 +116,7 @@ class ImageSet(Dataset):
         """uint8 [n, C, size, size]; see Dataset."""
         pixels = torch.empty((len(index), *self.shape), dtype=torch.uint8)
         into = pixels.numpy()
-        for i, number in enumerate(self._numbers[index.numpy()].tolist()):
+        for i, number in enumerate(self.numbers[index.numpy()].tolist()):
             try:
                 into[i] = decode(self._files.read(number), self._wanted)
             except Exception as error:

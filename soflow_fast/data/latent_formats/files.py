@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..conditions import BY_NAME, IN_ORDER
 from ..dataset import by_name
 
 LOOKED_AT = 2000
@@ -69,7 +70,7 @@ def _walk(place: Path, suffixes: tuple[str, ...], most: int | None = None) -> It
                 if seen == most:
                     return
                 seen += 1
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or (not inside and entry.name in (BY_NAME, IN_ORDER)):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(f"{inside}{entry.name}/")

@@ -5,7 +5,8 @@
 
 Shard k is shard-0000k.npy, float16 [n, 2C, H, W] of mean || std ([n, C, H, W] where the format has no std),
 labels-0000k.npy, int64 [n], and for a flipped twin mirrored-0000k.npy, of the mirrored images. All but the last one
-have the same n. Each is a .npy file, so that anything can map it.
+have the same n. Vectors in the place of labels are conditions.npy, float16 or float32 [count, E], and "conditions" is
+their checksum. Each is a .npy file, so that anything can map it.
 """
 
 import hashlib
@@ -54,6 +55,8 @@ class Header:
     """Checksum of what was encoded."""
     weights: str = ""
     """SHA-256 of the VAE's weights, "" if it was not at hand."""
+    conditions: str = ""
+    """`Conditions.checksum` of vectors that came with the samples; "": none did."""
 
     def kinds(self) -> tuple[str, ...]:
         """The first parts of the names of a shard's files."""
@@ -82,6 +85,7 @@ def read_manifest(folder: Path) -> tuple[Header, list[Shard]]:
         if _whole("format", values["format"], 1) > FORMAT:
             raise ValueError(f"is of format {values['format']}; this version reads up to {FORMAT}, use a later one")
         layout = Layout(**{f.name: _value(f.name, values[f.name]) for f in fields(Layout)})
+        values = {"conditions": "", **values}  # of a version that knew none
         rest = {f.name: _value(f.name, values[f.name]) for f in fields(Header) if f.name != "layout"}
         header = Header(layout, **rest)
         shards = [_shard(header, entry) for entry in values["shards"]]

@@ -58,6 +58,7 @@ class MappedLatents(Latents):
         labels = torch.cat([_labels(place, header, number, shard) for number, shard in enumerate(shards)])
         check_labels(place, lambda i: f"latent {i}", labels, classes or 1)
         contents = Contents("latents", header.classes, checksum=checksum(header, shards), source=header.source)
+        contents.conditions = header.conditions
         if header.layout.vae:
             contents.notes.append(f"latents of the VAE {header.layout.vae}")
         super().__init__(place, header.layout, labels, contents, mirrors=header.flipped)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...files import LOCK, make_folder, sync, write_file
+from ..conditions import IN_ORDER, Conditions, read_vectors
 from .check import first_wrong, mapped
 from .manifest import MANIFEST, File, Header, Shard, file_name, read_manifest, to_text
 
 SHARD_BYTES = 2**26
 MOST_SHARDS = 128
 """Of each kind: a reader holds a file for each."""
-PARTIAL = re.compile(rf"\.({re.escape(MANIFEST)}\.partial-\d+|[a-z]+-\d{{5}}\.npy\.partial)")
+PARTIAL = re.compile(rf"\.({re.escape(MANIFEST)}\.partial-\d+|([a-z]+-\d{{5}}|conditions)\.npy\.partial)")
 """Names of what a kill may leave."""
 
 
@@ -100,6 +102,24 @@ class Writer:
             if self._fill == self._size():
                 self._finish()
 
+    def put_conditions(self, conditions: Conditions) -> None:
+        """Write the vectors of all samples, unless they are there."""
+        assert conditions.checksum == self.header.conditions and len(conditions) == self.header.count
+        with suppress(DataError):
+            there = Conditions(read_vectors(self.folder / IN_ORDER))
+            if there.checksum == conditions.checksum:
+                return
+        dtype = conditions.dtype.newbyteorder("<").str
+        stream = _Stream(self.folder / IN_ORDER, dtype, (len(conditions), conditions.size))
+        try:
+            for part in conditions.parts():
+                stream.write(part.astype(dtype, copy=False).tobytes())
+        except BaseException:
+            stream.drop()
+            raise
+        stream.finish()
+        sync(self.folder)
+
     def close(self) -> None:
         """Drop a shard that is not whole."""
         for stream in self._open.values():
@@ -174,7 +194,11 @@ def _check_same(folder: Path, begun: Header, header: Header) -> None:
     """Raise DataError with the first thing in which a folder that was begun differs."""
     was, now = (asdict(h.layout) | asdict(h) for h in (begun, header))
     was["vae"], now["vae"] = (os.path.normpath(name) if name else "" for name in (was["vae"], now["vae"]))
-    words = {"source": "encoded from other content", "weights": "encoded with other weights of the VAE"}
+    words = {
+        "source": "encoded from other content",
+        "weights": "encoded with other weights of the VAE",
+        "conditions": "written with other conditions, or without",
+    }
     for name in [name for name in was if name not in ("layout", "rows")]:
         if was[name] != now[name]:
             what = words.get(name, f"begun with {name} {_short(was[name])}, not {_short(now[name])}")

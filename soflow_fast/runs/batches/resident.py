@@ -11,11 +11,14 @@ PART = 2**26
 
 def on_device_bytes(source: Source) -> int | None:
     """Bytes of a data set on a device; None: it is not one to be held there, as reading it is more than copying."""
-    return source.dataset.nbytes() * (2 if source.flip else 1) if source.dataset.copies else None
+    if not source.dataset.copies:
+        return None
+    vectors = source.dataset.conditions
+    return source.dataset.nbytes() * (2 if source.flip else 1) + (0 if vectors is None else vectors.nbytes)
 
 
 class Resident:
-    """All samples of a source, as they are read, and their labels.
+    """All samples of a source, as they are read, and their labels or vectors.
 
     Raises DataError for what cannot be read, and torch.OutOfMemoryError.
     """
@@ -32,16 +35,18 @@ class Resident:
                 flags = torch.full((len(index),), kind) if source.flip else None
                 at = int(index[0]) + N * kind
                 self._send(self.samples[at : at + len(index)], dataset.read(index, flags))
-        self.labels = torch.empty(N, dtype=torch.int64, device=device)
-        self._send(self.labels, dataset.labels)
+        one = dataset.given(torch.tensor([0]))
+        self.given = torch.empty(N, *one.shape[1:], dtype=one.dtype, device=device)
+        for index in torch.arange(N).split(max(1, PART // one.nbytes)):
+            self._send(self.given[int(index[0]) : int(index[-1]) + 1], dataset.given(index))
 
     def of(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """What `Source.raw` returns, on the device: samples and labels of a step."""
+        """What `Source.raw` returns, on the device: samples and labels or vectors of a step."""
         index, mirrored = self.source.indices(step, rank, world), self.source.mirrored(step, rank, world)
         rows = index if mirrored is None else index + len(self.source) * mirrored
         places = torch.empty(2, len(index), dtype=torch.int64, device=self.device)
         self._send(places, torch.stack([rows, index]))
-        return self.samples[places[0]], self.labels[places[1]]
+        return self.samples[places[0]], self.given[places[1]]
 
     def _send(self, there: Tensor, values: Tensor) -> None:
         """Copy to the device, from pinned memory, so that the host does not wait for the copy."""

@@ -51,7 +51,7 @@ def _figures(run_dir: Path, step: int) -> dict[str, Any]:
 
 def published(origin: Origin) -> Origin:
     """An origin without what is of one machine alone: settings of the run, and paths of its data."""
-    data = replace(origin.config.data, path="", vae="", skip_bad=False)
+    data = replace(origin.config.data, path="", vae="", conditions="", skip_bad=False)
     figures = dict(origin.figures)
     if isinstance(reference := figures.get("reference"), dict) and isinstance(path := reference.get("path"), str):
         figures["reference"] = {**reference, "path": os.path.basename(path.rstrip("/"))}

@@ -12,7 +12,11 @@ from .. import source_code
 MANIFEST = "samples.json"
 KIND = "soflow-fast samples"
 ARCHIVE = "sha256 of samples.npz"
-WORDS = {"weights": "of other weights", "vae": "decoded by another VAE"}
+WORDS = {
+    "weights": "of other weights",
+    "vae": "decoded by another VAE",
+    "conditions": "of other conditions",
+}
 """What is said of settings whose values tell a person nothing."""
 
 
@@ -40,6 +44,8 @@ class Settings:
     """The same of the VAE that decodes, with scale and shift of the latents; "": none does."""
     guidance: float | None = None
     """The scale that samples have chosen, of a network that takes one."""
+    conditions: str | None = None
+    """SHA-256 of the vectors in turn; None: there are none."""
 
     def to_json(self, run: str, archive: str = "") -> str:
         """The text of the manifest.

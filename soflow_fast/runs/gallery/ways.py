@@ -66,8 +66,9 @@ def ways(run_dir: Path, device: torch.device) -> Ways:
     rows = [(0, label) for label in labels] + [(seed, chosen) for seed in range(ROWS)]
     shape = (model.in_channels, model.input_size, model.input_size)
     noise = torch.stack([image_noise(seed, 0, 0, shape) for seed, _ in rows])  # as of `sample --seed`
-    y = torch.tensor([label for _, label in rows])
-    parts = zip(noise.split(IN_A_BATCH), y.split(IN_A_BATCH), strict=True)
+    y = None if model.condition_size else torch.tensor([label for _, label in rows])  # vectors: of no condition
+    at = range(0, len(rows), IN_A_BATCH)
+    parts = [(noise[k : k + IN_A_BATCH], None if y is None else y[k : k + IN_A_BATCH]) for k in at]
     times, drawn = [1 - k / (TIMES - 1) for k in range(TIMES)], torch.cat([_states(flow, *part) for part in parts])
     if not torch.isfinite(drawn).all():
         raise UserError("its samples are not finite")
@@ -84,10 +85,10 @@ def ways(run_dir: Path, device: torch.device) -> Ways:
 
 
 @torch.no_grad()
-def _states(flow: SolutionFlow, noise: Tensor, y: Tensor) -> Tensor:
-    """The states [n, TIMES, C, H, W] of noise [n, C, H, W] of labels [n] at all times, on the CPU."""
+def _states(flow: SolutionFlow, noise: Tensor, y: Tensor | None) -> Tensor:
+    """The states [n, TIMES, C, H, W] of noise [n, C, H, W] of labels [n], None: null ones, at all times, on the CPU."""
     parameter = next(flow.parameters())
-    x, y = noise.to(parameter), y.to(parameter.device)
+    x, y = noise.to(parameter), None if y is None else y.to(parameter.device)
     w = scales(flow, chosen_guidance(flow, None), y, x)
     at = lambda k: torch.full((len(x),), 1 - k / (TIMES - 1), device=x.device, dtype=x.dtype)  # noqa: E731
     states = [x]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...config.schema import AUTO
 from ...data import latents
+from ...data._beside import conditions_of
 from ...data.dataset import Dataset, Wanted
 from ...data.formats import open_dataset
 from ...data.latents.layout import Layout
@@ -92,10 +93,11 @@ def encode(
             size,
             contents.checksum,
             vae.weights,
+            _checksum(images),
         )
         with Ahead(read, workers, lost) as ahead, Devices(devices, work_on) as several:
             work = lambda batches: several.results(ahead.results(batches))  # noqa: E731
-            _fill(out, header, images.labels, work, batch_size, again)
+            _fill(out, header, images, work, batch_size, again)
 
 
 def convert(found: latents.Latents, out: Path, vae: str = "") -> None:
@@ -107,14 +109,28 @@ def convert(found: latents.Latents, out: Path, vae: str = "") -> None:
     layout = replace(known, vae=vae or known.vae)
     rows = shard_rows(len(found), layout.row())
     contents = found.contents
-    header = latents.Header(layout, len(found), rows, found.mirrors, contents.classes, 0, contents.checksum)
+    header = latents.Header(
+        layout, len(found), rows, found.mirrors, contents.classes, 0, contents.checksum, conditions=_checksum(found)
+    )
 
     def latents_of(rows: range) -> Latents:
         index = torch.arange(rows.start, rows.stop)
         twins = [found.read(index, torch.ones(len(index), dtype=torch.bool))] if found.mirrors else []
         return found.read(index), *twins
 
-    _fill(out, header, found.labels, lambda batches: map(latents_of, batches), ROWS_AT_A_TIME)
+    _fill(out, header, found, lambda batches: map(latents_of, batches), ROWS_AT_A_TIME)
+
+
+def take_conditions(found: Dataset, place: str, given: str, say: Callable[[str], None]) -> None:
+    """Let a data set have the vectors that are given or lie beside it, if there are any. Raises DataError."""
+    before = len(found.contents.notes)
+    found.conditions = conditions_of(found, place, given)
+    for note in found.contents.notes[before:]:
+        say(note)
+
+
+def _checksum(found: Dataset) -> str:
+    return "" if found.conditions is None else found.conditions.checksum
 
 
 def _none(shape: tuple[int, ...]) -> Tensor:
@@ -124,12 +140,13 @@ def _none(shape: tuple[int, ...]) -> Tensor:
 def _fill(
     out: Path,
     header: latents.Header,
-    labels: Tensor,
+    found: Dataset,
     work: Callable[[Iterator[range]], Iterator[Latents]],
     batch_size: int,
     again: Callable[[Tensor], Latents] | None = None,
 ) -> None:
-    """Write what is missing, batch by batch. work: gives the latents of batches, one after the other.
+    """Write what is missing, batch by batch, with the labels and vectors of a data set. work: gives the latents of
+    batches, one after the other.
 
     again: gives those of some numbers, int64 [n], by which the ones that are there already are compared with the
     source; None: its checksum is of all that it holds.
@@ -140,11 +157,14 @@ def _fill(
             _check_kept(writer, again)
         if first:
             progress.say(f"{first} of {header.count} are there already")
+        if found.conditions is not None:
+            with storage(f"cannot write to {out}"):
+                writer.put_conditions(found.conditions)
         began = time.monotonic()
         batches, worked_on = tee(_batches(first, header.count, writer.header.rows, batch_size))
         for rows, made in zip(batches, work(worked_on), strict=True):
             with storage(f"cannot write to {out}"):
-                writer.append(made[0], labels[rows.start : rows.stop], *made[1:])
+                writer.append(made[0], found.labels[rows.start : rows.stop], *made[1:])
             now = time.monotonic()
             progress.count(rows.stop, (rows.stop - first) / max(now - began, 1e-9), now)
 

@@ -26,7 +26,7 @@ PATIENCE = timedelta(days=1)
 """How long a rank waits at most for a word of others. The watch knows earlier which of them hangs or is dead, and which
 is at work for long."""
 OWN = {
-    *("run.run_dir", "run.device", "run.workers", "run.data_on_gpu", "data.path", "data.vae"),
+    *("run.run_dir", "run.device", "run.workers", "run.data_on_gpu", "data.path", "data.vae", "data.conditions"),
     *("run.reference", "run.inception", "run.dinov2"),
 }
 """Settings in which ranks may differ: each machine has its own. What they lead to is compared."""

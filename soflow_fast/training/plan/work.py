@@ -62,7 +62,7 @@ def phase_work(config: Config, gpu: str, size: int) -> dict[str, PhaseWork]:
 def passes(config: Config, target: ConsistencyTarget, precision: str, size: int) -> dict[str, int]:
     """How often each part of a micro-batch of `size` images passes over a network."""
     objective = config.objective
-    guided = (objective.guidance_scale > 1 or config.model.guidance_range) and config.model.num_classes > 0
+    guided = (objective.guidance_scale > 1 or config.model.guidance_range) and config.model.conditional
     # A pair is both ends, unless one of them is the student's own output.
     own = target.kind == "increments" or (target.teacher == "student" and target.precision == precision)
     each = (1 if own else 2) * (flow_matching_samples(size, objective.flow_matching_fraction) < size)
