@@ -28,6 +28,13 @@ def conditions(y: Tensor | None, w: Tensor | None) -> tuple[Tensor | None, ...]:
     return (y,) if w is None else (y, w)
 
 
+def seen_in_training(augmentation: Tensor | None, dropout: Tensor | None) -> dict[str, Tensor]:
+    """The named arguments of a network that takes them in training: the labels of the augmentation [B, 9], and the
+    seeds of the dropout [B]."""
+    given = {"augmentation": augmentation, "dropout": dropout}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def null_like(network: Any, y: Tensor) -> Tensor:
     """No condition for each of y: the null label for labels [B], and for vectors [B, E], floating, rows of NaN, which a
     network takes for its null vector. No other number could not be part of a vector."""
@@ -37,13 +44,6 @@ def null_like(network: Any, y: Tensor) -> Tensor:
 def is_null(network: Any, y: Tensor) -> Tensor:
     """Which samples of labels [B] or vectors [B, E] have no condition, bool [B]."""
     return y.isnan().all(1) if y.is_floating_point() else y == network.num_classes
-
-
-def seen_in_training(augmentation: Tensor | None, dropout: Tensor | None) -> dict[str, Tensor]:
-    """The named arguments of a network that takes them in training: the labels of the augmentation [B, 9], and the
-    seeds of the dropout [B]."""
-    given = {"augmentation": augmentation, "dropout": dropout}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 class SolutionFlow(nn.Module):

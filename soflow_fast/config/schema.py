@@ -131,6 +131,8 @@ class UNetConfig:
     CIFAR-10 with the channels of SoFlow's."""
 
     num_classes: ClassVar[int] = 0
+    condition_size: ClassVar[int] = 0
+    conditional: ClassVar[bool] = False
     null_label: ClassVar[bool] = True
     guidance_range: ClassVar[None] = None
     condition_size: ClassVar[int] = 0
