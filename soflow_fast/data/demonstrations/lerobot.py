@@ -76,8 +76,8 @@ def _info(folder: Path, where: str) -> dict[str, Any]:
 def _columns(file: Path, names: list[str], features: dict[str, Any]) -> dict[str, np.ndarray]:
     """Columns of a file, [rows, numbers] each: float32, those of `PLACE` int64."""
     try:
-        import pyarrow as arrow
-        from pyarrow import parquet
+        import pyarrow as arrow  # pyright: ignore[reportMissingImports]
+        from pyarrow import parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(f"--data {file}: is read by pyarrow: pip install 'soflow-fast[policy]'") from None
     try:

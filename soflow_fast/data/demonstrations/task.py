@@ -45,7 +45,7 @@ class Task(abc.ABC):
 def gymnasium(task: str) -> Any:
     """The package. Raises ConfigError where it is not installed."""
     try:
-        import gymnasium as found
+        import gymnasium as found  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(f"the task {task} needs gymnasium: pip install 'soflow-fast[policy]'") from None
     return found
