@@ -238,19 +238,20 @@ def _evaluate_policy(
         raise ConfigError(
             f"{values.run}: was demonstrated by {config.data.path}, no task with an environment ({known})"
         )
-    found = {}
+    place, found = gif_place(Path(values.run), values.gif), {}
+    if place is not None and (place.is_dir() or not place.parent.is_dir()):
+        raise ConfigError(f"--gif {place}: {'is a folder' if place.is_dir() else 'its folder is not there'}")
     for nfe, _ in schedules or [(usual_calls(flow), None)]:
         found[nfe] = acting.figures(nfe, episodes, seed)
         if not values.json:
             print(line(nfe, found[nfe], episodes), flush=True)
-    place = gif_place(Path(values.run), values.gif)
-    if place is not None:
-        with storage(f"cannot write {place}"):
-            write_file(place, acting.gif(seed), synced=False)
     if values.json:
         about = {"task": acting.task.name, "episodes": episodes, "seed": seed, "nfe": found}
-        print(json.dumps(about | ({} if place is None else {"gif": str(place)})))
-    elif place is not None:
+        print(json.dumps(about | ({} if place is None else {"gif": str(place)})), flush=True)
+    if place is not None:
+        with storage(f"cannot write {place}"):
+            write_file(place, acting.gif(seed, max(found)), synced=False)
+    if place is not None and not values.json:
         print(f"an episode: {place}")
 
 

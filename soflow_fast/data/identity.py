@@ -111,7 +111,10 @@ def changes(old: Identity, new: Identity) -> list[str]:
     if old.conditions != new.conditions:
         found.append(("other" if new.conditions else "no") + " vectors" if old.conditions else "vectors for labels")
     if not found and not _same_samples(old, new):
-        found.append("other latents or labels" if new.space else "other names, sizes or labels of samples")
+        if new.normalisation is not None:
+            found.append("other demonstrations; a task's are those of its --seed")
+        else:
+            found.append("other latents or labels" if new.space else "other names, sizes or labels of samples")
     return found
 
 

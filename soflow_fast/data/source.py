@@ -132,6 +132,8 @@ def _take_conditions(config: Config, dataset: Dataset, path: str) -> None:
     size, given = config.model.condition_size, config.data.conditions
     if not size:
         if given:
+            if config.model.kind != "dit":
+                raise DataError(f"--conditions {given}: a network of the kind {config.model.kind} takes no vectors")
             width = read_vectors(Path(given)).size
             raise DataError(f"--conditions {given}: the model takes labels; give --condition-size {width} too")
         return

@@ -45,6 +45,8 @@ class LeRobotPolicy(nn.Module):
             raise ValueError(
                 f"executed must be from 1 to {config.action_horizon}, the actions in a chunk, got {executed}"
             )
+        if type(steps) is not int or steps < 1:
+            raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
         sizes = len(normalisation.observation_mean), len(normalisation.action_mean)
         if sizes != (config.obs_size, config.action_dim):
             raise ValueError(f"normalisation is of sizes {sizes}, the policy of {config.obs_size, config.action_dim}")

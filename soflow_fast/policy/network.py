@@ -28,6 +28,8 @@ def output_size(**options: int) -> int:
     for name in options:
         if name not in ("obs_size", *recommended_defaults()):
             raise ValueError(f"{name}: no option of SoFlowPolicy")
+        if type(options[name]) is not int or options[name] < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {options[name]!r}")
     chosen = recommended_defaults() | options
     return chosen["action_horizon"] * chosen["action_dim"]
 
@@ -126,3 +128,7 @@ class SoFlowPolicy(nn.Module):
         for name, (value, shape) in shapes.items():
             if not value.is_floating_point() or list(value.shape) != shape:
                 raise ValueError(f"{name} must be floating {shape}, got {value.dtype} {list(value.shape)}")
+        dtype = self.output.weight.dtype
+        for name, value in (("x_t", x_t), ("t", t), ("s", s), ("observations", observations)):
+            if value.dtype != dtype and not torch.is_autocast_enabled(x_t.device.type):
+                raise ValueError(f"{name} must be {dtype} like the parameters, got {value.dtype}")

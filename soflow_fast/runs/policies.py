@@ -74,10 +74,10 @@ class Acting:
         share = share_of_expert(reached, expert, random)
         return {"return": reached, "expert": expert, "random": random, "share": share}
 
-    def gif(self, seed: int) -> bytes:
-        """An episode with chunks of as many calls as usual, as the bytes of a GIF."""
+    def gif(self, seed: int, nfe: int = 0) -> bytes:
+        """An episode with chunks of `nfe` calls (0: as many as usual), as the bytes of a GIF."""
         assert self.task is not None
-        return episode_gif(self.task, self.rollout(usual_calls(self.flow), 1, seed).observations[0])
+        return episode_gif(self.task, self.rollout(nfe or usual_calls(self.flow), 1, seed).observations[0])
 
 
 def episode_gif(task: Task, observations: np.ndarray) -> bytes:

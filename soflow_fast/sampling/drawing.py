@@ -254,4 +254,4 @@ def _shape(flow: SolutionFlow, labels: Tensor | Sequence | None, shape: Sequence
     config = getattr(flow.network, "config", None)
     if config is None or labels is None:
         raise ValueError("a seed needs a shape [B, C, H, W], or labels and a network with a config")
-    return [len(labels), config.in_channels, config.input_size, config.input_size]
+    return [len(labels), *config.sample_shape]

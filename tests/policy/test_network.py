@@ -108,3 +108,13 @@ def test_sizes():
     layers = [(20, 256), (512, 256), *[(256, 256)] * 8, (256, 512)]
     net = SoFlowPolicy(20, **recommended_defaults())
     assert sum(p.numel() for p in net.parameters()) == sum(a * b + b for a, b in layers)
+
+
+def test_what_is_no_size_or_of_another_dtype_is_refused():
+    for wrong in ({"action_dim": -3}, {"action_dim": "a"}, {"action_horizon": True}):
+        with pytest.raises(ValueError, match=r"must be a whole number of at least 1"):
+            output_size(**wrong)
+    policy = SoFlowPolicy(3, 2)
+    given = torch.randn(4, 8, 2), torch.rand(4), torch.rand(4), torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"^x_t must be torch.float32 like the parameters, got torch.float64"):
+        policy(*(value.double() for value in given))

@@ -10,8 +10,9 @@ from ..dataset import Contents, Dataset, Normalisation
 from .episodes import Episodes, record
 from .tasks import TASKS, open_task
 
-LEAST = 1e-4
-"""Deviation below which a number counts as constant, and is not divided by it."""
+LEAST = 1e-6
+"""Deviation, as a share of the largest size, up to which a number counts as constant, and is not divided by it: what
+float32 makes of one."""
 
 
 class Demonstrations(Dataset):
@@ -45,7 +46,8 @@ def normalisation_of(episodes: Episodes) -> Normalisation:
 
     def moments(values: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         deviation = values.double().std(0, correction=0)
-        deviation = torch.where(deviation < LEAST, torch.ones_like(deviation), deviation)
+        constant = deviation <= LEAST * values.double().abs().amax(0)
+        deviation = torch.where(constant, torch.ones_like(deviation), deviation)
         return tuple(values.double().mean(0).tolist()), tuple(deviation.tolist())
 
     return Normalisation(*moments(episodes.observations), *moments(episodes.actions))
@@ -57,6 +59,8 @@ def open_demonstrations(path: str, horizon: int, seed: int) -> Demonstrations:
     Raises DataError for what is neither or damaged, ConfigError where a package is missing.
     """
     if path in TASKS:
+        if Path(path).is_dir():
+            raise DataError(f"--data {path}: is a task and a folder here; give ./{path} for the folder, or rename it")
         return Demonstrations(record(open_task(path), seed), horizon)
     if Path(path).is_dir():
         from .lerobot import read_lerobot

@@ -6,6 +6,7 @@ an episode in version 2, and as many as fit in version 3. Images and videos are 
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,12 @@ def read_lerobot(folder: Path) -> Episodes:
     if frames != info.get("total_frames", frames) or not frames:
         raise DataError(f"{where}: holds {frames} frames, meta/info.json says {info.get('total_frames')}")
     order = np.lexsort([columns[name][:, 0] for name in reversed(PLACE)])
-    episode = columns["episode_index"][order, 0]
+    episode, frame = (columns[name][order, 0] for name in PLACE)
+    steps = np.diff(frame) == np.where(np.diff(episode) == 0, 1, -frame[:-1])  # on by one, or to the first of the next
+    if frame[0] != 0 or not steps.all():
+        k = 0 if frame[0] != 0 else int(np.flatnonzero(~steps)[0]) + 1
+        place = f"frame {frame[k]} of episode {episode[k]}"
+        raise DataError(f"{where}: {place} does not follow the frame before it: one is missing, or there twice")
     last = np.append(np.flatnonzero(np.diff(episode)), frames - 1)
     observations = np.concatenate([columns[name] for name in observed], 1)[order]
     actions, digest = columns[ACTION][order], hashlib.sha256()
@@ -101,7 +107,10 @@ def _columns(file: Path, names: list[str], features: dict[str, Any]) -> dict[str
         if not numeric or not alike or numbers.null_count or column.null_count:
             raise DataError(f"--data {file}: column {name} is not a number, or as many in each row")
         dtype = np.int64 if name in PLACE else np.float32
-        values = numbers.to_numpy(zero_copy_only=False).astype(dtype).reshape(rows, -1)
+        if name in PLACE and not arrow.types.is_integer(numbers.type):
+            raise DataError(f"--data {file}: column {name} is not of whole numbers")
+        with np.errstate(over="ignore"):  # which are told below
+            values = numbers.to_numpy(zero_copy_only=False).astype(dtype).reshape(rows, -1)
         if name not in PLACE and values.shape[1] != _size(features[name]):
             what = f"{values.shape[1]} numbers in a row, meta/info.json says {_size(features[name])}"
             raise DataError(f"--data {file}: column {name} has {what}")
@@ -115,4 +124,4 @@ def _size(feature: Any) -> int:
     """The numbers in a value of a feature, as info.json describes it; 1 where it does not."""
     shape = feature.get("shape") if isinstance(feature, dict) else None
     whole = isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape)
-    return int(np.prod(shape)) if whole and shape else 1
+    return math.prod(shape) if whole and shape else 1

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...config.authors import from_authors, is_theirs, read_yaml
 from ...config.schema import Coefficients, Config, DiTConfig, FlowPath, ModelConfig, UNetConfig
+from ...config.validation import validate_model
 from ...errors import CheckpointError
 from ...files import TEXT, read_file
 from ...flow import SolutionFlow
@@ -127,7 +128,12 @@ def shape_of(weights: Weights, where: str, config: Any = None, num_classes: int 
             raise CheckpointError(f"{where}: holds a U-Net, the configuration is a DiT's")
         if num_classes:
             raise CheckpointError(f"{where}: holds a U-Net, which has no classes")
-        return song_unet.fitted(config or song_unet.infer(weights.tensors, where), weights.tensors, where)
+        found = song_unet.fitted(config or song_unet.infer(weights.tensors, where), weights.tensors, where)
+        try:
+            validate_model(found)
+        except ValueError as error:  # sizes that no U-Net here has
+            raise CheckpointError(f"{where}: {error}") from None
+        return found
     if isinstance(config, UNetConfig):
         raise CheckpointError(f"{where}: holds a DiT, the configuration is a U-Net's")
     if one_time.is_one_time(weights.tensors):

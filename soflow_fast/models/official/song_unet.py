@@ -114,7 +114,7 @@ def named(weights: Mapping[str, Tensor], config: UNetConfig, where: str) -> dict
 def _second_embedding(weights: Mapping[str, Tensor], config: UNetConfig, where: str) -> dict[str, str]:
     """Our names of the layers that embed the second time. Raises CheckpointError."""
     C, E = config.channels, 4 * config.channels
-    if len(weights[FIRST]) == E and weights[FIRST].shape[1:] == (2 * C,):
+    if tuple(weights[FIRST].shape) == (E, 2 * C):
         raise CheckpointError(
             f"{where}: {FIRST} takes both times at once ({2 * C} numbers); here each has its own layers"
         )

@@ -7,7 +7,7 @@ import torch
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import NOTHING_LEFT
 from soflow_fast.data import fitted, identity, open_source
-from soflow_fast.data.demonstrations import Demonstrations, open_demonstrations
+from soflow_fast.data.demonstrations import Demonstrations, normalisation_of, open_demonstrations
 from soflow_fast.data.demonstrations.episodes import Episodes, record
 from soflow_fast.data.demonstrations.obstacle import CENTRE, GOAL, RADIUS, SPEED, moved
 from soflow_fast.data.demonstrations.tasks import TASKS, open_task
@@ -144,3 +144,21 @@ def test_what_is_no_demonstration_is_said_in_one_line(tmp_path, monkeypatch: pyt
     monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)
     with pytest.raises(ConfigError, match=r"the task pendulum needs gymnasium: pip install 'soflow-fast\[policy\]'"):
         open_demonstrations("pendulum", 8, 0)
+
+
+def test_small_numbers_are_normalised_and_constant_ones_are_not(tmp_path, monkeypatch):
+    """Whatever the unit: 5e-5 of one is 50 of another."""
+    source = torch.Generator().manual_seed(0)
+    small = 5e-5 * torch.randn(40, 1, generator=source)
+    constant = torch.full((40, 1), 0.1)
+    episodes = Episodes(torch.cat([small, constant], 1), small, torch.full((40,), 39), "", "")
+    found = normalisation_of(episodes)
+    assert found.observation_deviation[0] == pytest.approx(float(small.double().std(correction=0)))
+    assert found.observation_deviation[1] == 1 and found.action_deviation[0] < 1e-3
+
+
+def test_a_folder_of_the_name_of_a_task_is_not_overlooked(tmp_path, monkeypatch):
+    (tmp_path / "obstacle").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"^--data obstacle: is a task and a folder here; give \./obstacle"):
+        open_demonstrations("obstacle", 4, 0)

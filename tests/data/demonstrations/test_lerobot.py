@@ -165,3 +165,22 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"is read by pyarrow: pip install 'soflow-fast\[policy\]'"):
         read_lerobot(folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "value", "place"),
+    [(1, "frame_index", 5, "frame 2 of episode 0"), (1, "frame_index", 0, "frame 0 of episode 0")],
+    ids=["missing", "twice"],
+)
+def test_frames_that_do_not_follow_each_other_are_refused(row: int, name: str, value: int, place: str, tmp_path: Path):
+    columns = frames()
+    columns[name] = columns[name].copy()
+    columns[name][row] = value
+    with pytest.raises(DataError, match=f"{place} does not follow the frame before it"):
+        read_lerobot(write(tmp_path / "data", "v2.1", columns))
+
+
+def test_an_episode_that_is_no_whole_number_is_refused(tmp_path: Path):
+    columns = frames() | {"episode_index": frames()["episode_index"] + 0.5}
+    with pytest.raises(DataError, match="column episode_index is not of whole numbers"):
+        read_lerobot(write(tmp_path / "data", "v3.0", columns))

@@ -101,6 +101,11 @@ WRONG = {
         lambda w: w | {"enc.4x4_block0.affine.bias": torch.zeros(5)},
         r"enc.4x4_block0.resnet.time_emb_proj.bias is \[5\], the model's is \[32\]",
     ),
+    "a width that no U-Net here has": (
+        lambda w: song_unet.random_weights(C=4),
+        "channels must be a multiple of 8, got 4",
+    ),
+    "a number for a matrix": (lambda w: w | {"map_layer0.weight": torch.zeros(())}, "map_layer0|t_embedder"),
     "no levels": (lambda w: {"map_layer0.weight": w["map_layer0.weight"]}, "not the weights of a DDPM"),
 }
 
