@@ -208,3 +208,8 @@ def test_two_ranks_train_what_one_does():
         assert torch.equal(one[name], two[name])
         # AdamW's first steps have the size of the rate, 2e-3, wherever a gradient is; sums of ranks round otherwise.
         torch.testing.assert_close(one[name], value, rtol=0, atol=1e-5)
+
+
+def test_a_policy_draws_by_observations_and_a_seed():
+    flow = SolutionFlow(PolicyNetwork(PolicyConfig(3, 2, 8, 16, 1, executed=1)))
+    assert sample(flow, torch.zeros(5, 3), seed=0).shape == (5, 1, 8, 2)
