@@ -95,11 +95,13 @@ def test_a_pool_that_has_lost_a_worker_does_not_wait_for_the_others() -> None:
     reader = Reader(source(Here(20)), workers=3)
     os.kill(int(reader.read(0)[0][0]), signal.SIGKILL)
     with pytest.raises(DataError):
-        for step in range(1, 200):
+        for step in range(1, 5000):
             reader.read(step)
+            time.sleep(0.002)  # the others go on until the pool has noticed
     processes = reader._ahead._forks._made
     reader.close()
-    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 3, "and not of the alarm of `serve`"
+    ended = {process.exitcode for process in processes}
+    assert -signal.SIGKILL in ended and ended <= {-signal.SIGKILL, 0}, "and none by the alarm of `serve`"
 
 
 def test_closing_ends_the_workers() -> None:
