@@ -9,26 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._masters import Averages, Masters, OnMasters
+
 AVERAGE = "average"
 """The name of the float64 average in a parameter's state."""
 
 
-class RAdam(torch.optim.Optimizer):
-    """masters, averages: the weights that are updated, and what follows them, as `optimizer` has them. wide: accumulate
+class RAdam(OnMasters, torch.optim.Optimizer):
+    """masters, averages: the weights that are updated, and what follows them, by `_masters`. wide: accumulate
     the first of the averages in float64, and round it to its place."""
 
-    def __init__(self, masters: Any, averages: Any, wide: bool, **settings: Any) -> None:
+    def __init__(self, masters: Masters, averages: Averages, wide: bool, **settings: Any) -> None:
         self._masters, self._averages, self._wide = masters, averages, wide
         super().__init__(masters.all, settings)
         self.ema_decays: Tensor = averages.decays
-
-    @property
-    def masters(self) -> list[Tensor]:
-        """The float32 weight behind every parameter, as it is or was written since."""
-        return self._masters.take_written()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self._masters.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, *, grad_scale: Tensor | None = None, finite: Tensor | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

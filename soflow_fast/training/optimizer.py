@@ -19,82 +19,21 @@ from soflow_kernels import AdamWEMA
 
 from ..config.schema import OptimConfig
 from ..errors import ConfigError
+from ._masters import Averages, Masters, OnMasters
 from ._radam import AVERAGE, RAdam
 
 
-class _Masters:
-    """The float32 weights behind the parameters: masters of those in low precision, else the parameters themselves."""
-
-    def __init__(self, params: list[Tensor], masters: list[Tensor | None]) -> None:
-        self.params = params
-        self.all = [p if m is None else m for p, m in zip(params, masters, strict=True)]
-        self._pairs = [(p, m) for p, m in zip(params, self.all, strict=True) if p is not m]
-
-    @torch.no_grad()
-    def read(self) -> None:
-        """Take over gradients, and parameters that were written since."""
-        for p, m in self._pairs:
-            m.grad = None if p.grad is None else p.grad.to(m.dtype)
-        self.take_written()
-
-    @torch.no_grad()
-    def take_written(self) -> list[Tensor]:
-        """All masters, after parameters that were written since became theirs."""
-        for p, m in self._pairs:
-            m.copy_(torch.where(m.to(p.dtype) == p, m, p.to(m.dtype)))
-        return self.all
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Round the masters to their parameters."""
-        if self._pairs:
-            torch._foreach_copy_([p for p, _ in self._pairs], [m for _, m in self._pairs])
-
-    def zero_grad(self, set_to_none: bool) -> None:
-        for _, m in self._pairs:
-            m.grad = None
-        for p in self.params:
-            p.grad = None if set_to_none or p.grad is None else torch.zeros_like(p.grad)
-
-
-class _Averages:
-    """The averages of an optimiser that does not know them: a += (1 - d) (p - a), nothing where `finite` is False."""
-
-    def __init__(self, params: list[Tensor], emas: list[list[Tensor]]) -> None:
-        self.params, self.emas = params, emas
-        self.decays = torch.zeros(len(emas), dtype=torch.float64, device=params[0].device)
-
-    @torch.no_grad()
-    def update(self, finite: Tensor | None, first: int = 0) -> None:
-        """first: the number of the first average that is updated."""
-        weights = (1 - self.decays) if finite is None else (1 - self.decays) * finite
-        for average, weight in zip(self.emas[first:], weights.float()[first:], strict=True):
-            chosen = [(p, a) for p, a in zip(self.params, average, strict=True) if p.grad is not None]
-            params, averages = [p for p, _ in chosen], [a for _, a in chosen]
-            change = torch._foreach_sub(params, averages)
-            torch._foreach_mul_(change, weight)
-            torch._foreach_add_(averages, change)
-
-
-class TorchAdamW(torch.optim.AdamW):
+class TorchAdamW(OnMasters, torch.optim.AdamW):
     """torch's fused AdamW with the interface of `AdamWEMA`."""
 
     def __init__(
         self, params: list[Tensor], masters: list[Tensor | None], emas: list[list[Tensor]], **settings: Any
     ) -> None:
-        self._masters = _Masters(params, masters)
+        self._masters = Masters(params, masters)
         # `capturable` says that a CUDA graph may record the step.
         super().__init__(self._masters.all, fused=True, capturable=params[0].is_cuda, **settings)
-        self._averages = _Averages(self._masters.all, emas)
+        self._averages = Averages(self._masters.all, emas)
         self.ema_decays = self._averages.decays
-
-    @property
-    def masters(self) -> list[Tensor]:
-        """The float32 weight behind every parameter, as it is or was written since."""
-        return self._masters.take_written()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self._masters.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, *, grad_scale: Tensor | None = None, finite: Tensor | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -107,7 +46,7 @@ class TorchAdamW(torch.optim.AdamW):
         self._masters.write()
 
 
-class ApexAdamW:
+class ApexAdamW(OnMasters):
     """apex's FusedAdam with the interface and the state_dict of `AdamWEMA`. Needs a GPU."""
 
     def __init__(
@@ -115,17 +54,12 @@ class ApexAdamW:
     ) -> None:
         from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
 
-        self._masters = _Masters(params, masters)
+        self._masters = Masters(params, masters)
         self.inner: Any = FusedAdam(self._masters.all, adam_w_mode=True, capturable=True, **settings)
-        self._averages = _Averages(self._masters.all, emas)
+        self._averages = Averages(self._masters.all, emas)
         self.ema_decays = self._averages.decays
         self._scale: Tensor | None = None
         self._found_inf: Tensor | None = None
-
-    @property
-    def masters(self) -> list[Tensor]:
-        """The float32 weight behind every parameter, as it is or was written since."""
-        return self._masters.take_written()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -134,9 +68,6 @@ class ApexAdamW:
     @property
     def state(self) -> Any:
         return self.inner.state
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self._masters.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, *, grad_scale: Tensor | None = None, finite: Tensor | None = None) -> None:
@@ -205,8 +136,8 @@ def build_optimizer(
     emas: Any = [list(average.parameters()) for average in averages]
     options: Any = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
     if settings.kind == "radam":
-        behind = _Masters(params, masters)
-        return RAdam(behind, _Averages(behind.all, emas), settings.ema_precision == "fp64", **options)
+        behind = Masters(params, masters)
+        return RAdam(behind, Averages(behind.all, emas), settings.ema_precision == "fp64", **options)
     if kind == "torch":
         return TorchAdamW(params, masters, emas, **options)
     if kind == "apex":
