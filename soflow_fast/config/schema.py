@@ -135,8 +135,6 @@ class UNetConfig:
     conditional: ClassVar[bool] = False
     null_label: ClassVar[bool] = True
     guidance_range: ClassVar[None] = None
-    condition_size: ClassVar[int] = 0
-    conditional: ClassVar[bool] = False
 
     input_size: int = 32
     """Height and width of the input, in pixels."""

@@ -1,0 +1,1 @@
+"""Problems whose solution function is known, to hold what was learned against."""
