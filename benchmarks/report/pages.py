@@ -26,6 +26,7 @@ from benchmarks.report.tables import (
     sweep_base,
     sweep_table,
 )
+from benchmarks.report.tokens_tables import tokens_table
 from soflow_fast.errors import UserError
 
 HEAD = (
@@ -445,6 +446,19 @@ def choices(run: dict) -> str:
     return f"{choices_table(run['rows'])}\n\n{measured(run, note)}"
 
 
+def tokens(run: dict) -> str:
+    """A record of benchmarks.tokens as Markdown: more tokens at equal work."""
+    runs = [row for row in run["rows"] if row["kind"] == "run"]
+    work = runs[0]["step_flops"] * runs[0]["steps"]
+    seeds, rates = (len({row[name] for row in runs}) for name in ("seed", "lr"))
+    note = (
+        f"{number(work / 1e12)} TFLOP of training each, {seeds} seed{'s' * (seeds != 1)}, the better of {rates} "
+        "learning rates. Errors relative to the exact velocity and to the exact f(x_1, 1, 0), the latter by band of "
+        f"frequencies in half waves per image, too. `{run['command']}`."
+    )
+    return f"{tokens_table(run['rows'])}\n\n{measured(run, note)}"
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -485,6 +499,7 @@ BLOCKS = {
         "docs/precision.md", "precision", precision_quality, (plots.precision, "docs/precision.svg")
     ),
     "kernels": Block("docs/kernels.md", "kernels", kernels),
+    "tokens": Block("docs/open-questions.md", "tokens", tokens, gpu=False),
     "sweeps": Block("docs/performance.md", "sweeps", sweeps, (plots.sweeps, "docs/sweeps.svg")),
 }
 

@@ -1,0 +1,77 @@
+"""More tokens at equal work, on images of 8 x 8 pixels and a few steps."""
+
+import pytest
+import torch
+
+from benchmarks.exact.images import bands, photographs, to_coefficients, to_images
+from benchmarks.report import pages, record
+from benchmarks.studies import tokens
+from benchmarks.studies.tokens import Way
+
+SIDE = 8
+WAYS = (Way("base", 4, 8, 8), Way("fewer steps", 2, 8, 8), Way("smaller batch", 1, 8, 2))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    threads = torch.get_num_threads()
+    work = 6 * tokens.step_flops(WAYS[0], SIDE)
+    try:
+        found = [tokens.run(way, seed, lr, work, SIDE) for way in WAYS for seed in (0, 1) for lr in (1e-3, 1e-2)]
+    finally:
+        torch.set_num_threads(threads)
+    return tokens.references(SIDE) + found
+
+
+class Exact(torch.nn.Module):
+    """In a flow's place: the exact solution and velocity."""
+
+    def solution(self, x, t, s):
+        f = photographs(SIDE).solution(to_coefficients(x.double()), t.double(), s.double(), steps=tokens.SOLVER_STEPS)
+        return to_images(f, SIDE).float()
+
+    def velocity(self, x, t):
+        return to_images(photographs(SIDE).velocity(to_coefficients(x.double()), t.double()), SIDE).float()
+
+
+def test_the_exact_flow_has_no_error():
+    """But for the rounding of points and values to float32."""
+    for found in tokens.errors(Exact(), SIDE).values():
+        assert len(found) == 1 + len(bands(SIDE)) and max(found) < 1e-4
+
+
+def test_errors_fall_in_training_and_work_is_equal(rows):
+    runs = [row for row in rows if row["kind"] == "run"]
+    assert [row["tokens"] for row in runs] == [4] * 4 + [16] * 4 + [64] * 4
+    for row in runs:
+        work = row["step_flops"] * row["steps"]
+        assert abs(work - 6 * runs[0]["step_flops"]) <= row["step_flops"] / 2
+        assert row["points"][-1]["flops"] == work
+        assert row["points"][0]["cpu_seconds"] <= row["points"][-1]["cpu_seconds"]
+    base = [row for row in runs if row["name"] == "base" and row["lr"] == 1e-2]
+    for row in base:
+        assert row["points"][-1]["velocity"][0] < row["points"][0]["velocity"][0]
+    assert base[0]["points"] != base[1]["points"]
+
+
+def test_attention_is_counted():
+    """Four times the tokens are more than four times the FLOPs of a network that is the same."""
+    few, many = (tokens.step_flops(Way("", patch, 8, 2), 16) for patch in (2, 1))
+    assert many > 5 * few
+
+
+def test_references(rows):
+    flat, gaussian, solver = rows[:3]
+    assert flat["solution"][0] == pytest.approx(1, abs=0.2) and gaussian["solution"][0] < 0.5
+    assert gaussian["velocity"][0] < 0.5 and solver["error"] < 1e-6
+
+
+def test_the_record_makes_its_table(rows, tmp_path, committed):
+    record.write(rows, "python -m benchmarks.tokens", tmp_path, "tokens")
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "open-questions.md"
+    page.write_text("<!-- benchmark:tokens -->\n<!-- /benchmark:tokens -->\n")
+    assert pages.main([], tmp_path, tmp_path) == 0
+    text = page.read_text()
+    assert text.count("\n| base |") == 1 and "| exact for one Gaussian |" in text and "f, below 4" in text
+    assert "2 seeds, the better of 2 learning rates" in text
