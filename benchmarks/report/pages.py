@@ -14,6 +14,7 @@ from benchmarks.harness.command import Parser
 from benchmarks.harness.race import figures, speed_ups
 from benchmarks.report import plots, record
 from benchmarks.report.compare import compare, find
+from benchmarks.report.discrete_tables import discrete_table, pixel_table
 from benchmarks.report.gpu_tables import choices_table, timeline_table
 from benchmarks.report.tables import (
     distance_table,
@@ -459,6 +460,32 @@ def tokens(run: dict) -> str:
     return f"{tokens_table(run['rows'])}\n\n{measured(run, note)}"
 
 
+def discrete(run: dict) -> str:
+    """A record of benchmarks.discrete as Markdown: discrete values by continuous relaxation."""
+    known = next(row for row in run["rows"] if row["kind"] == "reference")
+    trained = [row for row in run["rows"] if row["kind"] == "digits"]
+    seeds = len({row["seed"] for row in trained})
+    note = (
+        f"{trained[0]['steps']} steps each, {seeds} seed{'s' * (seeds != 1)}: mean (lowest to highest), where there is "
+        "one figure the first seed alone. Half the distance between the values of a channel is its scale, 1 where none "
+        f"is named. The data at 16 levels have a Frechet distance of {known['frechet']:.1f} to the data as they are; "
+        f"the levels of one half of them vary by {known['variation of halves']:.3f} from the other's. "
+        f"`{run['command']}`."
+    )
+    return f"{discrete_table(run['rows'])}\n\n{measured(run, note)}"
+
+
+def discrete_pixel(run: dict) -> str:
+    """The part of one pixel of a record of benchmarks.discrete, as Markdown."""
+    trained = [row for row in run["rows"] if row["kind"] == "pixel"]
+    noise = [row["exact_is_largest_noise"] for row in trained if "exact_is_largest_noise" in row]
+    note = (
+        f"{trained[0]['steps']} steps of 256 pixels each. One-hot, the exact solution goes to the largest channel of "
+        f"the noise in {noise[0]:.3f} of the cases. `{run['command']}`."
+    )
+    return f"{pixel_table(run['rows'])}\n\n{measured(run, note)}"
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -500,6 +527,8 @@ BLOCKS = {
     ),
     "kernels": Block("docs/kernels.md", "kernels", kernels),
     "tokens": Block("docs/open-questions.md", "tokens", tokens, gpu=False),
+    "discrete": Block("docs/open-questions.md", "discrete", discrete, gpu=False),
+    "discrete-pixel": Block("docs/open-questions.md", "discrete", discrete_pixel, gpu=False),
     "sweeps": Block("docs/performance.md", "sweeps", sweeps, (plots.sweeps, "docs/sweeps.svg")),
 }
 

@@ -1,0 +1,88 @@
+"""Discrete values by continuous relaxation: the figures of known samples, a few steps of each training, the tables."""
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks.exact.levels import COUNT, KINDS, Code, digit_levels
+from benchmarks.report import pages, record
+from benchmarks.studies import discrete
+from soflow_fast.data.digits import load_digits
+
+
+@pytest.fixture(scope="module")
+def rows():
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(discrete, "SAMPLES", 40)
+        patch.setattr(discrete, "HELD", 60)
+        patch.setattr(discrete, "SOLVER_STEPS", 64)
+        discrete.held.cache_clear()
+        found = discrete.references()
+        for kind in KINDS:
+            code = Code(kind, 1.0)
+            found += [discrete.digits(code, 4, objective, 0, 2) for objective in discrete.CALLS]
+            found += [discrete.pixel(code, 0, 8, p, 8) for p in discrete.POWERS]
+        found.append(discrete.digits(Code("one-hot", 2.0), 2, "soflow", 0, 2))
+        discrete.held.cache_clear()
+    torch.set_num_threads(threads)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_data_themselves_are_judged_right(kind):
+    code, (levels, labels) = Code(kind, 1.0), digit_levels()
+    x = discrete.read_back(code, load_digits()[0]) if kind == "grey" else code.encode(levels)
+    assert torch.equal(code.decode(x), levels)
+    found = discrete.judged(code, x, labels)
+    assert found["accuracy"] > 0.99 and found["frechet"] < 1 and found["variation"] == 0 and found["near"] == 1
+    if kind != "grey":
+        assert found["entropy"] < 1e-4
+
+
+def test_undecided_samples_are_seen():
+    flat = torch.full((2, COUNT, 3, 3), 2 / COUNT - 1)  # every level with the same share
+    found = discrete.decided(Code("one-hot", 1.0), flat)
+    assert found["near"] == 0 and found["largest"] == pytest.approx(1 / COUNT)
+    assert found["entropy"] == pytest.approx(4, abs=1e-5)
+    assert sum(found["largest_histogram"]) == pytest.approx(1)
+    assert discrete.decided(Code("bits", 1.0), torch.zeros(2, 4, 3, 3))["entropy"] == pytest.approx(4, abs=1e-5)
+
+
+def test_variation():
+    p, q = torch.eye(COUNT)[0], torch.eye(COUNT)[1]
+    assert discrete.variation(p, q) == 1 and discrete.variation(p, p) == 0
+    levels = torch.tensor([[[0, 1]], [[0, 2]]])
+    found = discrete.histogram(levels)
+    assert found.shape == (2, COUNT) and found[0, 0] == 1 and found[1, 1] == found[1, 2] == 0.5
+
+
+def test_each_training_is_recorded(rows):
+    digits = [row for row in rows if row["kind"] == "digits"]
+    assert [list(row["calls"]) for row in digits[:2]] == [["1", "2", "4"], ["10"]]
+    pixels = [row for row in rows if row["kind"] == "pixel"]
+    assert len(pixels) == 6 and all([point["step"] for point in row["points"]] == [1, 2, 4, 8] for row in pixels)
+    for row in pixels:
+        assert row["exact_near"] > 0.95 and row["solver_error"] < 0.1
+    (curve,) = {tuple(row["curve"]["exact"]) for row in pixels if row["code"] == "grey"}
+    assert all(a <= b + 1e-6 for a, b in itertools.pairwise(curve)), "the flow of a line keeps its order"
+
+
+def test_one_pixel_is_learned():
+    """With the plain squared error a few hundred steps bring a small network near the exact map of bits."""
+    row = discrete.pixel(Code("bits", 1.0), 0, 160, 0.0, 32)
+    assert row["points"][-1]["variation"] < row["points"][0]["variation"]
+    assert row["points"][-1]["error"] < 1
+
+
+def test_the_record_makes_its_tables(rows, tmp_path, committed):
+    record.write(rows, "python -m benchmarks.discrete", tmp_path, "discrete")
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "open-questions.md"
+    names = ("discrete", "discrete-pixel")
+    page.write_text("".join(f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->\n" for name in names))
+    assert pages.main([], tmp_path, tmp_path) == 0
+    text = page.read_text()
+    assert text.count("| SoFlow, 1 call |") == 4 and text.count("| flow matching, 10 calls |") == 3
+    assert "| one-hot, scale 2, patches of 2 |" in text and text.count("| four bits | 1 |") == 1
