@@ -1,4 +1,4 @@
-"""One grey pixel alone: the exact one-step solution and the learned ones. One-hot digits: how decided their pixels are."""
+"""One grey pixel alone, exact and learned in one step; one-hot digits, and how decided their pixels are."""
 
 import math
 
@@ -42,5 +42,6 @@ def draw(theme: Theme, run: dict) -> Figure:
                 channel.plot(middles, heights, line, color=colour, label=f"{name}, patches of {patch}")
     channel.set_xlabel("largest channel of a one-hot pixel (data: 1)")
     channel.set_ylabel("share of pixels")
+    channel.set_yscale("log")
     channel.legend(fontsize=8)
     return figure

@@ -13,7 +13,7 @@ LINES = {"base": "-", "fewer steps": "-", "smaller batch": "--", "width": ":"}
 
 
 def draw(theme: Theme, run: dict) -> Figure:
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
     over, bands = figure.subplots(1, 2)
     colours = dict(zip((64, 256, 1024), theme.colours, strict=False))
     for runs in best_runs(run["rows"]):
@@ -31,10 +31,12 @@ def draw(theme: Theme, run: dict) -> Figure:
     for axes in (over, bands):
         axes.set_yscale("log")
     over.set_xscale("log")
+    over.set_yticks([0.2, 0.3, 0.4, 0.6, 0.8, 1.0], ["0.2", "0.3", "0.4", "0.6", "0.8", "1"], minor=False)
+    over.minorticks_off()
     over.set_xlabel("TFLOP of training")
     over.set_ylabel("relative error of f(x_1, 1, 0)")
     names = [name.removeprefix("f, ") for name in band_names(len(known) - 1)]
     bands.set_xticks(range(len(known) - 1), names)
     bands.set_xlabel("frequency, half waves per image")
-    bands.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     return figure
