@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.exact.images import bands, photographs, to_coefficients, to_images
 from benchmarks.report import pages, record
+from benchmarks.report.tokens_tables import best_runs
 from benchmarks.studies import tokens
 from benchmarks.studies.tokens import Way
 
@@ -74,4 +75,13 @@ def test_the_record_makes_its_table(rows, tmp_path, committed):
     assert pages.main([], tmp_path, tmp_path) == 0
     text = page.read_text()
     assert text.count("\n| base |") == 1 and "| exact for one Gaussian |" in text and "f, below 4" in text
-    assert "2 seeds, the better of 2 learning rates" in text
+    assert "2 seeds, the better of 2 learning rates with the first" in text
+
+
+def test_the_first_seed_alone_chooses_the_rate():
+    def row(seed, lr, error):
+        return {"kind": "run", "name": "base", "tokens": 4, "seed": seed, "lr": lr, "points": [{"solution": [error]}]}
+
+    rows = [row(3, 0.1, 0.5), row(3, 0.2, 0.4), row(4, 0.1, 0.0), row(4, 0.2, 0.6)]
+    assert best_runs(rows) == [[rows[1], rows[3]]]
+    assert best_runs(rows[:3]) == [[rows[1]]]
