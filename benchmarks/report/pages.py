@@ -455,8 +455,8 @@ def tokens(run: dict) -> str:
     seeds, rates = (len({row[name] for row in runs}) for name in ("seed", "lr"))
     note = (
         f"{number(work / 1e12)} TFLOP of training each, {seeds} seed{'s' * (seeds != 1)}, the better of {rates} "
-        "learning rates with the first of them. Errors relative to the exact velocity and to the exact f(x_1, 1, 0), the latter by band of "
-        f"frequencies in half waves per image, too. `{run['command']}`."
+        "learning rates with the first of them. Errors relative to the exact velocity and to the exact f(x_1, 1, 0), "
+        f"the latter by band of frequencies in half waves per image, too. `{run['command']}`."
     )
     shown = picture("tokens", "Error of one-step samples over FLOPs of training, and at their end by frequency.")
     return f"{tokens_table(run['rows'])}\n\n{shown}\n\n{measured(run, note)}"

@@ -8,8 +8,8 @@ from benchmarks.report.tables import markdown
 
 
 def best_runs(rows: Sequence[dict]) -> list[list[dict]]:
-    """For each way and number of tokens the runs of all seeds, of the learning rate whose error of the solution is least
-    with the first seed: the others have no part in the choice."""
+    """For each way and number of tokens the runs of all seeds, of the learning rate whose error of the solution is
+    least with the first seed: the others have no part in the choice."""
     runs = [row for row in rows if row["kind"] == "run"]
     found: dict[tuple[str, int], list[dict]] = {}
     for row in runs:
