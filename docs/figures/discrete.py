@@ -42,6 +42,5 @@ def draw(theme: Theme, run: dict) -> Figure:
                 channel.plot(middles, heights, line, color=colour, label=f"{name}, patches of {patch}")
     channel.set_xlabel("largest channel of a one-hot pixel (data: 1)")
     channel.set_ylabel("share of pixels")
-    channel.set_yscale("log")
     channel.legend(fontsize=8)
     return figure
