@@ -9,6 +9,7 @@ from benchmarks.exact.levels import COUNT, KINDS, Code, digit_levels
 from benchmarks.report import pages, record
 from benchmarks.studies import discrete
 from soflow_fast.data.digits import load_digits
+from soflow_fast.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +87,14 @@ def test_the_record_makes_its_tables(rows, tmp_path, committed):
     text = page.read_text()
     assert text.count("| SoFlow, 1 call |") == 4 and text.count("| flow matching, 10 calls |") == 3
     assert "| one-hot, scale 2, patches of 2 |" in text and text.count("| four bits | 1 |") == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "flag"), [("--seeds 1 1", "--seeds"), ("--steps 0", "--steps"), ("--pixel-steps x", "--pixel-steps")]
+)
+def test_a_mistake_is_one_line_and_nothing_is_recorded(typed, flag, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
+    with pytest.raises(UserError) as found:
+        discrete.main(typed.split())
+    assert flag in str(found.value) and "\n" not in str(found.value)
+    assert not (tmp_path / "records").exists()

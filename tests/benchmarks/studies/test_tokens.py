@@ -8,6 +8,7 @@ from benchmarks.report import pages, record
 from benchmarks.report.tokens_tables import best_runs
 from benchmarks.studies import tokens
 from benchmarks.studies.tokens import Way
+from soflow_fast.errors import UserError
 
 SIDE = 8
 WAYS = (Way("base", 4, 8, 8), Way("fewer steps", 2, 8, 8), Way("smaller batch", 1, 8, 2))
@@ -85,3 +86,15 @@ def test_the_first_seed_alone_chooses_the_rate():
     rows = [row(3, 0.1, 0.5), row(3, 0.2, 0.4), row(4, 0.1, 0.0), row(4, 0.2, 0.6)]
     assert best_runs(rows) == [[rows[1], rows[3]]]
     assert best_runs(rows[:3]) == [[rows[1]]]
+
+
+@pytest.mark.parametrize(
+    ("typed", "flag"),
+    [("--seeds 0 0", "--seeds"), ("--rates 0", "--rates"), ("--rates 0.1 0.1", "--rates"), ("--gflop x", "--gflop")],
+)
+def test_a_mistake_is_one_line_and_nothing_is_recorded(typed, flag, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
+    with pytest.raises(UserError) as found:
+        tokens.main(typed.split())
+    assert flag in str(found.value) and "\n" not in str(found.value)
+    assert not (tmp_path / "records").exists()
