@@ -25,7 +25,7 @@ from benchmarks.studies.mixtures.slopes import slopes
 from benchmarks.studies.mixtures.trainings import judged, long
 
 LONG_R = (0.1, 0.01, 0.03, 0.002)
-LONGER = 5
+LONGER = 4
 """Steps of a long training, in units of the others'."""
 
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = command.Parser(prog="python -m benchmarks.mixtures", description=__doc__)
     parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1, 2], metavar="N")
-    parser.add_argument("--steps", type=command.count, default=600, metavar="N", help="updates of each run (600)")
+    parser.add_argument("--steps", type=command.count, default=500, metavar="N", help="updates of each run (500)")
     about = "runs at a time, one thread each"
     parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
     about = "begin nothing after so many seconds; the record names what is missing"

@@ -35,7 +35,8 @@ def trained(setting: Setting, name: str, seed: int, steps: int) -> tuple[TrainSt
 
 
 def judged(setting_name: str, name: str, seed: int, steps: int) -> list[dict]:
-    """Train one of `SETTINGS` to the last step; a row with the errors of the averaged weights, and one for each way to sample."""
+    """Train one of `SETTINGS` to the last step; a row with the errors of the averaged weights, and one for each
+    way to sample."""
     torch.set_num_threads(1)
     setting = SETTINGS[setting_name]
     state, seconds = trained(setting, name, seed, steps)
