@@ -4,6 +4,7 @@ With --check it writes nothing and exits 1 if a page or figure differs from the 
 --compare A B shows two records of one benchmark side by side.
 """
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from benchmarks.harness.command import Parser
 from benchmarks.harness.race import figures, speed_ups
-from benchmarks.report import record
+from benchmarks.report import mixture_tables, record
 from benchmarks.report.compare import compare, find
 from benchmarks.report.figures import draw_the_stale, picture
 from benchmarks.report.gpu_tables import choices_table, timeline_table
@@ -446,6 +447,13 @@ def choices(run: dict) -> str:
     return f"{choices_table(run['rows'])}\n\n{measured(run, note)}"
 
 
+def mixtures(name: str, run: dict) -> str:
+    """One table of a record of benchmarks.mixtures, as Markdown."""
+    rows = run["rows"]
+    note = f"{mixture_tables.NOTES[name](rows)} `{run['command']}`."
+    return f"{mixture_tables.TABLES[name](rows)}\n\n{measured(run, note)}"
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -481,6 +489,10 @@ BLOCKS = {
     "precision-quality": Block("docs/precision.md", "precision", precision_quality),
     "kernels": Block("docs/kernels.md", "kernels", kernels),
     "sweeps": Block("docs/performance.md", "sweeps", sweeps),
+    **{
+        f"mixtures-{name}": Block("docs/open-questions.md", "mixtures", functools.partial(mixtures, name))
+        for name in mixture_tables.TABLES
+    },
 }
 
 

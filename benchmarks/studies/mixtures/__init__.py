@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with command.workers(options.workers) as pool:
         running: dict[Any, Job] = {}
         while running or waiting:
-            late = time.monotonic() - began > options.within
+            late = bool(running or rows) and time.monotonic() - began > options.within
             while waiting and not late and len(running) < options.workers:
                 job = waiting.pop(0)
                 running[pool.submit(job.call, *job.arguments)] = job
