@@ -15,9 +15,10 @@ def draw(theme: Theme, run: dict) -> Figure:
     axes = figure.subplots()
     for problem, colour in zip(dict.fromkeys(row["problem"] for row in rows), theme.colours, strict=False):
         mine = sorted((row for row in rows if row["problem"] == problem), key=lambda row: row["r"])
-        r, pair, marginal = ([row[name] for row in mine] for name in ("r", "pair", "marginal"))
-        errors = [row["pair_standard_error"] for row in mine]
+        known = [row for row in mine if row["pair"] > 2 * row["pair_standard_error"]]
+        r, pair, errors = ([row[name] for row in known] for name in ("r", "pair", "pair_standard_error"))
         axes.errorbar(r, pair, errors, marker=".", color=colour, label=f"{problem}: pairs")
+        r, marginal = ([row[name] for row in mine] for name in ("r", "marginal"))
         axes.plot(r, marginal, marker=".", linestyle="--", color=colour, label=f"{problem}: marginal velocity")
     ends = [0.002, 0.05]
     axes.plot(ends, [0.1 * r for r in ends], color=theme.muted, linewidth=1, linestyle=":")

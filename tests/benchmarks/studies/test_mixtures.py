@@ -137,6 +137,8 @@ def one_thread():
 
 
 def test_everything_measured_is_on_the_page(one_thread, monkeypatch, tmp_path):
+    for module in (trainings, minimisers):
+        monkeypatch.setattr(module, "held", lambda name: problems.held(name, 40, 400))
     monkeypatch.setattr(trainings, "JUDGED", 10)
     monkeypatch.setattr(trainings, "CHAINS_BY_R", 20)
     rows = minimisers.biases("ring", points=20, chains=40, rates=(0.2, 0.1))
