@@ -7,13 +7,18 @@ from torch import Tensor
 
 from benchmarks.exact.mixture import Mixture
 from benchmarks.studies.mixtures.problems import Held, solved, velocity
+from soflow_fast.config.schema import SamplingMethod
 from soflow_fast.flow import SolutionFlow
 from soflow_fast.rng import generator
 from soflow_fast.sampling import sample
 
 DIRECTIONS = 64
 """Directions onto which samples are projected."""
-METHODS = (("renoise", (1, 2, 4)), ("consecutive", (2, 4)), ("euler", (1, 2, 4, 10)))
+METHODS: tuple[tuple[SamplingMethod, tuple[int, ...]], ...] = (
+    ("renoise", (1, 2, 4)),
+    ("consecutive", (2, 4)),
+    ("euler", (1, 2, 4, 10)),
+)
 """Ways to sample and their numbers of calls. One call of "consecutive" is one of "renoise"."""
 
 

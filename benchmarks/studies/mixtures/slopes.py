@@ -52,9 +52,9 @@ def measured(name: str, state: TrainState) -> list[dict]:
     for r in R:
         for precision, flow in (("fp64", wide), ("fp32", state.flow)):
             like = torch.float64 if precision == "fp64" else torch.float32
-            at = [value.to(like) for value in (x, v, t, s)]
+            points = x.to(like), v.to(like), t.to(like), s.to(like)
             d = (r * (t - s)).to(like)
-            for way, found in (("ahead", ahead(flow, *at, d)), ("central", slope(flow, *at, d, None))):
+            for way, found in (("ahead", ahead(flow, *points, d)), ("central", slope(flow, *points, d, None))):
                 error = float((length * found.double() - exact).norm() / exact.norm())
                 rows.append(
                     {"kind": "slope", "problem": name, "r": r, "way": way, "precision": precision, "error": error}
