@@ -153,7 +153,7 @@ def _bias_note(rows: list[dict]) -> str:
 
 def _long_note(rows: list[dict]) -> str:
     steps = next((row["steps"] for row in rows if row["kind"] == "long"), 0)
-    return f"{steps} steps at a constant rate, p = 0; the averaged weights, at noises of which f_r is known."
+    return f"{steps} steps at a constant rate, p = 0, one seed; the averaged weights, at noises of which f_r is known."
 
 
 def _weight_note(rows: list[dict]) -> str:

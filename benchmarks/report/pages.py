@@ -489,6 +489,7 @@ BLOCKS = {
     "precision-quality": Block("docs/precision.md", "precision", precision_quality),
     "kernels": Block("docs/kernels.md", "kernels", kernels),
     "sweeps": Block("docs/performance.md", "sweeps", sweeps),
+    "mixtures-central": Block("docs/open-questions.md", "mixtures-central", functools.partial(mixtures, "long")),
     **{
         f"mixtures-{name}": Block("docs/open-questions.md", "mixtures", functools.partial(mixtures, name))
         for name in mixture_tables.TABLES

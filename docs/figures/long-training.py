@@ -4,12 +4,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.report.figures import Theme
 
-RECORDS = ("mixtures",)
+RECORDS = ("mixtures", "mixtures-central")
 SOURCES = ()
 TITLES = {"ring": "ring, 2 dimensions", "scattered": "scattered, 16 dimensions"}
 
 
-def draw(theme: Theme, run: dict) -> Figure:
+def draw(theme: Theme, run: dict, central: dict) -> Figure:
     rows = [row for row in run["rows"] if row["kind"] == "long"]
     problems = [name for name in TITLES if any(row["problem"] == name for row in rows)]
     figure = Figure(figsize=(8, 4.2), layout="constrained")
@@ -20,6 +20,9 @@ def draw(theme: Theme, run: dict) -> Figure:
             steps, errors = ([point[name] for point in row["points"]] for name in ("step", "judged"))
             axes.plot(steps, errors, marker=".", color=colour, label=f"r = {row['r']:g}")
             axes.axhline(row["bias"], color=colour, linestyle="--", linewidth=1)
+        for row in (row for row in central["rows"] if row["problem"] == problem):
+            steps, errors = ([point[name] for point in row["points"]] for name in ("step", "judged"))
+            axes.plot(steps, errors, marker=".", color=theme.colours[5], label=f"r = {row['r']:g}, central")
         axes.set_ylim(bottom=0)
         axes.set_title(TITLES[problem])
         axes.set_xlabel("steps of training")

@@ -9,13 +9,14 @@ import time
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.central import CENTRAL
+from benchmarks.harness.recipes import OURS
 from benchmarks.studies.mixtures.fixed_point import means
 from benchmarks.studies.mixtures.measures import by_calls, errors, rms, sliced_distance
 from benchmarks.studies.mixtures.problems import batch, configuration, held, mixture, solved
 from benchmarks.studies.mixtures.settings import BASE, CONSTANT, SETTINGS, Setting
 from soflow_fast.rng import generator
 from soflow_fast.training.state import TrainState
-from soflow_fast.training.step import train_step
 
 JUDGED = 300
 """Noises at which f_r is known."""
@@ -57,19 +58,21 @@ def fixed_point(name: str, r: float) -> tuple[Tensor, Tensor]:
     return means(mixture(name), held(name).one_step.first(JUDGED), r, copies, source)
 
 
-def long(name: str, r: float, seed: int, steps: int, every: int) -> list[dict]:
-    """Train at a constant r and rate; after every `every` steps the errors, and the distance from f_r at the same r."""
+def long(name: str, r: float, seed: int, steps: int, every: int, central: bool = False) -> list[dict]:
+    """Train at a constant r and rate, by a look-ahead or a central difference; after every `every` steps the errors,
+    and the distance from f_r at the same r."""
     torch.set_num_threads(1)
     changes = CONSTANT | {"objective__r_end": r, "optim__lr_schedule": "constant", "optim__lr": 1e-3}
     config, data, at = configuration(name, seed, steps, **changes), mixture(name), held(name)
     a, b = fixed_point(name, r)
     first = at.one_step.first(JUDGED)
     bias = ((a - first.exact) * (b - first.exact)).sum(1).mean()
-    state, points, seconds = TrainState.build(config), [], 0.0
+    recipe, y = CENTRAL if central else OURS, torch.zeros(config.batch_size, dtype=torch.int64)
+    state, points, seconds = recipe.build(config), [], 0.0
     while state.step < steps:
         began = time.process_time()
         for _ in range(min(every, steps - state.step)):
-            train_step(state, batch(data, config, state.step), None)
+            recipe.step(state, batch(data, config, state.step), y)
         seconds += time.process_time() - began
         found = solved(state.ema, first.x, first.t, first.s)
         # As of `fixed_point.bias`: the noise of the two means has no part in the mean of the product.

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from benchmarks import mixtures as typed
+from benchmarks import mixtures_central as typed_central
 from benchmarks.exact.mixture import Mixture, ring
 from benchmarks.harness import command
 from benchmarks.report import mixture_tables, pages, record
-from benchmarks.studies import mixtures
+from benchmarks.studies import mixtures, mixtures_central
 from benchmarks.studies.mixtures import fixed_point, measures, minimisers, problems, trainings
 from benchmarks.studies.mixtures.settings import SETTINGS
 from benchmarks.studies.mixtures.slopes import slopes
@@ -148,13 +149,16 @@ def test_everything_measured_is_on_the_page(one_thread, monkeypatch, tmp_path):
     for name in (BASE, "flow matching: p = 1", "difference: central, r = 0.1"):
         rows += trainings.judged(name, "ring", 0, 3)
     rows += trainings.long("ring", 0.1, 0, 4, 2)
+    central = trainings.long("ring", 0.1, 0, 4, 2, central=True)
+    assert central[0]["bias"] == rows[-1]["bias"] and central[0]["points"] != rows[-1]["points"]
+    record.write(central, "python -m benchmarks.mixtures_central", tmp_path, "mixtures-central")
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
     found = {(row["r"], row["way"]): row["error"] for row in rows if row.get("precision") == "fp64"}
     assert all(found[r, "central"] < found[r, "ahead"] for r in (0.3, 0.1, 0.03))
     record.write(rows, "python -m benchmarks.mixtures", tmp_path, "mixtures")
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "open-questions.md"
-    names = [f"mixtures-{name}" for name in mixture_tables.TABLES]
+    names = ["mixtures-central", *(f"mixtures-{name}" for name in mixture_tables.TABLES)]
     page.write_text("".join(f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->\n" for name in names))
     pages.main([], tmp_path, tmp_path)
     text = page.read_text()
@@ -186,6 +190,21 @@ def test_the_command_keeps_what_it_has_and_names_what_is_missing(monkeypatch, tm
     assert run["missing"] == ["2 b"] and [row["value"] for row in run["rows"]] == [0]
 
 
+def test_long_trainings_by_a_central_difference_are_a_record_of_their_own(monkeypatch, tmp_path, committed):
+    def long(problem: str, r: float, seed: int, steps: int, every: int, central: bool) -> list[dict]:
+        point = {"step": steps, "cpu_seconds": 1.0, "judged": 0.5, "from_fixed_point": 0.1}
+        return [{"kind": "long", "problem": problem, "r": r, "seed": seed, "steps": every, "points": [point]}]
+
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    monkeypatch.setattr(command, "workers", threads)
+    monkeypatch.setattr(mixtures_central, "long", long)
+    mixtures_central.main(["--workers", "1", "--steps", "32"])
+    (path,) = tmp_path.iterdir()
+    run = record.read(path)
+    assert [(row["problem"], row["steps"]) for row in run["rows"]] == [("ring", 2), ("scattered", 2)]
+    assert run["command"] == "python -m benchmarks.mixtures_central --workers 1 --steps 32" and "unfinished" not in run
+
+
 @pytest.mark.parametrize("words", ["--seeds 0 0", "--steps 0", "--workers 0", "--within -1"])
 def test_mistakes_are_one_line_that_names_the_flag(words, monkeypatch):
     monkeypatch.setattr(record, "begin", None)  # whoever calls it fails
@@ -195,6 +214,7 @@ def test_mistakes_are_one_line_that_names_the_flag(words, monkeypatch):
 
 
 def test_the_command_keeps_its_name():
+    assert typed_central.main is mixtures_central.main
     assert typed.main is mixtures.main and "python -m benchmarks.mixtures" in str(mixtures.__doc__)
     made = mixtures.jobs([0, 1], 100)
     assert mixtures.missing(made)[-1].endswith("trainings of seed 1")
