@@ -22,19 +22,19 @@ def ahead(flow: SolutionFlow, x: Tensor, v: Tensor, t: Tensor, s: Tensor, d: Ten
     return (flow.network(x, t, s, None) - end) / per_sample(d, x)
 
 
-def slopes(name: str, steps: int) -> list[dict]:
+def slopes(name: str, steps: int, batches: int = 8) -> list[dict]:
     """A row for each distance, way and precision: the error relative to forward mode in float64, of the derivative
     times t - s, as it enters q, at samples as training draws them whose later end is not beyond 1."""
     torch.set_num_threads(1)
     state = base(name, steps)
     with torch.no_grad():
-        return measured(name, state)
+        return measured(name, state, batches)
 
 
-def measured(name: str, state: TrainState) -> list[dict]:
+def measured(name: str, state: TrainState, batches: int) -> list[dict]:
     """`slopes` of a network."""
     config, data, source = state.config, mixture(name), generator(0, 0, 0, "slopes")
-    x0 = torch.cat([batch(data, config, state.step + k) for k in range(8)]).double()
+    x0 = torch.cat([batch(data, config, state.step + k) for k in range(batches)]).double()
     x1 = torch.randn(x0.shape, generator=source, dtype=torch.float64)
     t, s = state.objective.consistency_times(len(x0), source, torch.float64)
     fits = t + max(R) / 2 * (t - s) < 1

@@ -145,7 +145,7 @@ def test_everything_measured_is_on_the_page(one_thread, monkeypatch, tmp_path):
     rows = minimisers.biases("ring", points=20, chains=40, rates=(0.2, 0.1))
     rows += minimisers.weighted(points=10, pairs=20, sizes=(2, 4))
     rows += [{"kind": "floor", "problem": "ring", "distance": 0.01}]
-    rows += slopes("ring", 3)
+    rows += slopes("ring", 3, batches=1)
     for name in (BASE, "flow matching: p = 1", "difference: central, r = 0.1"):
         rows += trainings.judged(name, "ring", 0, 3)
     rows += trainings.long("ring", 0.1, 0, 4, 2)
