@@ -42,6 +42,6 @@ def draw(theme: Theme, run: dict) -> Figure:
         axes.set_xticks([1, 2, 4, 10], ["1", "2", "4", "10"])
         axes.set_title(TITLES[problem])
         axes.set_xlabel("network calls of a sample")
-        axes.legend(fontsize=8)
+        axes.legend(loc="upper right", fontsize=8)
     panels[0].set_ylabel("distance of samples to the data,\nin deviations of the data")
     return figure
