@@ -166,6 +166,37 @@ def test_everything_measured_is_on_the_page(one_thread, monkeypatch, tmp_path):
     assert "flow matching: p = 1 |  |  |" in text and "|  |  | euler | 10 |" in text
 
 
+def test_the_page_says_what_the_records_say():
+    run, central = (record.newest(record.HOME, name) for name in ("mixtures", "mixtures-central"))
+    assert run is not None and central is not None
+    text = " ".join((record.ROOT / "docs" / "open-questions.md").read_text(encoding="utf-8").split())
+    bias = {(row["problem"], row["r"]): row for row in run["rows"] if row["kind"] == "bias"}
+    for problem, times in (("ring", "costs {:.0f} times"), ("scattered", "and {:.0f} times in 16")):
+        row = bias[problem, 0.002]
+        assert times.format(row["pair"] / row["marginal"]) in text and f"{row['pair']:.4f} beside" in text
+    long = {(row["problem"], row["r"]): row for row in run["rows"] if row["kind"] == "long"}
+    for problem in ("ring", "scattered"):
+        row, last = long[problem, 0.1], long[problem, 0.1]["points"][-1]
+        assert f"at {last['judged']:.3f} " in text and f"{row['bias']:.3f}" in text
+        assert abs(last["judged"] - row["bias"]) < 0.03 and last["from_fixed_point"] < 0.4 * row["bias"]
+        other = next(found for found in central["rows"] if found["problem"] == problem)["points"][-1]
+        assert f"{other['judged']:.3f}" in text and other["from_fixed_point"] > 2 * last["from_fixed_point"]
+    rows = [row for row in run["rows"] if row["kind"] == "training"]
+
+    def mean(problem: str, setting: str, what: str) -> str:
+        each = [
+            row[what] for row in rows if (row["problem"], f"{row['factor']}: {row['setting']}") == (problem, setting)
+        ]
+        return f"{sum(each) / len(each):.3f}"
+
+    p = [mean("ring", f"flow matching: p = {p}", "velocity") for p in ("0", "0.5", "1")]
+    assert f"{p[0]}, {p[1]} and {p[2]} off on the ring" in text
+    one, base = mean("scattered", "p: p = 1", "one_step"), mean("scattered", BASE, "one_step")
+    assert f"{one} against {base} of the base" in text
+    ways = [mean("ring", f"precision: {way}, r to 0.0003", "one_step") for way in ("bf16 pair", "fp16 pair")]
+    assert f"the errors are {ways[0]} (bf16 pair), {ways[1]} (fp16 pair)" in text
+
+
 @contextmanager
 def threads(number: int):
     """In place of processes."""
