@@ -4,17 +4,19 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.exact.mixture import Mixture
+from benchmarks.report.figures import Theme
 from soflow_kernels.lookahead import guidance_decay
 
-RECORDS: tuple[str, ...] = ()
-SOURCES: tuple[str, ...] = ("benchmarks/exact/mixture.py", "kernels/soflow_kernels/lookahead.py")
+RECORDS = ()
+SOURCES = ("benchmarks/exact/mixture.py", "kernels/soflow_kernels/lookahead.py")
 
 MEANS = ((-1.5, 0.0), (0.9, 0.9), (0.9, -0.9))
 DEVIATIONS = ((0.6, 0.9), (0.6, 0.5), (0.6, 0.5))
 CLASS = 1
 SAMPLES, PATHS, STEPS = 100, 10, 200
 CASES = ((1.0, 1.0), (3.0, 1.0), (3.0, 0.8))
-"""The guidance scale and the decay time of each panel."""
+"""The guidance scale and the decay time of each panel of samples."""
+DECAY_TIMES = (0.8, 0.5)
 
 
 def data() -> Mixture:
@@ -41,27 +43,24 @@ def guided_paths(mixture: Mixture, x: torch.Tensor, w: float, decay_time: float)
     return torch.stack(states)
 
 
-def draw(theme) -> Figure:
-    figure = Figure(figsize=(9.6, 2.7), layout="constrained")
-    axes = figure.subplots(1, 4)
+def draw(theme: Theme) -> Figure:
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    *panels, last = figure.subplots(1, 4)
     mixture, source = data(), torch.Generator().manual_seed(0)
     noise = torch.randn(SAMPLES, 2, generator=source, dtype=torch.float64)
     others, component = mixture.sample(3 * SAMPLES, source)
     others = others[component != CLASS][:SAMPLES]
-    for at, (w, decay_time) in zip(axes, CASES, strict=False):
+    for axes, (w, decay_time) in zip(panels, CASES, strict=True):
         paths = guided_paths(mixture, noise, w, decay_time)
-        at.plot(*others.T, ".", color=theme.muted, markersize=2, alpha=0.5, zorder=0)
-        at.plot(*paths[::10, :PATHS].permute(2, 0, 1), color=theme.colours[0], linewidth=0.6, alpha=0.7)
-        at.plot(*paths[-1].T, ".", color=theme.colours[1], markersize=3)
-        at.set(xlim=(-3.2, 3.4), ylim=(-2.6, 3.4), xticks=[], yticks=[], aspect="equal")
-        decay = ", decay from 0.8" if decay_time < 1 else ""
-        at.set_title(f"w = {w:g}{decay}", fontsize=9, color=theme.ink)
-    t = torch.linspace(0, 1, 501, dtype=torch.float64)
-    for color, decay_time in zip(theme.colours[2:], (0.8, 0.5), strict=False):
-        axes[3].plot(t, guidance_decay(t, decay_time), color=color, linewidth=1.6, label=f"$t_d$ = {decay_time:g}")
-    axes[3].set_title("decay c(t)", fontsize=9, color=theme.ink)
-    axes[3].set_xlabel("t (1 is noise)", fontsize=8, color=theme.ink)
-    axes[3].tick_params(labelsize=8, colors=theme.ink)
-    axes[3].grid(color=theme.grid, linewidth=0.6)
-    axes[3].legend(fontsize=8, frameon=False, labelcolor=theme.ink)
+        axes.plot(*others.T, ".", color=theme.muted, markersize=2)
+        axes.plot(*paths[::10, :PATHS].permute(2, 0, 1), color=theme.colours[0], linewidth=0.7)
+        axes.plot(*paths[-1].T, ".", color=theme.colours[1], markersize=3)
+        axes.set(xlim=(-3.2, 3.4), ylim=(-2.6, 3.4), xticks=[], yticks=[], aspect="equal")
+        axes.set_title(f"w = {w:g}" + (f", $t_d$ = {decay_time:g}" if decay_time < 1 else ""), fontsize=10)
+    t = torch.linspace(0, 1, 301, dtype=torch.float64)
+    for colour, decay_time in zip(theme.colours[2:4], DECAY_TIMES, strict=True):
+        last.plot(t, guidance_decay(t, decay_time), color=colour, label=f"$t_d$ = {decay_time:g}")
+    last.set_title("decay c(t)", fontsize=10)
+    last.set_xlabel("t (1 is noise)")
+    last.legend()
     return figure
