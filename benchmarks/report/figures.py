@@ -101,7 +101,8 @@ def drawn(script: Path, theme: Theme, folder: Path, root: Path = record.ROOT) ->
     except ImportError as error:
         raise UserError(f"{script.stem}: cannot be drawn: {error} (pip install matplotlib)") from None
     module, runs = _load(script), _runs(script, folder)
-    with matplotlib.rc_context(_style(theme) | {"svg.hashsalt": script.stem}):
+    settings: Any = _style(theme) | {"svg.hashsalt": script.stem}
+    with matplotlib.rc_context(settings):
         try:
             figure = module.draw(theme, *runs)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration) as error:
