@@ -22,7 +22,8 @@ DECAY_TIMES = (0.8, 0.5)
 def data() -> Mixture:
     """Three classes in the plane that overlap."""
     weights = torch.full((3,), 1 / 3, dtype=torch.float64)
-    return Mixture(weights, *(torch.tensor(rows, dtype=torch.float64) for rows in (MEANS, DEVIATIONS)))
+    means, deviations = (torch.tensor(rows, dtype=torch.float64) for rows in (MEANS, DEVIATIONS))
+    return Mixture(weights, means, deviations)
 
 
 def guided_paths(mixture: Mixture, x: torch.Tensor, w: float, decay_time: float) -> torch.Tensor:

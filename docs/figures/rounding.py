@@ -21,5 +21,5 @@ def draw(theme: Theme, run: dict) -> Figure:
     axes.text(0.1, 1.3, "as large as q", color=theme.muted, ha="right")
     axes.set_xlabel("r = (t - l) / (t - s)")
     axes.set_ylabel("relative error of q")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right")
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
