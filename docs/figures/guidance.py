@@ -57,6 +57,7 @@ def draw(theme: Theme) -> Figure:
         axes.plot(*paths[::10, :PATHS].permute(2, 0, 1), color=theme.colours[0], linewidth=0.7)
         axes.plot(*paths[-1].T, ".", color=theme.colours[1], markersize=3)
         axes.set(xlim=(-3.2, 3.4), ylim=(-2.6, 3.4), xticks=[], yticks=[], aspect="equal")
+        axes.set_frame_on(False)
         axes.set_title(f"w = {w:g}" + (f", $t_d$ = {decay_time:g}" if decay_time < 1 else ""), fontsize=10)
     t = torch.linspace(0, 1, 301, dtype=torch.float64)
     for colour, decay_time in zip(theme.colours[2:4], DECAY_TIMES, strict=True):
