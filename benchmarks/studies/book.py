@@ -205,7 +205,7 @@ def weights(size: Size, seed: int) -> list[dict]:
 def main(argv: Sequence[str] | None = None, size: Size | None = None) -> None:
     """Run the command."""
     parser = command.Parser(prog="python -m benchmarks.book", description=__doc__)
-    parser.add_argument("--steps", type=command.count, default=6000, metavar="N", help="of each training (6000)")
+    parser.add_argument("--steps", type=command.count, default=8000, metavar="N", help="of each training (8000)")
     parser.add_argument("--seed", type=command.seed, default=0, metavar="N")
     options = parser.parse(argv)
     size = size or Size()

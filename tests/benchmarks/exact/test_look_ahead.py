@@ -25,7 +25,7 @@ def points(n: int, t: float, s: float) -> tuple[torch.Tensor, ...]:
 
 def test_of_one_gaussian_draws_change_nothing():
     """f is linear in x, so the mean velocity stands for the drawn one: in the quotient up to the differencing of J,
-    1e-4 squared, and in the chain, whose slopes differ from the exact ones by a part of r, within five standard errors."""
+    1e-4 squared; in the chain, whose slopes differ from the exact ones by a part of r, within five standard errors."""
     at, draws = points(5, 1.0, 0.2), 400
     biases = [look_ahead.quotient_bias(one_gaussian(), *at, 0.1, n, source()) for n in (0, 1)]
     torch.testing.assert_close(*biases, rtol=0, atol=1e-6)
