@@ -8,6 +8,7 @@ The consistency loss compares f(x, t, s) with f(x_l, l, s), where l = t + r (s -
 So f_r is the mean end of a chain of steps along drawn velocities, each a fraction r of what is left to s; along mean
 velocities it is Euler's method on these times. Draws have no part of first order: along the exact path f changes by
 J = df/dx times (l - t)(v - mean), whose mean is 0, so it is subtracted, and few draws are enough for a small r.
+Any J has that mean: one of a norm above STEEPEST is shortened, as f is not linear there as far as draws reach.
 
 All is float64: points [B, D], times [B].
 """
@@ -21,6 +22,8 @@ from benchmarks.exact.mixture import Mixture
 
 NEAR = 5e-3
 """The chain goes on until this fraction of t - s is left; the exact solution takes the rest."""
+STEEPEST = 2.0
+"""The largest norm of a J that is subtracted."""
 SHIFT = 1e-4
 """The distance of the points by which J is differenced."""
 
@@ -39,7 +42,7 @@ def quotient_bias(
     if draws == 0:
         return (ahead - f) / h
     assert source is not None
-    slope = jacobian(mixture, x + h * mean, l, s)
+    slope = shortened(jacobian(mixture, x + h * mean, l, s))
     total = torch.zeros_like(x)
     for _ in range(draws):
         moved = h * (drawn_velocity(mixture, x, t, source) - mean)
@@ -107,7 +110,7 @@ def jacobian(mixture: Mixture, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 
 def path_slopes(mixture: Mixture, x: Tensor, t: Tensor, s: Tensor, r: float) -> list[Tensor]:
-    """J [B, D, D] at the exact path of x after each step of the chain, from there to s."""
+    """J [B, D, D] at the exact path of x after each step of the chain, from there to s, shortened."""
     B, D = x.shape
     shifts = SHIFT * torch.eye(D, dtype=x.dtype)
     points = torch.cat([x, *(x + shift for shift in shifts), *(x - shift for shift in shifts)])
@@ -119,7 +122,12 @@ def path_slopes(mixture: Mixture, x: Tensor, t: Tensor, s: Tensor, r: float) -> 
         points, now = mixture.solution(points, now, after, steps=inner), after
         from_start.append(_differences(points, B, D))
     whole = _differences(mixture.solution(points, now, end, steps=8), B, D)
-    return [whole @ torch.linalg.inv(slope) for slope in from_start]
+    return [shortened(whole @ torch.linalg.inv(slope)) for slope in from_start]
+
+
+def shortened(slope: Tensor) -> Tensor:
+    """J [B, D, D] with a norm of at most STEEPEST."""
+    return slope * (STEEPEST / torch.linalg.matrix_norm(slope, keepdim=True)).clamp_max(1)
 
 
 def _differences(points: Tensor, B: int, D: int) -> Tensor:

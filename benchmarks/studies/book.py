@@ -56,9 +56,9 @@ class Size(NamedTuple):
     times: int = 21
     side: int = 31
     """Points along each side of the map."""
-    points: int = 192
+    points: int = 160
     """Points at which the bias is taken."""
-    draws: int = 48
+    draws: int = 32
 
 
 def configuration(kind: ObjectiveKind, steps: int, seed: int) -> Config:
@@ -162,8 +162,9 @@ def biases(r: float, size: Size, seed: int) -> list[dict]:
         straight = fixed_point(mixture, x, *times, r) - exact
         spread = drawn_fixed_point(mixture, x, *times, r, size.draws, source) - exact
         rows.append({"kind": "solution bias", "r": r, "t": t, "s": s, **summary(straight, spread)})
-    t, s = Objective(ObjectiveConfig()).consistency_times(size.points, source, torch.float64)
-    x = (1 - t)[:, None] * mixture.sample(size.points, source)[0] + t[:, None] * x
+    places = generator(seed, 0, 0, "points of the bias")  # the same for every r
+    t, s = Objective(ObjectiveConfig()).consistency_times(size.points, places, torch.float64)
+    x = (1 - t)[:, None] * mixture.sample(size.points, places)[0] + t[:, None] * x
     few = max(2, size.draws // 3)
     q = torch.stack([quotient_bias(mixture, x, t, s, r, 1, source) for _ in range(few)])
     rows.append({"kind": "quotient bias", "r": r, **summary(quotient_bias(mixture, x, t, s, r), q)})

@@ -38,12 +38,12 @@ def _trajectories(axes, theme: Theme) -> None:
     x1 = torch.randn(x0.shape, generator=source, dtype=torch.float64)
     for data, noise in zip(x0[:, 0], x1[:, 0], strict=True):
         axes.plot([1, 0], [noise, data], color=theme.muted, linewidth=0.9, alpha=0.8)
-    starts = torch.zeros(13, 2, dtype=torch.float64)
-    starts[:, 0] = torch.linspace(-2.1, 2.1, 13) + 0.02
+    starts = torch.zeros(9, 2, dtype=torch.float64)
+    starts[:, 0] = torch.linspace(-2.1, 2.1, 9) + 0.02
     times = torch.linspace(1, 0, 51, dtype=torch.float64)
     along = [starts]
     for before, after in pairwise(times):
-        along.append(mixture.solution(along[-1], before.expand(13), after.expand(13), steps=4))
+        along.append(mixture.solution(along[-1], before.expand(9), after.expand(9), steps=4))
     for line in torch.stack(along, 1)[:, :, 0]:
         axes.plot(times, line, color=theme.colours[0])
     axes.plot([], [], color=theme.muted, linewidth=0.9, label="pairs of noise and data: straight, and they cross")

@@ -21,7 +21,6 @@ def draw(theme: Theme, run: dict) -> Figure:
     axes = figure.add_subplot(grid[1, :])
     axes.plot(losses["step"], losses["fm_mse"], color=theme.colours[1], label="fm_mse, flow matching: mean delta^2")
     axes.plot(losses["step"], losses["sc_mse"], color=theme.colours[2], label="sc_mse, consistency: mean q^2")
-    axes.set(xlabel="step", yscale="log")
-    axes.grid(which="both")
+    axes.set(xlabel="step", ylim=(0, None), xlim=(0, None))
     axes.legend(ncols=2)
     return figure
