@@ -19,7 +19,7 @@ def draw(theme: Theme, run: dict) -> Figure:
     exact = torch.stack([mixture.solution(starts, one, s * one) for s in times], 1)
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    data, _ = mixture.sample(240, torch.Generator().manual_seed(0))
+    data, _ = mixture.sample(120, torch.Generator().manual_seed(0))
     left.plot(data[:, 0], data[:, 1], ".", markersize=1.5, color=theme.muted)
     left.plot(*exact.permute(2, 1, 0), color=theme.colours[0], linewidth=1.2)
     left.plot(*learned.permute(2, 1, 0), color=theme.colours[1], linewidth=1.2, linestyle="--")

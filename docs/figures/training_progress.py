@@ -15,7 +15,7 @@ def draw(theme: Theme, run: dict) -> Figure:
     grid = figure.add_gridspec(2, len(snapshots), height_ratios=[1, 1.2])
     for column, row in enumerate(snapshots):
         axes = figure.add_subplot(grid[0, column])
-        axes.plot(row["points"][::2], row["points"][1::2], ".", markersize=2, color=theme.colours[0])
+        axes.plot(row["points"][:260:2], row["points"][1:260:2], ".", markersize=2.5, color=theme.colours[0])
         axes.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
         axes.set_title(f"step {row['step']}\n{100 * row['on_the_ring']:.0f} % on the ring", fontsize=9)
     axes = figure.add_subplot(grid[1, :])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.exact.mixture import ring
-from benchmarks.report import record
+from benchmarks.report import pages, record
 from benchmarks.studies import book
 from soflow_fast.errors import UserError
 
@@ -78,3 +78,17 @@ def test_scatter_of_draws_has_no_part_in_their_rms():
 def test_a_mistake_is_one_line():
     with pytest.raises(UserError, match="--steps"):
         book.main(["--steps", "0"], SIZE)
+
+
+def test_the_record_makes_its_tables(rows, tmp_path):
+    record.write(rows, "python -m benchmarks.book", tmp_path, "book")
+    names = ("book-samples", "book-look-ahead", "book-weights")
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "why-it-works.md"
+    page.write_text("".join(f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->\n" for name in names))
+    assert pages.main([], tmp_path, tmp_path) == 0
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert len(lines) == (2 + 5) + (2 + 2) + (2 + 6)  # heads, and ways, ratios, problems
+    bias = of(rows, "solution bias", r=0.1)[0]["mean_velocity"]["median"]
+    assert f"| 0.1 | {bias:.2g} |" in page.read_text()
+    assert "| soflow | 2 calls |" in page.read_text() and "| 64 | 0.9 |" in page.read_text()
