@@ -31,7 +31,7 @@ def draw(theme: Theme, run: dict) -> Figure:
     rows[0][0].legend(loc="lower left", fontsize=8)
     found = [row for row in run["rows"] if row["kind"] == "samples" and row["objective"] == "flow-matching"]
     for axes, row in zip(rows[1], found, strict=True):
-        axes.plot(row["points"][:220:2], row["points"][1:220:2], ".", markersize=3, color=theme.colours[1])
+        axes.plot(row["points"][:180:2], row["points"][1:180:2], ".", markersize=3, color=theme.colours[1])
         axes.set(title=f"trained, {row['way']}")
     for axes in rows.flat:
         axes.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[-2, 0, 2], yticks=[-2, 0, 2])
