@@ -14,14 +14,15 @@ def samples_table(rows: list[dict]) -> str:
 
 
 def look_ahead_table(rows: list[dict]) -> str:
-    """A line for each r: medians and, of drawn velocities, the root of the mean square with its standard error."""
+    """A line for each r: medians, along mean and drawn velocities, and of drawn ones the root of the mean square with its
+    standard error."""
     of_r: dict[float, list[dict]] = {}
     for row in (row for row in rows if row["kind"].endswith(" bias")):
         of_r.setdefault(row["r"], []).append(row)
     head = ["r"]
     for row in next(iter(of_r.values())):
-        what = f"f_r(x, {row['t']:g}, {row['s']:g})" if row["kind"] == "solution bias" else "E[q]"
-        head += [f"{what}, mean velocity", f"{what}, drawn", "root mean square"]
+        what = f"s = {row['s']:g}" if row["kind"] == "solution bias" else "E[q]"
+        head += [f"{what}: mean", "drawn", "rms"]
     lines = []
     for r, group in of_r.items():
         cells = [f"{r:g}"]
