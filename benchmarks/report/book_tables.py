@@ -14,8 +14,8 @@ def samples_table(rows: list[dict]) -> str:
 
 
 def look_ahead_table(rows: list[dict]) -> str:
-    """A line for each r: medians along mean and drawn velocities, and of the latter the root of the mean square with its
-    standard error."""
+    """A line for each r: medians along mean and drawn velocities, and of the latter the root of the mean square with
+    its standard error."""
     of_r: dict[float, list[dict]] = {}
     for row in (row for row in rows if row["kind"].endswith(" bias")):
         of_r.setdefault(row["r"], []).append(row)
