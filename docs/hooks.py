@@ -84,12 +84,16 @@ def in_site(uri: str, link: str) -> str:
 def mathml(uri: str, escaped: str, block: bool) -> str:
     """A formula of a page as MathML. escaped: its LaTeX as it stands in HTML. Raises PluginError naming the page."""
     latex = html.unescape(escaped).strip()
+    known = re.sub(r"\\(begin|end){aligned}", r"\\\1{align*}", latex)  # the converter's name of the same
+    if len(re.findall(r"(?<!\\){", latex)) != len(re.findall(r"(?<!\\)}", latex)):
+        raise PluginError(f"{uri}: the formula {latex!r} has a brace without its other")
     try:
-        made = convert(latex, display="block" if block else "inline")
+        made = convert(known, display="block" if block else "inline")
     except Exception as error:  # the converter has no base class of its errors
         raise PluginError(f"{uri}: the formula {latex!r} is none: {type(error).__name__} {error}") from error
-    if unknown := re.search(r"\\[A-Za-z]+", html.unescape(made)):  # commands it does not know go through as text
-        raise PluginError(f"{uri}: the formula {latex!r} has an unknown command, {unknown[0]}")
+    # What it does not know goes through as text: commands, and the "&" of environments.
+    if unknown := re.search(r"\\[A-Za-z]+|&(?!#?\w+;)", made):
+        raise PluginError(f"{uri}: the formula {latex!r} has a part that is not known, {unknown[0]}")
     return made
 
 
