@@ -6,8 +6,10 @@ The blocks of a page run in order, in a process of their own and an empty folder
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +55,36 @@ def step(command: Command) -> dict[str, Any]:
     return {"where": command.where, "shown": command.text, "words": words, "cleared": changes.cleared(command.text)}
 
 
-def run(found: list[dict[str, Any]], home: Path, environment: dict[str, str]) -> str:
-    """Run steps in a folder, to their end or the first failure. Returns what was printed last, "" after success."""
+@pytest.fixture(scope="module")
+def runner(environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """tests/blocks/runner.py, waiting for pages."""
+    settings = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{environment['PYTHONPATH']}"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    command = [sys.executable, "-m", "tests.blocks.runner"]
+    with subprocess.Popen(command, env=environment | settings, **pipes) as process:
+        yield process
+        assert process.stdin
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+def run(found: list[dict[str, Any]], home: Path, runner: subprocess.Popen) -> str:
+    """Run steps in a folder, to their end or the first failure. Returns the end of what they printed, "" after success."""
+    assert runner.stdin and runner.stdout
     (home / "steps.json").write_text(json.dumps(found))
-    settings = {"PYTHONPATH": f"{ROOT}:{environment['PYTHONPATH']}", "XDG_CACHE_HOME": str(home / "cache")}
-    given = environment | settings | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [sys.executable, "-m", "tests.blocks.runner", str(home / "steps.json")]
-    done = subprocess.run(
-        arguments, cwd=home, env=given, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
-    )
-    return "" if done.returncode == 0 else f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    runner.stdin.write(f"{home / 'steps.json'}\n")
+    runner.stdin.flush()
+    code = runner.stdout.readline().strip()
+    shown = (home / "output").read_text() if (home / "output").exists() else ""
+    shutil.rmtree(home)  # a quarter of a gigabyte of some
+    return "" if code == "0" else f"{shown[-4000:]}\nexit code {code}"
 
 
 @pytest.mark.parametrize(
     "page", [pytest.param(p, marks=pytest.mark.slow) if p in changes.SLOW else p for p in PAGES if steps(p)]
 )
-def test_every_block_runs(page: str, tmp_path: Path, environment: dict[str, str]) -> None:
-    failure = run(steps(page), tmp_path, environment)
+def test_every_block_runs(page: str, tmp_path: Path, runner: subprocess.Popen) -> None:
+    failure = run(steps(page), tmp_path, runner)
     assert not failure, failure
 
 
@@ -125,6 +140,6 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_block_fails(kind: str, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_wrong_block_fails(kind: str, tmp_path: Path, runner: subprocess.Popen) -> None:
     line = 6 if kind == "python" else 2
-    assert f"failed: page.md:{line}" in run(steps("page.md", WRONG[kind]), tmp_path, environment)
+    assert f"failed: page.md:{line}" in run(steps("page.md", WRONG[kind]), tmp_path, runner)

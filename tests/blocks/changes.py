@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 FEW = "--device cpu --batch-size 8 --set=run.eval_samples=100"
 DIT = f"{FEW} --set=model.hidden_size=16 --set=model.depth=1 --set=model.num_heads=2"
-UNET = "--set=model.channels=16 --set=model.multipliers=1,2 --set=model.blocks=1 --set=model.attention_sizes=4"
+UNET = "--set=model.channels=16 --set=model.multipliers=1,2 --set=model.blocks=1 --set=model.attention_sizes=16"
 
 
 class Added(NamedTuple):
@@ -23,7 +23,9 @@ ADDED = (
     Added(r"soflow_fast\.train policy", f"{FEW} --set=model.hidden_size=16", "a tiny policy"),
     Added(r"soflow_fast\.train(?!.* --gpus| --env|.* --epochs)", "--steps 2", "two steps"),
     Added(r"soflow_fast\.train .*--epochs", "--epochs 1", "an epoch"),
-    Added(r"soflow_fast\.train --(attention|set|guidance|config THEIR)", "--run-dir runs/line-{line}", "other settings"),
+    Added(
+        r"soflow_fast\.train --(attention|set|guidance|config THEIR)", "--run-dir runs/line-{line}", "other settings"
+    ),
     Added(r"soflow_fast\.train .*--track wandb", "--track none", "no service is reached"),
     Added(r"soflow_fast\.sample .*--n 50000", "--n 10 --batch-size 8", "ten images"),
     Added(r"soflow_fast\.sample THEIR_DIR", "--n 2", "two images of a network of public size"),
@@ -45,7 +47,7 @@ REPLACED = {
         'pipe.to("cuda", torch.bfloat16)': 'pipe.to("cpu", torch.bfloat16)',  # there is no GPU
         "pipe.enable_model_cpu_offload()": "",  # which asks for a GPU
     },
-    "docs/authors.md": {'"weights.pt", num_classes=7': '"weights-of-7-classes.pt", num_classes=7'},  # of one file both
+    "docs/authors.md": {'"weights.pt", num_classes=7': '"alone/weights.pt", num_classes=7'},  # no config.yaml beside it
     "docs/policies.md": {"state})": "torch.zeros(2, 3)})"},  # what a robot observes
 }
 """Parts of code that stand for something else here. Each must be on its page."""

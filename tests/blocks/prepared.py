@@ -7,9 +7,11 @@ transformers take them for folders.
 import contextlib
 import io
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from soflow_fast import DiT, DiTConfig, SolutionFlow, TrainState, preset, train_step
+from soflow_fast import DiT, DiTConfig, TrainState, preset, train_step
 from soflow_fast.config.authors import to_authors
 from soflow_fast.config.schema import Config
 from soflow_fast.data import identity
@@ -56,7 +58,7 @@ def images(home: Path) -> None:
             image(i, 32).save(place)
             if folder == "photos":
                 place.with_suffix(".txt").write_text(f"a dog, number {i}")
-    for name in ("samples.npz", "VIRTUAL_imagenet256_labeled.npz"):
+    for name in ("samples.npz", "REFERENCE.npz", "VIRTUAL_imagenet256_labeled.npz"):
         np.savez(home / name, arr_0=np.stack([np.asarray(image(i, 32)) for i in range(12)]))
 
 
@@ -131,22 +133,26 @@ def imagenet(home: Path) -> None:
     run_of(preset("imagenet256-b2", device="cpu", **TINY, **{"model.input_size": 4}), home / "runs" / "imagenet")
 
 
+def zeros_of(config: Config) -> dict[str, torch.Tensor]:
+    shapes = {name: value.shape for name, value in build_flow(config).state_dict().items()}
+    return {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
+
+
 def authors(home: Path) -> None:
     """Directories of the authors' trainer, its file of a tiny network, and a SiT's weights.
 
-    A public network is zeros that share their memory, as the smallest has 130 million weights."""
+    The smallest network of theirs has 130 million weights: zeros in half precision, one file under three names."""
     run_of(preset("imagenet256-b4", device="cpu", **TINY), home / "RUN")
     torch.save(as_authors(checkpoint.load_whole(home / "RUN")), home / "FILE.pt")
     public = preset("imagenet256-b4")
-    weights = build_flow(public).state_dict()
-    zeros = {name: torch.zeros(()).expand(value.shape) for name, value in weights.items()}
-    for place in ("THEIR_DIR/ckpts/400000.pt", "XL-2-cond/ckpts/1200000.pt", "weights.pt"):
+    torch.save(zeros_of(public), home / "weights.pt")
+    (home / "alone").mkdir()
+    torch.save(zeros_of(replace(public, model=DiTConfig.named("S/2", num_classes=7))), home / "alone" / "weights.pt")
+    for place in ("THEIR_DIR/ckpts/400000.pt", "XL-2-cond/ckpts/1200000.pt"):
         (home / place).parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": zeros, "ema_model": zeros}, home / place)
+        os.link(home / "weights.pt", home / place)
     for folder in ("THEIR_DIR", "XL-2-cond", "."):
         (home / folder / "config.yaml").write_text(to_authors(public, "work"))
-    table = "network.y_embedder.embedding_table.weight"
-    torch.save(zeros | {table: torch.zeros(()).expand(8, 768)}, home / "weights-of-7-classes.pt")
     small = DiT(DiTConfig(patch_size=2, hidden_size=16, depth=1, num_heads=2)).state_dict()
     torch.save({name: v for name, v in small.items() if "s_embedder" not in name}, home / "SiT-XL-2-256x256.pt")
 
@@ -157,7 +163,7 @@ def episodes(home: Path) -> None:
 
 
 PARTS: dict[Callable[[Path], None], str] = {
-    images: r"cifar10-train\.zip|photos|samples\.npz|imagenet/val|reference",
+    images: r"cifar10-train\.zip|photos|samples\.npz|imagenet/val|reference|REFERENCE",
     latents: r"latents|LATENTS|texts\.npy",
     vaes: r"photos|runs/imagenet\b|sd-vae",
     clip: r"openai/clip",
