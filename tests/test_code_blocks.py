@@ -1,4 +1,4 @@
-"""Every fenced block of code on the pages runs: Python as it stands, commands with the flags of tests/blocks/changes.py.
+"""Every fenced block of code on the pages runs: Python as it stands, commands with flags of tests/blocks/changes.py.
 
 The blocks of a page run in order, in a process of their own and an empty folder but for what they are about
 (tests/blocks/prepared.py). What is not run is listed with its reason, and its calls of the engine are parsed.
@@ -6,6 +6,7 @@ The blocks of a page run in order, in a process of their own and an empty folder
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def runner(environment: dict[str, str]) -> Iterator[subprocess.Popen]:
 
 
 def run(found: list[dict[str, Any]], home: Path, runner: subprocess.Popen) -> str:
-    """Run steps in a folder, to their end or the first failure. Returns the end of what they printed, "" after success."""
+    """Run steps in a folder, to their end or the first failure. Returns "", or the end of what a failure printed."""
     assert runner.stdin and runner.stdout
     (home / "steps.json").write_text(json.dumps(found))
     runner.stdin.write(f"{home / 'steps.json'}\n")
@@ -128,7 +129,7 @@ def test_what_is_changed_is_on_a_page() -> None:
         assert [old for old in replaced if old not in text] == []
     shown = [command.text for page in PAGES for block in code(page) for command in commands(block)]
     for entry in changes.ADDED:
-        assert any(changes.re.search(entry.command, text) for text in shown), entry
+        assert any(re.search(entry.command, text) for text in shown), entry
     assert outcome.CHECKS.keys() | changes.SLOW <= set(PAGES)
 
 

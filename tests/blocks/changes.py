@@ -64,11 +64,7 @@ NOT_RUN = {
     "pip install wandb": NO_INDEX,
     "wandb login": "asks a service",
     "pytest benchmarks/test_kernels.py --record": "measures for minutes; tests/benchmarks run it small",
-    "torchrun --standalone --nproc-per-node 8 -m soflow_fast.train imagenet256-xl2 --data latents": TORCHRUN,
-    "torchrun --standalone --nproc-per-node 8 -m soflow_fast.train imagenet256-xl2 --data latents/": TORCHRUN,
-    "torchrun --standalone --nproc-per-node 8 -m soflow_fast.train imagenet256-xl2 --data latents/ --run-dir runs/xl2": (
-        TORCHRUN
-    ),
+    "torchrun --standalone --nproc-per-node 8 -m soflow_fast.train imagenet256-xl2": TORCHRUN,
     "torchrun --nnodes 2 --nproc-per-node 8": TORCHRUN,
     "python -m soflow_fast.export RUN OUT --format authors": PUBLIC,
     "python -m soflow_fast.export runs/imagenet256-b4 out --format authors": PUBLIC,
@@ -79,12 +75,21 @@ NOT_RUN = {
 }
 """Commands and scripts that are not run, by how they begin, with the reason. Calls of the engine in them are parsed."""
 
-SLOW: set[str] = set()
-"""Pages that take more than about 5 seconds."""
+SLOW = {
+    "README.md",
+    "docs/authors.md",
+    "docs/conditions.md",
+    "docs/data.md",
+    "docs/evaluation.md",
+    "docs/sampling.md",
+    "docs/training.md",
+    "docs/unet.md",
+}
+"""Pages that take more than about 5 seconds, most of them since they import diffusers."""
 
 
 def reason(text: str) -> str | None:
-    """How the entry of NOT_RUN begins that a command or script falls under; the longest of several, None without one."""
+    """How the entry of NOT_RUN begins that a command or script falls under, the longest of several; None: none."""
     found = [begin for begin in NOT_RUN if text == begin or text.startswith((begin + " ", begin + "\n"))]
     return max(found, key=len, default=None)
 

@@ -31,6 +31,10 @@ def conditions(space: dict[str, Any]) -> None:
         x, row = (int(2 * (v + 1)) for v in y[3:])
         pixel = found.read(torch.tensor([number]))[0, :, row, x].numpy()
         assert np.abs(pixel - 255 * (y[:3] + 1) / 2).max() <= 1
+    captioned = conditions_of(load(Path("photos"), Wanted(4, 3)), "photos")
+    assert captioned is not None and captioned.size == 512 and captioned.dtype == np.float16
+    caption = Path("photos/a/0.txt").read_text()
+    assert np.array_equal(captioned.rows(torch.tensor([0])).numpy(), np.float32(space["embedded"]([caption])))
     texts = np.load("texts.npy")
     assert texts.shape == (2, 512) and texts.dtype == np.float16
     assert np.allclose(np.linalg.norm(texts.astype(float), axis=1), 1, atol=2e-3)

@@ -89,7 +89,7 @@ def call(words: list[str]) -> int:
     """The exit code of `python -m MODULE ...` or `python FILE ...`, called in this process."""
     python, *rest = words
     assert python == "python", (
-        f"{python} is none of the commands that are run; tests/blocks/changes.py lists the others"
+        f"{python} is no command that is run; those that are not are listed in tests/blocks/changes.py"
     )
     try:
         if rest[0] == "-m" and rest[1].startswith("soflow_fast."):
