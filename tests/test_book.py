@@ -53,7 +53,7 @@ def loaded(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The book, built as `make docs` builds it, but elsewhere."""
+    """The book, built as `make docs` builds it, but elsewhere: in about five seconds of an idle core."""
     place = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(place)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | QUIET, capture_output=True, text=True)

@@ -34,7 +34,7 @@ def steps(page: str, text: str | None = None) -> list[dict[str, Any]]:
     """What is run of a page, for tests/blocks/runner.py."""
     found: list[dict[str, Any]] = []
     for block in code(page, text):
-        if block.kind == ELSEWHERE.get(page):
+        if not block.kind or block.kind == ELSEWHERE.get(page):  # the former fails in a test of its own
             continue
         if block.kind == "python":
             source = block.text
