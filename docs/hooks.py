@@ -9,6 +9,7 @@ import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -31,13 +32,15 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Take in what navigation and pages name outside docs/, and what those pages name in turn."""
-    wanted = re.findall(rf"'({OUTSIDE}[^']+)'", str(config.nav))
+    wanted = _named(config.nav)
     wanted += [link for file in files.documentation_pages() for link in _outside(file.src_uri, file.content_string)]
     while wanted:
         uri = wanted.pop()
         if files.get_file_from_path(uri):
             continue
         place = ROOT / uri.removeprefix(OUTSIDE)
+        if not place.is_file():
+            raise PluginError(f"mkdocs.yml: {uri} is no file of the repository")
         file = File.generated(config, uri, abs_src_path=str(place))
         files.append(file)
         if place.suffix == ".md":
@@ -57,7 +60,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         place = in_site(uri, found[1])
         return place if place == found[1] else posixpath.relpath(place, posixpath.dirname(uri) or ".")
 
-    return _prose(lambda text: LINK.sub(link, PICTURE.sub(image, text)), markdown)
+    def change(text: str) -> str:
+        text = PICTURE.sub(image, text)
+        if "<picture" in text:
+            raise PluginError(
+                f"{uri}: a <picture> is not a dark source and a light image, in that order, on a line each"
+            )
+        return LINK.sub(link, text)
+
+    return _prose(change, markdown)
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -95,6 +106,13 @@ def mathml(uri: str, escaped: str, block: bool) -> str:
     if unknown := re.search(r"\\[A-Za-z]+|&(?!#?\w+;)", made):
         raise PluginError(f"{uri}: the formula {latex!r} has a part that is not known, {unknown[0]}")
     return made
+
+
+def _named(nav: Any) -> list[str]:
+    """The places outside docs/ that the navigation names."""
+    if isinstance(nav, str):
+        return [nav] if nav.startswith(OUTSIDE) else []
+    return [place for part in (nav.values() if isinstance(nav, dict) else nav or ()) for place in _named(part)]
 
 
 def _outside(uri: str, markdown: str) -> list[str]:

@@ -195,6 +195,7 @@ WRONG = {
     "$\\frac{a}{b$": r"index\.md: the formula .* a brace without its other",
     "$a_b_c$": r"index\.md: the formula .* is none: DoubleSubscripts",
     "$$\n\\begin{gathered} a & b \\end{gathered}\n$$": r"index\.md: the formula .* is not known, &",
+    '<picture><img src="one-light.svg" alt=""></picture>': r"index\.md: a <picture> is not",
     "[gone](../no/such/file.json)": r"docs/index\.md: the link \.\./no/such/file\.json leads to no file",
     "[a folder](../kernels)": r"docs/index\.md: the link \.\./kernels leads to no file",
     "[beyond](../../secret)": r"docs/index\.md: the link \.\./\.\./secret leads to no file",

@@ -60,7 +60,7 @@ def step(command: Command) -> dict[str, Any]:
 def runner(environment: dict[str, str]) -> Iterator[subprocess.Popen]:
     """tests/blocks/runner.py, waiting for pages."""
     settings = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{environment['PYTHONPATH']}"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, "-m", "tests.blocks.runner"]
     with subprocess.Popen(command, env=environment | settings, **pipes) as process:
         yield process

@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -28,6 +29,9 @@ from tests.blocks.prepared import prepare
 
 WITH_DIFFUSERS = r"photos|runs/imagenet\b|THEIR_DIR|-unet|diffusers"
 """What the blocks name that import it, which takes eight seconds."""
+
+MOST_SECONDS = 600
+"""Of a page; one that hangs ends with it."""
 
 
 def main() -> None:
@@ -48,6 +52,7 @@ def main() -> None:
 
 def run_in(home: Path, steps: list[dict[str, Any]]) -> int:
     """Run the steps in a folder. Returns the exit code."""
+    signal.alarm(MOST_SECONDS)
     output = os.open(home / "output", os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(output, stream)
