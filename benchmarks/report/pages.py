@@ -4,16 +4,17 @@ With --check it writes nothing and exits 1 if a page or figure differs from the 
 --compare A B shows two records of one benchmark side by side.
 """
 
-import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.harness.command import Parser
 from benchmarks.harness.race import figures, speed_ups
 from benchmarks.report import mixture_tables, record
+from benchmarks.report.book_tables import look_ahead_table, samples_table, weights_table
 from benchmarks.report.compare import compare, find
 from benchmarks.report.figures import draw_the_stale, picture
 from benchmarks.report.gpu_tables import choices_table, timeline_table
@@ -454,6 +455,12 @@ def mixtures(name: str, run: dict) -> str:
     return f"{mixture_tables.TABLES[name](rows)}\n\n{measured(run, note)}"
 
 
+def of_book(draw: Callable[[list[dict]], str], run: dict) -> str:
+    """A table of the record behind the first chapters."""
+    note = f"`{run['command']}`."
+    return f"{draw(run['rows'])}\n\n{measured(run, note)}"
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -488,10 +495,13 @@ BLOCKS = {
     "derivative": Block("docs/precision.md", "derivative", derivative),
     "precision-quality": Block("docs/precision.md", "precision", precision_quality),
     "kernels": Block("docs/kernels.md", "kernels", kernels),
+    "book-samples": Block("docs/why-it-works.md", "book", partial(of_book, samples_table)),
+    "book-look-ahead": Block("docs/why-it-works.md", "book", partial(of_book, look_ahead_table)),
+    "book-weights": Block("docs/why-it-works.md", "book", partial(of_book, weights_table)),
     "sweeps": Block("docs/performance.md", "sweeps", sweeps),
-    "mixtures-central": Block("docs/open-questions.md", "mixtures-central", functools.partial(mixtures, "long")),
+    "mixtures-central": Block("docs/open-questions.md", "mixtures-central", partial(mixtures, "long")),
     **{
-        f"mixtures-{name}": Block("docs/open-questions.md", "mixtures", functools.partial(mixtures, name))
+        f"mixtures-{name}": Block("docs/open-questions.md", "mixtures", partial(mixtures, name))
         for name in mixture_tables.TABLES
     },
 }
