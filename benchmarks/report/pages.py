@@ -7,12 +7,14 @@ With --check it writes nothing and exits 1 if a page or figure differs from the 
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.harness.command import Parser
 from benchmarks.harness.race import figures, speed_ups
-from benchmarks.report import record
+from benchmarks.report import mixture_tables, record
+from benchmarks.report.book_tables import look_ahead_table, samples_table, weights_table
 from benchmarks.report.compare import compare, find
 from benchmarks.report.discrete_tables import discrete_table, pixel_table
 from benchmarks.report.figures import draw_the_stale, picture
@@ -489,6 +491,19 @@ def discrete_pixel(run: dict) -> str:
     return f"{pixel_table(run['rows'])}\n\n{shown}\n\n{measured(run, note)}"
 
 
+def mixtures(name: str, run: dict) -> str:
+    """One table of a record of benchmarks.mixtures, as Markdown."""
+    rows = run["rows"]
+    note = f"{mixture_tables.NOTES[name](rows)} `{run['command']}`."
+    return f"{mixture_tables.TABLES[name](rows)}\n\n{measured(run, note)}"
+
+
+def of_book(draw: Callable[[list[dict]], str], run: dict) -> str:
+    """A table of the record behind the first chapters."""
+    note = f"`{run['command']}`."
+    return f"{draw(run['rows'])}\n\n{measured(run, note)}"
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -526,7 +541,15 @@ BLOCKS = {
     "tokens": Block("docs/open-questions.md", "tokens", tokens, gpu=False),
     "discrete": Block("docs/open-questions.md", "discrete", discrete, gpu=False),
     "discrete-pixel": Block("docs/open-questions.md", "discrete", discrete_pixel, gpu=False),
+    "book-samples": Block("docs/why-it-works.md", "book", partial(of_book, samples_table)),
+    "book-look-ahead": Block("docs/why-it-works.md", "book", partial(of_book, look_ahead_table)),
+    "book-weights": Block("docs/why-it-works.md", "book", partial(of_book, weights_table)),
     "sweeps": Block("docs/performance.md", "sweeps", sweeps),
+    "mixtures-central": Block("docs/open-questions.md", "mixtures-central", partial(mixtures, "long")),
+    **{
+        f"mixtures-{name}": Block("docs/open-questions.md", "mixtures", partial(mixtures, name))
+        for name in mixture_tables.TABLES
+    },
 }
 
 
