@@ -2,10 +2,10 @@
 
 On the digits, and with --data, a folder or zip of photographs of 10 classes, on those at 32 x 32 pixels. All methods
 have the same network, initial weights, data, batch, optimiser and average of the weights; each has the learning rate
-that was best for it among three, on a seed of its own and a third of the work. The work is the FLOPs of a step, those of
-matrix products and attention in forward, backward and forward-mode derivative as torch's counter finds them, times the
-steps: SoFlow takes --steps or --photograph-steps, the others as many as make the same work, and every schedule ends
-with its own last step.
+that was best for it among three, on a seed of its own and a third of the work. The work is the FLOPs of a step, those
+of matrix products and attention in forward, backward and forward-mode derivative as torch's counter finds them, times
+the steps: SoFlow takes --steps or --photograph-steps, the others as many as make the same work, and every schedule
+ends with its own last step.
 
 "MeanFlow" is the engine's, whose derivative is a difference where r != t. "MeanFlow as published" is torch.func.jvp
 over the whole batch, on the digits alone, as it is the slowest by far. On the digits the methods are compared once more
