@@ -1,6 +1,6 @@
 """`python -m benchmarks.report` puts the newest records' tables between their markers in the pages of docs/.
 
-With --check it writes nothing and exits 1 if a page or plot differs from the records. To draw needs matplotlib.
+With --check it writes nothing and exits 1 if a page or figure differs from the records. To draw needs matplotlib.
 --compare A B shows two records of one benchmark side by side.
 """
 
@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from benchmarks.harness.command import Parser
 from benchmarks.harness.race import figures, speed_ups
-from benchmarks.report import plots, record
+from benchmarks.report import record
 from benchmarks.report.compare import compare, find
+from benchmarks.report.figures import draw_the_stale, picture
 from benchmarks.report.gpu_tables import choices_table, timeline_table
 from benchmarks.report.tables import (
     distance_table,
@@ -350,13 +351,13 @@ def kernels(run: dict) -> str:
 
 
 def sweeps(run: dict) -> str:
-    """A record of benchmarks.sweeps as Markdown: the plot, a line per point and recipe."""
+    """A record of benchmarks.sweeps as Markdown: a line per point and recipe."""
     note = (
         f"Both recipes in turn. {sweep_base(run['rows'])} Peak memory of "
         "each recipe alone: allocated on a GPU, what the process's resident memory rose by on a CPU. "
         f"`{run['command']}`."
     )
-    plot = "![Time and memory of a step over batch, tokens and depth](sweeps.svg)"
+    plot = picture("sweeps", "Time and memory of a step over batch, tokens and depth.")
     return f"{plot}\n\n{sweep_table(run['rows'])}\n\n{measured(run, note)}"
 
 
@@ -379,8 +380,8 @@ def quality_for_time(run: dict) -> str:
         f"Mean over {seeds} seeds (lowest to highest) of {steps} steps each; one-step samples{many} of the averaged "
         f"weights, judging them is not in the seconds. `{run['command']}`."
     )
-    picture = "![Frechet distance of one-step digits by seconds of training](quality.svg)"
-    return f"{markdown(head, len(head) - 1, lines)}\n\n{picture}\n\n{measured(run, note)}"
+    shown = picture("quality", "Frechet distance of one-step digits by seconds of training.")
+    return f"{markdown(head, len(head) - 1, lines)}\n\n{shown}\n\n{measured(run, note)}"
 
 
 def policies(run: dict) -> str:
@@ -411,8 +412,8 @@ def policies(run: dict) -> str:
         f"0 % is the return of uniform actions ({chance}). Of behaviour cloning, flow matching and SoFlow the same "
         f"network. `{run['command']}`."
     )
-    picture = "![Share of the expert's return by policy and task](policies.svg)"
-    return f"{markdown(head, len(head) - 2, lines)}\n\n{picture}\n\n{measured(run, note)}"
+    shown = picture("policies", "Share of the expert's return by policy and task.")
+    return f"{markdown(head, len(head) - 2, lines)}\n\n{shown}\n\n{measured(run, note)}"
 
 
 def soak(run: dict) -> str:
@@ -451,8 +452,6 @@ class Block(NamedTuple):
     page: str
     benchmark: str
     render: Callable[[dict], str]
-    plot: tuple[Callable[[dict, Path], None], str] | None = None
-    """The function that draws the same record, and the file that it draws."""
     gpu: bool | None = None
     """Whether it shows a record of a GPU alone, or of a CPU alone."""
 
@@ -462,10 +461,8 @@ BLOCKS = {
     "step-gpu": Block("docs/performance.md", "step", table, gpu=True),
     "timeline": Block("docs/performance.md", "timeline", timeline),
     "choices": Block("docs/performance.md", "choices", choices),
-    "quality-for-time": Block(
-        "docs/performance.md", "quality-for-time", quality_for_time, (plots.quality_for_time, "docs/quality.svg")
-    ),
-    "policies": Block("docs/policies.md", "policies", policies, (plots.policies, "docs/policies.svg")),
+    "quality-for-time": Block("docs/performance.md", "quality-for-time", quality_for_time),
+    "policies": Block("docs/policies.md", "policies", policies),
     "scaling": Block("docs/performance.md", "scaling", scaling),
     "prediction": Block("docs/performance.md", "prediction", prediction),
     "plan": Block("docs/many-gpus-plan.md", "plan", plan),
@@ -481,11 +478,9 @@ BLOCKS = {
     "memory": Block("docs/performance.md", "memory", peaks),
     "increments": Block("docs/precision.md", "increments", increments),
     "derivative": Block("docs/precision.md", "derivative", derivative),
-    "precision-quality": Block(
-        "docs/precision.md", "precision", precision_quality, (plots.precision, "docs/precision.svg")
-    ),
+    "precision-quality": Block("docs/precision.md", "precision", precision_quality),
     "kernels": Block("docs/kernels.md", "kernels", kernels),
-    "sweeps": Block("docs/performance.md", "sweeps", sweeps, (plots.sweeps, "docs/sweeps.svg")),
+    "sweeps": Block("docs/performance.md", "sweeps", sweeps),
 }
 
 
@@ -524,7 +519,7 @@ def main(argv: Sequence[str] | None = None, root: Path = record.ROOT, folder: Pa
     """The command; returns its exit code: 1 for a difference found by --check, 2 for what the user has to mend, said in
     one line: no record, a damaged one, two that cannot be compared, no markers, no matplotlib."""
     parser = Parser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page or plot differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page or figure differs")
     about = "write nothing; show two records side by side: files, or names in benchmarks/records"
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help=about)
     try:
@@ -541,7 +536,7 @@ def main(argv: Sequence[str] | None = None, root: Path = record.ROOT, folder: Pa
 
 
 def bring_up_to_date(root: Path, folder: Path, check: bool) -> int:
-    """Write the pages and plots of the newest records, or (check) see whether they are there: 1 if one is not.
+    """Write the pages and figures of the newest records, or (check) see whether they are there: 1 if one is not.
 
     Raises UserError naming the record, page or package that stands in the way.
     """
@@ -561,30 +556,10 @@ def bring_up_to_date(root: Path, folder: Path, check: bool) -> int:
             differing.append(f"{page} differs from {', '.join(run['file'] for run in mine.values())}")
             if not check:
                 record.replace(root / page, wanted.encode())
-    plots_of = {
-        root / block.plot[1]: (block.plot[0], runs[name])
-        for name, block in BLOCKS.items()
-        if block.plot and name in runs
-    }
-    for path, (draw, run) in plots_of.items():
-        if fault := plots.fault(run, path):
-            differing.append(f"{record.shown(path)}: {fault}")
-        if not check:
-            redraw(draw, run, path, needed=fault is not None)
+    differing += draw_the_stale(root, folder, check)
     for line in differing if check else ():
         print(line, file=sys.stderr)
     return 1 if check and differing else 0
-
-
-def redraw(draw: Callable[[dict, Path], None], run: dict, path: Path, needed: bool) -> None:
-    """Draw a plot. Raises UserError if there is nothing to draw with and the one that is there is of another record."""
-    try:
-        draw(run, path)
-    except ImportError as error:
-        if needed:
-            raise UserError(f"{record.shown(path)}: cannot be drawn: {error} (pip install matplotlib)") from None
-    except MALFORMED as error:
-        raise malformed(run, error) from None
 
 
 MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from soflow_fast import Draws, draw, train_step
-from soflow_fast.training.step import _n_fm
+from soflow_fast.training._draws import own_n_fm
 from tests.states import build
 
 PAGE = Path(__file__).parents[2] / "docs" / "authors.md"
@@ -48,7 +48,7 @@ def test_a_recorded_step_is_not_taken_for_another_split():
     x0, y = batch()
     state.graph = lambda *given: pytest.fail("the recording splits the batch otherwise")
     drawn = draw(state, x0.shape)
-    assert drawn.n_fm == _n_fm(state, 4) == 2
+    assert drawn.n_fm == own_n_fm(state, 4) == 2
     metrics = train_step(state, x0, y, draws=drawn._replace(n_fm=4, l=drawn.t, s=drawn.t))
     assert metrics["fm_loss"].isfinite() and "sc_loss" not in metrics and state.step == 1
 

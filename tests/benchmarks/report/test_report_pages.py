@@ -1,7 +1,5 @@
 """Pages: the tables and plots that are made of records, and what --check finds."""
 
-import pytest
-
 from benchmarks.baselines.authors import AUTHORS
 from benchmarks.harness.race import speed_ups
 from benchmarks.report import pages, record
@@ -66,8 +64,6 @@ def test_precision_tables_and_plot(tmp_path):
     assert "| 0.1 | 5.0e-01 / 0.90000 | 5.0e-01 / 0.90000 |" in text
     assert "| float32 | 0.002 | 31.0 (30.0 to 32.0) | 31.0 (30.0 to 32.0) | 0.9000 (0.9000 to 0.9000) |" in text
     assert "| literal (1 of 1 not finite, left out) | 0.002 | not finite |" in text
-    pytest.importorskip("matplotlib")
-    assert b"<svg" in (tmp_path / "docs" / "precision.svg").read_bytes()[:500]
     assert pages.main(["--check"], tmp_path, tmp_path) == 0
 
 

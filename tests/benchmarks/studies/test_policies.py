@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.baselines import behaviour_cloning
 from benchmarks.harness import command
-from benchmarks.report import pages, record
+from benchmarks.report import figures, pages, record
 from benchmarks.studies import policies
 from soflow_fast.config.schema import PolicyConfig
 
@@ -45,9 +45,12 @@ def test_the_record_its_table_and_its_plot(tmp_path, monkeypatch, capsys):
     page = tmp_path / "docs" / "policies.md"
     page.write_text("<!-- benchmark:policies -->\n<!-- /benchmark:policies -->\n")
     pages.main([], tmp_path, tmp_path)
-    assert all(f"| obstacle | {way} |" in page.read_text() for way in ways) and "(policies.svg)" in page.read_text()
-    pytest.importorskip("matplotlib")
-    assert b"<svg" in (tmp_path / "docs" / "policies.svg").read_bytes()[:500]
+    assert (
+        all(f"| obstacle | {way} |" in page.read_text() for way in ways)
+        and "figures/policies-light.svg" in page.read_text()
+    )
+    script = record.ROOT / "docs" / "figures" / "policies.py"
+    assert "<svg" in figures.drawn(script, figures.LIGHT, tmp_path)[:500]
 
 
 def test_methods_differ_in_what_is_learned_alone():

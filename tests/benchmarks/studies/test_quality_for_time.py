@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import pytest
 import torch
 
-from benchmarks.report import pages, record
+from benchmarks.report import figures, pages, record
 from benchmarks.studies import quality_for_time
 
 
@@ -26,10 +25,10 @@ def test_quality_for_time(tmp_path, monkeypatch):
     page.write_text("<!-- benchmark:quality-for-time -->\n<!-- /benchmark:quality-for-time -->\n")
     pages.main([], tmp_path, tmp_path)
     text = page.read_text()
-    assert all(f"| {method} |" in text for method in quality_for_time.METHODS) and "(quality.svg)" in text
+    assert all(f"| {method} |" in text for method in quality_for_time.METHODS) and "figures/quality-light.svg" in text
     assert "one-step samples (of flow matching 10 calls) of the averaged weights" in text
-    pytest.importorskip("matplotlib")
-    assert b"<svg" in (tmp_path / "docs" / "quality.svg").read_bytes()[:500]
+    script = record.ROOT / "docs" / "figures" / "quality.py"
+    assert "<svg" in figures.drawn(script, figures.LIGHT, tmp_path)[:500]
 
 
 def test_quality_compares_like_with_like():
