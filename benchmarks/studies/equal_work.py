@@ -36,7 +36,7 @@ METHODS: dict[str, Recipe] = {
     "MeanFlow as published": MEANFLOW,
     "flow matching": quality_for_time.METHODS["flow matching, 10 Euler steps"],
 }
-POINTS = 4
+POINTS = 3
 """At which samples are judged during training, evenly spaced."""
 ONE_STEP, EULER = (1, 2), (1, 2, 4, 10, 25)
 """Network calls of the samples that are judged at the end, of one-step methods and of flow matching."""
@@ -72,14 +72,15 @@ def train(name: str, method: str, seed: int, steps: int, rate: float, path: str,
     calls, parts = usual_calls(state.ema), POINTS if kind == "work" else 1
     row: dict = {"kind": kind, "problem": name, "method": method, "seed": seed, "lr": rate, "steps": steps}
     row |= {"nfe": calls, "points": [], "samples": {}}
-    stops = sorted({max(1, steps * (k + 1) // parts) for k in range(parts)})
+    stops, scores = sorted({max(1, steps * (k + 1) // parts) for k in range(parts)}), {}
     try:
         for seconds in quality_for_time.trained(recipe, state, source, stops, time.process_time):
             scores = problem.judge(state.ema, calls, path)
             row["points"].append({"step": state.step, "cpu_seconds": seconds, **scores})
         if kind == "work":
             others = ONE_STEP if state.ema.solves else EULER
-            row["samples"] = {str(nfe): problem.judge(state.ema, nfe, path) for nfe in others}
+            judged = {nfe: scores if nfe == calls else problem.judge(state.ema, nfe, path) for nfe in others}
+            row["samples"] = {str(nfe): found for nfe, found in judged.items()}
     except Diverged:
         row["diverged"] = True
     return row
