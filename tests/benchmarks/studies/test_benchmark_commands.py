@@ -22,6 +22,7 @@ from benchmarks.studies import (
     derivative,
     digits,
     distance,
+    equal_work,
     guidance,
     increments,
     plan,
@@ -39,7 +40,7 @@ from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
 MODULES = [
-    derivative, digits, distance, guidance, increments, plan, policies, precision, prediction, quality_for_time,
+    derivative, digits, distance, equal_work, guidance, increments, plan, policies, precision, prediction, quality_for_time,
     sampling, scaling, step, sweeps,
 ]  # fmt: skip
 
