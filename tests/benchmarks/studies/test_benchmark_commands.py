@@ -40,8 +40,8 @@ from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
 MODULES = [
-    derivative, digits, distance, equal_work, guidance, increments, plan, policies, precision, prediction, quality_for_time,
-    sampling, scaling, step, sweeps,
+    derivative, digits, distance, equal_work, guidance, increments, plan, policies, precision, prediction,
+    quality_for_time, sampling, scaling, step, sweeps,
 ]  # fmt: skip
 
 
