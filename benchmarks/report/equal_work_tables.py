@@ -9,6 +9,11 @@ FIGURES = {
 """By problem the figures of its judge: their names in tables, in rows, and their digits. The first chose the rates."""
 
 
+def ranged(values: list[float], digits: int) -> str:
+    """Mean (lowest to highest); of one value the value alone."""
+    return spread(values, digits) if len(values) > 1 else f"{values[0]:.{digits}f}"
+
+
 def trainings(run: dict, kind: str, problem: str) -> dict[str, list[dict]]:
     """The rows of trainings by method, the diverged ones left out. kind: "work", "steps" or "rate"."""
     found: dict[str, list[dict]] = {}
@@ -32,22 +37,22 @@ def quality_table(run: dict, problem: str) -> str:
     first, *_ = figures
     key, digits = figures[first]
     same = trainings(run, "steps", problem)
-    head = ["method", "calls", "learning rate", "steps", f"{first}, two thirds of the work", *figures]
+    head = ["method", "calls", "learning rate", "steps", "seeds", f"{first}, two thirds of the work", *figures]
     head += [f"{first}, SoFlow's steps"] * bool(same)
     lines = []
     for method, rows in trainings(run, "work", problem).items():
         points = [row["points"] for row in rows]
-        cells = [method, str(rows[0]["nfe"]), f"{rows[0]['lr']:g}", str(rows[0]["steps"])]
-        cells.append(spread([each[-2][key] for each in points], digits))
-        cells += [spread([each[-1][name] for each in points], places) for name, places in figures.values()]
+        cells = [method, str(rows[0]["nfe"]), f"{rows[0]['lr']:g}", str(rows[0]["steps"]), str(len(rows))]
+        cells.append(ranged([each[-2:][0][key] for each in points], digits))
+        cells += [ranged([each[-1][name] for each in points], places) for name, places in figures.values()]
         if same:
             after = [row["points"][-1][key] for row in same.get(method, [])]
-            cells.append(spread(after, digits) if after else "")
+            cells.append(ranged(after, digits) if after else "")
         lines.append(cells)
     for row in run["rows"]:
         if (row["kind"], row["problem"]) == ("floor", problem):
             at_end = [f"{row[name]:.{places}f}" for name, places in figures.values()]
-            lines.append(["other real images", "", "", "", "", *at_end])
+            lines.append(["other real images", *[""] * 5, *at_end])
     return markdown(head, len(head) - 1, lines)
 
 
@@ -61,7 +66,7 @@ def calls_table(run: dict) -> str:
                 cells = lines.setdefault((method, nfe), ["", ""] * len(FIGURES))
                 each = [row["samples"][str(nfe)] for row in rows if str(nfe) in row["samples"]]
                 figures = FIGURES[problem].values()
-                cells[2 * column : 2 * column + 2] = [spread([one[key] for one in each], n) for key, n in figures]
+                cells[2 * column : 2 * column + 2] = [ranged([one[key] for one in each], n) for key, n in figures]
     order = list(dict.fromkeys(method for method, _ in lines))
     ordered = sorted(lines, key=lambda at: (order.index(at[0]), at[1]))
     return markdown(head, len(head) - 1, [[method, str(nfe), *lines[method, nfe]] for method, nfe in ordered])
@@ -80,7 +85,7 @@ def costs_table(run: dict) -> str:
             step, call = cost["flops_per_step"], cost["flops_per_call"]
             cells = ["" if lines and lines[-1][-1] == problem else problem, method, number(step / 1e9)]
             cells += [f"{step / (call * cost['batch']):.2f}", str(steps), number(steps * step / 1e12)]
-            cells += [spread(seconds, 0), spread([1e3 * value / steps for value in seconds], 1)]
+            cells += [ranged(seconds, 0), ranged([1e3 * value / steps for value in seconds], 1)]
             lines.append([*cells, str(rows[0]["nfe"]), number(rows[0]["nfe"] * call / 1e6), problem])
     return markdown(head, len(head) - 2, [line[:-1] for line in lines])
 
@@ -105,9 +110,4 @@ def rates_table(run: dict) -> str:
 
 def about(run: dict) -> str:
     """A note on what the tables are of."""
-    seeds: dict[str, set[int]] = {}
-    for row in run["rows"]:
-        if row["kind"] == "work":
-            seeds.setdefault(row["problem"], set()).add(row["seed"])
-    counts = ", ".join(f"{len(each)} of the {problem}" for problem, each in seeds.items())
-    return f"Mean (lowest to highest) over the seeds, {counts}; averaged weights.{diverged(run)} `{run['command']}`."
+    return f"Mean (lowest to highest) over the seeds; averaged weights.{diverged(run)} `{run['command']}`."

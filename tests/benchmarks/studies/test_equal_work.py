@@ -145,7 +145,7 @@ def test_the_record_and_its_page(one_thread, photographs, tmp_path, monkeypatch,
     assert pages.main([], tmp_path, tmp_path / "records") == 0
     text = page.read_text()
     assert text.count("| MeanFlow as published |") == 5 and "| other real images |" in text
-    assert "2 of the digits, 1 of the photographs" in text
+    assert "| SoFlow | 1 | 0.00" in text and "Mean (lowest to highest) over the seeds" in text
     assert pages.main(["--check"], tmp_path, tmp_path / "records") == 0
 
 
