@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -q --no-input --no-compile --disable-pip-ver
 PACKAGING := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-versions soak bench lint format clean
+.PHONY: help train test test-all test-versions soak bench docs docs-serve lint format clean
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
@@ -36,6 +36,13 @@ soak: $(VENV)/.test ## the tests of reliability, whole: minutes of kills, signal
 bench: $(VENV)/.test ## the benchmarks; ARGS go to pytest
 	@$(BIN)/python -m pytest benchmarks/ $(ARGS)
 
+# The theme's maintainers announce their next project in every build.
+docs: $(VENV)/.docs ## the book, built into site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+docs-serve: $(VENV)/.docs ## the book at http://127.0.0.1:8000, built anew when a page changes
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve $(ARGS)
+
 lint: $(VENV)/.test ## ruff and pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -47,7 +54,7 @@ format: $(VENV)/.test ## let ruff rewrite the sources
 
 clean: ## remove what make and the tools made; runs/ stays
 	rm -rf $(VENV) $(VENV)-torch* build dist site *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find soflow_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find soflow_fast kernels tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp is written only after its step succeeded, so an interrupted one is done again.
 $(VENV)/.created:
@@ -69,4 +76,9 @@ $(VENV)/.train: $(VENV)/.created $(PACKAGING)
 $(VENV)/.test: $(VENV)/.created $(PACKAGING)
 	@echo "Installing the pinned packages and test tools into $(VENV), once: about 0.6 GB to download, 3 GB where PyTorch comes with CUDA ..."
 	@$(PIP) -e '.[test]'
+	@touch $(VENV)/.train $(VENV)/.docs $@
+
+$(VENV)/.docs: $(VENV)/.created $(PACKAGING)
+	@echo "Installing the pinned packages that build the book into $(VENV), once ..."
+	@$(PIP) -e '.[docs]'
 	@touch $(VENV)/.train $@

@@ -20,8 +20,11 @@ def long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
+# The book, built from docs/ and the docstrings.
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "latex2mathml>=3.77"]
 EXTRAS = {
     "test": [
+        *DOCS,
         "pytest>=8",
         "pytest-benchmark>=5",
         "hypothesis>=6.100",
@@ -34,6 +37,7 @@ EXTRAS = {
         "lmdb>=1.5",
         "gymnasium>=1.0",  # the tasks of policies
         "pyarrow>=17",  # real files of LeRobot
+        "transformers>=5",  # whose CLIP an example on a page takes
         "triton>=3.6; sys_platform == 'linux'",
         "torchao>=0.14; sys_platform == 'linux'",  # whose float8 products --precision fp8 takes
         "peft>=0.17; python_version >= '3.11'",  # whose LoRA layers must take effect
@@ -55,11 +59,11 @@ EXTRAS = {
     # What --track takes. Neither is pinned in constraints.txt: trackio wants an older pillow than the pinned one.
     "wandb": ["wandb>=0.19"],
     "trackio": ["trackio>=0.20"],
-    "docs": ["mkdocs-material>=9.6"],
+    "docs": DOCS,
     "notebooks": ["matplotlib>=3.9", "ipykernel>=6.29"],
 }
 # What installs anywhere from wheels; flash-attn compiles, so "gpu" stays out.
-EXTRAS["all"] = [requirement for name in ("test", "eval", "hub", "latents", "docs") for requirement in EXTRAS[name]]
+EXTRAS["all"] = [requirement for name in ("test", "eval", "hub", "latents") for requirement in EXTRAS[name]]
 
 setup(
     name="soflow-fast",

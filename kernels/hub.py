@@ -25,7 +25,7 @@ LEFT_OUT = {"inspect.py", "testing.py", "_ops.py"}
 """The command that compiles ahead of time, what tests are made of, and what every build has of its own."""
 HERE_ALONE = ("On Hugging Face's kernel hub", "Without a GPU")
 """Sections of the README about what a build does not have."""
-INSTALLATION = """```
+INSTALLATION = """```sh
 pip install ./kernels        # from a clone of the repository
 ```
 """

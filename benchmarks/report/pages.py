@@ -7,12 +7,14 @@ With --check it writes nothing and exits 1 if a page or figure differs from the 
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.harness.command import Parser
 from benchmarks.harness.race import figures, speed_ups
 from benchmarks.report import record
+from benchmarks.report.book_tables import look_ahead_table, samples_table, weights_table
 from benchmarks.report.compare import compare, find
 from benchmarks.report.equal_work_tables import about, calls_table, costs_table, quality_table, rates_table
 from benchmarks.report.figures import draw_the_stale, picture
@@ -450,6 +452,12 @@ def choices(run: dict) -> str:
     return f"{choices_table(run['rows'])}\n\n{measured(run, note)}"
 
 
+def of_book(draw: Callable[[list[dict]], str], run: dict) -> str:
+    """A table of the record behind the first chapters."""
+    note = f"`{run['command']}`."
+    return f"{draw(run['rows'])}\n\n{measured(run, note)}"
+
+
 class Block(NamedTuple):
     """A part of a page that is made from the newest record of a benchmark."""
 
@@ -489,6 +497,9 @@ BLOCKS = {
     "derivative": Block("docs/precision.md", "derivative", derivative),
     "precision-quality": Block("docs/precision.md", "precision", precision_quality),
     "kernels": Block("docs/kernels.md", "kernels", kernels),
+    "book-samples": Block("docs/why-it-works.md", "book", partial(of_book, samples_table)),
+    "book-look-ahead": Block("docs/why-it-works.md", "book", partial(of_book, look_ahead_table)),
+    "book-weights": Block("docs/why-it-works.md", "book", partial(of_book, weights_table)),
     "sweeps": Block("docs/performance.md", "sweeps", sweeps),
 }
 

@@ -1,0 +1,94 @@
+"""The study behind the first chapters, tiny: its rows are what their kinds say."""
+
+import pytest
+import torch
+
+from benchmarks.exact.mixture import ring
+from benchmarks.report import pages, record
+from benchmarks.studies import book
+from soflow_fast.errors import UserError
+
+SIZE = book.Size(shown=6, judged=20, starts=3, times=4, side=3, points=8, draws=4)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "commit", lambda: "0123456789ab")
+        patch.setattr(record, "RECORDS", folder)
+        patch.setattr(book, "RATIOS", (0.3, 0.1))
+        book.main(["--steps", "3"], SIZE)
+    (path,) = folder.glob("*.json")
+    return record.read(path)["rows"]
+
+
+def of(rows, kind, **given):
+    return [row for row in rows if row["kind"] == kind and given.items() <= row.items()]
+
+
+def test_every_row_is_there(rows):
+    assert {row["way"] for row in of(rows, "samples")} == {way for ways in book.WAYS.values() for way, _ in ways}
+    assert all(len(row["points"]) == 2 * SIZE.shown for row in of(rows, "samples") + of(rows, "progress"))
+    assert [row["step"] for row in of(rows, "progress")] == [0, 1, 3]
+    assert [len(row["fm_mse"]) for row in of(rows, "losses")] == [3, 3]
+    assert len(of(rows, "map")[0]["points"]) == 2 * SIZE.side**2
+    assert len(of(rows, "solution bias")) == 4 and len(of(rows, "quotient bias")) == 2
+    assert len(of(rows, "weights")) == 18
+
+
+def test_at_first_one_call_stays_where_it_is(rows):
+    """The network's output is 0 at first, so f(x, 1, 0) = x; three places are kept."""
+    points = torch.tensor(of(rows, "progress", step=0)[0]["points"], dtype=torch.float64).reshape(-1, 2)
+    torch.testing.assert_close(points, book.start(SIZE.judged, 0)[: SIZE.shown], rtol=0, atol=6e-4)
+
+
+def test_trajectories_begin_at_the_noise(rows):
+    (row,) = of(rows, "trajectories")
+    points = torch.tensor(row["points"], dtype=torch.float64).reshape(SIZE.starts, SIZE.times, 2)
+    torch.testing.assert_close(points[:, 0], book.start(SIZE.judged, 0)[: SIZE.starts], rtol=0, atol=6e-4)
+    assert (points[:, 0] - points[:, -1]).norm(dim=1).min() > 0
+
+
+def test_the_exact_flow_would_be_on_the_ring_and_at_no_distance():
+    """Within three deviations lie 98.9 % of a Gaussian in the plane; of 500 samples, within five standard errors."""
+
+    class Exact(torch.nn.Module):
+        num_classes = 0
+
+        def __init__(self):
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, t, s, y):
+            points = x[:, :, 0, 0].double()
+            return book.images((ring().solution(points, t.double(), s.double()) - points) / (s - t)[:, None])
+
+    found = book.drawn(book.SolutionFlow(Exact()), book.start(500, 0), {"nfe": 1}, SIZE)
+    assert found["on_the_ring"] == pytest.approx(0.989, abs=0.025) and found["distance_to_exact"] < 1e-4
+
+
+def test_scatter_of_draws_has_no_part_in_their_rms():
+    """Draws of a bias of length 5 with as much scatter: the rms is 5 within five of its errors, not 7."""
+    draws = torch.tensor([3.0, 4.0]) + 5 * torch.randn(20, 4000, 2, generator=torch.Generator().manual_seed(0))
+    found = book.summary(draws[0], draws)["drawn_velocity"]
+    assert found["rms"] == pytest.approx(5, abs=5 * found["error"]) and 0 < found["error"] < 0.05
+
+
+def test_a_mistake_is_one_line():
+    with pytest.raises(UserError, match="--steps"):
+        book.main(["--steps", "0"], SIZE)
+
+
+def test_the_record_makes_its_tables(rows, tmp_path):
+    record.write(rows, "python -m benchmarks.book", tmp_path, "book")
+    names = ("book-samples", "book-look-ahead", "book-weights")
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "why-it-works.md"
+    page.write_text("".join(f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->\n" for name in names))
+    assert pages.main([], tmp_path, tmp_path) == 0
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert len(lines) == (2 + 5) + (2 + 2) + (2 + 6)  # heads, and ways, ratios, problems
+    bias = of(rows, "solution bias", r=0.1)[0]["mean_velocity"]["median"]
+    assert f"| 0.1 | {bias:.2g} |" in page.read_text()
+    assert "| soflow | 2 calls |" in page.read_text() and "| 64 | 0.9 |" in page.read_text()

@@ -1,0 +1,80 @@
+"""The fenced blocks of the pages, and the commands in those of a shell."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+FENCE = re.compile(r"^(?P<fence>`{3,}|~{3,})(?P<kind>[^\n`]*)\n(?P<text>.*?)^(?P=fence)[ ]*$", re.DOTALL | re.MULTILINE)
+SHELL = ("sh", "bash")
+SHOWN = ("text", "bibtex")
+"""Languages of blocks that are no code: outputs, formulas, citations."""
+OURS = re.compile(r"-m (soflow_fast\.\w+) (.*)")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    """Of its first line of text."""
+    kind: str
+    """Its language; empty: it names none."""
+    text: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+class Command(NamedTuple):
+    """A command of a shell, or a whole script, as it stands on a page but for its comment."""
+
+    where: str
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text)
+
+
+def pages() -> list[str]:
+    """Every page whose blocks are run, as paths from the root."""
+    found = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path.relative_to(ROOT).as_posix() for path in found]
+
+
+def blocks(page: str, text: str | None = None) -> list[Block]:
+    """The blocks of a page in order; of `text`, if it is given."""
+    text = (ROOT / page).read_text(encoding="utf-8") if text is None else text
+    found = FENCE.finditer(text)
+    return [Block(page, text.count("\n", 0, m.start("text")) + 1, m["kind"].strip(), m["text"]) for m in found]
+
+
+def commands(block: Block) -> list[Command]:
+    """The commands of a block, each in one line, without comments; a script with its `#!`, and a block that is not the
+    shell's, are one."""
+    if block.kind not in SHELL or block.text.startswith("#!"):
+        return [Command(block.where, block.text.strip())]
+    found, line = [], block.line
+    for text in re.split(r"(?<!\\)\n", block.text.rstrip("\n")):
+        joined = re.sub(r"\s*\\\n\s*", " ", text)
+        if joined := re.sub(r"\s+#.*$|^#.*$", "", joined).strip():
+            found.append(Command(f"{block.page}:{line}", joined))
+        line += text.count("\n") + 1
+    return found
+
+
+def calls(command: Command) -> list[tuple[str, list[str]]]:
+    """The modules of the engine that a command or script calls, under whatever starts it, with their arguments.
+
+    Brackets of a synopsis, `[--flag VALUE] ...`, are left out.
+    """
+    text = re.sub(r"\s*\\\n\s*", " ", command.text)
+    found = []
+    for module, arguments in OURS.findall(text):
+        if re.search(r"\[\S+", arguments):
+            arguments = re.sub(r"[\[\]]|\.\.\.", "", arguments)
+        found.append((module, shlex.split(arguments, comments=True)))
+    return found
