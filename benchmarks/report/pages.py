@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from benchmarks.harness.command import Parser
 from benchmarks.harness.race import figures, speed_ups
-from benchmarks.report import record
+from benchmarks.report import mixture_tables, record
 from benchmarks.report.book_tables import look_ahead_table, samples_table, weights_table
 from benchmarks.report.compare import compare, find
 from benchmarks.report.equal_work_tables import about, calls_table, costs_table, quality_table, rates_table
@@ -452,6 +452,13 @@ def choices(run: dict) -> str:
     return f"{choices_table(run['rows'])}\n\n{measured(run, note)}"
 
 
+def mixtures(name: str, run: dict) -> str:
+    """One table of a record of benchmarks.mixtures, as Markdown."""
+    rows = run["rows"]
+    note = f"{mixture_tables.NOTES[name](rows)} `{run['command']}`."
+    return f"{mixture_tables.TABLES[name](rows)}\n\n{measured(run, note)}"
+
+
 def of_book(draw: Callable[[list[dict]], str], run: dict) -> str:
     """A table of the record behind the first chapters."""
     note = f"`{run['command']}`."
@@ -501,6 +508,11 @@ BLOCKS = {
     "book-look-ahead": Block("docs/why-it-works.md", "book", partial(of_book, look_ahead_table)),
     "book-weights": Block("docs/why-it-works.md", "book", partial(of_book, weights_table)),
     "sweeps": Block("docs/performance.md", "sweeps", sweeps),
+    "mixtures-central": Block("docs/open-questions.md", "mixtures-central", partial(mixtures, "long")),
+    **{
+        f"mixtures-{name}": Block("docs/open-questions.md", "mixtures", partial(mixtures, name))
+        for name in mixture_tables.TABLES
+    },
 }
 
 

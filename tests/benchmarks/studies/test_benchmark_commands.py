@@ -127,7 +127,7 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "ceilings", "derivative", "digits", "distance", "gpu", "guidance", "increments", "plan", "policies", "precision",
+    "book", "ceilings", "derivative", "digits", "distance", "gpu", "guidance", "increments", "plan", "policies", "precision",
     "prediction", "quality_for_time", "reading", "sampling", "scaling", "soak", "step", "sweeps",
 )  # fmt: skip
 

@@ -1,0 +1,251 @@
+"""The study on mixtures: what the losses tend to, measures that know an exact network, a few steps of each part."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from benchmarks import mixtures as typed
+from benchmarks import mixtures_central as typed_central
+from benchmarks.exact.mixture import Mixture, ring
+from benchmarks.harness import command
+from benchmarks.report import mixture_tables, pages, record
+from benchmarks.studies import mixtures, mixtures_central
+from benchmarks.studies.mixtures import fixed_point, measures, minimisers, problems, trainings
+from benchmarks.studies.mixtures.settings import SETTINGS
+from benchmarks.studies.mixtures.slopes import slopes
+from soflow_fast.config.validation import validate
+from soflow_fast.errors import UserError
+from soflow_fast.flow import SolutionFlow
+from soflow_fast.objective import Objective
+
+BASE = "base: p = 0, r from 0.1 to 0.01"
+
+
+def one_gaussian() -> Mixture:
+    mean = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    return Mixture(torch.ones(1, dtype=torch.float64), mean, torch.tensor([[0.5, 2.0]], dtype=torch.float64))
+
+
+def noise(data: Mixture, n: int) -> problems.Points:
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(n, data.means.shape[1], generator=source, dtype=torch.float64)
+    one = torch.ones(n, dtype=torch.float64)
+    return problems.Points(x, one, 0 * one, data.solution(x, one, 0 * one))
+
+
+def test_the_times_of_the_recursion_are_the_engines():
+    config = problems.configuration("ring", 0, 10, objective__r_schedule="constant", objective__r_end=0.03)
+    t, s = Objective(config.objective).consistency_times(1000, torch.Generator().manual_seed(0), torch.float64)
+    wanted = Objective(config.objective).middle_time(t, s, 0, 10)
+    assert torch.equal(fixed_point.middle(t, s, 0.03), torch.maximum(wanted, s))
+
+
+def test_at_r_1_the_fixed_point_is_the_mean_of_the_data():
+    """One link: E[x_0 | x_1 = x], as flow matching's velocity says it."""
+    data, source = ring(), torch.Generator().manual_seed(1)
+    at = noise(data, 20)
+    a, b = fixed_point.means(data, at, 1.0, 4000, source)
+    wanted = at.x - data.velocity(at.x, at.t)
+    assert torch.allclose(fixed_point.arrived(data, at.x, at.t, at.s, 1.0, None), wanted)
+    # A mean of 4000 ends that lie at most about 2.5 from the middle.
+    assert ((a + b) / 2 - wanted).norm(dim=1).max() < 5 * 2.5 / math.sqrt(4000)
+
+
+def test_of_a_gaussian_pairs_and_marginal_velocity_agree():
+    """f is linear in x there, so the randomness of the pairs has no part in the mean."""
+    data = one_gaussian()
+    at = noise(data, 10)
+    a, b = fixed_point.means(data, at, 0.2, 2000, torch.Generator().manual_seed(1))
+    euler = fixed_point.arrived(data, at.x, at.t, at.s, 0.2, None)
+    sigma = (a - b).std(0) / 2  # of the mean of both
+    assert (((a + b) / 2 - euler).abs() < 5 * sigma).all()
+    assert (euler - at.exact).norm(dim=1).mean() > 0.1
+
+
+def test_the_bias_of_wide_gaussians_is_of_first_order():
+    """Eightfold r, about eightfold distance, of the deterministic recursion; pairs add to it."""
+    rows = minimisers.biases(minimisers.WIDE, points=60, chains=1000, rates=(0.16, 0.02))
+    marginal = rows[0]["marginal"] / rows[1]["marginal"]
+    assert 6 < marginal < 11
+    assert rows[0]["pair"] > 1.2 * rows[0]["marginal"] and rows[0]["pair"] > rows[1]["pair"]
+
+
+def test_the_weighted_velocity_is_where_its_gradient_vanishes():
+    data, (x, t) = ring(), noise(ring(), 8)[:2]
+    t = 0.7 * t
+    assert measures.rms(fixed_point.weighted_velocity(data, x, t, 0.0, 0.01, 100)) == 0
+    before, after = (fixed_point.weighted_velocity(data, x, t, 0.5, 0.01, 200, steps=n) for n in (400, 401))
+    assert torch.allclose(before, after, atol=1e-6) and measures.rms(after) > 0.1
+    # Given x the velocity of one Gaussian is a Gaussian: the weights are symmetric about its mean.
+    shift = fixed_point.weighted_velocity(one_gaussian(), x, t, 1.0, 0.01, 4000)
+    assert measures.rms(shift) < 0.1 * measures.rms(one_gaussian().velocity(x, t))
+
+
+class Exact(torch.nn.Module):
+    """N of the exact solution and velocity."""
+
+    num_classes = 0
+
+    def __init__(self, data: Mixture) -> None:
+        super().__init__()
+        self.data, self.scale = data, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, s, y):
+        flat, t, s = x[:, :, 0, 0].double(), t.double(), s.double()
+        if torch.equal(t, s):
+            found = self.data.velocity(flat, t)
+        else:
+            found = (self.data.solution(flat, t, s, steps=64) - flat) / (s - t)[:, None]
+        return self.scale * found[:, :, None, None].to(x.dtype)
+
+
+def test_an_exact_network_has_no_error():
+    at, flow = problems.held("ring", 40, 400), SolutionFlow(Exact(problems.mixture("ring")))
+    assert all(value < 2e-3 for value in measures.errors(flow, at).values())
+    rows = {(row["method"], row["calls"]): row for row in measures.by_calls(flow, at)}
+    floor = measures.floor(problems.mixture("ring"), at, sets=4)
+    for (method, _), row in rows.items():
+        if method != "euler":
+            assert row.get("error", 0) < 5e-3 and row["distance"] < 3 * floor
+    assert rows["euler", 1]["error"] > rows["euler", 4]["error"] > rows["euler", 10]["error"] > 0.02
+    assert rows["euler", 1]["distance"] > 5 * floor
+
+
+def test_the_distance_of_shifted_samples_is_the_shift():
+    x = torch.randn(100, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert measures.sliced_distance(x, x + 0.3) == pytest.approx(0.3)
+    assert measures.sliced_distance(x, x.flip(0)) == 0
+
+
+def test_every_setting_differs_from_the_base_in_one_factor():
+    configs = {name: problems.configuration("ring", 0, 10, **one.changes) for name, one in SETTINGS.items()}
+    base = configs.pop(BASE)
+    for name, config in configs.items():
+        validate(config)
+        one = SETTINGS[name]
+        assert config != base or one.target is not None or one.recipe is not SETTINGS[BASE].recipe
+        assert config.model == base.model and config.optim == base.optim and config.steps == base.steps
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_everything_measured_is_on_the_page(one_thread, monkeypatch, tmp_path):
+    for module in (trainings, minimisers):
+        monkeypatch.setattr(module, "held", lambda name: problems.held(name, 40, 400))
+    monkeypatch.setattr(trainings, "JUDGED", 10)
+    monkeypatch.setattr(trainings, "CHAINS_BY_R", 20)
+    rows = minimisers.biases("ring", points=20, chains=40, rates=(0.2, 0.1))
+    rows += minimisers.weighted(points=10, pairs=20, sizes=(2, 4))
+    rows += [{"kind": "floor", "problem": "ring", "distance": 0.01}]
+    rows += slopes("ring", 3, batches=1)
+    for name in (BASE, "flow matching: p = 1", "difference: central, r = 0.1"):
+        rows += trainings.judged(name, "ring", 0, 3)
+    rows += trainings.long("ring", 0.1, 0, 4, 2)
+    central = trainings.long("ring", 0.1, 0, 4, 2, central=True)
+    assert central[0]["bias"] == rows[-1]["bias"] and central[0]["points"] != rows[-1]["points"]
+    record.write(central, "python -m benchmarks.mixtures_central", tmp_path, "mixtures-central")
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    found = {(row["r"], row["way"]): row["error"] for row in rows if row.get("precision") == "fp64"}
+    assert all(found[r, "central"] < found[r, "ahead"] for r in (0.3, 0.1, 0.03))
+    record.write(rows, "python -m benchmarks.mixtures", tmp_path, "mixtures")
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "open-questions.md"
+    names = ["mixtures-central", *(f"mixtures-{name}" for name in mixture_tables.TABLES)]
+    page.write_text("".join(f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->\n" for name in names))
+    pages.main([], tmp_path, tmp_path)
+    text = page.read_text()
+    assert "| ring, 2-D | 0.1 |" in text and "| ring, 2-D | base: p = 0, r from 0.1 to 0.01 |" in text
+    assert "flow matching: p = 1 |  |  |" in text and "|  |  | euler | 10 |" in text
+
+
+def test_the_page_says_what_the_records_say():
+    run, central = (record.newest(record.HOME, name) for name in ("mixtures", "mixtures-central"))
+    assert run is not None and central is not None
+    text = " ".join((record.ROOT / "docs" / "open-questions.md").read_text(encoding="utf-8").split())
+    bias = {(row["problem"], row["r"]): row for row in run["rows"] if row["kind"] == "bias"}
+    for problem, times in (("ring", "costs {:.0f} times"), ("scattered", "and {:.0f} times in 16")):
+        row = bias[problem, 0.002]
+        assert times.format(row["pair"] / row["marginal"]) in text and f"{row['pair']:.4f} beside" in text
+    long = {(row["problem"], row["r"]): row for row in run["rows"] if row["kind"] == "long"}
+    for problem in ("ring", "scattered"):
+        row, last = long[problem, 0.1], long[problem, 0.1]["points"][-1]
+        assert f"at {last['judged']:.3f} " in text and f"{row['bias']:.3f}" in text
+        assert abs(last["judged"] - row["bias"]) < 0.03 and last["from_fixed_point"] < 0.4 * row["bias"]
+        other = next(found for found in central["rows"] if found["problem"] == problem)["points"][-1]
+        assert f"{other['judged']:.3f}" in text and other["from_fixed_point"] > 2 * last["from_fixed_point"]
+    rows = [row for row in run["rows"] if row["kind"] == "training"]
+
+    def mean(problem: str, setting: str, what: str) -> str:
+        each = [
+            row[what] for row in rows if (row["problem"], f"{row['factor']}: {row['setting']}") == (problem, setting)
+        ]
+        return f"{sum(each) / len(each):.3f}"
+
+    p = [mean("ring", f"flow matching: p = {p}", "velocity") for p in ("0", "0.5", "1")]
+    assert f"{p[0]}, {p[1]} and {p[2]} off on the ring" in text
+    one, base = mean("scattered", "p: p = 1", "one_step"), mean("scattered", BASE, "one_step")
+    assert f"{one} against {base} of the base" in text
+    ways = [mean("ring", f"precision: {way}, r to 0.0003", "one_step") for way in ("bf16 pair", "fp16 pair")]
+    assert f"the errors are {ways[0]} (bf16 pair), {ways[1]} (fp16 pair)" in text
+
+
+@contextmanager
+def threads(number: int):
+    """In place of processes."""
+    with ThreadPoolExecutor(number) as pool:
+        yield pool
+
+
+def test_the_command_keeps_what_it_has_and_names_what_is_missing(monkeypatch, tmp_path, committed):
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    monkeypatch.setattr(command, "workers", threads)
+    made = [mixtures.Job(name, lambda k: [{"kind": "x", "value": k}], (k,)) for k, name in enumerate("abb")]
+    monkeypatch.setattr(mixtures, "jobs", lambda seeds, steps: [*made])
+    mixtures.main(["--workers", "2", "--seeds", "1"])
+    (path,) = tmp_path.iterdir()
+    run = record.read(path)
+    assert sorted(row["value"] for row in run["rows"]) == [0, 1, 2] and "unfinished" not in run
+    assert run["command"] == "python -m benchmarks.mixtures --workers 2 --seeds 1"
+    path.unlink()
+    mixtures.main(["--workers", "1", "--within", "0"])
+    (path,) = tmp_path.iterdir()
+    run = record.read(path)
+    assert run["missing"] == ["2 b"] and [row["value"] for row in run["rows"]] == [0]
+
+
+def test_long_trainings_by_a_central_difference_are_a_record_of_their_own(monkeypatch, tmp_path, committed):
+    def long(problem: str, r: float, seed: int, steps: int, every: int, central: bool) -> list[dict]:
+        point = {"step": steps, "cpu_seconds": 1.0, "judged": 0.5, "from_fixed_point": 0.1}
+        return [{"kind": "long", "problem": problem, "r": r, "seed": seed, "steps": every, "points": [point]}]
+
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    monkeypatch.setattr(command, "workers", threads)
+    monkeypatch.setattr(mixtures_central, "long", long)
+    mixtures_central.main(["--workers", "1", "--steps", "32"])
+    (path,) = tmp_path.iterdir()
+    run = record.read(path)
+    assert [(row["problem"], row["steps"]) for row in run["rows"]] == [("ring", 2), ("scattered", 2)]
+    assert run["command"] == "python -m benchmarks.mixtures_central --workers 1 --steps 32" and "unfinished" not in run
+
+
+@pytest.mark.parametrize("words", ["--seeds 0 0", "--steps 0", "--workers 0", "--within -1"])
+def test_mistakes_are_one_line_that_names_the_flag(words, monkeypatch):
+    monkeypatch.setattr(record, "begin", None)  # whoever calls it fails
+    with pytest.raises(UserError) as error:
+        mixtures.main(words.split())
+    assert words.split()[0] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_keeps_its_name():
+    assert typed_central.main is mixtures_central.main
+    assert typed.main is mixtures.main and "python -m benchmarks.mixtures" in str(mixtures.__doc__)
+    made = mixtures.jobs([0, 1], 100)
+    assert mixtures.missing(made)[-1].endswith("trainings of seed 1")
