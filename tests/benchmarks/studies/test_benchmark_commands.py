@@ -128,7 +128,8 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 NAMES = (
     "book", "ceilings", "derivative", "digits", "distance", "equal_work", "gpu", "guidance", "increments", "plan",
-    "policies", "precision", "prediction", "quality_for_time", "reading", "sampling", "scaling", "soak", "step", "sweeps",
+    "policies", "precision", "prediction", "quality_for_time", "reading", "sampling", "scaling", "soak", "step",
+    "sweeps",
 )  # fmt: skip
 
 
