@@ -17,6 +17,7 @@ from benchmarks.report import mixture_tables, record
 from benchmarks.report.book_tables import look_ahead_table, samples_table, weights_table
 from benchmarks.report.compare import compare, find
 from benchmarks.report.discrete_tables import discrete_table, pixel_table
+from benchmarks.report.equal_work_tables import about, calls_table, costs_table, quality_table, rates_table
 from benchmarks.report.figures import draw_the_stale, picture
 from benchmarks.report.gpu_tables import choices_table, timeline_table
 from benchmarks.report.tables import (
@@ -27,6 +28,7 @@ from benchmarks.report.tables import (
     markdown,
     number,
     quartiles,
+    spread,
     sweep_base,
     sweep_table,
 )
@@ -175,14 +177,6 @@ def precision_quality(run: dict) -> str:
         f"`{run['command']}`."
     )
     return page(head, len(head) - 1, lines, run, note)
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean (lowest to highest)."""
-    if not values:
-        return "not finite"
-    mean = sum(values) / len(values)
-    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def increments(run: dict) -> str:
@@ -388,6 +382,16 @@ def quality_for_time(run: dict) -> str:
     return f"{markdown(head, len(head) - 1, lines)}\n\n{shown}\n\n{measured(run, note)}"
 
 
+def equal_work_digits(run: dict) -> str:
+    """A record of benchmarks.equal_work as Markdown: the digits after equal work."""
+    return f"{quality_table(run, 'digits')}\n\n{measured(run, about(run))}"
+
+
+def equal_work_photographs(run: dict) -> str:
+    """The photographs of the same record."""
+    return quality_table(run, "photographs")
+
+
 def policies(run: dict) -> str:
     """A record of benchmarks.policies as Markdown: a line per task and way to act, mean and range over the seeds."""
     head = [
@@ -520,6 +524,11 @@ BLOCKS = {
     "timeline": Block("docs/performance.md", "timeline", timeline),
     "choices": Block("docs/performance.md", "choices", choices),
     "quality-for-time": Block("docs/performance.md", "quality-for-time", quality_for_time),
+    "equal-work-digits": Block("docs/equal-work.md", "equal-work", equal_work_digits),
+    "equal-work-photographs": Block("docs/equal-work.md", "equal-work", equal_work_photographs),
+    "equal-work-calls": Block("docs/equal-work.md", "equal-work", calls_table),
+    "equal-work-costs": Block("docs/equal-work.md", "equal-work", costs_table),
+    "equal-work-rates": Block("docs/equal-work.md", "equal-work", rates_table),
     "policies": Block("docs/policies.md", "policies", policies),
     "scaling": Block("docs/performance.md", "scaling", scaling),
     "prediction": Block("docs/performance.md", "prediction", prediction),

@@ -26,6 +26,14 @@ def quartiles(seconds: list[float], unit: float) -> str:
     return f"{number(middle / unit)} ({number(low / unit)} to {number(high / unit)})"
 
 
+def spread(values: list[float], digits: int) -> str:
+    """Mean (lowest to highest)."""
+    if not values:
+        return "not finite"
+    mean = sum(values) / len(values)
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
 def images_per_second(row: dict) -> float:
     """Images of all ranks, by the median of a step."""
     return row["batch"] / statistics.median(row["seconds"])

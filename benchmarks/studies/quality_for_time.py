@@ -12,7 +12,7 @@ table and the plot.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -23,9 +23,10 @@ from benchmarks.harness.recipes import OURS, Recipe, ours
 from benchmarks.report import record
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import Config
-from soflow_fast.data import open_source
+from soflow_fast.data import Source, open_source
 from soflow_fast.evaluation import measure_digits
 from soflow_fast.sampling.solving import usual_calls
+from soflow_fast.training.state import TrainState
 
 SAMPLES = 4000
 METHODS: dict[str, Recipe] = {
@@ -49,15 +50,25 @@ def run(method: str, seed: int, steps: int, every: int) -> dict:
     torch.set_num_threads(1)
     recipe, config = METHODS[method], configuration(seed, steps)
     state, source = recipe.build(config), open_source(config)
-    points, seconds = [], 0.0
-    while state.step < steps:
-        began = time.perf_counter()
-        for _ in range(min(every, steps - state.step)):
-            recipe.step(state, *source.batch(state.step))
-        seconds += time.perf_counter() - began
+    points = []
+    for seconds in trained(recipe, state, source, [*range(every, steps, every), steps], time.perf_counter):
         scores = measure_digits(state.ema, SAMPLES, usual_calls(state.ema), seed=0)
         points.append({"step": state.step, "seconds": seconds, **scores._asdict()})
     return {"method": method, "seed": seed, "nfe": usual_calls(state.ema), "points": points}
+
+
+def trained(
+    recipe: Recipe, state: TrainState, source: Source, stops: Iterable[int], clock: Callable[[], float]
+) -> Iterator[float]:
+    """Train up to each of the steps `stops` in turn; the seconds of training until then, by a clock that stands still
+    between them."""
+    seconds = 0.0
+    for stop in stops:
+        began = clock()
+        while state.step < stop:
+            recipe.step(state, *source.batch(state.step))
+        seconds += clock() - began
+        yield seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from benchmarks.studies import (
     derivative,
     digits,
     distance,
+    equal_work,
     guidance,
     increments,
     plan,
@@ -39,8 +40,8 @@ from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
 MODULES = [
-    derivative, digits, distance, guidance, increments, plan, policies, precision, prediction, quality_for_time,
-    sampling, scaling, step, sweeps,
+    derivative, digits, distance, equal_work, guidance, increments, plan, policies, precision, prediction,
+    quality_for_time, sampling, scaling, step, sweeps,
 ]  # fmt: skip
 
 
@@ -126,8 +127,9 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "book", "ceilings", "derivative", "digits", "distance", "gpu", "guidance", "increments", "plan", "policies", "precision",
-    "prediction", "quality_for_time", "reading", "sampling", "scaling", "soak", "step", "sweeps",
+    "book", "ceilings", "derivative", "digits", "distance", "equal_work", "gpu", "guidance", "increments", "plan",
+    "policies", "precision", "prediction", "quality_for_time", "reading", "sampling", "scaling", "soak", "step",
+    "sweeps",
 )  # fmt: skip
 
 

@@ -1,0 +1,172 @@
+"""The study of equal work, a few steps of each method: what is counted, what is recorded, what the page shows."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.harness import command
+from benchmarks.report import pages, record
+from benchmarks.studies import equal_work, equal_work_problems
+from soflow_fast.errors import Diverged, UserError
+
+BLOCKS = ("digits", "photographs", "calls", "costs", "rates")
+
+
+@contextmanager
+def threads(number: int):
+    """In place of processes."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """A folder of noise as photographs of ten classes, and judges that take few of them."""
+    from PIL import Image
+
+    source = np.random.default_rng(0)
+    for k in range(10):
+        folder = tmp_path / "photographs" / str(k)
+        folder.mkdir(parents=True)
+        for n in range(5):
+            Image.fromarray(source.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{n}.png")
+    monkeypatch.setattr(equal_work_problems, "PHOTOGRAPHS", 20)
+    monkeypatch.setattr(equal_work_problems, "REFERENCE", 30)
+    for cached in (equal_work_problems._dataset, equal_work_problems._real):
+        cached.cache_clear()
+    yield str(tmp_path / "photographs")
+    for cached in (equal_work_problems._dataset, equal_work_problems._real):
+        cached.cache_clear()
+
+
+def test_the_counted_work_is_that_of_the_passes(one_thread, photographs):
+    """In forwards of the whole batch: guidance 1 (w > 1), student 1, its backward 2, and what each method adds: SoFlow
+    half of a forward on the digits, a quarter on the photographs, MeanFlow a quarter, and as published two more: the
+    tangents of values and of weights. Input layers and the products of the weights' first backward make it less."""
+    adds = {
+        ("digits", "SoFlow"): 4.5,
+        ("digits", "MeanFlow"): 4.25,
+        ("digits", "MeanFlow as published"): 6,
+        ("digits", "flow matching"): 4,
+        ("photographs", "SoFlow"): 3.25,
+        ("photographs", "MeanFlow"): 3.25,
+        ("photographs", "flow matching"): 3,
+    }
+    for (name, method), forwards in adds.items():
+        cost = equal_work.costs(name, method, photographs)
+        found = cost["flops_per_step"] / (cost["batch"] * cost["flops_per_call"])
+        assert found == pytest.approx(forwards, rel=0.02), (name, method)
+
+
+def test_equal_work_is_as_many_steps_as_it_takes():
+    cost = {("digits", "SoFlow"): {"flops_per_step": 9}, ("digits", "MeanFlow"): {"flops_per_step": 12}}
+    assert equal_work.steps_of(cost, "digits", "MeanFlow", 100) == 75
+    assert equal_work.steps_of(cost, "digits", "SoFlow", 100) == 100
+    assert equal_work.steps_of(cost, "digits", "MeanFlow", 1) == 1
+
+
+def test_the_best_rate_is_that_of_the_nearest_samples():
+    tried = {2e-3: 50.0, 4e-3: 40.0, 8e-3: 45.0}
+    rows = [
+        {"kind": "rate", "problem": "digits", "method": "SoFlow", "lr": lr, "points": [{"frechet": frechet}]}
+        for lr, frechet in tried.items()
+    ]
+    rows += [{**rows[0], "kind": "work", "points": [{"frechet": 1.0}]}]  # not of the search
+    rows += [{**rows[0], "lr": 1e-2, "points": [], "diverged": True}]
+    assert equal_work.best_rates(rows) == {("digits", "SoFlow"): 4e-3}
+
+
+def test_methods_begin_alike():
+    for name in ("digits",):
+        config = equal_work.PROBLEMS[name].configure(0, 10, 1e-3, "")
+        states = [equal_work.METHODS[method].build(config) for method in equal_work.of_problem(name)]
+        for state in states[1:]:
+            assert state.config.optim == states[0].config.optim and state.config.model == states[0].config.model
+            for p, q in zip(state.flow.parameters(), states[0].flow.parameters(), strict=True):
+                assert torch.equal(p, q)
+
+
+def test_as_many_real_photographs_are_nearer_than_noise_of_another_kind(photographs):
+    floor = equal_work_problems.floor(photographs)
+    black = torch.zeros(20, 3, 32, 32, dtype=torch.uint8)
+    found = equal_work_problems.distances(black, photographs)
+    assert all(0 <= floor[name] < found[name] for name in floor)
+
+
+def test_a_training_that_diverges_is_a_row_that_says_so(one_thread, monkeypatch):
+    def diverges(flow, nfe, path):
+        raise Diverged("not finite")
+
+    problem = equal_work_problems.DIGITS._replace(judge=diverges)
+    monkeypatch.setitem(equal_work.PROBLEMS, "digits", problem)
+    row = equal_work.train("digits", "SoFlow", 0, 1, 1e-3, "", "work")
+    assert row["diverged"] and row["points"] == [] and row["samples"] == {}
+    assert equal_work.said(row).endswith("diverged")
+
+
+@pytest.mark.slow
+def test_the_record_and_its_page(one_thread, photographs, tmp_path, monkeypatch, committed, capsys):
+    monkeypatch.setattr(equal_work_problems, "DIGIT_SAMPLES", 40)
+    monkeypatch.setattr(equal_work, "EULER", (1, 10))
+    monkeypatch.setattr(command, "workers", threads)
+    monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
+    arguments = ["--seeds", "0", "1", "--photograph-seeds", "0", "--steps", "4", "--photograph-steps", "4"]
+    equal_work.main([*arguments, "--data", photographs, "--workers", "1"])
+    (path,) = (tmp_path / "records").glob("*-equal-work-*.json")
+    rows = record.read(path)["rows"]
+    costs = {(row["problem"], row["method"]): row["flops_per_step"] for row in rows if row["kind"] == "cost"}
+    compared = [row for row in rows if row["kind"] == "work"]
+    assert len(compared) == 2 * 4 + 3
+    for row in compared:
+        step = costs[row["problem"], row["method"]]
+        assert abs(row["steps"] * step - 4 * costs[row["problem"], "SoFlow"]) <= step / 2
+        assert [point["step"] for point in row["points"]][-1] == row["steps"]
+        assert row["points"][-1]["cpu_seconds"] > 0
+        assert set(row["samples"]) == ({"1", "10"} if row["method"] == "flow matching" else {"1", "2"})
+    after = [row for row in rows if row["kind"] == "steps"]
+    assert after and all(row["steps"] == 4 for row in after)
+    searched = [row for row in rows if row["kind"] == "rate"]
+    assert len(searched) == 3 * (4 + 3) and {row["seed"] for row in searched} == {equal_work.TUNING_SEED}
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "equal-work.md"
+    page.write_text(
+        "".join(f"<!-- benchmark:equal-work-{name} -->\n<!-- /benchmark:equal-work-{name} -->\n" for name in BLOCKS)
+    )
+    assert pages.main([], tmp_path, tmp_path / "records") == 0
+    text = page.read_text()
+    assert text.count("| MeanFlow as published |") == 5 and "| other real images |" in text
+    assert "| SoFlow | 1 | 0.00" in text and "Mean (lowest to highest) over the seeds" in text
+    assert pages.main(["--check"], tmp_path, tmp_path / "records") == 0
+
+
+MISTAKES = {
+    "--seeds 0 0": "--seeds: 0 is given twice",
+    "--seeds 0 --photograph-seeds 1 1": "--photograph-seeds: 1 is given twice",
+    f"--seeds {equal_work.TUNING_SEED}": "--seeds: 1000 is the seed on which learning rates are chosen",
+    "--steps 0": "--steps",
+    "--photograph-steps x": "--photograph-steps",
+    "--dat here": "did you mean --data",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes_are_one_line_that_names_the_flag(arguments):
+    with pytest.raises(UserError) as caught:
+        equal_work.main(arguments.split())
+    assert MISTAKES[arguments] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_photographs_that_are_not_there(tmp_path, monkeypatch, committed):
+    monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
+    with pytest.raises(UserError, match="--data nowhere"):
+        equal_work.main(["--data", "nowhere", "--steps", "1"])
