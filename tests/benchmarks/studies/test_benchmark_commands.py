@@ -127,9 +127,9 @@ def test_exit_code_of_a_command(code, monkeypatch):
 
 
 NAMES = (
-    "book", "ceilings", "derivative", "digits", "distance", "equal_work", "gpu", "guidance", "increments", "plan",
-    "policies", "precision", "prediction", "quality_for_time", "reading", "sampling", "scaling", "soak", "step",
-    "sweeps",
+    "book", "ceilings", "derivative", "digits", "discrete", "distance", "equal_work", "gpu", "guidance", "increments",
+    "mixtures", "mixtures_central", "plan", "policies", "precision", "prediction", "quality_for_time", "reading",
+    "sampling", "scaling", "soak", "step", "sweeps", "tokens",
 )  # fmt: skip
 
 
