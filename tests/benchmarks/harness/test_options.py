@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import conftest
 from benchmarks.harness.race import Row
-from benchmarks.report import pages, record
+from benchmarks.report import record
+from benchmarks.report.blocks import layout
 
 KINDS = """
 import time, pytest
@@ -72,7 +73,7 @@ def test_what_was_measured_is_on_record_however_the_run_ends(tmp_path, monkeypat
         steps.keep(row, row)
         run = record.newest(tmp_path)
         assert run is not None and run["unfinished"] and run["missing"] == steps.missing, "before the run ends"
-        assert "Missing: test_step[a]; test_step[b]." in pages.measured(run, "")
+        assert "Missing: test_step[a]; test_step[b]." in layout.measured(run, "")
         steps.missing.clear()
         conftest.pytest_terminal_summary(SimpleNamespace(line=lines.append, section=lines.append), code, config)
         assert lines[-1].startswith("recorded: ") and lines[-1].endswith(said)

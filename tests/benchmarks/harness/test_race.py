@@ -14,7 +14,7 @@ from benchmarks.harness.contestants import CONTESTANTS, DIFFERENCE, FIRST, HEADL
 from benchmarks.harness.race import Race, Row, largest, largest_that, prepared, speed_ups
 from benchmarks.harness.recipes import AS_TRAINED, OURS, build, ours
 from benchmarks.harness.timing import Stopwatch
-from benchmarks.report import pages
+from benchmarks.report.blocks import steps
 from soflow_fast.config.schema import override
 from tests.benchmarks.tiny import CASE, CONFIG
 
@@ -70,10 +70,10 @@ def test_an_absent_recipe_keeps_its_reason(race_rows):
         "date": "2026-11-21",
         "device": "d",
     }
-    text = pages.table(run | {"file": "f"})
+    text = steps.table(run | {"file": "f"})
     assert "Not run: absent: is elsewhere." in text and "| absent |" not in text and "kept for the backward" in text
     elsewhere = [row | {"case": "another"} for row in rows[:-1]]
-    assert f"absent ({rows[0]['case']}): is elsewhere." in pages.table(run | {"rows": rows + elsewhere, "file": "f"})
+    assert f"absent ({rows[0]['case']}): is elsewhere." in steps.table(run | {"rows": rows + elsewhere, "file": "f"})
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.report import compare, pages, record
+from benchmarks.report.blocks import layout
 from soflow_fast.errors import StorageError
 
 pytestmark = pytest.mark.usefixtures("committed")
@@ -182,9 +183,9 @@ def test_what_is_not_finished_takes_no_finished_record_away(tmp_path):
     assert latest(tmp_path)["command"] == "yesterday's"
     whole.unlink()
     left = latest(tmp_path)
-    assert left["command"] == "today's" and "Not everything passed or was reached" in pages.measured(left, "")
+    assert left["command"] == "today's" and "Not everything passed or was reached" in layout.measured(left, "")
     assert record.write(ROWS, "today's", tmp_path, begun=begun) == whole and [*tmp_path.glob("*.json")] == [whole]
-    assert "Not everything" not in pages.measured(latest(tmp_path), "")
+    assert "Not everything" not in layout.measured(latest(tmp_path), "")
 
 
 def test_a_gpu_goes_before_a_cpu_and_then_the_latest(tmp_path):

@@ -3,6 +3,7 @@
 from benchmarks.baselines.authors import AUTHORS
 from benchmarks.harness.race import speed_ups
 from benchmarks.report import pages, record
+from benchmarks.report.blocks import quality
 
 BEGIN, END = "<!-- benchmark:step -->", "<!-- /benchmark:step -->"
 
@@ -39,7 +40,7 @@ def test_digits_table(tmp_path):
     assert record.newest(tmp_path) is None  # no record of a step
     run = record.newest(tmp_path, "digits")
     assert run is not None
-    text = pages.digits(run)
+    text = quality.digits(run)
     assert "| 3 | 1 | 0.9912 | 29.0 | 0.0000 | 100 |" in text and run["file"] in text
     page = tmp_path / "docs" / "performance.md"
     page.parent.mkdir()

@@ -18,6 +18,7 @@ import torch
 from benchmarks.harness import ceilings, command
 from benchmarks.harness.cases import Case
 from benchmarks.report import compare, pages, record
+from benchmarks.report.blocks import quality
 from benchmarks.studies import (
     derivative,
     digits,
@@ -274,7 +275,7 @@ def test_a_way_of_sampling_that_runs_out_of_memory_says_so(tiny, monkeypatch, ca
         ("out of memory beside the others", []),
     ]
     assert "never: out of memory\n" in capsys.readouterr().out
-    assert "|  | never |  | out of memory |  |" in pages.sampling(run)
+    assert "|  | never |  | out of memory |  |" in quality.sampling(run)
     assert compare.compare(run, run).count("| 1.00x |") == 8
 
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from benchmarks.report import pages, record
+from benchmarks.report import record
+from benchmarks.report.blocks import steps
 from benchmarks.studies import soak
 
 TESTS = """
@@ -76,8 +77,8 @@ def test_the_page_says_how_it_ended():
         "date": "2026-11-21",
         "device": "d",
     }
-    text = pages.soak(run | {"file": "f"})
+    text = steps.soak(run | {"file": "f"})
     assert "6 passed, 0 failed, 2 skipped, 3.0 minutes. `c`." in text
     assert "Over 800 steps resident memory rose by 0.25 MB per 1000." in text
-    text = pages.soak(run | {"file": "f", "rows": [row | {"file": "b", "failed": 2}]})
+    text = steps.soak(run | {"file": "f", "rows": [row | {"file": "b", "failed": 2}]})
     assert "3 passed, 2 failed (`b`), 1 skipped" in text and "memory" not in text

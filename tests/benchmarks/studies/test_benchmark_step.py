@@ -17,7 +17,8 @@ from benchmarks.harness.cases import Case, gpu_cases, small_batches
 from benchmarks.harness.contestants import COMPILED, FIRST, HEADLINE, QUARTER
 from benchmarks.harness.race import Race
 from benchmarks.harness.recipes import AS_TRAINED, OURS
-from benchmarks.report import pages, record
+from benchmarks.report import record
+from benchmarks.report.blocks import steps
 from benchmarks.studies import step
 from soflow_fast.config.schema import override
 from soflow_fast.training import state
@@ -75,7 +76,7 @@ def test_every_recipe_is_built_once_and_weights_are_made_once(counted, monkeypat
     assert built[91, 3] == built[92, 3] == 3, "once each, at full depth"
     assert 0 < built[91, 2] <= 8 and 0 < built[92, 2] <= 8, "of the checks, on two blocks"
     assert sorted(made) == [2, 2, 3, 3], "once for a network, once for its checks"
-    assert "CUDA graphs need a GPU" in pages.table(run)
+    assert "CUDA graphs need a GPU" in steps.table(run)
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in said[:4]] == ["one", "one", "two", "two"], "the first recipes of both first"
 
@@ -145,7 +146,7 @@ def test_when_time_is_up_the_record_names_what_is_missing(counted, monkeypatch, 
         f"{LARGE[1].describe()}: {name}" for name in (OURS.name, QUARTER.name)
     ]
     assert "time is up: 3 are left out" in capsys.readouterr().out
-    assert f"Missing: {'; '.join(run['missing'])}." in pages.table(run)
+    assert f"Missing: {'; '.join(run['missing'])}." in steps.table(run)
 
 
 STOPPED = """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.harness.cases import Case
-from benchmarks.report.pages import cpu
+from benchmarks.report.blocks.steps import cpu
 from benchmarks.studies import cpu as study
 from soflow_fast.errors import UserError
 from tests.benchmarks.tiny import CONFIG

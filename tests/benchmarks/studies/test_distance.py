@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from benchmarks.report import pages, record
+from benchmarks.report import record
+from benchmarks.report.blocks import numerics
 from benchmarks.studies import distance
 
 
@@ -29,7 +30,7 @@ def test_rounding_grows_as_the_ends_draw_together(rows, tmp_path):
     record.write(rows, "python -m benchmarks.distance", tmp_path, "distance")
     run = record.newest(tmp_path, "distance")
     assert run is not None
-    text = pages.distance(run)
+    text = numerics.distance(run)
     assert text.count("| look-ahead |") == text.count("| central difference |") == 1 and "20 steps" in text
 
 

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.harness.account import allocated_peak
 from benchmarks.harness.recipes import OURS, build
-from benchmarks.report.pages import peaks
+from benchmarks.report.blocks.steps import peaks
 from benchmarks.studies import memory as study
 from benchmarks.studies.sweeps import network
 from soflow_fast.errors import UserError

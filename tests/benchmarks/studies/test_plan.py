@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from benchmarks.report import pages, record
+from benchmarks.report import record
+from benchmarks.report.blocks import predictions
 from benchmarks.studies import plan
 from benchmarks.studies.plan import Point, configuration, points, predicted
 from soflow_fast.config.gpus import GPUS
@@ -43,7 +44,7 @@ def test_the_table_says_that_it_is_arithmetic(monkeypatch: pytest.MonkeyPatch, t
     assert first["network_bytes"] == 0 < second["network_bytes"] and first["memory"]["peak"] > second["memory"]["peak"]
     assert sum(size for name, size in first["memory"].items() if name != "peak") == first["memory"]["peak"]
     assert first["step_ms"] == pytest.approx(max(first["gpu_ms"] + first["links_ms"], first["host_ms"]), abs=0.01)
-    text = pages.plan(run)
+    text = predictions.plan(run)
     assert "Arithmetic, not a measurement" in text
     assert "| small, batch 256 | 8 | fsdp | 1, nothing |" in text and "|  | 16 | fsdp | 1, nothing |" in text
 

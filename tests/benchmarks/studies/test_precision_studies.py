@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.report import pages, record
+from benchmarks.report import record
+from benchmarks.report.blocks import numerics
 from benchmarks.studies import increments, precision
 from tests.benchmarks.tiny import CASE
 
@@ -21,7 +22,7 @@ def test_what_increments_cost(tmp_path):
     assert [row["way"] for row in rows] == [*increments.WAYS, "forward", "paired forward"]
     assert len({len(row["seconds"]) for row in rows}) == 1
     record.write(rows, "python -m benchmarks.increments", tmp_path, "increments")
-    text = pages.increments(record.newest(tmp_path, "increments"))
+    text = numerics.increments(record.newest(tmp_path, "increments"))
     assert text.count("x |") == 3 and "| forward |" in text
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.report import pages, record
+from benchmarks.report import record
+from benchmarks.report.blocks import predictions as blocks
 from benchmarks.studies import prediction
 from benchmarks.studies.prediction import COMPILED_PASSES, WAYS, Way, compiled_bytes, predictions
 from soflow_fast.config.presets import preset
@@ -81,6 +82,6 @@ def test_the_table_says_that_it_is_arithmetic(monkeypatch: pytest.MonkeyPatch, t
     prediction.main([])
     run = record.newest(benchmark="prediction")
     assert run is not None and run["command"] == "python -m benchmarks.prediction" and "unfinished" not in run
-    text = pages.prediction(run)
+    text = blocks.prediction(run)
     assert "Arithmetic, not a measurement" in text
     assert "| digits, batch 8 | soflow-fast |" in text and "|  | soflow-fast, CUDA graph |" in text

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from benchmarks.correctness.comparison import IncorrectResult
 from benchmarks.harness.cases import Case
 from benchmarks.harness.collectives import Collective, Counted
-from benchmarks.report import pages, record
+from benchmarks.report import record
+from benchmarks.report.blocks import steps
 from benchmarks.studies import scaling
 from soflow_fast.config.schema import RunConfig, override
 from soflow_fast.errors import ConfigError, UserError
@@ -131,14 +132,14 @@ def test_the_command(
         ("strong", "fsdp, 2 ranks", 2, 12),
     ]
     assert [row["sent"] == row["formula"] == 0 for row in run["rows"]] == [True, True, False, False, False, False]
-    text = pages.scaling(run)
+    text = steps.scaling(run)
     alone, two = run["rows"][1], run["rows"][3]
     ratio = (two["batch"] / sorted(two["seconds"])[1]) / (2 * alone["batch"] / sorted(alone["seconds"])[1])
     (line,) = [line for line in text.splitlines() if line.startswith("| strong: ddp, 2 ranks | 12 | ")]
     assert f" | {ratio:.2f} | " in line and "efficiency is that of its cores" in text
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {8}
     run["rows"][3] |= {"seconds": [], "why_not": "out of memory"}
-    assert "| strong: ddp, 2 ranks | 12 | out of memory | out of memory |" in pages.scaling(run)
+    assert "| strong: ddp, 2 ranks | 12 | out of memory | out of memory |" in steps.scaling(run)
 
 
 def test_another_first_step_is_not_timed(forked: None) -> None:
