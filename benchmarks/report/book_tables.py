@@ -10,7 +10,7 @@ def samples_table(rows: list[dict]) -> str:
         distance = row.get("distance_to_exact")
         cells = [row["objective"], row["way"], f"{row['on_the_ring']:.3f}"]
         lines.append([*cells, "" if distance is None else f"{distance:.3f}"])
-    return markdown(["trained by", "drawn in", "share on the ring", "distance to the exact flow's end"], 2, lines)
+    return markdown(["trained by", "drawn in", "share on the ring", "rms distance to the exact flow's end"], 2, lines)
 
 
 def look_ahead_table(rows: list[dict]) -> str:
@@ -22,7 +22,7 @@ def look_ahead_table(rows: list[dict]) -> str:
     head = ["r"]
     for row in next(iter(of_r.values())):
         what = f"s = {row['s']:g}" if row["kind"] == "solution bias" else "E[q]"
-        head += [f"{what}: mean", "drawn", "rms"]
+        head += [f"{what}: median, v(x, t)", "median, v_t", "rms, v_t"]
     lines = []
     for r, group in of_r.items():
         cells = [f"{r:g}"]

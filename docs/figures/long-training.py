@@ -22,7 +22,7 @@ def draw(theme: Theme, run: dict, central: dict) -> Figure:
             axes.axhline(row["bias"], color=colour, linestyle="--", linewidth=1)
         for row in (row for row in central["rows"] if row["problem"] == problem):
             steps, errors = ([point[name] for point in row["points"]] for name in ("step", "judged"))
-            axes.plot(steps, errors, marker=".", color=theme.colours[5], label=f"r = {row['r']:g}, central")
+            axes.plot(steps, errors, marker=".", color=theme.ink, label=f"r = {row['r']:g}, central")
         axes.set_ylim(bottom=0)
         axes.set_title(TITLES[problem])
         axes.set_xlabel("steps of training")

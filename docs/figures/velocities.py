@@ -25,10 +25,10 @@ def draw(theme: Theme) -> Figure:
         ends = x - time * v  # x_0 of each pair
         for end in ends:
             axes.plot([x[0, 0], end[0]], [x[0, 1], end[1]], color=theme.colours[1], linewidth=0.6, alpha=0.7)
-        end = x[0] - time * mean
+        end = x[0] - mean
         axes.annotate("", xy=end.tolist(), xytext=x[0].tolist(), arrowprops={"color": theme.colours[0], "width": 2})
         axes.plot([], [], color=theme.colours[1], linewidth=0.8, label="to the data of each pair")
-        axes.plot([], [], color=theme.colours[0], linewidth=3, label="along their mean, v(x, t)")
+        axes.plot([], [], color=theme.colours[0], linewidth=3, label="against their mean velocity, −v(x, t)")
         axes.plot(x[:, 0], x[:, 1], "o", color=theme.ink, markersize=5)
         axes.set(
             xlim=(-2.9, 2.9),
@@ -50,6 +50,6 @@ def draw(theme: Theme) -> Figure:
         aspect="equal",
         xticks=[-2, 0, 2],
         yticks=[-2, 0, 2],
-        title="the field at t = 0.4, towards data",
+        title="the field −v(x, 0.4)",
     )
     return figure
