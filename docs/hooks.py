@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -21,12 +22,15 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = "repository/"
 """Where files from outside docs/ lie in the site."""
 
-FENCE = re.compile(r"(^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)\s*?$)", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"(?P<fence>^(?:`{3,}|~{3,})).*?^(?P=fence)\s*?$|`[^`\n]+`", re.DOTALL | re.MULTILINE)
+"""Fenced blocks, and code within a line."""
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])")
 PICTURE = re.compile(
     r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]+)">\s*'
     r'<img src="([^"]+)" alt="([^"]*)">\s*</picture>'
 )
+PARTS = {"mfrac": 2, "msub": 2, "msup": 2, "msubsup": 3, "munder": 2, "mover": 2, "munderover": 3}
+"""How many parts an element of MathML has."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
 
 
@@ -72,8 +76,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML."""
-    return FORMULA.sub(lambda found: mathml(page.file.src_uri, found[2] or found[3], bool(found[3])), content)
+    """Formulas as MathML. Raises PluginError for a dollar that is left, of a formula without its other end."""
+    made = FORMULA.sub(lambda found: mathml(page.file.src_uri, found[2] or found[3], bool(found[3])), content)
+    prose = re.sub(r"<(pre|code|math)\b.*?</\1>|<[^>]*>", "", made, flags=re.DOTALL)
+    if "$" in prose:
+        line = prose[max(0, prose.index("$") - 40) : prose.index("$") + 40]
+        raise PluginError(f"{page.file.src_uri}: a formula is left open: {line!r}")
+    return made
 
 
 def in_site(uri: str, link: str) -> str:
@@ -105,6 +114,9 @@ def mathml(uri: str, escaped: str, block: bool) -> str:
     # What it does not know goes through as text: commands, and the "&" of environments.
     if unknown := re.search(r"\\[A-Za-z]+|&(?!#?\w+;)", made):
         raise PluginError(f"{uri}: the formula {latex!r} has a part that is not known, {unknown[0]}")
+    for node in ElementTree.fromstring(made).iter():
+        if len(node) != PARTS.get(node.tag.rpartition("}")[2], len(node)):
+            raise PluginError(f"{uri}: the formula {latex!r} has a fraction or an index without its part")
     return made
 
 
@@ -123,6 +135,9 @@ def _outside(uri: str, markdown: str) -> list[str]:
 
 
 def _prose(change: Callable[[str], str], markdown: str) -> str:
-    """Markdown with everything but its fenced blocks changed."""
-    parts = FENCE.split(markdown)
-    return "".join(part if i % 3 else change(part) for i, part in enumerate(parts) if i % 3 != 2)
+    """Markdown with everything but its code changed."""
+    parts, end = [], 0
+    for found in CODE.finditer(markdown):
+        parts += [change(markdown[end : found.start()]), found[0]]
+        end = found.end()
+    return "".join([*parts, change(markdown[end:])])

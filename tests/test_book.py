@@ -168,7 +168,7 @@ $$
 
 {PICTURE}
 
-[the kernels](../kernels/README.md#one-line), [a file](../pyproject.toml), `$5 $6`
+[the kernels](../kernels/README.md#one-line), [a file](../pyproject.toml), `$5 $6`, `a[0](../no/such)`
 
 ```text
 [not a link](../nothing.md) $x$
@@ -196,6 +196,8 @@ WRONG = {
     "$a_b_c$": r"index\.md: the formula .* is none: DoubleSubscripts",
     "$$\n\\begin{gathered} a & b \\end{gathered}\n$$": r"index\.md: the formula .* is not known, &",
     '<picture><img src="one-light.svg" alt=""></picture>': r"index\.md: a <picture> is not",
+    "What $r is, and nothing more.": r"index\.md: a formula is left open: .*What \$r is",
+    "$\\frac{a}$": r"index\.md: the formula .* has a fraction or an index without its part",
     "[gone](../no/such/file.json)": r"docs/index\.md: the link \.\./no/such/file\.json leads to no file",
     "[a folder](../kernels)": r"docs/index\.md: the link \.\./kernels leads to no file",
     "[beyond](../../secret)": r"docs/index\.md: the link \.\./\.\./secret leads to no file",

@@ -18,7 +18,7 @@ import pytest
 
 from soflow_fast.errors import UserError
 from tests.blocks import changes, outcome
-from tests.blocks.pages import ROOT, SHELL, SHOWN, Block, Command, blocks, calls, commands, pages
+from tests.blocks.pages import INDENTED, ROOT, SHELL, SHOWN, Block, Command, blocks, calls, commands, pages
 
 PAGES = [page for page in pages() if any(block.kind not in SHOWN for block in blocks(page))]
 ELSEWHERE = {"kernels/README.md": "python"}
@@ -144,3 +144,12 @@ WRONG = {
 def test_a_wrong_block_fails(kind: str, tmp_path: Path, runner: subprocess.Popen) -> None:
     line = 6 if kind == "python" else 2
     assert f"failed: page.md:{line}" in run(steps("page.md", WRONG[kind]), tmp_path, runner)
+
+
+@pytest.mark.parametrize("page", pages())
+def test_no_block_hides_in_a_list(page: str) -> None:
+    assert INDENTED.findall((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_a_block_in_a_list_is_seen() -> None:
+    assert len(INDENTED.findall("* text\n\n  ```sh\n  false\n  ```\n> ~~~\n")) == 3

@@ -11,7 +11,7 @@ from torch import Tensor
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import Config
 from soflow_fast.data import Dataset, Source, open_source
-from soflow_fast.errors import Diverged
+from soflow_fast.errors import Diverged, UserError
 from soflow_fast.evaluation import Gaussian, RandomFeatures, frechet, labels_in_turn, measure_digits
 from soflow_fast.flow import SolutionFlow
 from soflow_fast.runs.images import to_uint8
@@ -95,6 +95,9 @@ def _dataset(path: str) -> Dataset:
 def _real(path: str) -> tuple[Gaussian, Gaussian, Tensor]:
     """Gaussians of REFERENCE real photographs by both features, and PHOTOGRAPHS others, uint8 [n, 3, 32, 32]."""
     dataset = _dataset(path)
+    if len(dataset) < REFERENCE + PHOTOGRAPHS:
+        wanted = f"{REFERENCE + PHOTOGRAPHS} photographs at least are needed, to judge by"
+        raise UserError(f"--data {path}: {wanted}; it has {len(dataset)}")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     reference, others = order[:REFERENCE], order[REFERENCE : REFERENCE + PHOTOGRAPHS]
     real = dataset.read(reference)

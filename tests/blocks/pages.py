@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(?P<fence>`{3,}|~{3,})(?P<kind>[^\n`]*)\n(?P<text>.*?)^(?P=fence)[ ]*$", re.DOTALL | re.MULTILINE)
+INDENTED = re.compile(r"^[ \t>]+(?:`{3,}|~{3,})", re.MULTILINE)
+"""A fence that begins in a list or a quotation, where nobody would look for it: pages have none."""
 SHELL = ("sh", "bash")
 SHOWN = ("text", "bibtex")
 """Languages of blocks that are no code: outputs, formulas, citations."""

@@ -15,8 +15,8 @@ One link of the chain, g = l - t, changes the mean of an exact f by
     E[f(x + g v, l, s) | x] - f(x, t, s) = g^2/2 (tr(Cov(v | x) d2f/dx2) - df/dx . dv(x, t)/dt) + O(g^3),
 
 where dv/dt is taken along the ODE: the second term is Euler's error, the first is there because v is random. As
-g = r (t - s) and the links are as dense as 1 / g, the sum over the chain is of the order of r. Neither has a part that
-grows with the steps of training.
+|g| = r (t - s) and the links are as dense as 1 / |g|, the sum over the chain is of the order of r. Neither has a part
+that grows with the steps of training.
 
 **The weights of p > 0.** A detached weight w = (mean(delta^2) + eps)^-p depends on the random velocity. The gradient of
 flow matching vanishes where E[w (N - v) | x] = 0: N is a weighted mean of v, in which those far from N count less. It

@@ -170,3 +170,22 @@ def test_photographs_that_are_not_there(tmp_path, monkeypatch, committed):
     monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
     with pytest.raises(UserError, match="--data nowhere"):
         equal_work.main(["--data", "nowhere", "--steps", "1"])
+
+
+def test_too_few_photographs_are_one_line(photographs, monkeypatch):
+    monkeypatch.setattr(equal_work_problems, "REFERENCE", 40)
+    with pytest.raises(UserError, match=r"--data .*photographs: 60 photographs at least are needed, .* it has 50"):
+        equal_work_problems.floor(photographs)
+
+
+def test_photographs_are_asked_for_with_data_alone():
+    for flags in (["--photograph-steps", "5"], ["--photograph-seeds", "1"]):
+        with pytest.raises(UserError, match="no photographs without --data"):
+            equal_work.main(flags)
+
+
+def test_a_method_that_diverges_at_every_rate_is_left_out():
+    cost = {("digits", method): {"flops_per_step": 1} for method in equal_work.of_problem("digits")}
+    rates = {("digits", method): 1e-3 for method in equal_work.of_problem("digits")[1:]}
+    jobs = list(equal_work.compared(cost, {"digits": 5}, {"digits": [0]}, rates, ""))
+    assert [job[1] for job in jobs] == equal_work.of_problem("digits")[1:]
