@@ -135,6 +135,7 @@ def test_what_is_changed_is_on_a_page() -> None:
 
 WRONG = {
     "python": "```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n",
+    "warning": "```python\nimport warnings\nwarnings.warn('old', DeprecationWarning)\n```\n",
     "command": "```sh\npython -m soflow_fast.train digits --no-such-flag 1\n```\n",
     "unknown": "```sh\nrm -r nothing\n```\n",
 }

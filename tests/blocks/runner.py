@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ from tests.blocks.prepared import prepare
 
 WITH_DIFFUSERS = r"photos|runs/imagenet\b|THEIR_DIR|-unet|diffusers"
 """What the blocks name that import it, which takes eight seconds."""
+
+WARNED = (
+    r"`torch\.jit\.script",  # raised inside torch by forward-mode differentiation
+    "`torch_dtype` is deprecated",  # later diffusers say `dtype`, which earlier ones do not know
+)
+"""Warnings of others that pages cannot avoid."""
 
 MOST_SECONDS = 600
 """Of a page; one that hangs ends with it."""
@@ -82,6 +89,9 @@ def run_in(home: Path, steps: list[dict[str, Any]]) -> int:
 def take(step: dict[str, Any], space: dict[str, Any]) -> None:
     """Run one step."""
     if "python" in step:
+        warnings.simplefilter("error")  # as in all tests; commands, which call others, are left as they are
+        for message in WARNED:
+            warnings.filterwarnings("ignore", message)
         exec(compile("\n" * (step["line"] - 1) + step["python"], step["where"], "exec"), space)
     elif "check" in step:
         outcome.CHECKS[step["check"]](space)
