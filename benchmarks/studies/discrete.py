@@ -16,6 +16,7 @@ import functools
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -250,19 +251,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = options.seeds[0]
     with command.workers(options.workers) as pool:
         rows = list(pool.submit(references).result())
-        pending = []
+        pending: dict[Future[dict], str] = {}
         for seed in options.seeds:
             for code, patch, all_seeds in VARIANTS:
                 for objective in CALLS if all_seeds else ("soflow",):
                     if seed == first or (all_seeds and (patch == 4 or objective == "soflow")):
-                        pending.append(pool.submit(digits, code, patch, objective, seed, options.steps))
+                        shape = f"{code.kind} of scale {code.scale:g}, patches of {patch}"
+                        what = f"digits as {shape}, {objective}, seed {seed}"
+                        pending[pool.submit(digits, code, patch, objective, seed, options.steps)] = what
             for code in CODES.values():
                 for p in POWERS if seed == first else POWERS[:1]:
-                    pending.append(pool.submit(pixel, code, seed, options.pixel_steps, p))
-        for training in pending:
+                    what = f"a pixel as {code.kind}, p = {p:g}, seed {seed}"
+                    pending[pool.submit(pixel, code, seed, options.pixel_steps, p)] = what
+        for training in [*pending]:
             row = training.result()
             rows.append(row)
-            kept.keep(rows)
+            del pending[training]
+            kept.keep(rows, [*pending.values()])
             print({key: value for key, value in row.items() if key not in ("curve", "calls", "points")}, flush=True)
             for nfe, found in row.get("calls", {}).items():
                 print(

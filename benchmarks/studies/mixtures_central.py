@@ -28,14 +28,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept, rows = record.Growing("mixtures-central", argv), []
     every = max(1, options.steps // 16)
     with command.workers(options.workers) as pool:
-        running = [
-            pool.submit(long, problem, R, seed, options.steps, every, central=True)
+        running = {
+            pool.submit(long, problem, R, seed, options.steps, every, central=True): f"{problem}, seed {seed}"
             for seed in options.seeds
             for problem in (RING, SCATTERED)
-        ]
-        for training in running:
+        }
+        for training in [*running]:
             rows += training.result()
-            kept.keep(rows)
+            del running[training]
+            kept.keep(rows, [*running.values()])
             last = rows[-1]["points"][-1]
             print(f"{rows[-1]['problem']}: {last['judged']:.3f} after {last['cpu_seconds']:.0f} s", flush=True)
     kept.finish(rows)

@@ -176,10 +176,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         first = pool.submit(references)
         pending = [pool.submit(run, *job, options.gflop * 1e9) for job in jobs]
         rows = list(first.result())
-        for training in pending:
+        for done, training in enumerate(pending, 1):
             row = training.result()
             rows.append(row)
-            kept.keep(rows)
+            left = [f"{way.name}, patches of {way.patch}, seed {seed}, lr {lr:g}" for way, seed, lr in jobs[done:]]
+            kept.keep(rows, left)
             last = row["points"][-1]
             about = f"{row['tokens']} tokens, {row['name']}, lr {row['lr']:g}, seed {row['seed']}: {row['steps']} steps"
             found = f"f {last['solution'][0]:.3f}, v {last['velocity'][0]:.3f}"

@@ -1,11 +1,13 @@
 """Discrete values by continuous relaxation: the figures of known samples, a few steps of each training, the tables."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from benchmarks.exact.levels import COUNT, KINDS, Code, digit_levels
+from benchmarks.harness import command
 from benchmarks.report import pages, record
 from benchmarks.studies import discrete
 from soflow_fast.data.digits import load_digits
@@ -98,3 +100,17 @@ def test_a_mistake_is_one_line_and_nothing_is_recorded(typed, flag, tmp_path, mo
         discrete.main(typed.split())
     assert flag in str(found.value) and "\n" not in str(found.value)
     assert not (tmp_path / "records").exists()
+
+
+def test_an_unfinished_record_names_what_is_missing(monkeypatch, tmp_path, committed):
+    kept = []
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    monkeypatch.setattr(record.Growing, "keep", lambda self, rows, missing=(): kept.append([*missing]))
+    monkeypatch.setattr(command, "workers", lambda number: ThreadPoolExecutor(1))
+    monkeypatch.setattr(discrete, "references", lambda: [])
+    monkeypatch.setattr(discrete, "digits", lambda *job: {})
+    monkeypatch.setattr(discrete, "pixel", lambda *job: {})
+    discrete.main(["--seeds", "0"])
+    assert [len(missing) for missing in kept] == [*range(len(kept))][::-1] and len(kept) > 10
+    assert kept[-2] == ["a pixel as one-hot, p = 1, seed 0"]
+    assert "digits as one-hot of scale 4, patches of 4, soflow, seed 0" in kept[0]

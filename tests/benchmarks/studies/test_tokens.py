@@ -1,9 +1,12 @@
 """More tokens at equal work, on images of 8 x 8 pixels and a few steps."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from benchmarks.exact.images import bands, photographs, to_coefficients, to_images
+from benchmarks.harness import command
 from benchmarks.report import pages, record
 from benchmarks.report.tokens_tables import best_runs
 from benchmarks.studies import tokens
@@ -98,3 +101,17 @@ def test_a_mistake_is_one_line_and_nothing_is_recorded(typed, flag, tmp_path, mo
         tokens.main(typed.split())
     assert flag in str(found.value) and "\n" not in str(found.value)
     assert not (tmp_path / "records").exists()
+
+
+def test_an_unfinished_record_names_what_is_missing(monkeypatch, tmp_path, committed):
+    kept = []
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    monkeypatch.setattr(record.Growing, "keep", lambda self, rows, missing=(): kept.append([*missing]))
+    monkeypatch.setattr(command, "workers", lambda number: ThreadPoolExecutor(1))
+    monkeypatch.setattr(tokens, "references", lambda: [])
+    row = {"tokens": 1, "name": "", "lr": 1.0, "seed": 0, "steps": 1}
+    row["points"] = [{"solution": [0.0], "velocity": [0.0], "cpu_seconds": 0.0}]
+    monkeypatch.setattr(tokens, "run", lambda *job: row)
+    tokens.main(["--seeds", "0", "--rates", "0.001"])
+    assert [len(missing) for missing in kept] == [*range(len(tokens.WAYS))][::-1]
+    assert kept[-2] == [f"{tokens.WAYS[-1].name}, patches of {tokens.WAYS[-1].patch}, seed 0, lr 0.001"]
