@@ -189,3 +189,41 @@ def test_a_method_that_diverges_at_every_rate_is_left_out():
     rates = {("digits", method): 1e-3 for method in equal_work.of_problem("digits")[1:]}
     jobs = list(equal_work.compared(cost, {"digits": 5}, {"digits": [0]}, rates, ""))
     assert [job[1] for job in jobs] == equal_work.of_problem("digits")[1:]
+
+
+def test_the_answer_says_what_the_record_says():
+    run = record.newest(record.HOME, "equal-work")
+    assert run is not None
+    page = (record.ROOT / "docs" / "equal-work.md").read_text(encoding="utf-8")
+    answer = " ".join(page.partition("## The answer")[2].partition("\n## ")[0].split())
+
+    def figures(method: str, figure: str, nfe: int, kind: str = "work", problem: str = "digits") -> list[float]:
+        rows = [
+            row for row in run["rows"] if (row["kind"], row["problem"], row.get("method")) == (kind, problem, method)
+        ]
+        return [row["samples"][str(nfe)][figure] if kind == "work" else row["points"][-1][figure] for row in rows]
+
+    def said(values: list[float], places: int) -> str:
+        mean, least, most = (f"{value:.{places}f}" for value in (sum(values) / len(values), min(values), max(values)))
+        return f"{mean} ({least} to {most})"
+
+    def mean(values: list[float], places: int) -> str:
+        return f"{sum(values) / len(values):.{places}f}"
+
+    soflow, meanflow = (figures(method, "frechet", 1) for method in ("SoFlow", "MeanFlow"))
+    twice = [figures(method, "frechet", 2) for method in ("MeanFlow", "SoFlow")]
+    assert f"{said(soflow, 1)} against {said(meanflow, 1)}" in answer
+    assert f"{said(twice[0], 1)} against {said(twice[1], 1)}" in answer and max(twice[0]) < min(twice[1])
+    for method, places in (("SoFlow", 3), ("MeanFlow", 3)):
+        assert said(figures(method, "fd_random", 1, problem="photographs"), places) in answer
+    published = "MeanFlow as published"
+    assert f"ends at {said(figures(published, 'frechet', 1), 1)}." in answer
+    assert f"ends at {said(figures(published, 'frechet', 1, 'steps'), 1)}, where" in answer
+    assert f"ends at {said(figures('MeanFlow', 'frechet', 1, 'steps'), 1)}." in answer
+    flow = {n: mean(figures("flow matching", "frechet", n), 1) for n in (10, 25)}
+    coarse = [
+        mean(figures(method, "fd_pixels", n, problem="photographs"), 2)
+        for method, n in (("flow matching", 10), ("SoFlow", 1), ("MeanFlow", 1))
+    ]
+    assert flow[10] in answer and f"25 calls comes to {flow[25]}" in answer
+    assert f"{coarse[0]} where SoFlow has {coarse[1]} and MeanFlow {coarse[2]}" in answer
