@@ -70,13 +70,7 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor | None, *, observe: Obse
         fm = objective.flow_matching(flow, x0[:n], draws.x1[:n], draws.t[:n], first)
         loss, mse, weight = consistency(flow, objective, x0[n:], late, rest)
         total = fm.loss * (n / B) + loss * ((B - n) / B)
-    if observe is not None:
-        observe("losses", total=total.detach())
-    state.optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    metrics = {"fm_mse": fm.mse, "sc_mse": mse, "sc_weight": weight, "grad_norm": fused.update(state)}
-    state.step += 1
-    return metrics
+    return fused.finish(state, total, observe, fm_mse=fm.mse, sc_mse=mse, sc_weight=weight)
 
 
 CENTRAL = Recipe("SoFlow, central difference", fused.build, train_step, lambda objective: 4)

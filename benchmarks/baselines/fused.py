@@ -46,6 +46,17 @@ def update(state: TrainState) -> Tensor:
     return norm
 
 
+def finish(state: TrainState, total: Tensor, observe: Callable[..., None] | None, **means: Tensor) -> dict[str, Tensor]:
+    """The end of a step: the backward of its loss, and the update. Returns `means` with the gradient norm."""
+    if observe is not None:
+        observe("losses", total=total.detach())
+    state.optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    metrics = {**means, "grad_norm": update(state)}
+    state.step += 1
+    return metrics
+
+
 def no_compiler(device: torch.device) -> str | None:
     """Why torch.compile cannot make code for a device, None: it can."""
     if device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:

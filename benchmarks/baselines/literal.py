@@ -49,13 +49,7 @@ def train_step(state: TrainState, x0: Tensor, y: Tensor, *, observe: Observe | N
         fm = objective.flow_matching(flow, x0[:n], draws.x1[:n], draws.t[:n], y[:n], draws.label_dropped[:n])
         loss, mse, weight = consistency(flow, objective, state.teacher, x0[n:], late, y[n:])
         total = fm.loss * (n / B) + loss * ((B - n) / B)
-    if observe is not None:
-        observe("losses", total=total.detach())
-    state.optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    metrics = {"fm_mse": fm.mse, "sc_mse": mse, "sc_weight": weight, "grad_norm": fused.update(state)}
-    state.step += 1
-    return metrics
+    return fused.finish(state, total, observe, fm_mse=fm.mse, sc_mse=mse, sc_weight=weight)
 
 
 def network_calls(objective: Objective) -> int:

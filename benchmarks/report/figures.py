@@ -85,7 +85,7 @@ def fault(script: Path, theme: Theme, folder: Path, root: Path = record.ROOT) ->
     described = next((found.text for found in tree.iter(DUBLIN_CORE + "description")), None)
     if described is None:
         return "does not say what it was drawn from"
-    if described != _origin(script, folder, root):
+    if described != _origin(script, _runs(script, folder), root):
         return "its script, sources or records have changed since"
     seal = SEAL.search(text)
     if seal is None or seal[1] != _sha256(text[: seal.start()].encode()):
@@ -110,7 +110,7 @@ def drawn(script: Path, theme: Theme, folder: Path, root: Path = record.ROOT) ->
             what = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{script.stem}: cannot be drawn from {named} ({what})") from error
         buffer = io.StringIO()
-        origin = {"Date": None, "Description": _origin(script, folder, root), "Creator": f"matplotlib {_version()}"}
+        origin = {"Date": None, "Description": _origin(script, runs, root), "Creator": f"matplotlib {_version()}"}
         figure.savefig(buffer, format="svg", metadata=origin)
     text = buffer.getvalue()
     return f"{text}<!-- sha256 of the above: {_sha256(text.encode())} -->\n"
@@ -173,9 +173,8 @@ def _runs(script: Path, folder: Path) -> list[dict]:
     return [run for run in found.values() if run is not None]
 
 
-def _origin(script: Path, folder: Path, root: Path) -> str:
+def _origin(script: Path, runs: list[dict], root: Path) -> str:
     """What a figure says that it was drawn from."""
-    runs = _runs(script, folder)
     parts = [script.read_bytes(), *((root / source).read_bytes() for source in _declared(script, "SOURCES"))]
     digest = _sha256("\n".join([*map(_sha256, parts), *map(record.digest, runs)]).encode())
     return f"sha256 of script, sources and records ({', '.join(run['file'] for run in runs) or 'none'}): {digest}"

@@ -17,15 +17,8 @@ from benchmarks.exact.look_ahead import drawn_fixed_point, fixed_point, quotient
 from benchmarks.exact.mixture import Mixture, ring, scattered
 from benchmarks.harness import command
 from benchmarks.report import record
-from soflow_fast.config.schema import (
-    Config,
-    DataConfig,
-    DiTConfig,
-    ObjectiveConfig,
-    ObjectiveKind,
-    OptimConfig,
-    RunConfig,
-)
+from benchmarks.studies.mixtures import problems
+from soflow_fast.config.schema import Config, ObjectiveConfig, ObjectiveKind
 from soflow_fast.flow import SolutionFlow
 from soflow_fast.objective import Objective
 from soflow_fast.rng import generator
@@ -62,16 +55,9 @@ class Size(NamedTuple):
 
 
 def configuration(kind: ObjectiveKind, steps: int, seed: int) -> Config:
-    """The training of one objective. The times are those of the `digits` preset, which one-step samples ask for."""
-    dit = DiTConfig(input_size=1, patch_size=1, in_channels=2, num_classes=0, hidden_size=64, depth=3, num_heads=2)
-    objective = ObjectiveConfig(
-        kind, guidance_scale=1.0, mix_ratio=1.0, label_drop=0.0, p=0.0, fm_fraction=0.5, r_end=0.01,
-        sc_time=(0.8, 1.2), sc_end_time=(-2.0, 1.2),
-    )  # fmt: skip
-    optim = OptimConfig(lr=2e-3, lr_schedule="cosine", ema_decay=0.995)
-    run = RunConfig(device="cpu", check_quotient_every=0)
-    rest = {"data": DataConfig(kind="latents"), "run": run, "precision": "fp32", "batch_size": 256}
-    return Config("ring", dit, steps=steps, seed=seed, objective=objective, optim=optim, **rest)
+    """The training of one objective: that of the study on mixtures, with twice its batch."""
+    changes = {"objective__kind": kind, "optim__ema_warmup": False, "batch_size": 256}
+    return problems.configuration("ring", seed, steps, **changes)
 
 
 def images(points: Tensor) -> Tensor:

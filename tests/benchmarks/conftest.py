@@ -3,6 +3,7 @@
 import gc
 
 import pytest
+import torch
 
 from benchmarks.baselines.authors import AUTHORS
 from benchmarks.harness import ceilings
@@ -17,6 +18,14 @@ from tests.benchmarks.tiny import CASE
 def committed(monkeypatch):
     """Whatever the state of the tree that is tested, records have nothing to warn of."""
     monkeypatch.setattr(record, "commit", lambda: "0123456789ab")
+
+
+@pytest.fixture
+def one_thread():
+    """For studies, which set the number of threads of their process: it is as it was afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

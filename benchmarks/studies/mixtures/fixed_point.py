@@ -26,6 +26,7 @@ is the mean for p = 0, and for p = 1/2, eps = 0 the geometric median of v.
 import torch
 from torch import Tensor
 
+from benchmarks.exact.look_ahead import drawn_velocity
 from benchmarks.exact.mixture import Mixture
 from benchmarks.studies.mixtures.problems import Points
 from soflow_fast.objective import TIME_GAP
@@ -46,9 +47,7 @@ def arrived(data: Mixture, x: Tensor, t: Tensor, s: Tensor, r: float, source: to
         if source is None:
             v = data.velocity(x, t)
         else:
-            *_, d_alpha, d_beta = (value[:, None] for value in data.scales(t))
-            x0, x1 = data.pair(x, t, source)
-            v = d_alpha * x0 + d_beta * x1
+            v = drawn_velocity(data, x, t, source)
         x, t = x + (l - t)[:, None] * v, l
     return x
 
@@ -96,9 +95,7 @@ def weighted_velocity(
     """
     n, D = x.shape
     source = torch.Generator().manual_seed(0)
-    *_, d_alpha, d_beta = (value[:, None] for value in data.scales(t.repeat(pairs)))
-    x0, x1 = data.pair(x.repeat(pairs, 1), t.repeat(pairs), source)
-    v = (d_alpha * x0 + d_beta * x1).reshape(pairs, n, D)
+    v = drawn_velocity(data, x.repeat(pairs, 1), t.repeat(pairs), source).reshape(pairs, n, D)
     mean = found = v.mean(0)
     for _ in range(steps if p else 0):
         w = ((v - found).square().mean(2, keepdim=True) + eps) ** -p

@@ -1,7 +1,6 @@
 """The study of equal work, a few steps of each method: what is counted, what is recorded, what the page shows."""
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,20 +12,6 @@ from benchmarks.studies import equal_work, equal_work_problems
 from soflow_fast.errors import Diverged, UserError
 
 BLOCKS = ("digits", "photographs", "calls", "costs", "rates")
-
-
-@contextmanager
-def threads(number: int):
-    """In place of processes."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -118,7 +103,7 @@ def test_a_training_that_diverges_is_a_row_that_says_so(one_thread, monkeypatch)
 def test_the_record_and_its_page(one_thread, photographs, tmp_path, monkeypatch, committed, capsys):
     monkeypatch.setattr(equal_work_problems, "DIGIT_SAMPLES", 40)
     monkeypatch.setattr(equal_work, "EULER", (1, 10))
-    monkeypatch.setattr(command, "workers", threads)
+    monkeypatch.setattr(command, "workers", lambda number: ThreadPoolExecutor(1))
     monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
     arguments = ["--seeds", "0", "1", "--photograph-seeds", "0", "--steps", "4", "--photograph-steps", "4"]
     equal_work.main([*arguments, "--data", photographs, "--workers", "1"])

@@ -2,7 +2,6 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -201,13 +200,6 @@ def test_every_setting_differs_from_the_base_in_one_factor():
         assert any(changed <= factor for factor in FACTORS), name
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_everything_measured_is_on_the_page(one_thread, monkeypatch, tmp_path):
     for module in (trainings, minimisers):
         monkeypatch.setattr(module, "held", lambda name: problems.held(name, 40, 400))
@@ -268,16 +260,9 @@ def test_the_page_says_what_the_records_say():
     assert f"the errors are {ways[0]} (bf16 pair), {ways[1]} (fp16 pair)" in text
 
 
-@contextmanager
-def threads(number: int):
-    """In place of processes."""
-    with ThreadPoolExecutor(number) as pool:
-        yield pool
-
-
 def test_the_command_keeps_what_it_has_and_names_what_is_missing(monkeypatch, tmp_path, committed):
     monkeypatch.setattr(record, "RECORDS", tmp_path)
-    monkeypatch.setattr(command, "workers", threads)
+    monkeypatch.setattr(command, "workers", ThreadPoolExecutor)
     made = [mixtures.Job(name, lambda k: [{"kind": "x", "value": k}], (k,)) for k, name in enumerate("abb")]
     monkeypatch.setattr(mixtures, "jobs", lambda seeds, steps: [*made])
     mixtures.main(["--workers", "2", "--seeds", "1"])
@@ -298,7 +283,7 @@ def test_long_trainings_by_a_central_difference_are_a_record_of_their_own(monkey
         return [{"kind": "long", "problem": problem, "r": r, "seed": seed, "steps": every, "points": [point]}]
 
     monkeypatch.setattr(record, "RECORDS", tmp_path)
-    monkeypatch.setattr(command, "workers", threads)
+    monkeypatch.setattr(command, "workers", ThreadPoolExecutor)
     monkeypatch.setattr(mixtures_central, "long", long)
     mixtures_central.main(["--workers", "1", "--steps", "32"])
     (path,) = tmp_path.iterdir()
