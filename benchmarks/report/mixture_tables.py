@@ -1,5 +1,6 @@
 """A record of benchmarks.mixtures as Markdown, a table for each question."""
 
+import math
 from collections.abc import Callable
 
 from benchmarks.report.tables import markdown
@@ -17,9 +18,7 @@ def bias_table(rows: list[dict]) -> str:
         for name in problems:
             row = found.get((name, r))
             missing = ["not measured"] * 2
-            cells += (
-                [f"{row['pair']:.4f} ± {row['pair_standard_error']:.4f}", f"{row['marginal']:.4f}"] if row else missing
-            )
+            cells += [with_error(row, "pair"), with_error(row, "marginal")] if row else missing
         lines.append(cells)
     head = ["r"]
     for name in problems:
@@ -27,17 +26,27 @@ def bias_table(rows: list[dict]) -> str:
     return markdown(head, len(head), lines)
 
 
+def with_error(row: dict, what: str) -> str:
+    """A figure and its standard error, to two digits of the latter; below two errors the bound that these are."""
+    figure, error = row[what], row[f"{what}_standard_error"]
+    if figure < 2 * error:
+        return f"below {figure + 2 * error:.1g}"
+    places = max(0, 1 - math.floor(math.log10(error))) if error else 4
+    return f"{figure:.{places}f} ± {error:.{places}f}"
+
+
 def long_table(rows: list[dict]) -> str:
     """A line per problem and constant r: the error early, halfway and at the end, beside the bias of f_r."""
+    found = [row for row in rows if row["kind"] == "long"]
     lines = []
-    for row in sorted(
-        (row for row in rows if row["kind"] == "long"), key=lambda row: (row["problem"], -row["r"], row["seed"])
-    ):
-        points = row["points"]
-        chosen = [points[len(points) // 4 - 1], points[len(points) // 2 - 1], points[-1]]
-        cells = [NAMES[row["problem"]], f"{row['r']:g}", f"{row['bias']:.3f}"]
-        cells += [f"{point['judged']:.3f}" for point in chosen]
-        cells += [f"{point['from_fixed_point']:.3f}" for point in chosen]
+    for problem, r in sorted({(row["problem"], row["r"]) for row in found}, key=lambda key: (key[0], -key[1])):
+        each = [row for row in found if (row["problem"], row["r"]) == (problem, r)]
+        many = len(each[0]["points"])
+        cells = [NAMES[problem], f"{r:g}", f"{_mean(each, 'bias'):.3f}"]
+        for what in ("one_step", "from_fixed_point"):
+            cells += [
+                _spread([row["points"][k - 1] for row in each], what) for k in (many // 4, many // 2, many) if k > 0
+            ]
         lines.append(cells)
     shown = [
         f"{what}, {when}" for what in ("from the exact f", "from f_r") for when in ("a quarter", "half", "all steps")
@@ -47,14 +56,18 @@ def long_table(rows: list[dict]) -> str:
 
 
 def weight_table(rows: list[dict]) -> str:
-    """A line per mixture: the error of the velocity that the weighted loss teaches, by p; below, that of networks."""
+    """A line per mixture: by p how far the weighted loss moves the velocity, at all points and at undecided ones."""
     found = [row for row in rows if row["kind"] == "weighted"]
     powers = list(dict.fromkeys(row["p"] for row in found))
     lines = []
     for name in dict.fromkeys(row["problem"] for row in found):
-        at = {row["p"]: row["velocity"] for row in found if row["problem"] == name}
-        lines.append([NAMES.get(name, name), *(f"{at[p]:.3f}" for p in powers)])
-    head = ["mixture", *(f"p = {p:g}" for p in powers)]
+        at = {row["p"]: row for row in found if row["problem"] == name}
+        row = at[powers[0]]
+        cells = [NAMES.get(name, name), *(f"{at[p]['velocity']:.3f}" for p in powers), f"{row['unknown']:.3f}"]
+        cells += [f"{100 * row['undecided']:.0f} %"]
+        lines.append([*cells, *(f"{at[p]['velocity_undecided']:.3f}" for p in (0.5, 1.0) if p in at)])
+    head = ["mixture", *(f"p = {p:g}" for p in powers), "unknown", "undecided"]
+    head += [f"there, p = {p:g}" for p in (0.5, 1.0) if p in powers]
     return markdown(head, len(head) - 1, lines)
 
 
@@ -64,6 +77,7 @@ def settings_table(rows: list[dict]) -> str:
     lines = []
     for problem in NAMES:
         mine = [row for row in found if row["problem"] == problem]
+        base = {row["seed"]: row["one_step"] for row in mine if row["factor"] == "base"}
         order = sorted(dict.fromkeys((row["factor"], row["setting"]) for row in mine), key=lambda key: _FACTORS[key[0]])
         for k, (factor, setting) in enumerate(order):
             each = [row for row in mine if (row["factor"], row["setting"]) == (factor, setting)]
@@ -71,9 +85,16 @@ def settings_table(rows: list[dict]) -> str:
             solves = factor != "flow matching"
             for what in ("one_step", "within", "velocity", "distance"):
                 cells.append(_spread(each, what) if solves or what == "velocity" else "")
+            cells.insert(3, _over_base(each, base) if solves and factor != "base" else "")
             lines.append([*cells, str(len(each)), f"{_mean(each, 'cpu_seconds'):.1f}"])
-    head = ["problem", "setting", "f(x_1, 1, 0)", "f(x_t, t, s)", "velocity", "distance", "seeds", "CPU seconds"]
+    head = ["problem", "setting", "f(x_1, 1, 0)", "over the base's", "f(x_t, t, s)", "velocity", "distance"]
+    head += ["seeds", "CPU seconds"]
     return markdown(head, len(head) - 2, lines)
+
+
+def _over_base(each: list[dict], base: dict[int, float]) -> str:
+    """The one-step errors over the base's of the same seed: mean, and lowest to highest."""
+    return _spread([{"ratio": row["one_step"] / base[row["seed"]]} for row in each if row["seed"] in base], "ratio")
 
 
 _FACTORS = {
@@ -146,25 +167,34 @@ def _bias_note(rows: list[dict]) -> str:
         if (row["kind"], row["problem"]) == ("bias", first["problem"])
     )
     return (
-        f"Root mean square over {first['points']} noises of f(x_1, 1, 0), in units of the data's deviation, ± one "
+        f"Root mean square over {first['points']} noises of f(x_1, 1, 0), in units of the data's spread, ± one "
         f"standard error; chains of each noise: {chains}."
     )
 
 
 def _long_note(rows: list[dict]) -> str:
-    steps = next((row["steps"] for row in rows if row["kind"] == "long"), 0)
-    return f"{steps} steps at a constant rate, p = 0, one seed; the averaged weights, at noises of which f_r is known."
+    found = [row for row in rows if row["kind"] == "long"]
+    seeds = len({row["seed"] for row in found})
+    return (
+        f"{found[0]['steps'] if found else 0} steps at a constant rate, p = 0, {seeds} seed{'s' * (seeds != 1)}: mean "
+        "(lowest to highest); the averaged weights, in units of the data's spread."
+    )
 
 
 def _weight_note(rows: list[dict]) -> str:
-    return "Root mean square distance from the exact velocity, over that of the exact velocity itself; eps = 0.01."
+    return (
+        "Root mean square distance from the mean velocity over that of the exact velocity itself, eps = 0.01; unknown: "
+        "the same of the mean of the velocities that were drawn from the exact one; undecided: the share of points "
+        "with no component above 0.99, to which the last columns are restricted."
+    )
 
 
 def _settings_note(rows: list[dict]) -> str:
     steps = next(row["steps"] for row in rows if row["kind"] == "training")
     return (
-        f"{steps} steps each; mean (lowest to highest). Errors of f in units of the data's deviation, that of the "
-        f"velocity over the exact one; distance: sliced Wasserstein-1 of one-step samples, {floors(rows)}."
+        f"{steps} steps each; mean (lowest to highest). Errors of f in units of the data's spread, that of one step "
+        "also over the base's of the same seed, that of the velocity over the exact one; distance: sliced "
+        f"Wasserstein-1 of one-step samples, {floors(rows)}."
     )
 
 
@@ -176,7 +206,7 @@ def _slope_note(rows: list[dict]) -> str:
 
 def _calls_note(rows: list[dict]) -> str:
     return (
-        "Mean (lowest to highest) over the seeds. Distance: sliced Wasserstein-1 in units of the data's deviation, "
+        "Mean (lowest to highest) over the seeds. Distance: sliced Wasserstein-1 in units of the data's spread, "
         f"{floors(rows)}. Error: where the first noise decides alone."
     )
 

@@ -1,4 +1,4 @@
-"""A record of benchmarks.tokens as Markdown: each way to spend the work with the better of its learning rates."""
+"""A record of benchmarks.tokens as Markdown: each way to spend the work, at its own learning rate."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,25 +7,19 @@ from statistics import mean
 from benchmarks.report.tables import markdown
 
 
-def best_runs(rows: Sequence[dict]) -> list[list[dict]]:
-    """For each way and number of tokens the runs of all seeds, of the learning rate whose error of the solution is
-    least with the first seed: the others have no part in the choice."""
-    runs = [row for row in rows if row["kind"] == "run"]
+def compared_runs(rows: Sequence[dict]) -> list[list[dict]]:
+    """For each way and number of tokens the runs of all seeds, without those that chose the rate."""
     found: dict[tuple[str, int], list[dict]] = {}
-    for row in runs:
-        found.setdefault((row["name"], row["tokens"]), []).append(row)
-    best = []
-    for mine in found.values():
-        first = [row for row in mine if row["seed"] == runs[0]["seed"]]
-        lr = min(first, key=lambda row: row["points"][-1]["solution"][0])["lr"]
-        best.append([row for row in mine if row["lr"] == lr])
-    return best
+    for row in rows:
+        if row["kind"] == "run":
+            found.setdefault((row["name"], row["tokens"]), []).append(row)
+    return list(found.values())
 
 
 def tokens_table(rows: Sequence[dict]) -> str:
     """A line per way; of errors the mean over the seeds, and of that over everything lowest to highest."""
     lines = []
-    for runs in best_runs(rows):
+    for runs in compared_runs(rows):
         first, ends = runs[0], [run["points"][-1] for run in runs]
         cells = [first["name"], str(first["tokens"]), str(first["hidden"]), str(first["batch"]), str(first["steps"])]
         cells += [f"{first['lr']:g}", f"{mean(end['cpu_seconds'] for end in ends):.0f}"]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.exact.estimates import halves, root_mean_square
 from benchmarks.exact.look_ahead import drawn_fixed_point, fixed_point, quotient_bias, weighted_velocity
 from benchmarks.exact.mixture import Mixture, ring, scattered
 from benchmarks.harness import command
@@ -49,7 +50,7 @@ class Size(NamedTuple):
     times: int = 21
     side: int = 31
     """Points along each side of the map."""
-    points: int = 160
+    points: int = 400
     """Points at which the bias is taken."""
     draws: int = 32
 
@@ -143,10 +144,10 @@ def biases(r: float, size: Size, seed: int) -> list[dict]:
     rows = []
     x = start(size.points, seed)
     for t, s in INTERVALS:
-        times = torch.full((len(x),), t, dtype=torch.float64), torch.full((len(x),), s, dtype=torch.float64)
-        exact = mixture.solution(x, *times, steps=256)
-        straight = fixed_point(mixture, x, *times, r) - exact
-        spread = drawn_fixed_point(mixture, x, *times, r, size.draws, source) - exact
+        one = torch.ones(len(x), dtype=torch.float64)
+        exact = mixture.solution(x, t * one, s * one, steps=256)
+        straight = fixed_point(mixture, x, t, s, r) - exact
+        spread = drawn_fixed_point(mixture, x, t, s, r, size.draws, source) - exact
         rows.append({"kind": "solution bias", "r": r, "t": t, "s": s, **summary(straight, spread)})
     places = generator(seed, 0, 0, "points of the bias")  # the same for every r
     t, s = Objective(ObjectiveConfig()).consistency_times(size.points, places, torch.float64)
@@ -161,12 +162,9 @@ def summary(straight: Tensor, draws: Tensor) -> dict:
     """Of biases along mean velocities [B, D] and draws of those along drawn ones [draws, B, D]: the median length over
     points, and the root of the mean square. That of the draws comes from the products of two halves, so that their
     scatter has no part in it; `error` is its standard error."""
-    half = len(draws) // 2
-    products = (draws[:half].mean(0) * draws[half : 2 * half].mean(0)).sum(-1)
-    rms = products.mean().clamp_min(0).sqrt()
-    error = products.std() / len(products) ** 0.5 / (2 * rms) if rms else torch.zeros(())
+    rms, error = root_mean_square(*halves(draws))
     found = {
-        "mean_velocity": {"median": straight.norm(dim=1).median(), "rms": straight.square().sum(1).mean().sqrt()},
+        "mean_velocity": {"median": straight.norm(dim=1).median(), "rms": root_mean_square(straight)[0]},
         "drawn_velocity": {"median": draws.mean(0).norm(dim=1).median(), "rms": rms, "error": error},
     }
     return {way: {name: float(f"{value:.3g}") for name, value in row.items()} for way, row in found.items()}
@@ -183,7 +181,7 @@ def weights(size: Size, seed: int) -> list[dict]:
             x = (1 - time) * x0 + time * torch.randn(x0.shape, generator=source, dtype=torch.float64)
             exact = mixture.velocity(x, t)
             for p in POWERS:
-                found = weighted_velocity(mixture, x, t, p, 0.01, 20 * size.draws, source)
+                found, _ = weighted_velocity(mixture, x, t, p, 0.01, 20 * size.draws, source)
                 off = ((found - exact).square().mean() / exact.square().mean()).sqrt().item()
                 rows.append({"kind": "weights", "dimensions": D, "t": time, "p": p, "relative": float(f"{off:.3g}")})
     return rows

@@ -19,8 +19,8 @@ R = 0.1
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = command.Parser(prog="python -m benchmarks.mixtures_central", description=__doc__)
-    parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0], metavar="N")
-    parser.add_argument("--steps", type=command.count, default=2000, metavar="N", help="updates of each run (2000)")
+    parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1], metavar="N")
+    parser.add_argument("--steps", type=command.count, default=8000, metavar="N", help="updates of each run (8000)")
     about = "runs at a time, one thread each"
     parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
     options = parser.parse(argv)
@@ -38,5 +38,5 @@ def main(argv: Sequence[str] | None = None) -> None:
             del running[training]
             kept.keep(rows, [*running.values()])
             last = rows[-1]["points"][-1]
-            print(f"{rows[-1]['problem']}: {last['judged']:.3f} after {last['cpu_seconds']:.0f} s", flush=True)
+            print(f"{rows[-1]['problem']}: {last['one_step']:.3f} after {last['cpu_seconds']:.0f} s", flush=True)
     kept.finish(rows)

@@ -5,8 +5,9 @@ f(x_1, 1, 0) are known. The same DiT sees them in patches of 4, 2 and 1 pixels: 
 the same FLOPs of training, those of products and attention in whole steps (`benchmarks.harness.account.flops`, torch's
 formulas), which leaves more tokens less of something else: steps, images in a batch, or width. On the way, and at the
 end, the averaged weights are held against the exact solution of noises that were never trained on, and the exact
-velocity, over all and by band of frequencies. Each way is tried with every learning rate. SoFlow without guidance or
-labels, constant rate, float32, one CPU thread a run. `python -m benchmarks.report` makes the table.
+velocity, over all and by band of frequencies. Each way is first tried with every learning rate on a seed of its own,
+and then compared at the better one. SoFlow without guidance or labels, constant rate, float32, one CPU thread a run.
+`python -m benchmarks.report` makes the table.
 """
 
 import functools
@@ -24,6 +25,7 @@ from benchmarks.harness import account, command
 from benchmarks.report import record
 from soflow_fast.config.presets import preset
 from soflow_fast.config.schema import Config, DiTConfig
+from soflow_fast.errors import UserError
 from soflow_fast.flow import SolutionFlow
 from soflow_fast.rng import generator
 from soflow_fast.training.state import TrainState
@@ -36,6 +38,8 @@ HELD = 64
 """Noises, and points for the velocity, that the errors are taken on."""
 SOLVER_STEPS = 128
 """Runge-Kutta steps of the exact solution; the record says how far twice as many are from them."""
+TUNING_SEED = 1000
+"""The seed on which learning rates are chosen. It has no part in the comparison."""
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """The parts of the work after which errors are taken."""
 
@@ -72,6 +76,11 @@ class Held(NamedTuple):
     """Points x_t on the path, whose times t [HELD] are spread evenly over (0, 1)."""
     t: Tensor
     velocity: Tensor
+
+
+def tokens_of(way: Way, side: int = SIDE) -> int:
+    """Tokens of an image."""
+    return (side // way.patch) ** 2
 
 
 @functools.cache
@@ -152,37 +161,60 @@ def run(way: Way, seed: int, lr: float, work: float, side: int = SIDE) -> dict:
             train_step(state, to_images(z, side).float(), None)
         seconds += time.process_time() - began
         points.append({"step": end, "flops": end * each, "cpu_seconds": seconds, **errors(state.ema, side)})
-    facts = {"kind": "run", **way._asdict(), "tokens": (side // way.patch) ** 2, "seed": seed, "lr": lr}
+    facts = {"kind": "run", **way._asdict(), "tokens": tokens_of(way, side), "seed": seed, "lr": lr}
     facts |= {"parameters": state.parameter_count(), "step_flops": each, "steps": steps}
     return facts | {"points": points}
+
+
+def chosen(rows: Sequence[dict]) -> dict[tuple[str, int], float]:
+    """The learning rate by (way, tokens) whose error of the solution is least, of rows of kind "rate"."""
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["kind"] == "rate":
+            error = row["points"][-1]["solution"][0]
+            found.setdefault((row["name"], row["tokens"]), []).append((error, row["lr"]))
+    return {at: min(tried)[1] for at, tried in found.items()}
+
+
+def said(row: dict) -> str:
+    """A line on a row of `run`."""
+    last = row["points"][-1]
+    about = f"{row['tokens']} tokens, {row['name']}, lr {row['lr']:g}, seed {row['seed']}: {row['steps']} steps"
+    found = f"f {last['solution'][0]:.3f}, v {last['velocity'][0]:.3f}"
+    return f"{about}, {last['cpu_seconds']:.0f} CPU-seconds, {found}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = command.Parser(prog="python -m benchmarks.tokens", description=__doc__)
-    parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1], metavar="N")
+    parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1, 2], metavar="N")
     about = "GFLOP of training of each run (1500)"
     parser.add_argument("--gflop", type=command.count, default=1500, metavar="N", help=about)
-    about = "learning rates, each way with every one of them (0.001 0.004)"
+    about = "learning rates that are tried, on a seed of their own (0.001 0.004)"
     parser.add_argument("--rates", type=command.fraction, nargs="+", default=[0.001, 0.004], metavar="LR", help=about)
     about = "runs at a time, one thread each"
     parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
     options = parser.parse(argv)
     command.distinct("--seeds", options.seeds)
     command.distinct("--rates", options.rates)
+    if TUNING_SEED in options.seeds:
+        raise UserError(f"--seeds: {TUNING_SEED} is the seed on which learning rates are chosen")
     kept = record.Growing("tokens", argv)
-    jobs = [(way, seed, lr) for seed in options.seeds for lr in options.rates for way in WAYS]
+    compared = [f"{way.name}, patches of {way.patch}, seed {seed}" for seed in options.seeds for way in WAYS]
     with command.workers(options.workers) as pool:
-        first = pool.submit(references)
-        pending = [pool.submit(run, *job, options.gflop * 1e9) for job in jobs]
-        rows = list(first.result())
-        for done, training in enumerate(pending, 1):
-            row = training.result()
-            rows.append(row)
-            left = [f"{way.name}, patches of {way.patch}, seed {seed}, lr {lr:g}" for way, seed, lr in jobs[done:]]
-            kept.keep(rows, left)
-            last = row["points"][-1]
-            about = f"{row['tokens']} tokens, {row['name']}, lr {row['lr']:g}, seed {row['seed']}: {row['steps']} steps"
-            found = f"f {last['solution'][0]:.3f}, v {last['velocity'][0]:.3f}"
-            print(f"{about}, {last['cpu_seconds']:.0f} CPU-seconds, {found}", flush=True)
+        rows = list(pool.submit(references).result())
+
+        def run_all(kind: str, jobs: list[tuple[Way, int, float]], later: list[str]) -> None:
+            """Run jobs and keep each row as it comes, under that kind; `later` has not begun yet."""
+            pending = {pool.submit(run, *job, options.gflop * 1e9): job for job in jobs}
+            for training in [*pending]:
+                rows.append(row := training.result() | {"kind": kind})
+                del pending[training]
+                left = [f"{way.name}, patches of {way.patch}, seed {s}, lr {lr:g}" for way, s, lr in pending.values()]
+                kept.keep(rows, left + later)
+                print(f"{kind}: {said(row)}", flush=True)
+
+        run_all("rate", [(way, TUNING_SEED, lr) for way in WAYS for lr in options.rates], compared)
+        rates = chosen(rows)
+        run_all("run", [(way, seed, rates[way.name, tokens_of(way)]) for seed in options.seeds for way in WAYS], [])
     kept.finish(rows)

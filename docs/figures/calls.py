@@ -43,5 +43,5 @@ def draw(theme: Theme, run: dict) -> Figure:
         axes.set_title(TITLES[problem])
         axes.set_xlabel("network calls of a sample")
         axes.legend(loc="upper right", fontsize=8)
-    panels[0].set_ylabel("distance of samples to the data,\nin deviations of the data")
+    panels[0].set_ylabel("distance of samples to the data,\nin units of the data's spread")
     return figure

@@ -26,6 +26,6 @@ def draw(theme: Theme, run: dict) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("r, the share of the interval that the loss looks ahead")
-    axes.set_ylabel("distance of $f_r(x_1, 1, 0)$ from the exact $f$,\nin deviations of the data")
+    axes.set_ylabel("distance of $f_r(x_1, 1, 0)$ from the exact $f$,\nin units of the data's spread")
     axes.legend(fontsize=8)
     return figure

@@ -15,17 +15,26 @@ def draw(theme: Theme, run: dict, central: dict) -> Figure:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     panels = figure.subplots(1, len(problems), squeeze=False)[0]
     for problem, axes in zip(problems, panels, strict=True):
-        mine = sorted((row for row in rows if row["problem"] == problem), key=lambda row: -row["r"])
-        for row, colour in zip(mine, theme.colours, strict=False):
-            steps, errors = ([point[name] for point in row["points"]] for name in ("step", "judged"))
-            axes.plot(steps, errors, marker=".", color=colour, label=f"r = {row['r']:g}")
-            axes.axhline(row["bias"], color=colour, linestyle="--", linewidth=1)
-        for row in (row for row in central["rows"] if row["problem"] == problem):
-            steps, errors = ([point[name] for point in row["points"]] for name in ("step", "judged"))
-            axes.plot(steps, errors, marker=".", color=theme.ink, label=f"r = {row['r']:g}, central")
+        mine = [row for row in rows if row["problem"] == problem]
+        for r, colour in zip(sorted({row["r"] for row in mine}, reverse=True), theme.colours, strict=False):
+            each = [row for row in mine if row["r"] == r]
+            _line(axes, each, colour, f"r = {r:g}")
+            axes.axhline(each[0]["bias"], color=colour, linestyle="--", linewidth=1)
+        others = [row for row in central["rows"] if row["problem"] == problem]
+        _line(axes, others, theme.ink, f"r = {others[0]['r']:g}, central")
         axes.set_ylim(bottom=0)
         axes.set_title(TITLES[problem])
         axes.set_xlabel("steps of training")
         axes.legend()
-    panels[0].set_ylabel("error of $f(x_1, 1, 0)$, in deviations of the data\n(dashed: the fixed point at the same r)")
+    panels[0].set_ylabel(
+        "error of $f(x_1, 1, 0)$, in units of the data's\nspread (dashed: the fixed point at the same r)"
+    )
     return figure
+
+
+def _line(axes, rows: list[dict], colour: str, label: str) -> None:
+    """The mean over the seeds, and their range."""
+    steps = [point["step"] for point in rows[0]["points"]]
+    at = list(zip(*([point["one_step"] for point in row["points"]] for row in rows), strict=True))
+    axes.plot(steps, [sum(errors) / len(errors) for errors in at], marker=".", color=colour, label=label)
+    axes.fill_between(steps, [min(errors) for errors in at], [max(errors) for errors in at], color=colour, alpha=0.2)

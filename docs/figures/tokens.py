@@ -5,7 +5,7 @@ from statistics import mean
 from matplotlib.figure import Figure
 
 from benchmarks.report.figures import Theme
-from benchmarks.report.tokens_tables import band_names, best_runs
+from benchmarks.report.tokens_tables import band_names, compared_runs
 
 RECORDS = ("tokens",)
 SOURCES = ("benchmarks/report/tokens_tables.py",)
@@ -16,7 +16,7 @@ def draw(theme: Theme, run: dict) -> Figure:
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     over, bands = figure.subplots(1, 2)
     colours = dict(zip((64, 256, 1024), theme.colours, strict=False))
-    for runs in best_runs(run["rows"]):
+    for runs in compared_runs(run["rows"]):
         first = runs[0]
         style = {"color": colours[first["tokens"]], "linestyle": LINES[first["name"]], "marker": "."}
         how = "" if first["name"] == "base" else f", {first['name']} {first['hidden']}".removesuffix(" 64")

@@ -16,10 +16,11 @@ def tokens(run: dict) -> str:
     """A record of benchmarks.tokens as Markdown: more tokens at equal work."""
     runs = [row for row in run["rows"] if row["kind"] == "run"]
     work = runs[0]["step_flops"] * runs[0]["steps"]
-    seeds, rates = (len({row[name] for row in runs}) for name in ("seed", "lr"))
+    seeds = len({row["seed"] for row in runs})
+    rates = len({row["lr"] for row in run["rows"] if row["kind"] == "rate"})
     note = (
         f"{number(work / 1e12)} TFLOP of training each, {seeds} seed{'s' * (seeds != 1)}, the better of {rates} "
-        "learning rates with the first of them. Errors relative to the exact velocity and to the exact f(x_1, 1, 0), "
+        "learning rates on another seed. Errors relative to the exact velocity and to the exact f(x_1, 1, 0), "
         f"the latter by band of frequencies in half waves per image, too. `{run['command']}`."
     )
     shown = picture("tokens", "Error of one-step samples over FLOPs of training, and at their end by frequency.")

@@ -28,13 +28,13 @@ def rms(difference: Tensor) -> float:
 
 
 def errors(flow: SolutionFlow, at: Held) -> dict[str, float]:
-    """The errors of a network: f(x_1, 1, 0) and f(x_t, t, s) in units of the data's deviation, the velocity in units
+    """The errors of a network: f(x_1, 1, 0) and f(x_t, t, s) in units of the data's spread, the velocity in units
     of the exact one's root mean square."""
     ends = [solved(flow, points.x, points.t, points.s) - points.exact for points in (at.one_step, at.within)]
     found = velocity(flow, at.within.x, at.within.t) - at.velocity
     return {
-        "one_step": rms(ends[0]) / at.deviation,
-        "within": rms(ends[1]) / at.deviation,
+        "one_step": rms(ends[0]) / at.spread,
+        "within": rms(ends[1]) / at.spread,
         "velocity": rms(found) / rms(at.velocity),
     }
 
@@ -50,10 +50,10 @@ def sliced_distance(a: Tensor, b: Tensor) -> float:
 
 
 def floor(data: Mixture, at: Held, sets: int = 10) -> float:
-    """The mean sliced distance between the held data and as much other data, in units of the deviation."""
+    """The mean sliced distance between the held data and as much other data, in units of the data's spread."""
     source = generator(0, 0, 0, "floor")
     found = [sliced_distance(data.sample(len(at.data), source)[0], at.data) for _ in range(sets)]
-    return sum(found) / sets / at.deviation
+    return sum(found) / sets / at.spread
 
 
 def by_calls(flow: SolutionFlow, at: Held) -> Iterator[dict]:
@@ -68,7 +68,7 @@ def by_calls(flow: SolutionFlow, at: Held) -> Iterator[dict]:
         for nfe in calls:
             noise = [first, *again[: nfe - 1]] if method == "renoise" else [first]
             x = sample(flow, nfe=nfe, method=method, noise=noise)[:, :, 0, 0].double()
-            row = {"method": method, "calls": nfe, "distance": sliced_distance(x, at.data) / at.deviation}
+            row = {"method": method, "calls": nfe, "distance": sliced_distance(x, at.data) / at.spread}
             if method != "renoise" or nfe == 1:
-                row["error"] = rms(x[: len(at.one_step.x)] - at.one_step.exact) / at.deviation
+                row["error"] = rms(x[: len(at.one_step.x)] - at.one_step.exact) / at.spread
             yield row

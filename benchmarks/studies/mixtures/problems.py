@@ -64,7 +64,7 @@ class Held(NamedTuple):
     """[SAMPLES, D]; its first rows are those of `one_step`."""
     data: Tensor
     """[SAMPLES, D]."""
-    deviation: float
+    spread: float
     """Root mean square distance of the data to its mean: the unit of errors."""
 
 
@@ -82,8 +82,8 @@ def held(name: str, n: int = HELD, samples: int = SAMPLES) -> Held:
     other = torch.randn(start.shape, generator=source, dtype=torch.float64)
     x = alpha * data.sample(n, source)[0] + beta * other
     within = Points(x, t, u * t, data.solution(x, t, u * t, steps=SOLUTION_STEPS))
-    deviation = float((x0 - x0.mean(0)).square().sum(1).mean().sqrt())
-    return Held(one_step, within, data.velocity(x, t), noise, x0, deviation)
+    spread = float((x0 - x0.mean(0)).square().sum(1).mean().sqrt())
+    return Held(one_step, within, data.velocity(x, t), noise, x0, spread)
 
 
 def configuration(name: str, seed: int, steps: int, **changes: Any) -> Config:

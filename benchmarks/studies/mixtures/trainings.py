@@ -10,18 +10,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.central import CENTRAL
+from benchmarks.exact.estimates import root_mean_square
 from benchmarks.harness.recipes import OURS
-from benchmarks.studies.mixtures.fixed_point import means
-from benchmarks.studies.mixtures.measures import by_calls, errors, rms, sliced_distance
+from benchmarks.studies.mixtures.measures import by_calls, errors, sliced_distance
+from benchmarks.studies.mixtures.minimisers import means
 from benchmarks.studies.mixtures.problems import batch, configuration, held, mixture, solved
 from benchmarks.studies.mixtures.settings import BASE, CONSTANT, SETTINGS, Setting
 from soflow_fast.rng import generator
 from soflow_fast.training.state import TrainState
-
-JUDGED = 300
-"""Noises at which f_r is known."""
-CHAINS_BY_R = 1000
-"""Chains of each noise in units of 1 / r: as many steps in all, whatever r is. The spread of a chain falls with r."""
 
 
 def trained(setting: Setting, name: str, seed: int, steps: int) -> tuple[TrainState, float]:
@@ -46,16 +42,14 @@ def judged(setting_name: str, name: str, seed: int, steps: int) -> list[dict]:
     row = {"kind": "training", **what, "cpu_seconds": seconds, **errors(flow, at)}
     one = torch.ones(len(at.noise), dtype=at.noise.dtype)
     ends = solved(flow, at.noise, one, 0 * one)
-    row["distance"] = sliced_distance(ends, at.data) / at.deviation
+    row["distance"] = sliced_distance(ends, at.data) / at.spread
     return [row, *({"kind": "calls", **what, **found} for found in (by_calls(flow, at) if setting.calls else ()))]
 
 
 @functools.cache
 def fixed_point(name: str, r: float) -> tuple[Tensor, Tensor]:
-    """f_r(x_1, 1, 0) at the first held noises, by two independent means [n, D]."""
-    copies = max(16, 2 * round(CHAINS_BY_R * r / 2))
-    source = generator(0, 0, 0, f"chains of {name} at {r:g}")
-    return means(mixture(name), held(name).one_step.first(JUDGED), r, copies, source)
+    """f_r(x_1, 1, 0) at the held noises, by two independent means [n, D]."""
+    return means(mixture(name), held(name).one_step.x, r, generator(0, 0, 0, f"chains of {name} at {r:g}"))
 
 
 def long(name: str, r: float, seed: int, steps: int, every: int, central: bool = False) -> list[dict]:
@@ -65,8 +59,8 @@ def long(name: str, r: float, seed: int, steps: int, every: int, central: bool =
     changes = CONSTANT | {"objective__r_end": r, "optim__lr_schedule": "constant", "optim__lr": 1e-3}
     config, data, at = configuration(name, seed, steps, **changes), mixture(name), held(name)
     a, b = fixed_point(name, r)
-    first = at.one_step.first(JUDGED)
-    bias = ((a - first.exact) * (b - first.exact)).sum(1).mean()
+    noise, t, s, exact = at.one_step
+    bias, _ = root_mean_square(a - exact, b - exact)
     recipe, y = CENTRAL if central else OURS, torch.zeros(config.batch_size, dtype=torch.int64)
     state, points, seconds = recipe.build(config), [], 0.0
     while state.step < steps:
@@ -74,20 +68,12 @@ def long(name: str, r: float, seed: int, steps: int, every: int, central: bool =
         for _ in range(min(every, steps - state.step)):
             recipe.step(state, batch(data, config, state.step), y)
         seconds += time.process_time() - began
-        found = solved(state.ema, first.x, first.t, first.s)
-        # As of `fixed_point.bias`: the noise of the two means has no part in the mean of the product.
-        square = ((found - a) * (found - b)).sum(1).mean()
-        points.append(
-            {
-                "step": state.step,
-                "cpu_seconds": seconds,
-                **errors(state.ema, at),
-                "judged": rms(found - first.exact) / at.deviation,
-                "from_fixed_point": float(square.clamp_min(0).sqrt()) / at.deviation,
-            }
-        )
+        found = solved(state.ema, noise, t, s)
+        distance, _ = root_mean_square(found - a, found - b)
+        point = {"step": state.step, "cpu_seconds": seconds, **errors(state.ema, at)}
+        points.append(point | {"from_fixed_point": distance / at.spread})
     row = {"kind": "long", "problem": name, "r": r, "seed": seed, "steps": steps, "points": points}
-    return [row | {"bias": float(bias.clamp_min(0).sqrt()) / at.deviation}]
+    return [row | {"bias": bias / at.spread}]
 
 
 def base(name: str, steps: int) -> TrainState:

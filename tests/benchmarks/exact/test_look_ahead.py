@@ -1,10 +1,14 @@
 """The bias of a finite look-ahead: exact where it is known, and of the order that it has."""
 
+import itertools
+
 import pytest
 import torch
 
 from benchmarks.exact import look_ahead
 from benchmarks.exact.mixture import Mixture, ring
+from soflow_fast.config.schema import ObjectiveConfig
+from soflow_fast.objective import Objective
 
 F64 = torch.float64
 
@@ -18,9 +22,12 @@ def one_gaussian() -> Mixture:
     return Mixture(torch.ones(1, dtype=F64), means, deviations)
 
 
+def noise(n: int) -> torch.Tensor:
+    return torch.randn(n, 2, generator=source(), dtype=F64)
+
+
 def points(n: int, t: float, s: float) -> tuple[torch.Tensor, ...]:
-    x = torch.randn(n, 2, generator=source(), dtype=F64)
-    return x, torch.full((n,), t, dtype=F64), torch.full((n,), s, dtype=F64)
+    return noise(n), torch.full((n,), t, dtype=F64), torch.full((n,), s, dtype=F64)
 
 
 def test_of_one_gaussian_draws_change_nothing():
@@ -29,22 +36,38 @@ def test_of_one_gaussian_draws_change_nothing():
     at, draws = points(5, 1.0, 0.2), 400
     biases = [look_ahead.quotient_bias(one_gaussian(), *at, 0.1, n, source()) for n in (0, 1)]
     torch.testing.assert_close(*biases, rtol=0, atol=1e-6)
-    drawn = look_ahead.drawn_fixed_point(one_gaussian(), *at, 0.1, draws, source())
+    drawn = look_ahead.drawn_fixed_point(one_gaussian(), noise(5), 1.0, 0.2, 0.1, draws, source())
     error = drawn.std(0) / draws**0.5
-    assert ((drawn.mean(0) - look_ahead.fixed_point(one_gaussian(), *at, 0.1)).abs() < 5 * error).all()
+    along_mean = look_ahead.fixed_point(one_gaussian(), noise(5), 1.0, 0.2, 0.1)
+    assert ((drawn.mean(0) - along_mean).abs() < 5 * error).all()
     assert error.max() < 1e-3
 
 
-def test_subtracting_the_first_order_changes_no_mean(monkeypatch):
+def test_subtracting_the_first_order_changes_no_mean():
     """The ends of a chain with nothing subtracted have the same mean, within five standard errors."""
-    at, draws = points(3, 1.0, 0.3), 1000
-    with_it = look_ahead.drawn_fixed_point(ring(), *at, 0.3, draws, source(1))
-    path_slopes = look_ahead.path_slopes
-    monkeypatch.setattr(look_ahead, "path_slopes", lambda *given: [0 * slope for slope in path_slopes(*given)])
-    without = look_ahead.drawn_fixed_point(ring(), *at, 0.3, draws, source(2))
+    at, draws = (ring(), noise(3), 1.0, 0.3, 0.3), 1000
+    with_it = look_ahead.drawn_fixed_point(*at, draws, source(1))
+    without = look_ahead.drawn_fixed_point(*at, draws, source(2), subtract=False)
     error = ((with_it.var(0) + without.var(0)) / draws).sqrt()
     assert ((with_it.mean(0) - without.mean(0)).abs() < 5 * error).all()
     assert (with_it.var(0) < 0.5 * without.var(0)).all()
+
+
+def test_draws_are_as_many_as_asked_for(monkeypatch):
+    """Drawn a few at a time, also where that does not come out even."""
+    monkeypatch.setattr(look_ahead, "TOGETHER", 6)
+    found = look_ahead.drawn_fixed_point(ring(), noise(3), 1.0, 0.0, 0.5, 5, source())
+    assert found.shape == (5, 3, 2) and len(found.unique(dim=0)) == 5
+
+
+def test_in_one_step_f_is_the_mean_of_the_data():
+    """r = 1 draws a pair once: E[x_0 | x_1 = x], as flow matching's velocity says it."""
+    x, one = noise(20), torch.ones(20, dtype=F64)
+    wanted = x - ring().velocity(x, one)
+    torch.testing.assert_close(look_ahead.fixed_point(ring(), x, 1.0, 0.0, 1.0), wanted)
+    drawn = look_ahead.drawn_fixed_point(ring(), x, 1.0, 0.0, 1.0, 4000, source(1), subtract=False)
+    # A mean of 4000 ends that lie at most about 2.5 from the middle.
+    assert (drawn.mean(0) - wanted).norm(dim=1).max() < 5 * 2.5 / 4000**0.5
 
 
 @pytest.mark.parametrize("of", ["solution", "quotient"])
@@ -55,7 +78,7 @@ def test_the_bias_is_of_first_order(of):
     found = []
     for r in (0.1, 0.01):
         if of == "solution":
-            bias = look_ahead.fixed_point(ring(), *at, r) - exact
+            bias = look_ahead.fixed_point(ring(), noise(20), 1.0, 0.5, r) - exact
         else:
             bias = look_ahead.quotient_bias(ring(), *at, r)
         found.append(bias.norm(dim=1).mean().item())
@@ -64,28 +87,44 @@ def test_the_bias_is_of_first_order(of):
 
 def test_the_fixed_point_is_one():
     """f_r(x, t, s) = f_r(x_l, l, s) along mean velocities, up to what is left of the chain at its end."""
-    (x, t, s), r = points(4, 1.0, 0.0), 0.1
-    l = t + r * (s - t)
-    x_l = x + (l - t)[:, None] * ring().velocity(x, t)
-    here, there = (look_ahead.fixed_point(ring(), *at, r) for at in ((x, t, s), (x_l, l, s)))
+    (x, t, _), r = points(4, 1.0, 0.0), 0.1
+    x_l = x - r * ring().velocity(x, t)
+    here, there = (look_ahead.fixed_point(ring(), *at, 0.0, r) for at in ((x, 1.0), (x_l, 1.0 - r)))
     torch.testing.assert_close(here, there, rtol=0, atol=look_ahead.NEAR)
 
 
 def test_weights_move_the_velocity():
     """p = 0 is the mean of draws, within five standard errors; p = 1 leaves it for the heavier of two far ones."""
     x, t, _ = points(4, 0.9, 0.0)
-    found = look_ahead.weighted_velocity(ring(), x, t, 0.0, 0.01, 4000, source())
-    assert ((found - ring().velocity(x, t)).abs() < 5 * 2.5 / 4000**0.5).all()
+    found, mean = look_ahead.weighted_velocity(ring(), x, t, 0.0, 0.01, 4000, source())
+    assert torch.equal(found, mean) and ((found - ring().velocity(x, t)).abs() < 5 * 2.5 / 4000**0.5).all()
     two = Mixture(
         torch.tensor([0.7, 0.3], dtype=F64),
         torch.tensor([[-5.0], [5.0]], dtype=F64),
         torch.full((2, 1), 0.1, dtype=F64),
     )
     x, t = torch.zeros(1, 1, dtype=F64), torch.ones(1, dtype=F64)
-    heavier = look_ahead.weighted_velocity(two, x, t, 1.0, 0.01, 1000, source())
+    heavier, _ = look_ahead.weighted_velocity(two, x, t, 1.0, 0.01, 1000, source())
     assert two.velocity(x, t).item() == pytest.approx(2.0) and heavier.item() == pytest.approx(5.0, abs=0.3)
 
 
-def test_the_chain_ends_near():
-    for r in (0.3, 0.01, 1.0 - 1e-9):
-        assert (1 - r) ** look_ahead.steps_of(r) <= look_ahead.NEAR < (1 - r) ** (look_ahead.steps_of(r) - 1)
+def test_the_weighted_velocity_is_where_its_gradient_vanishes():
+    x, t = noise(8), torch.full((8,), 0.7, dtype=F64)
+    before, after = (look_ahead.weighted_velocity(ring(), x, t, 0.5, 0.01, 200, source(), n) for n in (400, 401))
+    assert torch.allclose(before[0], after[0], atol=1e-6) and (after[0] - after[1]).norm(dim=1).max() > 0.1
+    # Given x the velocity of one Gaussian is a Gaussian: the weights are symmetric about its mean.
+    found, mean = look_ahead.weighted_velocity(one_gaussian(), x, t, 1.0, 0.01, 4000, source())
+    assert (found - mean).norm() < 0.1 * one_gaussian().velocity(x, t).norm()
+
+
+def test_the_chain_has_the_times_of_the_engine():
+    """And ends near s. For r = 0.003 the shortest look-ahead of the engine, 1e-4, is in force before that."""
+    for t, s in ((1.0, 0.0), (0.9, 0.4)):
+        for r in (0.3, 0.01, 0.003, 1.0):
+            times = look_ahead.chain(t, s, r)
+            objective = Objective(ObjectiveConfig(r_schedule="constant", r_end=r))
+            for now, after in itertools.pairwise(times):
+                assert now - s > look_ahead.NEAR * (t - s)
+                wanted = objective.middle_time(torch.tensor(now, dtype=F64), torch.tensor(s, dtype=F64), 0, 1)
+                assert after == pytest.approx(max(wanted.item(), s), abs=1e-12)
+            assert times[0] == t and s <= times[-1] <= s + look_ahead.NEAR * (t - s)

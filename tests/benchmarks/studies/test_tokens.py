@@ -8,7 +8,7 @@ import torch
 from benchmarks.exact.images import bands, photographs, to_coefficients, to_images
 from benchmarks.harness import command
 from benchmarks.report import pages, record
-from benchmarks.report.tokens_tables import best_runs
+from benchmarks.report.tokens_tables import compared_runs
 from benchmarks.studies import tokens
 from benchmarks.studies.tokens import Way
 from soflow_fast.errors import UserError
@@ -72,28 +72,37 @@ def test_references(rows):
 
 
 def test_the_record_makes_its_table(rows, tmp_path, committed):
-    record.write(rows, "python -m benchmarks.tokens", tmp_path, "tokens")
+    runs = [row for row in rows if row.get("lr") != 1e-2]
+    rates = [row | {"kind": "rate"} for row in rows if row["kind"] == "run"]
+    record.write(runs + rates, "python -m benchmarks.tokens", tmp_path, "tokens")
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "open-questions.md"
     page.write_text("<!-- benchmark:tokens -->\n<!-- /benchmark:tokens -->\n")
     assert pages.main([], tmp_path, tmp_path) == 0
     text = page.read_text()
     assert text.count("\n| base |") == 1 and "| exact for one Gaussian |" in text and "f, below 4" in text
-    assert "2 seeds, the better of 2 learning rates with the first" in text
+    assert "2 seeds, the better of 2 learning rates on another seed" in text
 
 
-def test_the_first_seed_alone_chooses_the_rate():
-    def row(seed, lr, error):
-        return {"kind": "run", "name": "base", "tokens": 4, "seed": seed, "lr": lr, "points": [{"solution": [error]}]}
+def test_the_tuning_seed_chooses_the_rate_and_is_not_compared():
+    def row(kind, seed, lr, error):
+        return {"kind": kind, "name": "base", "tokens": 4, "seed": seed, "lr": lr, "points": [{"solution": [error]}]}
 
-    rows = [row(3, 0.1, 0.5), row(3, 0.2, 0.4), row(4, 0.1, 0.0), row(4, 0.2, 0.6)]
-    assert best_runs(rows) == [[rows[1], rows[3]]]
-    assert best_runs(rows[:3]) == [[rows[1]]]
+    rate = [row("rate", tokens.TUNING_SEED, 0.1, 0.5), row("rate", tokens.TUNING_SEED, 0.2, 0.4)]
+    runs = [row("run", 3, 0.2, 0.9), row("run", 4, 0.2, 0.6)]
+    assert tokens.chosen(rate + runs) == {("base", 4): 0.2}
+    assert compared_runs(rate + runs) == [runs]
 
 
 @pytest.mark.parametrize(
     ("typed", "flag"),
-    [("--seeds 0 0", "--seeds"), ("--rates 0", "--rates"), ("--rates 0.1 0.1", "--rates"), ("--gflop x", "--gflop")],
+    [
+        ("--seeds 0 0", "--seeds"),
+        ("--seeds 0 1000", "--seeds"),
+        ("--rates 0", "--rates"),
+        ("--rates 0.1 0.1", "--rates"),
+        ("--gflop x", "--gflop"),
+    ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_recorded(typed, flag, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
@@ -109,9 +118,15 @@ def test_an_unfinished_record_names_what_is_missing(monkeypatch, tmp_path, commi
     monkeypatch.setattr(record.Growing, "keep", lambda self, rows, missing=(): kept.append([*missing]))
     monkeypatch.setattr(command, "workers", lambda number: ThreadPoolExecutor(1))
     monkeypatch.setattr(tokens, "references", lambda: [])
-    row = {"tokens": 1, "name": "", "lr": 1.0, "seed": 0, "steps": 1}
-    row["points"] = [{"solution": [0.0], "velocity": [0.0], "cpu_seconds": 0.0}]
-    monkeypatch.setattr(tokens, "run", lambda *job: row)
-    tokens.main(["--seeds", "0", "--rates", "0.001"])
-    assert [len(missing) for missing in kept] == [*range(len(tokens.WAYS))][::-1]
-    assert kept[-2] == [f"{tokens.WAYS[-1].name}, patches of {tokens.WAYS[-1].patch}, seed 0, lr 0.001"]
+
+    def run(way, seed, lr, work):
+        points = [{"solution": [lr], "velocity": [0.0], "cpu_seconds": 0.0}]
+        return {"tokens": tokens.tokens_of(way), "name": way.name, "lr": lr, "seed": seed, "steps": 1, "points": points}
+
+    monkeypatch.setattr(tokens, "run", run)
+    tokens.main(["--seeds", "0", "1", "--rates", "0.001", "0.002"])
+    assert [len(missing) for missing in kept] == [*range(4 * len(tokens.WAYS))][::-1]
+    last = tokens.WAYS[-1]
+    what = f"{last.name}, patches of {last.patch}"
+    assert f"{what}, seed 1000, lr 0.002" in kept[0] and f"{what}, seed 1" in kept[0]
+    assert kept[-2] == [f"{what}, seed 1, lr 0.001"]  # the better rate of the two
