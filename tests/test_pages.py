@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import statistics
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import soflow_fast
 from soflow_kernels.inspect import summary
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [ROOT / "README.md", CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [
     importlib.import_module(f"soflow_fast.{name}")
     for name in ("train", "sample", "evaluate", "encode", "export", "gallery")
@@ -179,19 +181,30 @@ def test_kernels_ahead_of_time_are_the_newest_records():
     assert f"By triton {record['versions']['triton']};" in text and f"`benchmarks/records/{newest.name}`" in text
 
 
-def tree_of_the_house() -> set[str]:
-    """The files and folders (with a slash) in the tree of CONTRIBUTING.md, as paths from the root."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The house\n\n```\n")[2]
-    found: set[str] = set()
+def tree_of_the_house(page: str) -> list[str]:
+    """The files and folders (with a slash) in the tree of CONTRIBUTING.md, `page`, as paths from the root, in order."""
+    text = page.partition("## The house\n\n```\n")[2]
+    found: list[str] = []
     folders: list[str] = []
     for line in text.partition("```")[0].splitlines():
         names = re.match(r" *((?:\w+(?:\.py|/)(?: |$))+)", line)
         assert names, line
         level = (len(line) - len(line.lstrip())) // 4
         for name in names[1].split():
-            found.add("".join(folders[:level]) + name)
+            found.append("".join(folders[:level]) + name)
         folders[level:] = [names[1].split()[-1]]
     return found
+
+
+def doubled(paths: list[str]) -> list[str]:
+    """What is listed more than once, in order."""
+    return [path for path, times in Counter(paths).items() if times > 1]
+
+
+def test_the_house_lists_nothing_twice():
+    assert doubled(tree_of_the_house(CONTRIBUTING.read_text("utf-8"))) == []
+    tree = "a/    one\n    b.py c.py\n    d.py   and\n    c.py    again\ne/\n    b.py   of another folder\n"
+    assert doubled(tree_of_the_house(f"## The house\n\n```\n{tree}```\n")) == ["a/c.py"]
 
 
 @pytest.mark.parametrize("package", ["soflow_fast/", "kernels/soflow_kernels/"])
@@ -200,7 +213,7 @@ def test_contributing_shows_every_module(package: str):
     modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("[!_]*.py")]
     folders = {f"{module.rpartition('/')[0]}/" for module in modules}
     there = folders | {module for module in modules if not module.endswith("/version.py")}
-    shown = {name for name in tree_of_the_house() if name.startswith(package)}
+    shown = {name for name in tree_of_the_house(CONTRIBUTING.read_text("utf-8")) if name.startswith(package)}
     # A folder may have a line alone, which then tells what is in it.
     told = {f for f in shown if f.endswith("/") and not any(name.startswith(f) for name in shown - {f})}
     assert shown - there == set()

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks.report import record
-from benchmarks.report.blocks import steps
+from benchmarks.report.blocks import runs
 from benchmarks.studies import soak
 
 TESTS = """
@@ -77,8 +77,8 @@ def test_the_page_says_how_it_ended():
         "date": "2026-11-21",
         "device": "d",
     }
-    text = steps.soak(run | {"file": "f"})
+    text = runs.soak(run | {"file": "f"})
     assert "6 passed, 0 failed, 2 skipped, 3.0 minutes. `c`." in text
     assert "Over 800 steps resident memory rose by 0.25 MB per 1000." in text
-    text = steps.soak(run | {"file": "f", "rows": [row | {"file": "b", "failed": 2}]})
+    text = runs.soak(run | {"file": "f", "rows": [row | {"file": "b", "failed": 2}]})
     assert "3 passed, 2 failed (`b`), 1 skipped" in text and "memory" not in text
