@@ -1,16 +1,18 @@
 """`python -m benchmarks.report` puts the newest records' tables between their markers in the pages of docs/.
 
-With --check it writes nothing and exits 1 if a page or figure differs from the records. To draw needs matplotlib.
+With --check it writes nothing and exits 1 if a page or figure differs from the records, or shows one that is no longer
+there; a block without text is one that was not measured yet. To draw needs matplotlib.
 --compare A B shows two records of one benchmark side by side.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.command import Parser
 from benchmarks.report import record
-from benchmarks.report.blocks import BLOCKS
+from benchmarks.report.blocks import BLOCKS, Block
 from benchmarks.report.compare import compare, find
 from benchmarks.report.figures import draw_the_stale
 from soflow_fast.errors import UserError
@@ -66,10 +68,36 @@ def bring_up_to_date(root: Path, folder: Path, check: bool) -> int:
             differing.append(f"{page} differs from {', '.join(run['file'] for run in mine.values())}")
             if not check:
                 record.replace(root / page, wanted.encode())
+    differing += lost(root, folder, [*runs]) if check else []
     differing += draw_the_stale(root, folder, check)
     for line in differing if check else ():
         print(line, file=sys.stderr)
     return 1 if check and differing else 0
+
+
+def lost(root: Path, folder: Path, kept: Sequence[str]) -> list[str]:
+    """A line for each block in README.md and docs/ that has text and no record to be made of. kept: the names of blocks
+    that have one. A block without text is no fault: its benchmark was not run yet."""
+    found = []
+    for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        text = page.read_text(encoding="utf-8") if page.exists() else ""
+        for name, shown in FILLED.findall(text):
+            if name not in kept and shown.strip():
+                why = (
+                    f"no record of {_kind(BLOCKS[name])} is in {record.shown(folder)}"
+                    if name in BLOCKS
+                    else "no benchmark makes it"
+                )
+                found.append(f"{page.relative_to(root)}: the block {name} has text, but {why}")
+    return found
+
+
+FILLED = re.compile(r"<!-- benchmark:(\S+) -->(.*?)<!-- /benchmark:\1 -->", re.DOTALL)
+
+
+def _kind(block: Block) -> str:
+    """The records that a block shows, in words."""
+    return block.benchmark + {None: "", True: " on a GPU", False: " on a CPU"}[block.gpu]
 
 
 MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)

@@ -140,7 +140,14 @@ def test_without_its_record_a_figure_cannot_be_drawn(site, capsys):
     script = site / figures.FOLDER / "quality.py"
     with pytest.raises(figures.UserError, match=r"quality: no record of benchmarks\.quality_for_time"):
         figures.drawn(script, figures.LIGHT, site, site)
-    assert figures.draw_the_stale(site, site, check=True) == []
+    assert figures.draw_the_stale(site, site) == []
+    lost = figures.draw_the_stale(site, site, check=True)
+    assert [line.rpartition("/docs/")[2].partition(" is in ")[0] for line in lost] == [
+        f"figures/quality-{theme}.svg: no record of quality-for-time" for theme in ("light", "dark")
+    ]
+    for path in figures.drawings(script).values():
+        path.unlink()
+    assert figures.draw_the_stale(site, site, check=True) == []  # of a benchmark that was not run yet
 
 
 def test_a_record_of_something_else_is_named(site):

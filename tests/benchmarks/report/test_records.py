@@ -318,3 +318,34 @@ def test_check_knows_whose_page_it_is(site, capsys):
     page.write_text(page.read_text().replace("30.0", "29.0"))
     assert pages.main(["--check"], site, site) == 1
     assert capsys.readouterr().err == "docs/performance.md differs from a.json\n"
+
+
+def test_check_knows_a_block_whose_record_is_gone(site, capsys):
+    page = site / "docs" / "performance.md"
+    empty = "<!-- benchmark:digits -->\n\n<!-- /benchmark:digits -->\n"
+    filled = "<!-- benchmark:step-gpu -->\n| a table |\n<!-- /benchmark:step-gpu -->\n"
+    unknown = "<!-- benchmark:other -->\n| a table |\n<!-- /benchmark:other -->\n"
+    page.write_text(page.read_text() + empty)
+    assert pages.main(["--check"], site, site) == 0  # nobody has measured digits yet
+    (site / "docs" / "more").mkdir()
+    (site / "docs" / "more" / "page.md").write_text(unknown)
+    text = page.read_text() + filled
+    page.write_text(text)
+    assert pages.main([], site, site) == 0 and page.read_text() == text  # which nothing can bring up to date
+    assert pages.main(["--check"], site, site) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "docs/more/page.md: the block other has text, but no benchmark makes it",
+        f"docs/performance.md: the block step-gpu has text, but no record of step on a GPU is in {site}",
+    ]
+
+
+def test_check_misses_a_record_that_was_deleted(site, capsys):
+    scores = {"accuracy": 0.99, "frechet": 29.0, "near_copies": 0.0}
+    written(site, "b", [{"seed": 3, "seconds": 99.6, "samples": 4, "nfe": {"1": scores}}], benchmark="digits")
+    page = site / "docs" / "performance.md"
+    page.write_text(page.read_text() + "<!-- benchmark:digits -->\n<!-- /benchmark:digits -->\n")
+    assert pages.main([], site, site) == 0 and pages.main(["--check"], site, site) == 0
+    (site / "b.json").unlink()
+    assert pages.main(["--check"], site, site) == 1
+    said = f"docs/performance.md: the block digits has text, but no record of digits is in {site}\n"
+    assert capsys.readouterr() == ("", said)
