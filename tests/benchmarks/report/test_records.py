@@ -198,6 +198,28 @@ def test_a_gpu_goes_before_a_cpu_and_then_the_latest(tmp_path):
     assert gpu is not None and gpu["file"] == "new.json"
 
 
+def test_a_folder_is_parsed_once_for_all_who_look_through_it(tmp_path, monkeypatch):
+    parsed: list[str] = []
+    plain = json.loads
+    monkeypatch.setattr(record.json, "loads", lambda text: parsed.append(text) or plain(text))
+    record._parsed.cache_clear()
+    for block in pages.BLOCKS.values():
+        assert record.newest(record.HOME, block.benchmark, block.gpu) is not None
+    assert 0 < len(parsed) <= len([*record.HOME.glob("*.json")])
+    for command in ("one", "two"):  # of one length, a moment apart
+        record.write(ROWS, command, tmp_path)
+        assert latest(tmp_path)["command"] == command
+
+
+def test_no_block_changes_a_record():
+    """Rows are shared: what one block sorted or dropped, the next one would show."""
+    runs = {name: record.newest(record.HOME, block.benchmark, block.gpu) for name, block in pages.BLOCKS.items()}
+    for name, run in runs.items():
+        assert run is not None
+        pages.BLOCKS[name].render(run)
+        assert record.digest(run) == record.digest(json.loads((record.HOME / run["file"]).read_text())), name
+
+
 def test_the_command_is_what_was_typed(monkeypatch):
     typed = record.command("benchmarks.precision", ["--recipes", "bf16, increments", "--steps", "3"])
     assert typed == "python -m benchmarks.precision --recipes 'bf16, increments' --steps 3"
