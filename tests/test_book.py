@@ -1,6 +1,7 @@
 """The book: mkdocs builds it from docs/ without a warning, with every public name, and its hooks do what they say."""
 
 import dataclasses
+import html
 import importlib.util
 import os
 import re
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -20,6 +20,7 @@ from mkdocs.exceptions import Abort
 import soflow_fast
 import soflow_kernels
 from soflow_fast.config.schema import TYPES, Config
+from tests.elements import Elements
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (soflow_fast, soflow_kernels)
@@ -30,18 +31,6 @@ FONTS = r"@import|url\(\s*[\"']?(?:https?:)?//"
 
 def public_names() -> set[str]:
     return {f"{package.__name__}.{name}" for package in PACKAGES for name in package.__all__}
-
-
-class Elements(HTMLParser):
-    """The elements of a page, each with its attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, {name: value or "" for name, value in attrs}))
 
 
 def loaded(text: str) -> list[str]:
@@ -209,8 +198,11 @@ $$
 
 [the kernels](../kernels/README.md#one-line), [a file](../pyproject.toml), `$5 $6`, `a[0](../no/such)`
 
+<a href="kernels.md#ahead-of-time">a page</a> <a href="#one"><img alt="" src='one-light.svg'></a>
+<a href="../Makefile">outside</a> <a href="https://arxiv.org">elsewhere</a> `<img src="no-such.png">`
+
 ```text
-[not a link](../nothing.md) $x$
+[not a link](../nothing.md) $x$ <a href="nothing.md">
 ```
 """
 
@@ -220,13 +212,17 @@ def test_formulas_figures_and_links(small: Callable[[str], Path]) -> None:
     text = (made / "index.html").read_text()
     assert text.count("<math ") == 3 and text.count("<mtr>") == 2 and "&#x0003C;" in text and "arithmatex" not in text
     images = {given["src"]: given["alt"] for tag, given in Elements(text).found if tag == "img"}
-    assert images == {f"one-{theme}.svg#only-{theme}": "What it shows." for theme in ("light", "dark")}
+    shown = {f"one-{theme}.svg#only-{theme}": "What it shows." for theme in ("light", "dark")}
+    assert images == shown | {"one-light.svg": ""}
     links = [given["href"] for tag, given in Elements(text).found if tag == "a"]
     assert {"repository/kernels/index.html#one-line", "repository/pyproject.toml"} <= set(links)
+    of_html = {"kernels.html#ahead-of-time", "#one", "repository/Makefile", "https://arxiv.org"}
+    assert of_html <= set(links)
     assert (made / "repository" / "pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()
     kernels = (made / "repository" / "kernels" / "index.html").read_text()
     assert 'href="examples/train.py"' in kernels  # of a page that was taken in, files are taken in as well
-    assert "[not a link](../nothing.md) $x$" in text and "<code>$5 $6</code>" in text
+    assert '[not a link](../nothing.md) $x$ <a href="nothing.md">' in html.unescape(text)
+    assert "<code>$5 $6</code>" in text
 
 
 WRONG = {
@@ -240,6 +236,10 @@ WRONG = {
     "[gone](../no/such/file.json)": r"docs/index\.md: the link \.\./no/such/file\.json leads to no file",
     "[a folder](../kernels)": r"docs/index\.md: the link \.\./kernels leads to no file",
     "[beyond](../../secret)": r"docs/index\.md: the link \.\./\.\./secret leads to no file",
+    '<a href="../no/such/file.json">gone</a>': r"docs/index\.md: the link \.\./no/such/file\.json leads to no file",
+    "text\n<a title='x > y'\nHREF='no-such.md#one'>gone</a>": r"index\.md: the link no-such\.md#one leads to no file",
+    '<img src="no-such.png" alt="">': r"index\.md: the link no-such\.png leads to no file",
+    '<source srcset="one-light.svg 1x, no-such.svg 2x">': r"index\.md: the link no-such\.svg leads to no file",
 }
 
 

@@ -13,6 +13,8 @@ import pytest
 
 import soflow_fast
 from soflow_kernels.inspect import summary
+from tests.blocks.pages import FENCE
+from tests.elements import links
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -61,15 +63,46 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+def leading_nowhere(page: Path, text: str) -> list[str]:
+    """The links of `text`, the page's own or in its place, whose file or anchor is not there: those of Markdown, and
+    those of HTML outside code."""
+    prose = re.sub(r"`[^`\n]+`", "", FENCE.sub("", text))
+    wrong = []
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *links(prose)]:
         path, _, anchor = target.partition("#")
         if path.startswith("https://"):
             continue
         found = page.parent / path if path else page
-        assert found.exists(), target
-        assert not anchor or anchor in anchors(found), target
+        if not found.exists() or (anchor and anchor not in anchors(found)):
+            wrong.append(target)
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    assert leading_nowhere(page, page.read_text(encoding="utf-8")) == []
+
+
+LINKS = {
+    "[a](README.md) [b](docs/data.md#no-such-heading)": ["docs/data.md#no-such-heading"],
+    '<a href="docs/no-such.md">': ["docs/no-such.md"],
+    "<A title=x\n HREF='docs/data.md#no-such-heading'>": ["docs/data.md#no-such-heading"],
+    '<img alt="x > y" src="docs/no-such.png"/>': ["docs/no-such.png"],
+    '<source srcset="docs/digits.png 1x, docs/no-such.png 2x">': ["docs/no-such.png"],
+    '<a href="https://arxiv.org"><img src="docs/digits.png"></a><a href="#the-book">a</a> if a < b': [],
+    '`<img src="gone.png">`\n\n```html\n<a href="gone.md">\n```\n': [],
+}
+
+
+@pytest.mark.parametrize("text", LINKS)
+def test_a_link_that_leads_nowhere_is_seen(text: str):
+    assert leading_nowhere(ROOT / "README.md", text) == LINKS[text]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_records_that_are_named_are_there(page: Path):
+    named = set(re.findall(r"benchmarks/records/([\w.-]+\.json)", page.read_text(encoding="utf-8")))
+    assert [name for name in sorted(named) if not (ROOT / "benchmarks/records" / name).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
