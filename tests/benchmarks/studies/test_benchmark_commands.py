@@ -57,11 +57,11 @@ MISTAKES = [
     (quality_for_time, "--seeds 0 0", "--seeds"),
     (quality_for_time, "--steps 0", "--steps"),
     (quality_for_time, "--every 0", "--every"),
-    (quality_for_time, "--workers 0", "--workers"),
     (quality_for_time, "--workers 99999999999999999999", "--workers"),
+    *((module, f"--workers {number}", "--workers") for module in (equal_work, policies, precision, quality_for_time)
+      for number in (0, 5000)),
     (policies, "--seeds 0 0", "--seeds"),
     (policies, "--steps 0", "--steps"),
-    (policies, "--workers 0", "--workers"),
     (digits, "--seeds -1", "--seeds"),
     (digits, "--seeds 9223372036854775808", "--seeds"),
     (digits, "--seeds 1.5", "--seeds"),
@@ -70,7 +70,6 @@ MISTAKES = [
     (guidance, "--steps 0", "--steps"),
     (precision, "--seeds -1", "--seeds"),
     (precision, "--steps 0", "--steps"),
-    (precision, "--workers 0", "--workers"),
     (precision, "--r-end 0", "--r-end"),
     (precision, "--r-end nan", "--r-end"),
     (precision, "--r-end 1.5", "--r-end"),
@@ -295,6 +294,18 @@ def test_a_training_that_fails_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(digits.sys, "executable", "false")
     with pytest.raises(UserError, match="--seeds 3: the training ended with exit code 1"):
         digits.run(3, tmp_path)
+
+
+def test_workers_are_as_many_as_there_are_cores(monkeypatch):
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 3)
+    parser = command.Parser(prog="command", description=None)
+    command.add_workers(parser)
+    assert parser.parse([]).workers == parser.parse(["--workers", "3"]).workers == 3
+    with pytest.raises(UserError) as error:
+        parser.parse(["--workers", "4"])
+    assert str(error.value) == "argument --workers: must be at most 3, the cores of this machine, got 4"
+    monkeypatch.setattr(command.os, "cpu_count", lambda: None)  # where it is not known
+    assert parser.parse(["--workers", "1"]).workers == 1
 
 
 def test_processes_end_with_the_command():
