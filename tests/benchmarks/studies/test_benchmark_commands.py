@@ -33,6 +33,7 @@ from benchmarks.studies import (
     quality_for_time,
     sampling,
     scaling,
+    soak,
     step,
     sweeps,
 )
@@ -87,6 +88,7 @@ MISTAKES = [
     *((scaling, f"--parallel {value}", "--parallel") for value in ("hsdp", "ddp,ddp", "ddp,")),
     (prediction, "--gpu h100", "--gpu"),
     (plan, "--gpus 8", "--gpus"),
+    (soak, "--rounds 3", "--rounds"),
     (ceilings, "--fast", "--fast"),
     (ceilings, "now", "now"),
 ]  # fmt: skip
