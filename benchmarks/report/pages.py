@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.harness.command import Parser
 from benchmarks.report import record
-from benchmarks.report.blocks import BLOCKS, Block
+from benchmarks.report.blocks import BLOCKS
 from benchmarks.report.compare import compare, find
 from benchmarks.report.figures import draw_the_stale
 from soflow_fast.errors import UserError
@@ -75,29 +75,30 @@ def bring_up_to_date(root: Path, folder: Path, check: bool) -> int:
     return 1 if check and differing else 0
 
 
-def lost(root: Path, folder: Path, kept: Sequence[str]) -> list[str]:
-    """A line for each block in README.md and docs/ that has text and no record to be made of. kept: the names of blocks
-    that have one. A block without text is no fault: its benchmark was not run yet."""
-    found = []
-    for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
-        text = page.read_text(encoding="utf-8") if page.exists() else ""
-        for name, shown in FILLED.findall(text):
-            if name not in kept and shown.strip():
-                why = (
-                    f"no record of {_kind(BLOCKS[name])} is in {record.shown(folder)}"
-                    if name in BLOCKS
-                    else "no benchmark makes it"
-                )
-                found.append(f"{page.relative_to(root)}: the block {name} has text, but {why}")
-    return found
-
-
 FILLED = re.compile(r"<!-- benchmark:(\S+) -->(.*?)<!-- /benchmark:\1 -->", re.DOTALL)
+"""A block of a page: its name, and what is between its markers."""
 
 
-def _kind(block: Block) -> str:
-    """The records that a block shows, in words."""
-    return block.benchmark + {None: "", True: " on a GPU", False: " on a CPU"}[block.gpu]
+def lost(root: Path, folder: Path, kept: Sequence[str]) -> list[str]:
+    """A line for each block of README.md and docs/ that has text which nothing brings up to date: there is no record
+    for it, or no such block on that page. kept: the names of blocks that have a record. A block without text is no
+    fault: its benchmark was not run yet. Raises UserError naming a page that cannot be read."""
+    found = []
+    for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        page = path.relative_to(root).as_posix()
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+        except (OSError, ValueError) as error:
+            raise UserError(f"{page}: {getattr(error, 'strerror', None) or error}") from None
+        for name in [name for name, shown in FILLED.findall(text) if shown.strip()]:
+            block = BLOCKS.get(name)
+            if block is None or block.page != page:
+                found.append(f"{page}: the block {name} has text, but no benchmark makes it here")
+            elif name not in kept:
+                where = {None: "", True: " on a GPU", False: " on a CPU"}[block.gpu]
+                why = f"no record of {block.benchmark}{where} is in {record.shown(folder)}"
+                found.append(f"{page}: the block {name} has text, but {why}")
+    return found
 
 
 MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)

@@ -350,13 +350,14 @@ def test_check_knows_a_block_whose_record_is_gone(site, capsys):
     page.write_text(page.read_text() + empty)
     assert pages.main(["--check"], site, site) == 0  # nobody has measured digits yet
     (site / "docs" / "more").mkdir()
-    (site / "docs" / "more" / "page.md").write_text(unknown)
+    (site / "docs" / "more" / "page.md").write_text(unknown + page.read_text())  # it belongs to another page
     text = page.read_text() + filled
     page.write_text(text)
     assert pages.main([], site, site) == 0 and page.read_text() == text  # which nothing can bring up to date
     assert pages.main(["--check"], site, site) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "docs/more/page.md: the block other has text, but no benchmark makes it",
+        "docs/more/page.md: the block other has text, but no benchmark makes it here",
+        "docs/more/page.md: the block quality-for-time has text, but no benchmark makes it here",
         f"docs/performance.md: the block step-gpu has text, but no record of step on a GPU is in {site}",
     ]
 
