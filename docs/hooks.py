@@ -25,6 +25,9 @@ OUTSIDE = "repository/"
 CODE = re.compile(r"(?P<fence>^(?:`{3,}|~{3,})).*?^(?P=fence)\s*?$|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 """Fenced blocks, and code within a line."""
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])")
+ELEMENT = re.compile(r"<(?:a|img|source)\b(?:[^>\"']|\"[^\"]*\"|'[^']*')*>", re.IGNORECASE)
+ATTRIBUTE = re.compile(r"(?<=\s)(href|src|srcset)(\s*=\s*)(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+))", re.IGNORECASE)
+"""Links of elements of HTML, which mkdocs takes as they are, and one of their attributes that says where to."""
 PICTURE = re.compile(
     r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]+)">\s*'
     r'<img src="([^"]+)" alt="([^"]*)">\s*</picture>'
@@ -64,13 +67,27 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         place = in_site(uri, found[1])
         return place if place == found[1] else posixpath.relpath(place, posixpath.dirname(uri) or ".")
 
+    def moved(target: str) -> str:
+        path, mark, anchor = target.partition("#")
+        if not path or _elsewhere(path):
+            return target
+        there = files.get_file_from_path(in_site(uri, path))
+        if there is None:
+            raise PluginError(f"{uri}: the link {target} leads to no file of the book")
+        return there.url_relative_to(page.file) + mark + anchor
+
+    def attribute(found: re.Match[str]) -> str:
+        name, sign, *values = found.groups()
+        return f'{name}{sign}"{_each_target(name, next(filter(None, values), ""), moved)}"'
+
     def change(text: str) -> str:
         text = PICTURE.sub(image, text)
         if "<picture" in text:
             raise PluginError(
                 f"{uri}: a <picture> is not a dark source and a light image, in that order, on a line each"
             )
-        return LINK.sub(link, text)
+        text = LINK.sub(link, text)
+        return ELEMENT.sub(lambda found: ATTRIBUTE.sub(attribute, found[0]), text)
 
     return _prose(change, markdown)
 
@@ -90,7 +107,7 @@ def in_site(uri: str, link: str) -> str:
 
     uri: the page's path in docs/, or under repository/. Raises PluginError for a file outside docs/ that is not there.
     """
-    if ":" in link or link.startswith("/"):
+    if _elsewhere(link):
         return link
     page = uri.removeprefix(OUTSIDE) if uri.startswith(OUTSIDE) else f"docs/{uri}"
     target = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
@@ -130,8 +147,29 @@ def _named(nav: Any) -> list[str]:
 def _outside(uri: str, markdown: str) -> list[str]:
     """The places in the site of all files outside docs/ that a page links to."""
     found: list[str] = []
-    _prose(lambda text: "".join(found.append(in_site(uri, link)) or "" for link in LINK.findall(text)), markdown)
-    return [place for place in found if place.startswith(OUTSIDE)]
+
+    def collect(text: str) -> str:
+        found.extend(LINK.findall(text))
+        for element in ELEMENT.findall(text):
+            for name, _, *values in ATTRIBUTE.findall(element):
+                _each_target(name, "".join(values), lambda target: found.append(target.partition("#")[0]) or target)
+        return text
+
+    _prose(collect, markdown)
+    return [place for link in found if link and (place := in_site(uri, link)).startswith(OUTSIDE)]
+
+
+def _each_target(name: str, value: str, change: Callable[[str], str]) -> str:
+    """The value of an attribute with each of its targets changed: of `srcset` several, each before its size."""
+    if name.lower() != "srcset":
+        return change(value)
+    parts = [part.split() for part in value.split(",") if part.strip()]
+    return ", ".join(" ".join([change(target), *size]) for target, *size in parts)
+
+
+def _elsewhere(link: str) -> bool:
+    """Whether a link leads to another host, or to a place on this one that is no file of the repository."""
+    return ":" in link or link.startswith("/")
 
 
 def _prose(change: Callable[[str], str], markdown: str) -> str:

@@ -1,5 +1,7 @@
 """The book: mkdocs builds it from docs/ without a warning, with every public name, and its hooks do what they say."""
 
+import dataclasses
+import html
 import importlib.util
 import os
 import re
@@ -7,9 +9,8 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from mkdocs.commands.build import build
@@ -18,6 +19,8 @@ from mkdocs.exceptions import Abort
 
 import soflow_fast
 import soflow_kernels
+from soflow_fast.config.schema import TYPES, Config
+from tests.elements import Elements
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (soflow_fast, soflow_kernels)
@@ -28,18 +31,6 @@ FONTS = r"@import|url\(\s*[\"']?(?:https?:)?//"
 
 def public_names() -> set[str]:
     return {f"{package.__name__}.{name}" for package in PACKAGES for name in package.__all__}
-
-
-class Elements(HTMLParser):
-    """The elements of a page, each with its attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, {name: value or "" for name, value in attrs}))
 
 
 def loaded(text: str) -> list[str]:
@@ -101,13 +92,50 @@ def test_every_public_name_has_an_entry(site: Path) -> None:
         assert any(given.get("id") == anchor for _, given in Elements((site / page).read_text()).found), name
 
 
+def classes_of_fields() -> dict[str, list[str]]:
+    """The fields of the configuration by full name, each as the classes that have it write it: CLASS.FIELD."""
+    found: dict[str, list[str]] = {}
+    for name, hint in get_type_hints(Config).items():
+        sections = [each for each in (hint, *get_args(hint)) if dataclasses.is_dataclass(each)]
+        for section in sections:
+            for field in dataclasses.fields(section):
+                found.setdefault(f"{name}.{field.name}", []).append(f"{section.__name__}.{field.name}")
+        if not sections:
+            found[name] = [f"Config.{name}"]
+    return found
+
+
+def undescribed(page: str) -> list[str]:
+    """The fields without an element of their own in the reference, as CLASS.FIELD. page: its HTML."""
+    ids = {given.get("id", "") for _, given in Elements(page).found}
+    there = {name for package in ("soflow_fast.config.schema.", "soflow_fast.") for name in _after(package, ids)}
+    return [name for names in classes_of_fields().values() for name in names if name not in there]
+
+
+def _after(begin: str, names: set[str]) -> set[str]:
+    return {name.removeprefix(begin) for name in names if name.startswith(begin)}
+
+
 @pytest.mark.slow
 def test_every_field_of_the_configuration_is_described(site: Path) -> None:
-    from soflow_fast.config.schema import TYPES
+    assert undescribed((site / "api" / "configuration.html").read_text(encoding="utf-8")) == []
 
-    ids = {given.get("id") for _, given in Elements((site / "api" / "configuration.html").read_text()).found}
-    for field in TYPES:
-        assert any(str(found).endswith(f".{field.rpartition('.')[2]}") for found in ids), field
+
+def test_a_field_of_another_section_describes_nothing() -> None:
+    """`in_channels` is a field of two networks, `p` of the objective: nothing stands in for another's."""
+    assert classes_of_fields().keys() == TYPES.keys()
+    named = [name for names in classes_of_fields().values() for name in names]
+    assert {"Config.steps", "DiTConfig.in_channels", "UNetConfig.in_channels", "ObjectiveConfig.p"} <= set(named)
+
+    def page(wanted: list[str]) -> str:
+        return "".join(
+            f'<h2 id="soflow_fast.{"config.schema." * (k % 2)}{name}"></h2>' for k, name in enumerate(wanted)
+        )
+
+    assert undescribed(page(named)) == []
+    for name in ("DiTConfig.in_channels", "ObjectiveConfig.p"):
+        stand_in = f"OptimConfig.{name.partition('.')[2]}"
+        assert undescribed(page([stand_in if each == name else each for each in named])) == [name]
 
 
 @pytest.mark.slow
@@ -170,8 +198,11 @@ $$
 
 [the kernels](../kernels/README.md#one-line), [a file](../pyproject.toml), `$5 $6`, `a[0](../no/such)`
 
+<a href="kernels.md#ahead-of-time">a page</a> <a href="#one"><img alt="" src='one-light.svg'></a>
+<a href="../Makefile">outside</a> <a href="https://arxiv.org">elsewhere</a> `<img src="no-such.png">`
+
 ```text
-[not a link](../nothing.md) $x$
+[not a link](../nothing.md) $x$ <a href="nothing.md">
 ```
 """
 
@@ -181,13 +212,17 @@ def test_formulas_figures_and_links(small: Callable[[str], Path]) -> None:
     text = (made / "index.html").read_text()
     assert text.count("<math ") == 3 and text.count("<mtr>") == 2 and "&#x0003C;" in text and "arithmatex" not in text
     images = {given["src"]: given["alt"] for tag, given in Elements(text).found if tag == "img"}
-    assert images == {f"one-{theme}.svg#only-{theme}": "What it shows." for theme in ("light", "dark")}
+    shown = {f"one-{theme}.svg#only-{theme}": "What it shows." for theme in ("light", "dark")}
+    assert images == shown | {"one-light.svg": ""}
     links = [given["href"] for tag, given in Elements(text).found if tag == "a"]
     assert {"repository/kernels/index.html#one-line", "repository/pyproject.toml"} <= set(links)
+    of_html = {"kernels.html#ahead-of-time", "#one", "repository/Makefile", "https://arxiv.org"}
+    assert of_html <= set(links)
     assert (made / "repository" / "pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()
     kernels = (made / "repository" / "kernels" / "index.html").read_text()
     assert 'href="examples/train.py"' in kernels  # of a page that was taken in, files are taken in as well
-    assert "[not a link](../nothing.md) $x$" in text and "<code>$5 $6</code>" in text
+    assert '[not a link](../nothing.md) $x$ <a href="nothing.md">' in html.unescape(text)
+    assert "<code>$5 $6</code>" in text
 
 
 WRONG = {
@@ -201,6 +236,10 @@ WRONG = {
     "[gone](../no/such/file.json)": r"docs/index\.md: the link \.\./no/such/file\.json leads to no file",
     "[a folder](../kernels)": r"docs/index\.md: the link \.\./kernels leads to no file",
     "[beyond](../../secret)": r"docs/index\.md: the link \.\./\.\./secret leads to no file",
+    '<a href="../no/such/file.json">gone</a>': r"docs/index\.md: the link \.\./no/such/file\.json leads to no file",
+    "text\n<a title='x > y'\nHREF='no-such.md#one'>gone</a>": r"index\.md: the link no-such\.md#one leads to no file",
+    '<img src="no-such.png" alt="">': r"index\.md: the link no-such\.png leads to no file",
+    '<source srcset="one-light.svg 1x, no-such.svg 2x">': r"index\.md: the link no-such\.svg leads to no file",
 }
 
 

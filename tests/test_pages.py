@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import statistics
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import pytest
 
 import soflow_fast
 from soflow_kernels.inspect import summary
+from tests.blocks.pages import FENCE
+from tests.elements import links
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [ROOT / "README.md", CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [
     importlib.import_module(f"soflow_fast.{name}")
     for name in ("train", "sample", "evaluate", "encode", "export", "gallery")
@@ -59,15 +63,46 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+def leading_nowhere(page: Path, text: str) -> list[str]:
+    """The links of `text`, the page's own or in its place, whose file or anchor is not there: those of Markdown, and
+    those of HTML outside code."""
+    prose = re.sub(r"`[^`\n]+`", "", FENCE.sub("", text))
+    wrong = []
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *links(prose)]:
         path, _, anchor = target.partition("#")
         if path.startswith("https://"):
             continue
         found = page.parent / path if path else page
-        assert found.exists(), target
-        assert not anchor or anchor in anchors(found), target
+        if not found.exists() or (anchor and anchor not in anchors(found)):
+            wrong.append(target)
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    assert leading_nowhere(page, page.read_text(encoding="utf-8")) == []
+
+
+LINKS = {
+    "[a](README.md) [b](docs/data.md#no-such-heading)": ["docs/data.md#no-such-heading"],
+    '<a href="docs/no-such.md">': ["docs/no-such.md"],
+    "<A title=x\n HREF='docs/data.md#no-such-heading'>": ["docs/data.md#no-such-heading"],
+    '<img alt="x > y" src="docs/no-such.png"/>': ["docs/no-such.png"],
+    '<source srcset="docs/digits.png 1x, docs/no-such.png 2x">': ["docs/no-such.png"],
+    '<a href="https://arxiv.org"><img src="docs/digits.png"></a><a href="#the-book">a</a> if a < b': [],
+    '`<img src="gone.png">`\n\n```html\n<a href="gone.md">\n```\n': [],
+}
+
+
+@pytest.mark.parametrize("text", LINKS)
+def test_a_link_that_leads_nowhere_is_seen(text: str):
+    assert leading_nowhere(ROOT / "README.md", text) == LINKS[text]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_records_that_are_named_are_there(page: Path):
+    named = set(re.findall(r"benchmarks/records/([\w.-]+\.json)", page.read_text(encoding="utf-8")))
+    assert [name for name in sorted(named) if not (ROOT / "benchmarks/records" / name).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -179,19 +214,30 @@ def test_kernels_ahead_of_time_are_the_newest_records():
     assert f"By triton {record['versions']['triton']};" in text and f"`benchmarks/records/{newest.name}`" in text
 
 
-def tree_of_the_house() -> set[str]:
-    """The files and folders (with a slash) in the tree of CONTRIBUTING.md, as paths from the root."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The house\n\n```\n")[2]
-    found: set[str] = set()
+def tree_of_the_house(page: str) -> list[str]:
+    """The files and folders (with a slash) in the tree of CONTRIBUTING.md, `page`, as paths from the root, in order."""
+    text = page.partition("## The house\n\n```\n")[2]
+    found: list[str] = []
     folders: list[str] = []
     for line in text.partition("```")[0].splitlines():
         names = re.match(r" *((?:\w+(?:\.py|/)(?: |$))+)", line)
         assert names, line
         level = (len(line) - len(line.lstrip())) // 4
         for name in names[1].split():
-            found.add("".join(folders[:level]) + name)
+            found.append("".join(folders[:level]) + name)
         folders[level:] = [names[1].split()[-1]]
     return found
+
+
+def doubled(paths: list[str]) -> list[str]:
+    """What is listed more than once, in order."""
+    return [path for path, times in Counter(paths).items() if times > 1]
+
+
+def test_the_house_lists_nothing_twice():
+    assert doubled(tree_of_the_house(CONTRIBUTING.read_text("utf-8"))) == []
+    tree = "a/    one\n    b.py c.py\n    d.py   and\n    c.py    again\ne/\n    b.py   of another folder\n"
+    assert doubled(tree_of_the_house(f"## The house\n\n```\n{tree}```\n")) == ["a/c.py"]
 
 
 @pytest.mark.parametrize("package", ["soflow_fast/", "kernels/soflow_kernels/"])
@@ -200,7 +246,7 @@ def test_contributing_shows_every_module(package: str):
     modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("[!_]*.py")]
     folders = {f"{module.rpartition('/')[0]}/" for module in modules}
     there = folders | {module for module in modules if not module.endswith("/version.py")}
-    shown = {name for name in tree_of_the_house() if name.startswith(package)}
+    shown = {name for name in tree_of_the_house(CONTRIBUTING.read_text("utf-8")) if name.startswith(package)}
     # A folder may have a line alone, which then tells what is in it.
     told = {f for f in shown if f.endswith("/") and not any(name.startswith(f) for name in shown - {f})}
     assert shown - there == set()

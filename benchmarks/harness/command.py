@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,20 @@ def seconds(text: str) -> float:
 def fraction(text: str) -> float:
     """Above 0, at most 1."""
     return _real(text, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
+
+
+def worker_count(text: str) -> int:
+    """Processes at a time: as many as the machine has cores at most, as each of them keeps one busy."""
+    value, cores = count(text), os.cpu_count() or 1
+    if value > cores:
+        raise argparse.ArgumentTypeError(f"must be at most {cores}, the cores of this machine, got {text}")
+    return value
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add `--workers`, for `workers`: one per core where it is not given."""
+    about = "runs at a time, one thread each (one per core, which is also the most)"
+    parser.add_argument("--workers", type=worker_count, default=os.cpu_count() or 1, metavar="N", help=about)
 
 
 def _whole(text: str, least: int, most: int) -> int:

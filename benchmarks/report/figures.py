@@ -134,13 +134,16 @@ def redrawn(script: Path, theme: Theme, folder: Path, root: Path = record.ROOT) 
 
 def draw_the_stale(root: Path, folder: Path, check: bool = False) -> list[str]:
     """Draw the figures of docs/figures that are stale, or (check) leave them; a line for each of them. Those of which
-    there is no record are passed over. Raises UserError for one that cannot be drawn."""
+    there is no record are passed over; a check names them where they have been drawn. Raises UserError for one that
+    cannot be drawn."""
     stale = []
     for script in scripts(root / FOLDER):
-        if any(record.newest(folder, name, gpu=False) is None for name in _declared(script, "RECORDS")):
-            continue
+        lost = [name for name in _declared(script, "RECORDS") if record.newest(folder, name, gpu=False) is None]
         for theme, path in drawings(script).items():
-            if found := fault(script, theme, folder, root):
+            if lost:
+                if check and path.exists():
+                    stale.append(f"{record.shown(path)}: no record of {', '.join(lost)} is in {record.shown(folder)}")
+            elif found := fault(script, theme, folder, root):
                 stale.append(f"{record.shown(path)}: {found}")
                 if not check:
                     record.replace(path, drawn(script, theme, folder, root).encode())

@@ -1,9 +1,11 @@
 """`python -m benchmarks.report` puts the newest records' tables between their markers in the pages of docs/.
 
-With --check it writes nothing and exits 1 if a page or figure differs from the records. To draw needs matplotlib.
+With --check it writes nothing and exits 1 if a page or figure differs from the records, or shows one that is no longer
+there; a block without text is one that was not measured yet. To draw needs matplotlib.
 --compare A B shows two records of one benchmark side by side.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,10 +68,37 @@ def bring_up_to_date(root: Path, folder: Path, check: bool) -> int:
             differing.append(f"{page} differs from {', '.join(run['file'] for run in mine.values())}")
             if not check:
                 record.replace(root / page, wanted.encode())
+    differing += lost(root, folder, [*runs]) if check else []
     differing += draw_the_stale(root, folder, check)
     for line in differing if check else ():
         print(line, file=sys.stderr)
     return 1 if check and differing else 0
+
+
+FILLED = re.compile(r"<!-- benchmark:(\S+) -->(.*?)<!-- /benchmark:\1 -->", re.DOTALL)
+"""A block of a page: its name, and what is between its markers."""
+
+
+def lost(root: Path, folder: Path, kept: Sequence[str]) -> list[str]:
+    """A line for each block of README.md and docs/ that has text which nothing brings up to date: there is no record
+    for it, or no such block on that page. kept: the names of blocks that have a record. A block without text is no
+    fault: its benchmark was not run yet. Raises UserError naming a page that cannot be read."""
+    found = []
+    for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        page = path.relative_to(root).as_posix()
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+        except (OSError, ValueError) as error:
+            raise UserError(f"{page}: {getattr(error, 'strerror', None) or error}") from None
+        for name in [name for name, shown in FILLED.findall(text) if shown.strip()]:
+            block = BLOCKS.get(name)
+            if block is None or block.page != page:
+                found.append(f"{page}: the block {name} has text, but no benchmark makes it here")
+            elif name not in kept:
+                where = {None: "", True: " on a GPU", False: " on a CPU"}[block.gpu]
+                why = f"no record of {block.benchmark}{where} is in {record.shown(folder)}"
+                found.append(f"{page}: the block {name} has text, but {why}")
+    return found
 
 
 MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)

@@ -1,5 +1,6 @@
 """Records: one JSON file per run, with the machine, the versions, the commit, the command and every sample."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -202,25 +203,31 @@ def replace(path: Path, content: bytes) -> Path:
 def read(path: Path) -> dict:
     """One record, with its own file name under "file". A file without "benchmark" is none, and returned as it is.
 
-    Raises BadRecord naming the file and what is wrong with it.
+    Rows are shared by all who read the same content: whoever changes them takes a copy. Raises BadRecord naming the
+    file and what is wrong with it.
     """
-
-    def refuse(what: str) -> BadRecord:
-        return BadRecord(f"{shown(path)}: {what}")
-
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise refuse(error.strerror or str(error)) from None
-    except RecursionError:
-        raise refuse("is nested too deeply") from None
-    except ValueError as error:
-        raise refuse(f"is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise refuse(f"is no record: holds {type(found).__name__}, not an object")
-    if "benchmark" in found and (fault := _fault(found)):
-        raise refuse(fault)
+        found = _parsed(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadRecord(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from None
     return found | {"file": path.name}
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(content: bytes) -> dict:
+    """The record that a file's content is, parsed once however often a file is read: every block and figure looks
+    through the whole folder. Raises ValueError with the fault."""
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"is no record: holds {type(found).__name__}, not an object")
+    if "benchmark" in found and (fault := _fault(found)):
+        raise ValueError(fault)
+    return found
 
 
 def newest(folder: Path | None = None, benchmark: str = "step", gpu: bool | None = None) -> dict | None:

@@ -13,7 +13,7 @@ after equal steps. Seconds are those of the process on the CPU, as the machine m
 `python -m benchmarks.report` makes the tables.
 """
 
-import os
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
@@ -122,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=command.count, default=1000, metavar="N", help="of SoFlow on the digits (1000)")
     about = "of SoFlow on the photographs (2000)"
     parser.add_argument("--photograph-steps", type=command.count, metavar="N", help=about)
-    about = "runs at a time, one thread each"
-    parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
+    command.add_workers(parser)
     options = parser.parse(argv)
     seeds = {"digits": options.seeds, "photographs": options.photograph_seeds or options.seeds[:2]}
     for flag, values in (("--seeds", options.seeds), ("--photograph-seeds", seeds["photographs"])):
@@ -139,28 +138,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict] = [{"kind": "cost", "problem": at[0], "method": at[1], **found} for at, found in cost.items()]
     if path:
         rows.append({"kind": "floor", "problem": "photographs", **floor(path)})
+    search = [
+        (name, method, TUNING_SEED, steps_of(cost, name, method, -(-steps[name] // 3)), rate, path, "rate")
+        for name in steps
+        for method in of_problem(name)
+        for rate in PROBLEMS[name].rates
+    ]
+    unknown = {(name, method): math.nan for name in steps for method in of_problem(name)}
     with command.workers(options.workers) as pool:
 
-        def run_all(jobs: list[tuple]) -> None:
-            """Run jobs, arguments of `train`, and keep each row as it comes."""
+        def run_all(jobs: list[tuple], later: list[tuple]) -> None:
+            """Run jobs, arguments of `train`, and keep each row as it comes; what is missing, `later` too, by name."""
             pending = {pool.submit(train, *job): job for job in jobs}
+            kept.keep(rows, [called(*job) for job in (*jobs, *later)])
             for training in as_completed(pending):
                 rows.append(row := training.result())
                 del pending[training]
-                kept.keep(rows, [" ".join(map(str, (job[-1], *job[:3]))) for job in pending.values()])
+                kept.keep(rows, [called(*job) for job in (*pending.values(), *later)])
                 print(said(row), flush=True)
 
-        run_all(
-            [
-                (name, method, TUNING_SEED, steps_of(cost, name, method, -(-steps[name] // 3)), rate, path, "rate")
-                for name in steps
-                for method in of_problem(name)
-                for rate in PROBLEMS[name].rates
-            ]
-        )
-        rates = best_rates(rows)
-        run_all(list(compared(cost, steps, seeds, rates, path)))
+        run_all(search, list(compared(cost, steps, seeds, unknown, path)))
+        run_all(list(compared(cost, steps, seeds, best_rates(rows), path)), [])
     kept.finish(rows)
+
+
+def called(name: str, method: str, seed: int, steps: int, rate: float, path: str, kind: str) -> str:
+    """What a training is called, by its arguments of `train`, while it is missing. A rate that is compared is not known
+    before the search for it has ended."""
+    return f"{kind} {name} {method} {seed}" + f", lr {rate:g}" * (kind == "rate")
 
 
 def compared(

@@ -9,7 +9,6 @@ the draw of a chunk, a median. Runs go side by side, one thread each; when all a
 by one.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -142,8 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1, 2], metavar="N")
     steps = preset("policy").steps
     parser.add_argument("--steps", type=command.count, default=steps, metavar="N", help=f"of each run ({steps})")
-    about = "runs at a time, one thread each"
-    parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
+    command.add_workers(parser)
     options = parser.parse(argv)
     command.distinct("--seeds", options.seeds)
     kept = record.Growing("policies", argv)

@@ -5,7 +5,6 @@ way and held against float64, at several r. Quality: the digits are trained in e
 `python -m benchmarks.report` makes the tables and the plot of docs/precision.md from the record.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -147,8 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=command.count, default=1500, metavar="N", help="updates of each run (1500)")
     parser.add_argument("--r-end", type=command.fraction, nargs="+", default=[0.002, 0.0003], metavar="R")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
-    about = "runs at a time, one thread each"
-    parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
+    command.add_workers(parser)
     options = parser.parse(argv)
     for name in ("seeds", "r_end", "recipes"):
         command.distinct(f"--{name.replace('_', '-')}", getattr(options, name))

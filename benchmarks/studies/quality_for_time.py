@@ -10,7 +10,6 @@ times that the preset found for SoFlow. Runs go side by side, one thread each. `
 table and the plot.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -78,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=command.count, default=2000, metavar="N", help="updates of each run (2000)")
     about = "updates between two points (an eighth of the steps)"
     parser.add_argument("--every", type=command.count, metavar="N", help=about)
-    about = "runs at a time, one thread each"
-    parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
+    command.add_workers(parser)
     options = parser.parse(argv)
     command.distinct("--seeds", options.seeds)
     kept = record.Growing("quality-for-time", argv)

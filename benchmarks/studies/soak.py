@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from benchmarks.harness.command import Parser
 from benchmarks.report import record
 
 COMMAND = [sys.executable, "-m", "pytest", "tests/reliability", "-q", "-p", "no:cacheprovider"]
@@ -33,15 +34,16 @@ def rows(report: Path) -> list[dict]:
     return list(found.values())
 
 
-def main(command: Sequence[str] = COMMAND, folder: Path | None = None) -> int:
-    """The command; returns its exit code."""
+def main(argv: Sequence[str] | None = None, tests: Sequence[str] = COMMAND, folder: Path | None = None) -> int:
+    """The command; returns its exit code. tests: what runs them, pytest with what it is told."""
+    Parser(prog="python -m benchmarks.soak", description=__doc__).parse(argv)
     begun = record.begin(folder)
     paths = os.pathsep.join([str(record.ROOT), str(record.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as place:
         report = Path(place) / "junit.xml"
         environment = os.environ | {"SOFLOW_SOAK": "1", "PYTHONPATH": paths.rstrip(os.pathsep)}
         told = [f"--junitxml={report}", "-o", "junit_family=xunit1"]  # the one that has what tests measured
-        code = subprocess.run([*command, *told], cwd=record.ROOT, env=environment).returncode
+        code = subprocess.run([*tests, *told], cwd=record.ROOT, env=environment).returncode
         if not report.exists():
             print(f"benchmarks.soak: pytest left no report (exit code {code})", file=sys.stderr)
             return 2

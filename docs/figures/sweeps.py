@@ -9,7 +9,7 @@ from benchmarks.report.figures import Theme
 from benchmarks.report.tables import AXES
 
 RECORDS = ("sweeps",)
-SOURCES = ()
+SOURCES = ("benchmarks/report/tables.py",)
 
 FIGURES = {
     "ms per step": lambda row: statistics.median(row["seconds"]) * 1e3 if row["seconds"] else None,

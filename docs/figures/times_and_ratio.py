@@ -10,7 +10,7 @@ from soflow_fast.config.schema import ObjectiveConfig
 from soflow_fast.objective import Objective
 
 RECORDS = ()
-SOURCES = ("soflow_fast/objective.py",)
+SOURCES = ("soflow_fast/objective.py", "soflow_fast/config/schema.py")
 
 
 def draw(theme: Theme) -> Figure:

@@ -13,6 +13,7 @@ SHELL = ("sh", "bash")
 SHOWN = ("text", "bibtex")
 """Languages of blocks that are no code: outputs, formulas, citations."""
 OURS = re.compile(r"-m (soflow_fast\.\w+) (.*)")
+WITHIN_A_LINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 
 
 class Block(NamedTuple):
@@ -79,4 +80,16 @@ def calls(command: Command) -> list[tuple[str, list[str]]]:
         if re.search(r"\[\S+", arguments):
             arguments = re.sub(r"[\[\]]|\.\.\.", "", arguments)
         found.append((module, shlex.split(arguments, comments=True)))
+    return found
+
+
+def everywhere(page: str, text: str | None = None) -> list[Command]:
+    """The commands of a page, or of `text`: in blocks of a shell, and those that stand in the prose as code."""
+    text = (ROOT / page).read_text(encoding="utf-8") if text is None else text
+    found = [command for block in blocks(page, text) if block.kind in SHELL for command in commands(block)]
+    prose = FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), text)
+    for part in re.finditer(r"(?:.+\n?)+", prose):
+        for code in WITHIN_A_LINE.finditer(part[0]):
+            line = prose.count("\n", 0, part.start() + code.start()) + 1
+            found.append(Command(f"{page}:{line}", " ".join(code[1].split())))
     return found

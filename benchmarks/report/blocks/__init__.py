@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 from benchmarks.report import mixture_tables
-from benchmarks.report.blocks import exact, numerics, predictions, quality, steps
+from benchmarks.report.blocks import exact, numerics, predictions, quality, runs, steps
 from benchmarks.report.book_tables import look_ahead_table, samples_table, weights_table
 from benchmarks.report.equal_work_tables import calls_table, costs_table, rates_table
 
@@ -36,13 +36,13 @@ BLOCKS = {
     "prediction": Block("docs/performance.md", "prediction", predictions.prediction),
     "plan": Block("docs/many-gpus-plan.md", "plan", predictions.plan),
     "sampling": Block("docs/performance.md", "sampling", quality.sampling),
-    "reading": Block("docs/data.md", "reading", steps.reading),
+    "reading": Block("docs/data.md", "reading", runs.reading),
     "digits": Block("docs/performance.md", "digits", quality.digits),
     "guidance": Block("docs/sampling.md", "guidance", quality.guidance),
     "precision-errors": Block("docs/precision.md", "precision", numerics.precision_errors),
     "step-batch": Block("docs/performance.md", "step-batch", steps.table),
     "distance": Block("docs/precision.md", "distance", numerics.distance),
-    "soak": Block("docs/reliability.md", "soak", steps.soak),
+    "soak": Block("docs/reliability.md", "soak", runs.soak),
     "cpu": Block("docs/performance.md", "cpu", steps.cpu),
     "memory": Block("docs/performance.md", "memory", steps.peaks),
     "increments": Block("docs/precision.md", "increments", numerics.increments),

@@ -1,8 +1,11 @@
 """Figures: each is that of its script and of the newest records, on a light page and on a dark one."""
 
+import ast
+import importlib.util
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +41,54 @@ def test_a_figure_is_shown_and_small(script):
     for path in figures.drawings(script).values():
         assert any(f"figures/{path.name}" in text for text in pages_of), f"{path.name} is on no page"
         assert path.stat().st_size < 250_000
+
+
+def computed_with(code: str) -> set[str]:
+    """The files of the repository that a script imports, as paths from the root, but for the drawing of figures."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= {name for name in below if _file(name)} or {str(node.module)}
+    return {file for name in modules if name != "benchmarks.report.figures" and (file := _file(name))}
+
+
+def _file(module: str) -> str | None:
+    """The file of a module of this repository; None: of others, or no module."""
+    if module.partition(".")[0] not in ("benchmarks", "soflow_fast", "soflow_kernels"):
+        return None
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # a name of a module, not a package
+        return None
+    return Path(spec.origin).relative_to(record.ROOT).as_posix() if spec and spec.origin else None
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_what_a_figure_is_computed_with_is_among_its_sources(script):
+    """A change there makes it stale. Of the files that these import in turn a script names what it chooses to."""
+    assert computed_with(script.read_text(encoding="utf-8")) - set(figures._declared(script, "SOURCES")) == set()
+
+
+def test_what_a_script_imports_is_found():
+    code = """
+import math, benchmarks.exact.levels
+from benchmarks.exact import mixture
+from benchmarks.report import figures
+from benchmarks.report.figures import Theme
+from matplotlib.figure import Figure
+from soflow_fast.config.schema import ObjectiveConfig
+def draw():
+    from soflow_kernels.lookahead import guidance_decay
+"""
+    assert computed_with(code) == {
+        "benchmarks/exact/levels.py",
+        "benchmarks/exact/mixture.py",
+        "soflow_fast/config/schema.py",
+        "kernels/soflow_kernels/lookahead.py",
+    }
 
 
 POINTS = [{"step": 1, "seconds": 1.0, "frechet": 99.0}, {"step": 2, "seconds": 2.0, "frechet": 30.0}]
@@ -140,7 +191,14 @@ def test_without_its_record_a_figure_cannot_be_drawn(site, capsys):
     script = site / figures.FOLDER / "quality.py"
     with pytest.raises(figures.UserError, match=r"quality: no record of benchmarks\.quality_for_time"):
         figures.drawn(script, figures.LIGHT, site, site)
-    assert figures.draw_the_stale(site, site, check=True) == []
+    assert figures.draw_the_stale(site, site) == []
+    lost = figures.draw_the_stale(site, site, check=True)
+    assert [line.rpartition("/docs/")[2].partition(" is in ")[0] for line in lost] == [
+        f"figures/quality-{theme}.svg: no record of quality-for-time" for theme in ("light", "dark")
+    ]
+    for path in figures.drawings(script).values():
+        path.unlink()
+    assert figures.draw_the_stale(site, site, check=True) == []  # of a benchmark that was not run yet
 
 
 def test_a_record_of_something_else_is_named(site):

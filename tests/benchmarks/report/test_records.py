@@ -198,6 +198,28 @@ def test_a_gpu_goes_before_a_cpu_and_then_the_latest(tmp_path):
     assert gpu is not None and gpu["file"] == "new.json"
 
 
+def test_a_folder_is_parsed_once_for_all_who_look_through_it(tmp_path, monkeypatch):
+    parsed: list[str] = []
+    plain = json.loads
+    monkeypatch.setattr(record.json, "loads", lambda text: parsed.append(text) or plain(text))
+    record._parsed.cache_clear()
+    for block in pages.BLOCKS.values():
+        assert record.newest(record.HOME, block.benchmark, block.gpu) is not None
+    assert 0 < len(parsed) <= len([*record.HOME.glob("*.json")])
+    for command in ("one", "two"):  # of one length, a moment apart
+        record.write(ROWS, command, tmp_path)
+        assert latest(tmp_path)["command"] == command
+
+
+def test_no_block_changes_a_record():
+    """Rows are shared: what one block sorted or dropped, the next one would show."""
+    runs = {name: record.newest(record.HOME, block.benchmark, block.gpu) for name, block in pages.BLOCKS.items()}
+    for name, run in runs.items():
+        assert run is not None
+        pages.BLOCKS[name].render(run)
+        assert record.digest(run) == record.digest(json.loads((record.HOME / run["file"]).read_text())), name
+
+
 def test_the_command_is_what_was_typed(monkeypatch):
     typed = record.command("benchmarks.precision", ["--recipes", "bf16, increments", "--steps", "3"])
     assert typed == "python -m benchmarks.precision --recipes 'bf16, increments' --steps 3"
@@ -318,3 +340,35 @@ def test_check_knows_whose_page_it_is(site, capsys):
     page.write_text(page.read_text().replace("30.0", "29.0"))
     assert pages.main(["--check"], site, site) == 1
     assert capsys.readouterr().err == "docs/performance.md differs from a.json\n"
+
+
+def test_check_knows_a_block_whose_record_is_gone(site, capsys):
+    page = site / "docs" / "performance.md"
+    empty = "<!-- benchmark:digits -->\n\n<!-- /benchmark:digits -->\n"
+    filled = "<!-- benchmark:step-gpu -->\n| a table |\n<!-- /benchmark:step-gpu -->\n"
+    unknown = "<!-- benchmark:other -->\n| a table |\n<!-- /benchmark:other -->\n"
+    page.write_text(page.read_text() + empty)
+    assert pages.main(["--check"], site, site) == 0  # nobody has measured digits yet
+    (site / "docs" / "more").mkdir()
+    (site / "docs" / "more" / "page.md").write_text(unknown + page.read_text())  # it belongs to another page
+    text = page.read_text() + filled
+    page.write_text(text)
+    assert pages.main([], site, site) == 0 and page.read_text() == text  # which nothing can bring up to date
+    assert pages.main(["--check"], site, site) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "docs/more/page.md: the block other has text, but no benchmark makes it here",
+        "docs/more/page.md: the block quality-for-time has text, but no benchmark makes it here",
+        f"docs/performance.md: the block step-gpu has text, but no record of step on a GPU is in {site}",
+    ]
+
+
+def test_check_misses_a_record_that_was_deleted(site, capsys):
+    scores = {"accuracy": 0.99, "frechet": 29.0, "near_copies": 0.0}
+    written(site, "b", [{"seed": 3, "seconds": 99.6, "samples": 4, "nfe": {"1": scores}}], benchmark="digits")
+    page = site / "docs" / "performance.md"
+    page.write_text(page.read_text() + "<!-- benchmark:digits -->\n<!-- /benchmark:digits -->\n")
+    assert pages.main([], site, site) == 0 and pages.main(["--check"], site, site) == 0
+    (site / "b.json").unlink()
+    assert pages.main(["--check"], site, site) == 1
+    said = f"docs/performance.md: the block digits has text, but no record of digits is in {site}\n"
+    assert capsys.readouterr() == ("", said)

@@ -33,6 +33,7 @@ from benchmarks.studies import (
     quality_for_time,
     sampling,
     scaling,
+    soak,
     step,
     sweeps,
 )
@@ -57,11 +58,11 @@ MISTAKES = [
     (quality_for_time, "--seeds 0 0", "--seeds"),
     (quality_for_time, "--steps 0", "--steps"),
     (quality_for_time, "--every 0", "--every"),
-    (quality_for_time, "--workers 0", "--workers"),
     (quality_for_time, "--workers 99999999999999999999", "--workers"),
+    *((module, f"--workers {number}", "--workers") for module in (equal_work, policies, precision, quality_for_time)
+      for number in (0, 5000)),
     (policies, "--seeds 0 0", "--seeds"),
     (policies, "--steps 0", "--steps"),
-    (policies, "--workers 0", "--workers"),
     (digits, "--seeds -1", "--seeds"),
     (digits, "--seeds 9223372036854775808", "--seeds"),
     (digits, "--seeds 1.5", "--seeds"),
@@ -70,7 +71,6 @@ MISTAKES = [
     (guidance, "--steps 0", "--steps"),
     (precision, "--seeds -1", "--seeds"),
     (precision, "--steps 0", "--steps"),
-    (precision, "--workers 0", "--workers"),
     (precision, "--r-end 0", "--r-end"),
     (precision, "--r-end nan", "--r-end"),
     (precision, "--r-end 1.5", "--r-end"),
@@ -88,6 +88,7 @@ MISTAKES = [
     *((scaling, f"--parallel {value}", "--parallel") for value in ("hsdp", "ddp,ddp", "ddp,")),
     (prediction, "--gpu h100", "--gpu"),
     (plan, "--gpus 8", "--gpus"),
+    (soak, "--rounds 3", "--rounds"),
     (ceilings, "--fast", "--fast"),
     (ceilings, "now", "now"),
 ]  # fmt: skip
@@ -295,6 +296,18 @@ def test_a_training_that_fails_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(digits.sys, "executable", "false")
     with pytest.raises(UserError, match="--seeds 3: the training ended with exit code 1"):
         digits.run(3, tmp_path)
+
+
+def test_workers_are_as_many_as_there_are_cores(monkeypatch):
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 3)
+    parser = command.Parser(prog="command", description=None)
+    command.add_workers(parser)
+    assert parser.parse([]).workers == parser.parse(["--workers", "3"]).workers == 3
+    with pytest.raises(UserError) as error:
+        parser.parse(["--workers", "4"])
+    assert str(error.value) == "argument --workers: must be at most 3, the cores of this machine, got 4"
+    monkeypatch.setattr(command.os, "cpu_count", lambda: None)  # where it is not known
+    assert parser.parse(["--workers", "1"]).workers == 1
 
 
 def test_processes_end_with_the_command():

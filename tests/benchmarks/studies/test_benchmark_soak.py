@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks.report import record
-from benchmarks.report.blocks import steps
+from benchmarks.report.blocks import runs
 from benchmarks.studies import soak
 
 TESTS = """
@@ -30,7 +30,7 @@ def test_files_are_counted_and_what_they_measured_is_kept(tmp_path, capsys):
     (tmp_path / "test_one.py").write_text(TESTS)
     (tmp_path / "test_two.py").write_text("def test_good():\n    pass\n")
     command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(tmp_path)]
-    assert soak.main(command, tmp_path) == 1
+    assert soak.main([], command, tmp_path) == 1
     run = record.newest(tmp_path, "soak")
     assert run is not None and "recorded: " in capsys.readouterr().out
     rows = {row["file"]: {name: value for name, value in row.items() if name != "duration"} for row in run["rows"]}
@@ -54,13 +54,13 @@ pathlib.Path(path).write_text('<testsuites><testcase classname="tests.test_one" 
 
 
 def test_a_run_that_passes_ends_with_0(tmp_path):
-    assert soak.main([sys.executable, "-c", REPORT], tmp_path) == 0
+    assert soak.main([], [sys.executable, "-c", REPORT], tmp_path) == 0
     run = record.newest(tmp_path, "soak")
     assert run is not None and [row["passed"] for row in run["rows"]] == [1]
 
 
 def test_pytest_that_does_not_run_leaves_no_record(tmp_path, capsys):
-    assert soak.main([sys.executable, "-c", "raise SystemExit(3)"], tmp_path) == 2
+    assert soak.main([], [sys.executable, "-c", "raise SystemExit(3)"], tmp_path) == 2
     assert "pytest left no report (exit code 3)" in capsys.readouterr().err
     assert record.newest(tmp_path, "soak") is None
 
@@ -77,8 +77,8 @@ def test_the_page_says_how_it_ended():
         "date": "2026-11-21",
         "device": "d",
     }
-    text = steps.soak(run | {"file": "f"})
+    text = runs.soak(run | {"file": "f"})
     assert "6 passed, 0 failed, 2 skipped, 3.0 minutes. `c`." in text
     assert "Over 800 steps resident memory rose by 0.25 MB per 1000." in text
-    text = steps.soak(run | {"file": "f", "rows": [row | {"file": "b", "failed": 2}]})
+    text = runs.soak(run | {"file": "f", "rows": [row | {"file": "b", "failed": 2}]})
     assert "3 passed, 2 failed (`b`), 1 skipped" in text and "memory" not in text

@@ -71,10 +71,11 @@ def test_the_best_rate_is_that_of_the_nearest_samples():
     assert equal_work.best_rates(rows) == {("digits", "SoFlow"): 4e-3}
 
 
-def test_methods_begin_alike():
-    for name in ("digits",):
-        config = equal_work.PROBLEMS[name].configure(0, 10, 1e-3, "")
+def test_methods_begin_alike(photographs):
+    for name, path in {"digits": "", "photographs": photographs}.items():
+        config = equal_work.PROBLEMS[name].configure(0, 10, 1e-3, path)
         states = [equal_work.METHODS[method].build(config) for method in equal_work.of_problem(name)]
+        assert len(states) == {"digits": 4, "photographs": 3}[name]
         for state in states[1:]:
             assert state.config.optim == states[0].config.optim and state.config.model == states[0].config.model
             for p, q in zip(state.flow.parameters(), states[0].flow.parameters(), strict=True):
@@ -132,6 +133,38 @@ def test_the_record_and_its_page(one_thread, photographs, tmp_path, monkeypatch,
     assert text.count("| MeanFlow as published |") == 5 and "| other real images |" in text
     assert "| SoFlow | 1 | 0.00" in text and "Mean (lowest to highest) over the seeds" in text
     assert pages.main(["--check"], tmp_path, tmp_path / "records") == 0
+
+
+@pytest.mark.parametrize("done", [0, 2, 14])
+def test_an_interrupted_study_names_all_that_is_missing(done, one_thread, tmp_path, monkeypatch, committed):
+    """In the search for rates, of 12 trainings, the compared ones too, which have not begun; it keeps what was done."""
+    rows = iter(range(100))
+
+    def train(name, method, seed, steps, rate, path, kind):
+        if next(rows) >= done:
+            raise KeyboardInterrupt
+        about = {"kind": kind, "problem": name, "method": method, "seed": seed, "lr": rate, "steps": steps}
+        return about | {"points": [{"frechet": 1.0, "cpu_seconds": 1.0}]}
+
+    found = {"SoFlow": 4, "MeanFlow": 4, "MeanFlow as published": 5, "flow matching": 4}
+    monkeypatch.setattr(equal_work, "train", train)
+    monkeypatch.setattr(equal_work, "costs", lambda name, method, path: {"flops_per_step": found[method]})
+    monkeypatch.setattr(command, "workers", lambda number: ThreadPoolExecutor(1))
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        equal_work.main(["--seeds", "0", "1", "--steps", "8"])
+    (path,) = tmp_path.glob("*-equal-work-*.json")
+    run = record.read(path)
+    searched = [f"rate digits {method} 1000, lr {rate:g}" for method in found for rate in equal_work_problems.RATES]
+    compared = [f"work digits {method} {seed}" for seed in (0, 1) for method in found]
+    compared += [f"steps digits MeanFlow as published {seed}" for seed in (0, 1)]
+    kept = [
+        equal_work.called(row["problem"], row["method"], row["seed"], row["steps"], row["lr"], "", row["kind"])
+        for row in run["rows"]
+        if row["kind"] != "cost"
+    ]
+    assert len(kept) <= done and len(run["rows"]) == len(found) + len(kept)
+    assert run["unfinished"] and sorted([*kept, *run["missing"]]) == sorted([*searched, *compared])
 
 
 MISTAKES = {
