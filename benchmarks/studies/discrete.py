@@ -13,7 +13,6 @@ is not, where a sample has so few numbers that its error is not about the same f
 """
 
 import functools
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -243,8 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=command.count, default=600, metavar="N", help="updates on the digits (600)")
     about = "updates of a network of one pixel (800)"
     parser.add_argument("--pixel-steps", type=command.count, default=800, metavar="N", help=about)
-    about = "runs at a time, one thread each"
-    parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
+    command.add_workers(parser)
     options = parser.parse(argv)
     command.distinct("--seeds", options.seeds)
     kept = record.Growing("discrete", argv)

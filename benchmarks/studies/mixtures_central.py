@@ -5,7 +5,6 @@ Of a central difference the average over that has no term of the first order in 
 constant r, rate and steps it should go below, and this is whether it does.
 """
 
-import os
 from collections.abc import Sequence
 
 from benchmarks.harness import command
@@ -21,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command.Parser(prog="python -m benchmarks.mixtures_central", description=__doc__)
     parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1], metavar="N")
     parser.add_argument("--steps", type=command.count, default=8000, metavar="N", help="updates of each run (8000)")
-    about = "runs at a time, one thread each"
-    parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
+    command.add_workers(parser)
     options = parser.parse(argv)
     command.distinct("--seeds", options.seeds)
     kept, rows = record.Growing("mixtures-central", argv), []

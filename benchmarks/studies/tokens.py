@@ -11,7 +11,6 @@ and then compared at the better one. SoFlow without guidance or labels, constant
 """
 
 import functools
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -192,8 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gflop", type=command.count, default=1500, metavar="N", help=about)
     about = "learning rates that are tried, on a seed of their own (0.001 0.004)"
     parser.add_argument("--rates", type=command.fraction, nargs="+", default=[0.001, 0.004], metavar="LR", help=about)
-    about = "runs at a time, one thread each"
-    parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
+    command.add_workers(parser)
     options = parser.parse(argv)
     command.distinct("--seeds", options.seeds)
     command.distinct("--rates", options.rates)

@@ -10,7 +10,6 @@ at a constant r. Times are those of the processor, as wall time would be that of
 `python -m benchmarks.report` makes the tables of docs/open-questions.md from the record.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -69,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command.Parser(prog="python -m benchmarks.mixtures", description=__doc__)
     parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--steps", type=command.count, default=500, metavar="N", help="updates of each run (500)")
-    about = "runs at a time, one thread each"
-    parser.add_argument("--workers", type=command.count, default=os.cpu_count() or 1, metavar="N", help=about)
+    command.add_workers(parser)
     about = "begin nothing after so many seconds; the record names what is missing"
     parser.add_argument("--within", type=command.seconds, default=command.MOST_SECONDS, metavar="S", help=about)
     options = parser.parse(argv)

@@ -239,11 +239,11 @@ def test_the_command_keeps_what_it_has_and_names_what_is_missing(monkeypatch, tm
     monkeypatch.setattr(command, "workers", ThreadPoolExecutor)
     made = [mixtures.Job(name, lambda k: [{"kind": "x", "value": k}], (k,)) for k, name in enumerate("abb")]
     monkeypatch.setattr(mixtures, "jobs", lambda seeds, steps: [*made])
-    mixtures.main(["--workers", "2", "--seeds", "1"])
+    mixtures.main(["--workers", "1", "--seeds", "1"])
     (path,) = tmp_path.iterdir()
     run = record.read(path)
     assert sorted(row["value"] for row in run["rows"]) == [0, 1, 2] and "unfinished" not in run
-    assert run["command"] == "python -m benchmarks.mixtures --workers 2 --seeds 1"
+    assert run["command"] == "python -m benchmarks.mixtures --workers 1 --seeds 1"
     path.unlink()
     mixtures.main(["--workers", "1", "--within", "0"])
     (path,) = tmp_path.iterdir()
