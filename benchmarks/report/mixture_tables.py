@@ -27,10 +27,14 @@ def bias_table(rows: list[dict]) -> str:
 
 
 def with_error(row: dict, what: str) -> str:
-    """A figure and its standard error, to two digits of the latter; below two errors the bound that these are."""
+    """A root mean square and its standard error, to two digits of the latter; below two errors a bound, rounded up:
+    the root of the mean square and two errors of that, which are twice the root times its own, or of a root of 0 the
+    square of its own (`root_mean_square`)."""
     figure, error = row[what], row[f"{what}_standard_error"]
     if figure < 2 * error:
-        return f"below {figure + 2 * error:.1g}"
+        bound = math.sqrt(figure**2 + 2 * (2 * figure * error or error**2))
+        digit = 10.0 ** math.floor(math.log10(bound))
+        return f"below {math.ceil(bound / digit) * digit:.1g}"
     places = max(0, 1 - math.floor(math.log10(error))) if error else 4
     return f"{figure:.{places}f} ± {error:.{places}f}"
 
@@ -44,9 +48,8 @@ def long_table(rows: list[dict]) -> str:
         many = len(each[0]["points"])
         cells = [NAMES[problem], f"{r:g}", f"{_mean(each, 'bias'):.3f}"]
         for what in ("one_step", "from_fixed_point"):
-            cells += [
-                _spread([row["points"][k - 1] for row in each], what) for k in (many // 4, many // 2, many) if k > 0
-            ]
+            at = (max(1, many // 4), max(1, many // 2), many)
+            cells += [_spread([row["points"][k - 1] for row in each], what) for k in at]
         lines.append(cells)
     shown = [
         f"{what}, {when}" for what in ("from the exact f", "from f_r") for when in ("a quarter", "half", "all steps")
@@ -65,7 +68,8 @@ def weight_table(rows: list[dict]) -> str:
         row = at[powers[0]]
         cells = [NAMES.get(name, name), *(f"{at[p]['velocity']:.3f}" for p in powers), f"{row['unknown']:.3f}"]
         cells += [f"{100 * row['undecided']:.0f} %"]
-        lines.append([*cells, *(f"{at[p]['velocity_undecided']:.3f}" for p in (0.5, 1.0) if p in at)])
+        there = [at[p].get("velocity_undecided") for p in (0.5, 1.0) if p in at]  # none where every point is decided
+        lines.append([*cells, *("" if value is None else f"{value:.3f}" for value in there)])
     head = ["mixture", *(f"p = {p:g}" for p in powers), "unknown", "undecided"]
     head += [f"there, p = {p:g}" for p in (0.5, 1.0) if p in powers]
     return markdown(head, len(head) - 1, lines)
@@ -93,8 +97,10 @@ def settings_table(rows: list[dict]) -> str:
 
 
 def _over_base(each: list[dict], base: dict[int, float]) -> str:
-    """The one-step errors over the base's of the same seed: mean, and lowest to highest."""
-    return _spread([{"ratio": row["one_step"] / base[row["seed"]]} for row in each if row["seed"] in base], "ratio")
+    """The one-step errors over the base's of the same seed: mean, and lowest to highest; nothing where a record that
+    is not finished has none of the base."""
+    ratios = [{"ratio": row["one_step"] / base[row["seed"]]} for row in each if row["seed"] in base]
+    return _spread(ratios, "ratio") if ratios else ""
 
 
 _FACTORS = {

@@ -11,6 +11,7 @@ and then compared at the better one. SoFlow without guidance or labels, constant
 """
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -166,11 +167,13 @@ def run(way: Way, seed: int, lr: float, work: float, side: int = SIDE) -> dict:
 
 
 def chosen(rows: Sequence[dict]) -> dict[tuple[str, int], float]:
-    """The learning rate by (way, tokens) whose error of the solution is least, of rows of kind "rate"."""
+    """The learning rate by (way, tokens) whose error of the solution is least, of rows of kind "rate". One whose error
+    is no number loses against every other."""
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for row in rows:
         if row["kind"] == "rate":
             error = row["points"][-1]["solution"][0]
+            error = math.inf if math.isnan(error) else error
             found.setdefault((row["name"], row["tokens"]), []).append((error, row["lr"]))
     return {at: min(tried)[1] for at, tried in found.items()}
 

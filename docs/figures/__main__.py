@@ -16,9 +16,11 @@ def main() -> None:
     parser = Parser(prog="python docs/figures", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="figures, by the names of their scripts")
     found = {script.stem: script for script in figures.scripts(HOME)}
-    for name in parser.parse().names or found:
+    names = parser.parse().names or [*found]
+    for name in names:
         if name not in found:
             raise UserError(f"NAME: there is no figure {name}; there are {', '.join(found)}")
+    for name in names:
         for theme, path in figures.drawings(found[name]).items():
             record.replace(path, figures.drawn(found[name], theme, record.RECORDS).encode())
             print(record.shown(path), flush=True)

@@ -43,6 +43,23 @@ def test_of_one_gaussian_draws_change_nothing():
     assert error.max() < 1e-3
 
 
+def test_the_quotient_is_the_mean_over_pairs():
+    """Of an f that is not linear, between two Gaussians of unequal weight: along the line of each pair, whose point at
+    l is (1 - l) x_0 + l x_1. Within five standard errors; the mean velocity's is not within ten."""
+    weights, means = torch.tensor([0.7, 0.3], dtype=F64), torch.tensor([[-1.0], [1.0]], dtype=F64)
+    mixture, n, r = Mixture(weights, means, torch.full((2, 1), 0.3, dtype=F64)), 600, 0.4
+    x, t, s = torch.tensor([[-0.2], [0.5]], dtype=F64).repeat(n, 1), *points(2 * n, 0.8, 0.0)[1:]
+    l = t + r * (s - t)
+    x0, x1 = mixture.pair(x, t, source(1))
+    x_l = (1 - l)[:, None] * x0 + l[:, None] * x1
+    pairs = (mixture.solution(x, t, s) - mixture.solution(x_l, l, s)) / (t - l)[:, None]
+    found = [look_ahead.quotient_bias(mixture, x, t, s, r, draws, source(2)) for draws in (2, 0)]
+    drawn, straight, pairs = (value.reshape(n, 2) for value in (*found, pairs))
+    error = ((pairs.var(0) + drawn.var(0)) / n).sqrt()
+    assert ((drawn.mean(0) - pairs.mean(0)).abs() < 5 * error).all()
+    assert ((straight[0] - pairs.mean(0)).abs() > 10 * error).all()
+
+
 def test_subtracting_the_first_order_changes_no_mean():
     """The ends of a chain with nothing subtracted have the same mean, within five standard errors."""
     at, draws = (ring(), noise(3), 1.0, 0.3, 0.3), 1000
@@ -53,9 +70,10 @@ def test_subtracting_the_first_order_changes_no_mean():
     assert (with_it.var(0) < 0.5 * without.var(0)).all()
 
 
-def test_draws_are_as_many_as_asked_for(monkeypatch):
-    """Drawn a few at a time, also where that does not come out even."""
-    monkeypatch.setattr(look_ahead, "TOGETHER", 6)
+@pytest.mark.parametrize("together", [6, 2])
+def test_draws_are_as_many_as_asked_for(together, monkeypatch):
+    """Drawn a few at a time, also where that does not come out even, and one by one where points are more than that."""
+    monkeypatch.setattr(look_ahead, "TOGETHER", together)
     found = look_ahead.drawn_fixed_point(ring(), noise(3), 1.0, 0.0, 0.5, 5, source())
     assert found.shape == (5, 3, 2) and len(found.unique(dim=0)) == 5
 
@@ -112,6 +130,11 @@ def test_the_weighted_velocity_is_where_its_gradient_vanishes():
     x, t = noise(8), torch.full((8,), 0.7, dtype=F64)
     before, after = (look_ahead.weighted_velocity(ring(), x, t, 0.5, 0.01, 200, source(), n) for n in (400, 401))
     assert torch.allclose(before[0], after[0], atol=1e-6) and (after[0] - after[1]).norm(dim=1).max() > 0.1
+    for p, eps in ((0.5, 0.01), (1.0, 0.3)):
+        found, _ = look_ahead.weighted_velocity(ring(), x, t, p, eps, 200, source())
+        v = look_ahead.drawn_velocity(ring(), x.repeat(200, 1), t.repeat(200), source()).reshape(200, 8, 2)
+        w = 1 / ((v - found).square().mean(2, keepdim=True) + eps) ** p
+        assert (w * (v - found)).mean(0).abs().max() < 1e-6 * w.mean()
     # Given x the velocity of one Gaussian is a Gaussian: the weights are symmetric about its mean.
     found, mean = look_ahead.weighted_velocity(one_gaussian(), x, t, 1.0, 0.01, 4000, source())
     assert (found - mean).norm() < 0.1 * one_gaussian().velocity(x, t).norm()

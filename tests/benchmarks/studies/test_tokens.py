@@ -92,6 +92,8 @@ def test_the_tuning_seed_chooses_the_rate_and_is_not_compared():
     runs = [row("run", 3, 0.2, 0.9), row("run", 4, 0.2, 0.6)]
     assert tokens.chosen(rate + runs) == {("base", 4): 0.2}
     assert compared_runs(rate + runs) == [runs]
+    diverged = row("rate", tokens.TUNING_SEED, 1.0, float("nan"))
+    assert tokens.chosen([diverged, *rate]) == {("base", 4): 0.2}
 
 
 @pytest.mark.parametrize(
