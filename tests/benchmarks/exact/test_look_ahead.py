@@ -70,6 +70,27 @@ def test_subtracting_the_first_order_changes_no_mean():
     assert (with_it.var(0) < 0.5 * without.var(0)).all()
 
 
+def test_the_slopes_are_those_of_the_exact_solution():
+    """At the points of the exact path, J d is what a short step d changes, up to its cube and to few steps of the
+    solver; where J is steeper than 2 it is shortened to that."""
+    (x, t, _), s, r = points(12, 1.0, 0.3), 0.3, 0.3
+    times = look_ahead.chain(1.0, s, r)
+    found = look_ahead.path_slopes(ring(), x, 1.0, s, r)
+    assert len(found) == len(times) - 1
+    d = torch.tensor([2e-3, 1e-3], dtype=F64)
+    for now, slope in list(zip(times[1:], found, strict=True))[:2]:
+        at = ring().solution(x, t, torch.full_like(t, now))
+        begin, end = torch.full_like(t, now), torch.full_like(t, s)
+        change = (ring().solution(at + d, begin, end) - ring().solution(at - d, begin, end)) / 2
+        whole = look_ahead.jacobian(ring(), at, begin, end)
+        torch.testing.assert_close((whole @ d[:, None])[..., 0], change, rtol=0, atol=1e-5)
+        torch.testing.assert_close(slope, look_ahead.shortened(whole), rtol=0, atol=2e-2)
+        norms = torch.linalg.matrix_norm(whole)
+        assert norms.max() > look_ahead.STEEPEST > norms.min()
+        steep = torch.linalg.matrix_norm(slope)[norms > look_ahead.STEEPEST]
+        torch.testing.assert_close(steep, torch.full_like(steep, look_ahead.STEEPEST))
+
+
 @pytest.mark.parametrize("together", [6, 2])
 def test_draws_are_as_many_as_asked_for(together, monkeypatch):
     """Drawn a few at a time, also where that does not come out even, and one by one where points are more than that."""

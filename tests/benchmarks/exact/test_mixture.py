@@ -46,6 +46,30 @@ def test_the_velocity_is_the_mean_of_the_pairs(mixture: Mixture):
     assert ((v.mean(0) - mixture.velocity(x[:1], t[:1])[0]).abs() < 5 * sigma).all()
 
 
+@pytest.mark.parametrize("path", ["linear", "trig"])
+def test_the_velocity_is_that_of_bayes(path: str):
+    """Over data weighted by how likely each makes x_t = x, with no formula of a mixture: within five standard errors.
+    The components differ in weight and in width, so that each part of their probabilities counts."""
+    weights = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    means = torch.tensor([[0.0, 0.5], [1.5, 0.0], [-1.0, -1.0]], dtype=torch.float64)
+    widths = torch.tensor([[0.2, 0.9], [0.8, 0.3], [0.5, 0.5]], dtype=torch.float64)
+    mixture, n = Mixture(weights, means, widths, path), 100_000
+    x0, k = mixture.sample(n, torch.Generator().manual_seed(4))
+    for time in (0.3, 0.6, 0.9):
+        alpha, beta, d_alpha, d_beta = (value.item() for value in mixture.scales(times(1, time)))
+        for x in torch.tensor([[0.4, 0.2], [-0.3, 0.6]], dtype=torch.float64):
+            x1 = (x - alpha * x0) / beta
+            w = torch.softmax(-0.5 * x1.square().sum(1), 0)
+            for each, found in (
+                (d_alpha * x0 + d_beta * x1, mixture.velocity(x[None], times(1, time))[0]),
+                (torch.nn.functional.one_hot(k, 3).double(), mixture.responsibilities(x[None], times(1, time))[0]),
+            ):
+                mean = (w[:, None] * each).sum(0)
+                error = (w[:, None] * (each - mean)).square().sum(0).sqrt()
+                assert ((found - mean).abs() < 5 * error + 1e-12).all()
+                assert error.max() < 0.05
+
+
 @pytest.mark.parametrize("mixture", [ring(), scattered()], ids=["ring", "scattered"])
 def test_solutions_are_consistent_and_carry_noise_to_data(mixture: Mixture):
     n, source = 1000, torch.Generator().manual_seed(2)
