@@ -71,8 +71,8 @@ def test_subtracting_the_first_order_changes_no_mean():
 
 
 def test_the_slopes_are_those_of_the_exact_solution():
-    """At the points of the exact path, J d is what a short step d changes, up to its cube and to few steps of the
-    solver; where J is steeper than 2 it is shortened to that."""
+    """At the points of the exact path J d is what a short step d changes, up to the third order. Few steps of the solver
+    along the path change the slopes by less than 1e-6; where J is steeper than 2 it is shortened to that."""
     (x, t, _), s, r = points(12, 1.0, 0.3), 0.3, 0.3
     times = look_ahead.chain(1.0, s, r)
     found = look_ahead.path_slopes(ring(), x, 1.0, s, r)
@@ -84,7 +84,7 @@ def test_the_slopes_are_those_of_the_exact_solution():
         change = (ring().solution(at + d, begin, end) - ring().solution(at - d, begin, end)) / 2
         whole = look_ahead.jacobian(ring(), at, begin, end)
         torch.testing.assert_close((whole @ d[:, None])[..., 0], change, rtol=0, atol=1e-5)
-        torch.testing.assert_close(slope, look_ahead.shortened(whole), rtol=0, atol=2e-2)
+        torch.testing.assert_close(slope, look_ahead.shortened(whole), rtol=0, atol=1e-5)
         norms = torch.linalg.matrix_norm(whole)
         assert norms.max() > look_ahead.STEEPEST > norms.min()
         steep = torch.linalg.matrix_norm(slope)[norms > look_ahead.STEEPEST]

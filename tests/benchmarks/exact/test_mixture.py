@@ -52,7 +52,7 @@ def test_the_velocity_is_that_of_bayes(path: str):
     The components differ in weight and in width, so that each part of their probabilities counts."""
     weights = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     means = torch.tensor([[0.0, 0.5], [1.5, 0.0], [-1.0, -1.0]], dtype=torch.float64)
-    widths = torch.tensor([[0.2, 0.9], [0.8, 0.3], [0.5, 0.5]], dtype=torch.float64)
+    widths = torch.tensor([[0.2, 0.3], [0.8, 0.5], [0.5, 1.2]], dtype=torch.float64)
     mixture, n = Mixture(weights, means, widths, path), 100_000
     x0, k = mixture.sample(n, torch.Generator().manual_seed(4))
     for time in (0.3, 0.6, 0.9):
