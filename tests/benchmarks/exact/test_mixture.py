@@ -47,9 +47,10 @@ def test_the_velocity_is_the_mean_of_the_pairs(mixture: Mixture):
 
 
 @pytest.mark.parametrize("path", ["linear", "trig"])
-def test_the_velocity_is_that_of_bayes(path: str):
-    """Over data weighted by how likely each makes x_t = x, with no formula of a mixture: within five standard errors.
-    The components differ in weight and in width, so that each part of their probabilities counts."""
+def test_velocity_and_pairs_are_those_of_bayes(path: str):
+    """Over data weighted by how likely each makes x_t = x, with no formula of a mixture: the mean velocity, the
+    probabilities of the components, and how far drawn velocities scatter, within five standard errors. The components
+    differ in weight and in width, so that each part of their probabilities counts."""
     weights = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     means = torch.tensor([[0.0, 0.5], [1.5, 0.0], [-1.0, -1.0]], dtype=torch.float64)
     widths = torch.tensor([[0.2, 0.3], [0.8, 0.5], [0.5, 1.2]], dtype=torch.float64)
@@ -60,14 +61,18 @@ def test_the_velocity_is_that_of_bayes(path: str):
         for x in torch.tensor([[0.4, 0.2], [-0.3, 0.6]], dtype=torch.float64):
             x1 = (x - alpha * x0) / beta
             w = torch.softmax(-0.5 * x1.square().sum(1), 0)
-            for each, found in (
-                (d_alpha * x0 + d_beta * x1, mixture.velocity(x[None], times(1, time))[0]),
-                (torch.nn.functional.one_hot(k, 3).double(), mixture.responsibilities(x[None], times(1, time))[0]),
+            v, is_k = d_alpha * x0 + d_beta * x1, torch.nn.functional.one_hot(k, 3).double()
+            pairs = mixture.pair(x.expand(n, -1), times(n, time), torch.Generator().manual_seed(5))
+            drawn = (d_alpha * pairs[0] + d_beta * pairs[1]).square()
+            for each, found, noise in (
+                (v, mixture.velocity(x[None], times(1, time))[0], 0),
+                (is_k, mixture.responsibilities(x[None], times(1, time))[0], 0),
+                (v.square(), drawn.mean(0), drawn.std(0) / n**0.5),
             ):
                 mean = (w[:, None] * each).sum(0)
-                error = (w[:, None] * (each - mean)).square().sum(0).sqrt()
+                error = (w[:, None] * (each - mean)).square().sum(0).sqrt() + noise
                 assert ((found - mean).abs() < 5 * error + 1e-12).all()
-                assert error.max() < 0.05
+                assert (error < 0.05 * (1 + mean)).all()
 
 
 @pytest.mark.parametrize("mixture", [ring(), scattered()], ids=["ring", "scattered"])
@@ -109,3 +114,19 @@ def test_what_is_no_mixture_is_refused():
     ):
         with pytest.raises(ValueError, match="must be"):
             Mixture(weights, means, deviations)
+
+
+def test_the_solvers_error_is_the_largest():
+    """Of two points, one of which does not move."""
+    x, t, s = torch.full((2, 2), 0.5, dtype=torch.float64), times(2, 1), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    moved = (ring().solution(x, t, s, steps=2) - ring().solution(x, t, s, steps=4))[1].norm().item()
+    assert ring().solution_error(x, t, s, steps=2) == pytest.approx(moved) and moved > 1e-3
+
+
+def test_the_shapes_of_the_mixtures():
+    mixture = ring(4, radius=3.0, deviation=0.1)
+    corners = torch.tensor([[3, 0], [0, 3], [-3, 0], [0, -3]], dtype=torch.float64)
+    torch.testing.assert_close(mixture.means, corners, rtol=0, atol=1e-12)
+    assert (mixture.deviations == 0.1).all() and (mixture.weights == 0.25).all()
+    torch.testing.assert_close(scattered(5, spread=2.0).means, 2 * scattered(5).means)
+    assert scattered().means.shape == (8, 16) and scattered().deviations.unique().numel() == 8 * 16

@@ -20,12 +20,16 @@ from benchmarks.harness.cases import Case
 from benchmarks.report import compare, pages, record
 from benchmarks.report.blocks import quality
 from benchmarks.studies import (
+    book,
     derivative,
     digits,
+    discrete,
     distance,
     equal_work,
     guidance,
     increments,
+    mixtures,
+    mixtures_central,
     plan,
     policies,
     precision,
@@ -36,14 +40,15 @@ from benchmarks.studies import (
     soak,
     step,
     sweeps,
+    tokens,
 )
 from soflow_fast.config.schema import Config
 from soflow_fast.errors import StorageError, UserError
 from tests.benchmarks.tiny import CONFIG
 
 MODULES = [
-    derivative, digits, distance, equal_work, guidance, increments, plan, policies, precision, prediction,
-    quality_for_time, sampling, scaling, step, sweeps,
+    book, derivative, digits, discrete, distance, equal_work, guidance, increments, mixtures, mixtures_central, plan,
+    policies, precision, prediction, quality_for_time, sampling, scaling, step, sweeps, tokens,
 ]  # fmt: skip
 
 
@@ -59,8 +64,10 @@ MISTAKES = [
     (quality_for_time, "--steps 0", "--steps"),
     (quality_for_time, "--every 0", "--every"),
     (quality_for_time, "--workers 99999999999999999999", "--workers"),
-    *((module, f"--workers {number}", "--workers") for module in (equal_work, policies, precision, quality_for_time)
+    *((module, f"--workers {number}", "--workers")
+      for module in (discrete, equal_work, mixtures, mixtures_central, policies, precision, quality_for_time, tokens)
       for number in (0, 5000)),
+    (mixtures_central, "--seeds 0 0", "--seeds"),
     (policies, "--seeds 0 0", "--seeds"),
     (policies, "--steps 0", "--steps"),
     (digits, "--seeds -1", "--seeds"),
