@@ -92,7 +92,9 @@ def costs_table(run: dict) -> str:
 
 def rates_table(run: dict) -> str:
     """A line per problem and method: the figure by learning rate, the best in bold."""
-    rates = sorted({row["lr"] for row in run["rows"] if row["kind"] == "rate"})
+    searched = [row for row in run["rows"] if row["kind"] == "rate"]
+    rates = sorted({row["lr"] for row in searched})
+    failed = {(row["problem"], row["method"], row["lr"]) for row in searched if "diverged" in row}
     lines = []
     for problem, figures in FIGURES.items():
         first, *_ = figures
@@ -102,7 +104,9 @@ def rates_table(run: dict) -> str:
             best = min(found, key=lambda rate: found[rate])
             shown = {rate: f"{value:.{digits}f}" for rate, value in found.items()}
             shown[best] = f"**{shown[best]}**"
-            cells = [shown.get(rate, "diverged") for rate in rates]
+            for rate in rates:
+                shown.setdefault(rate, "diverged" if (problem, method, rate) in failed else "not measured")
+            cells = [shown[rate] for rate in rates]
             lines.append([f"{problem}: {first}", method, str(rows[0]["steps"]), *cells])
     head = ["problem and figure", "method", "steps", *(f"rate {rate:g}" for rate in rates)]
     return markdown(head, 1 + len(rates), lines)

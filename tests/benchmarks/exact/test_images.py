@@ -1,5 +1,7 @@
 """Images of the cosine basis: the basis is a rotation, the bands share it out, the mixture is as its docstring says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,6 +46,7 @@ def test_the_mixture_is_as_described():
 def test_one_gaussian_has_the_mixtures_moments():
     mixture = images.photographs(4)
     single = images.one_gaussian(mixture)
+    assert images.one_gaussian(replace(mixture, path="trig")).path == "trig" and single.path == "linear"
     z, _ = mixture.sample(100_000, torch.Generator().manual_seed(0))
     # Five standard errors of a mean, and of a variance whose fourth moment is at most that of a Gaussian here.
     assert ((z.mean(0) - single.means[0]).abs() < 5 * single.deviations[0] / 100_000**0.5).all()

@@ -18,6 +18,11 @@ def test_a_code_is_read_back(kind, scale):
     close = x + 0.09 * code.spacing * noise.clamp(-1, 1)
     assert torch.equal(code.decode(close), levels) and code.near(close).all()
     assert not code.near(x + 0.2 * code.spacing).any()
+    one = torch.zeros(code.channels, 1, 1).index_fill_(0, torch.tensor(0), 0.2 * code.spacing)
+    assert not code.near(x + one).any(), "one channel is enough"
+    assert code.points[:, 0].unique().diff().tolist() == pytest.approx(
+        [code.spacing] * (COUNT - 1 if kind == "grey" else 1)
+    )
 
 
 def test_the_nearest_point_is_read():

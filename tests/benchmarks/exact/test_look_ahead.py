@@ -71,8 +71,8 @@ def test_subtracting_the_first_order_changes_no_mean():
 
 
 def test_the_slopes_are_those_of_the_exact_solution():
-    """At the points of the exact path J d is what a short step d changes, up to the third order. Few steps of the solver
-    along the path change the slopes by less than 1e-6; where J is steeper than 2 it is shortened to that."""
+    """At the points of the exact path J d is what a short step d changes, up to the third order. Few steps of the
+    solver along the path change the slopes by less than 1e-6; where J is steeper than 2 it is shortened to that."""
     (x, t, _), s, r = points(12, 1.0, 0.3), 0.3, 0.3
     times = look_ahead.chain(1.0, s, r)
     found = look_ahead.path_slopes(ring(), x, 1.0, s, r)

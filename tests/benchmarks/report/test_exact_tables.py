@@ -136,3 +136,37 @@ def test_the_look_ahead_is_shown_along_both_velocities():
     table = book_tables.look_ahead_table(rows)
     assert cells(table, 0)[1].startswith("s = 0.5: ") and cells(table, 0)[4].startswith("E[q]: ")
     assert cells(table, 1) == ["0.1", "0.1", "0.2", "0.4 ± 0.03", "0.1", "0.5", "0.4 ± 0.03"]
+
+
+def test_slopes_are_shown_by_way_and_precision():
+    rows = [
+        {"kind": "slope", "problem": "ring", "r": r, "way": way, "precision": precision, "error": error * r}
+        for r in (0.3, 0.1)
+        for precision, way, error in (("fp64", "ahead", 1), ("fp64", "central", 2), ("fp32", "ahead", 3))
+    ]
+    table = mixture_tables.slope_table(rows)
+    assert column(table, "ahead, fp64") == ["3.0e-01", "1.0e-01"]
+    assert column(table, "central, fp64")[0] == "6.0e-01" and column(table, "ahead, fp32")[1] == "3.0e-01"
+
+
+def test_calls_are_shown_with_what_they_have():
+    row = {"kind": "calls", "problem": "ring", "factor": "base", "setting": "x", "method": "renoise", "calls": 1}
+    rows = [{**row, "seed": seed, "distance": 0.1, "error": 0.2 + 0.2 * seed} for seed in (0, 1)]
+    rows.append({**row, "seed": 0, "calls": 2, "distance": 0.05})
+    table = mixture_tables.calls_table(rows)
+    assert column(table, "error against the exact end") == ["0.300 (0.200 to 0.400)", ""]
+    assert column(table, "distance to the data") == ["0.100 (0.100 to 0.100)", "0.050"]
+    assert column(table, "trained with") == ["base: x", ""] and column(table, "calls") == ["1", "2"]
+
+
+def test_the_books_samples_and_weights():
+    row = {"kind": "samples", "objective": "soflow", "way": "1 call", "on_the_ring": 0.75, "distance_to_exact": 0.25}
+    table = book_tables.samples_table([row, {**row, "distance_to_exact": None}])
+    assert column(table, "share on the ring") == ["0.750"] * 2
+    assert column(table, "rms distance to the exact flow's end") == ["0.250", ""]
+    rows = [{"kind": "weights", "dimensions": 2, "t": 0.5, "p": p, "relative": p / 4} for p in (0.0, 0.5, 1.0)]
+    assert [column(book_tables.weights_table(rows), f"p = {p}") for p in ("0", "0.5", "1")] == [
+        ["0"],
+        ["0.12"],
+        ["0.25"],
+    ]
