@@ -174,7 +174,7 @@ def _bias_note(rows: list[dict]) -> str:
     )
     return (
         f"Root mean square over {first['points']} noises of f(x_1, 1, 0), in units of the data's spread, ± one "
-        f"standard error; chains of each noise: {chains}."
+        f"standard error, or below what two errors of the mean square allow; chains of each noise: {chains}."
     )
 
 

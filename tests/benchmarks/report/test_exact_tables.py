@@ -52,6 +52,8 @@ def test_long_trainings_are_shown_after_a_quarter_a_half_and_all_steps(many):
         for when, part in (("a quarter", 4), ("half", 2), ("all steps", 1)):
             assert column(table, f"{what}, {when}") == [f"{max(1, many // part) / unit:.3f}"]
     assert column(table, "f_r from the exact f") == ["0.300"]
+    more = [{**row, "r": r, "problem": name} for name in ("scattered", "ring") for r in (0.01, 0.1)]
+    assert column(mixture_tables.long_table(more), "r") == ["0.1", "0.01", "0.1", "0.01"]
 
 
 def trained(factor: str, seed: int, one_step: float, **more) -> dict:
@@ -91,7 +93,7 @@ def test_weights_are_shown_by_power_and_at_undecided_points():
 
 def test_tokens_are_shown_at_the_end_and_by_band():
     def run(seed: int, error: float) -> dict:
-        ends = [{"velocity": [v] * 3, "solution": [v, v / 2, v / 4], "cpu_seconds": 8.0} for v in (0.9, error)]
+        ends = [{"velocity": [v / 10] * 3, "solution": [v, v / 2, v / 4], "cpu_seconds": 8.0} for v in (0.9, error)]
         return {"kind": "run", "name": "base", "tokens": 4, "hidden": 8, "batch": 2, "steps": 3, "lr": 0.1} | {
             "seed": seed,
             "points": ends,
@@ -100,7 +102,7 @@ def test_tokens_are_shown_at_the_end_and_by_band():
     flat = {"kind": "reference", "name": "flat", "solution": [0.7, 0.6, 0.5]}
     table = tokens_tables.tokens_table([flat, run(0, 0.2), run(1, 0.6), {**run(1000, 0.8), "kind": "rate"}])
     assert column(table, "error of f") == ["0.400 (0.200 to 0.600)", "0.700"]
-    assert column(table, "error of v") == ["0.400 (0.200 to 0.600)", ""]
+    assert column(table, "error of v") == ["0.040 (0.020 to 0.060)", ""]
     assert column(table, "f, below 4") == ["0.20", "0.60"] and column(table, "from 4") == ["0.10", "0.50"]
     assert tokens_tables.band_names(5) == ["f, below 4", "4 to 8", "8 to 16", "16 to 32", "from 32"]
 
