@@ -106,14 +106,21 @@ MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError
 
 
 def rendered(name: str, run: dict) -> str:
-    """A block's text. Raises UserError naming the record if its rows are not those of its benchmark."""
+    """A block's text. Raises UserError naming the record if its rows are not those of its benchmark, or if it was
+    interrupted before those of this block."""
     try:
         return BLOCKS[name].render(run)
     except MALFORMED as error:
-        raise malformed(run, error) from None
+        if not run.get("unfinished"):
+            raise malformed(run, error) from None
+        what = f"it is not finished, and lacks rows that the block {name} is made of"
+        raise UserError(f"{run['file']}: {what}; measure them, or take the file away ({_said(error)})") from None
 
 
 def malformed(run: dict, error: BaseException) -> UserError:
     """For a record that says what benchmark it is of, and does not hold what that needs."""
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    return UserError(f"{run['file']}: its rows are not those of {run['benchmark']} ({what})")
+    return UserError(f"{run['file']}: its rows are not those of {run['benchmark']} ({_said(error)})")
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")

@@ -124,6 +124,17 @@ def test_rows_of_another_benchmark_are_named(tmp_path, capsys):
     assert not out and err == "benchmarks.report: a.json: its rows are not those of digits (KeyError: 'nfe')\n"
 
 
+def test_what_an_interrupted_record_lacks_is_named(tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "why-it-works.md"
+    page.write_text("<!-- benchmark:book-samples -->\n<!-- /benchmark:book-samples -->\n")
+    written(tmp_path, "a", [{"kind": "losses"}], benchmark="book", unfinished=True)
+    assert pages.main([], tmp_path, tmp_path) == 2
+    out, err = capsys.readouterr()
+    found = "a.json: it is not finished, and lacks rows that the block book-look-ahead is made of; "
+    assert not out and err == f"benchmarks.report: {found}measure them, or take the file away (StopIteration)\n"
+
+
 def point(step: int, seconds: float, frechet: float) -> dict:
     return {"step": step, "seconds": seconds, "frechet": frechet, "accuracy": 0.9}
 
