@@ -44,6 +44,26 @@ def test_weighted_velocities_say_what_is_not_known():
     assert 0 < many["undecided"] < 1 and many["velocity_undecided"] > many["velocity"]
 
 
+def test_weighted_velocities_are_in_units_of_the_exact_one(one_thread, monkeypatch):
+    """Moved by three times the exact one where it is undecided and nowhere else, from a mean that is off by one of it;
+    at points of the path, which lie as far out as their times say, within five standard errors."""
+    parts, out = [], []
+
+    def weighted_velocity(data, x, t, p, eps, draws, source):
+        exact, undecided = data.velocity(x, t), data.responsibilities(x, t).amax(1) <= 0.99
+        length = exact.square().sum(1)
+        parts.append((undecided.double().mean().item(), (length[undecided].sum() / length.sum()).sqrt().item()))
+        out.append(x.square().sum(1) - (1 - t) ** 2 * (4 + 2 * 0.04) - 2 * t**2)
+        return (2 + 3 * undecided[:, None]) * exact, 2 * exact
+
+    monkeypatch.setattr(minimisers, "weighted_velocity", weighted_velocity)
+    for row, (share, length) in zip(minimisers.weighted(points=400, pairs=2, sizes=()), parts, strict=True):
+        assert row["undecided"] == pytest.approx(share) and 0.1 < share < 0.9
+        assert row["unknown"] == pytest.approx(1) and row["velocity_undecided"] == pytest.approx(3)
+        assert row["velocity"] == pytest.approx(3 * length)
+    assert out[0].mean().abs() < 5 * out[0].std() / 400**0.5
+
+
 class Exact(torch.nn.Module):
     """N of the exact solution and velocity."""
 
@@ -123,29 +143,66 @@ def test_the_standard_error_of_a_bias_is_that_of_other_noises():
 
 
 def test_biases_are_of_the_held_noises(monkeypatch):
-    """f_r put a known distance away is that far, in units of the spread."""
+    """f_r put a known distance away is that far, in units of the spread, as is its error; of two means the product
+    counts."""
     at = problems.held("ring", 40, 400)
     monkeypatch.setattr(minimisers, "held", lambda name: at)
-    shift = torch.tensor([0.3, 0.4], dtype=torch.float64)
-    monkeypatch.setattr(
-        minimisers, "means", lambda data, noise, r, source: (at.one_step.exact[: len(noise)] + shift,) * 2
-    )
-    monkeypatch.setattr(minimisers, "fixed_point", lambda *given: at.one_step.exact[:20] - 2 * shift)
+    shift = torch.linspace(0.5, 1.5, 20, dtype=torch.float64)[:, None] * torch.tensor([0.3, 0.4], dtype=torch.float64)
+    exact = at.one_step.exact[:20]
+    monkeypatch.setattr(minimisers, "means", lambda data, noise, *rest: (exact + shift, exact + 4 * shift))
+    monkeypatch.setattr(minimisers, "fixed_point", lambda *given: exact - 3 * shift)
     (row,) = minimisers.biases("ring", points=20, rates=(0.1,))
-    assert row["pair"] == pytest.approx(0.5 / at.spread) and row["marginal"] == pytest.approx(1 / at.spread)
+    for way, ends in {"pair": (shift, 4 * shift), "marginal": (-3 * shift,)}.items():
+        found, error = root_mean_square(*ends)
+        assert row[way] == pytest.approx(found / at.spread)
+        assert row[f"{way}_standard_error"] == pytest.approx(error / at.spread) and error > 0.01
     assert row["points"] == 20 and row["chains"] == minimisers.chains(0.1) == 10
 
 
+def test_the_points_that_networks_are_judged_at():
+    """Within the path: s below t and its share of t anywhere, x as far out as t says and made of data and noise of its
+    own; all within five standard errors. The exact solutions are those of these points."""
+    held = problems.held("ring", 200, 400)
+    x, t, s, exact = held.within
+    assert (s < t).all() and (s / t).mean() == pytest.approx(0.5, abs=5 * (1 / 12 / 200) ** 0.5)
+    for product in (
+        x.square().sum(1) - (1 - t) ** 2 * (4 + 2 * 0.04) - 2 * t**2,
+        (x * held.data[:200]).sum(1),
+        (x * held.noise[:200]).sum(1),
+    ):
+        assert product.mean().abs() < 5 * product.std() / 200**0.5
+    torch.testing.assert_close(exact, ring().solution(x, t, s), rtol=0, atol=1e-9)
+    assert torch.equal(held.one_step.x, held.noise[:200])
+    torch.testing.assert_close(held.velocity, ring().velocity(x, t))
+    other = problems.held("scattered", 4, 400)  # whose mean is not 0
+    assert other.spread == pytest.approx(minimisers.spread(problems.mixture("scattered")), rel=0.03)
+
+
 def test_the_distance_from_the_fixed_point_is_that_of_its_means(one_thread, monkeypatch):
-    """Of a network that draws f_r moved by a constant it is the length of the constant."""
+    """Of two means of f_r the product counts, in the bias and in a network's distance from it."""
     at = problems.held("ring", 40, 400)
     monkeypatch.setattr(trainings, "held", lambda name: at)
-    f_r = at.one_step.exact + torch.tensor([0.5, 0.0], dtype=torch.float64)
-    monkeypatch.setattr(trainings, "fixed_point", lambda name, r: (f_r, f_r))
-    monkeypatch.setattr(trainings, "solved", lambda flow, x, t, s: f_r + torch.tensor([0.3, 0.4], dtype=torch.float64))
+    axis = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    both = [at.one_step.exact + k * axis for k in (0.5, 2.0)]
+    monkeypatch.setattr(trainings, "fixed_point", lambda name, r: both)
+    monkeypatch.setattr(trainings, "solved", lambda flow, x, t, s: at.one_step.exact + 4.5 * axis)
     row = trainings.long("ring", 0.1, 0, 1, 1)[0]
-    assert row["bias"] == pytest.approx(0.5 / at.spread)
-    assert row["points"][0]["from_fixed_point"] == pytest.approx(0.5 / at.spread)
+    assert row["bias"] == pytest.approx(1 / at.spread)
+    assert row["points"][0]["from_fixed_point"] == pytest.approx((4 * 2.5) ** 0.5 / at.spread)
+
+
+def test_the_unit_of_distances_is_the_datas_spread():
+    """Of one Gaussian the root of its variances' sum; of two points that of the distance between them as well. A floor
+    is in that unit."""
+    assert minimisers.spread(one_gaussian()) == pytest.approx((0.5**2 + 2.0**2) ** 0.5)
+    weights, means = torch.tensor([0.75, 0.25], dtype=torch.float64), torch.tensor([[1.0], [5.0]], dtype=torch.float64)
+    two = Mixture(weights, means, torch.tensor([[0.1], [0.3]], dtype=torch.float64))
+    assert minimisers.spread(two) == pytest.approx((3.0 + 0.75 * 0.01 + 0.25 * 0.09) ** 0.5)
+    held = problems.held("ring", 40, 400)
+    assert held.spread == pytest.approx(minimisers.spread(ring()), rel=0.03)  # 400 points, all about as far out
+    shifted = held._replace(data=held.data + 1, spread=held.spread / 2)
+    floor, moved = (measures.floor(ring(), at, sets=2) for at in (held, held._replace(spread=held.spread / 2)))
+    assert moved == pytest.approx(2 * floor) and measures.floor(ring(), shifted, sets=2) > 2 * floor
 
 
 def test_the_distance_of_shifted_samples_is_the_shift():
@@ -176,6 +233,19 @@ def test_every_setting_differs_from_the_base_in_one_factor():
         assert any(changed <= factor for factor in FACTORS), name
 
 
+def test_a_setting_trains_as_it_says(one_thread):
+    """Its own step and its own way to the quotient: after the same steps on the same data no two have the same
+    weights."""
+    names = (BASE, "difference: central, r from 0.1 to 0.01", "precision: bf16 pair, r to 0.01")
+    made = {name: trainings.trained(SETTINGS[name], "ring", 0, 2)[0] for name in names}
+    found = [torch.cat([p.flatten() for p in state.flow.parameters()]) for state in made.values()]
+    for k, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(found[k], found[j])
+    assert made[names[2]].target == SETTINGS[names[2]].target != made[BASE].target
+    again = trainings.base("ring", 2)
+    assert torch.equal(found[0], torch.cat([p.flatten() for p in again.flow.parameters()]))
+
+
 def test_everything_measured_is_on_the_page(one_thread, monkeypatch, tmp_path):
     for module in (trainings, minimisers):
         monkeypatch.setattr(module, "held", lambda name: problems.held(name, 40, 400))
@@ -187,7 +257,9 @@ def test_everything_measured_is_on_the_page(one_thread, monkeypatch, tmp_path):
         rows += trainings.judged(name, "ring", 0, 3)
     rows += trainings.long("ring", 0.1, 0, 4, 2)
     central = trainings.long("ring", 0.1, 0, 4, 2, central=True)
-    assert central[0]["bias"] == rows[-1]["bias"] and central[0]["points"] != rows[-1]["points"]
+    assert central[0]["bias"] == rows[-1]["bias"]
+    for point, other in zip(central[0]["points"], rows[-1]["points"], strict=True):  # whose times differ in any case
+        assert point["step"] == other["step"] and point["one_step"] != other["one_step"]
     record.write(central, "python -m benchmarks.mixtures_central", tmp_path, "mixtures-central")
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
     found = {(row["r"], row["way"]): row["error"] for row in rows if row.get("precision") == "fp64"}
