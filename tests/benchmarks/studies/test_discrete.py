@@ -44,13 +44,15 @@ def test_the_data_themselves_are_judged_right(kind):
         assert found["entropy"] < 1e-4
 
 
-def test_undecided_samples_are_seen():
-    flat = torch.full((2, COUNT, 3, 3), 2 / COUNT - 1)  # every level with the same share
-    found = discrete.decided(Code("one-hot", 1.0), flat)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_undecided_samples_are_seen(scale):
+    flat = torch.full((2, COUNT, 3, 3), scale * (2 / COUNT - 1))  # every level with the same share
+    found = discrete.decided(Code("one-hot", scale), flat)
     assert found["near"] == 0 and found["largest"] == pytest.approx(1 / COUNT)
     assert found["entropy"] == pytest.approx(4, abs=1e-5)
     assert sum(found["largest_histogram"]) == pytest.approx(1)
-    assert discrete.decided(Code("bits", 1.0), torch.zeros(2, 4, 3, 3))["entropy"] == pytest.approx(4, abs=1e-5)
+    assert discrete.decided(Code("one-hot", scale), 2 * flat + scale)["largest"] == pytest.approx(2 / COUNT)
+    assert discrete.decided(Code("bits", scale), torch.zeros(2, 4, 3, 3))["entropy"] == pytest.approx(4, abs=1e-5)
 
 
 def test_variation():
@@ -70,6 +72,38 @@ def test_each_training_is_recorded(rows):
         assert row["exact_near"] > 0.95 and row["solver_error"] < 0.1
     (curve,) = {tuple(row["curve"]["exact"]) for row in pixels if row["code"] == "grey"}
     assert all(a <= b + 1e-6 for a, b in itertools.pairwise(curve)), "the flow of a line keeps its order"
+
+
+def test_one_pixel_is_held_against_the_exact_map(one_thread, monkeypatch):
+    """A network that gives the exact ends has no error; one that gives the mean of the data for every noise has the
+    error 1, and is at no level."""
+    code = Code("bits", 1.5)
+    monkeypatch.setattr(discrete, "HELD", 60)
+    monkeypatch.setattr(discrete, "SOLVER_STEPS", 64)
+    discrete.held.cache_clear()
+    _, exact, _ = discrete.held(code)
+    frequencies = discrete.level_frequencies()
+    mean = (frequencies[:, None] * code.points.double()).sum(0)
+
+    def step(state, x, y):
+        state.step += 1
+
+    monkeypatch.setattr(discrete, "train_step", step)
+    found = []
+    for ends in (exact, mean.expand_as(exact)):
+        monkeypatch.setattr(discrete, "one_call", lambda flow, noise, ends=ends: ends)
+        found.append(discrete.pixel(code, 0, 1, 0.0, 8))
+    discrete.held.cache_clear()
+    learned, blurred = (row["points"][-1] for row in found)
+    row = found[0]
+    assert (learned["error"], learned["same_level"], learned["near"]) == (0, 1, row["exact_near"])
+    assert learned["variation"] == row["exact_variation"] > 0
+    (level,) = code.decode(mean[None, :, None, None]).flatten().tolist()
+    share = (code.decode(exact[..., None, None]) == level).double().mean().item()
+    assert blurred["error"] == pytest.approx(1) and blurred["near"] == 0
+    assert blurred["same_level"] == pytest.approx(share) and share < 0.9
+    assert blurred["variation"] == pytest.approx(1 - frequencies[level].item())
+    assert discrete.one_pixel_configuration(code, 0, 1, 1.0, 8).objective.p == 1
 
 
 def test_one_pixel_is_learned():

@@ -45,6 +45,40 @@ def test_the_exact_flow_has_no_error():
         assert len(found) == 1 + len(bands(SIDE)) and max(found) < 1e-4
 
 
+def test_errors_are_relative_to_their_own_band():
+    exact = torch.randn(3, SIDE**2, generator=torch.Generator().manual_seed(0))
+    coarse = bands(SIDE)[0]
+    whole, *by_band = tokens.relative(exact + exact * coarse, exact, SIDE)
+    assert by_band == [pytest.approx(1), *[0] * (len(bands(SIDE)) - 1)]
+    assert whole == pytest.approx(float(exact[:, coarse].norm() / exact.norm()))
+
+
+def test_the_points_of_the_velocity_are_on_the_path():
+    """They lie as far out as data and noise at their times, within five standard errors."""
+    held, mixture = tokens.held(SIDE), photographs(SIDE)
+    far = (mixture.weights[:, None] * (mixture.means**2 + mixture.deviations**2)).sum()
+    off = held.x.square().sum(1) - (1 - held.t) ** 2 * far - held.t**2 * SIDE**2
+    assert off.mean().abs() < 5 * off.std() / tokens.HELD**0.5
+    assert 0 < held.t.min() < 0.02 and 0.98 < held.t.max() < 1
+
+
+def test_a_run_sees_fresh_data_and_judges_the_average(one_thread, monkeypatch):
+    seen, judged = [], []
+
+    def step(state, x, y):
+        seen.append((state, x))
+        state.step += 1
+
+    monkeypatch.setattr(tokens, "step_flops", lambda way, side: 10)
+    monkeypatch.setattr(tokens, "train_step", step)
+    monkeypatch.setattr(tokens, "errors", lambda flow, side: judged.append(flow) or {})
+    for seed in (0, 1):
+        tokens.run(WAYS[0], seed, 1e-3, 20, SIDE)
+    batches = [x for _, x in seen]
+    assert len(batches) == 4 and len({float(x.sum()) for x in batches}) == 4
+    assert [flow is state.ema for flow, (state, _) in zip(judged, seen, strict=True)] == [True] * 4
+
+
 def test_errors_fall_in_training_and_work_is_equal(rows):
     runs = [row for row in rows if row["kind"] == "run"]
     assert [row["tokens"] for row in runs] == [4] * 4 + [16] * 4 + [64] * 4
@@ -69,6 +103,9 @@ def test_references(rows):
     flat, gaussian, solver = rows[:3]
     assert flat["solution"][0] == pytest.approx(1, abs=0.2) and gaussian["solution"][0] < 0.5
     assert gaussian["velocity"][0] < 0.5 and solver["error"] < 1e-6
+    noise, ones = tokens.held(SIDE).noise[:4], torch.ones(4, dtype=torch.float64)
+    error = photographs(SIDE).solution_error(noise, ones, 0 * ones, steps=tokens.SOLVER_STEPS)
+    assert solver["error"] == pytest.approx(error / tokens.held(SIDE).solution.norm(dim=1).mean().item())
 
 
 def test_the_record_makes_its_table(rows, tmp_path, committed):
@@ -126,7 +163,7 @@ def test_an_unfinished_record_names_what_is_missing(monkeypatch, tmp_path, commi
         return {"tokens": tokens.tokens_of(way), "name": way.name, "lr": lr, "seed": seed, "steps": 1, "points": points}
 
     monkeypatch.setattr(tokens, "run", run)
-    tokens.main(["--seeds", "0", "1", "--rates", "0.001", "0.002"])
+    tokens.main(["--seeds", "0", "1", "--rates", "0.002", "0.001"])
     assert [len(missing) for missing in kept] == [*range(4 * len(tokens.WAYS))][::-1]
     last = tokens.WAYS[-1]
     what = f"{last.name}, patches of {last.patch}"
