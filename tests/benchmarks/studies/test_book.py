@@ -68,6 +68,20 @@ def test_the_exact_flow_would_be_on_the_ring_and_at_no_distance():
     assert found["on_the_ring"] == pytest.approx(0.989, abs=0.025) and found["distance_to_exact"] < 1e-4
 
 
+def test_the_ring_ends_three_deviations_from_its_means(monkeypatch):
+    """Of points at 2.9 and 3.1 deviations the first is on it."""
+
+    class Velocity:
+        solves = False
+
+    mean = ring().means[0]
+    ends = torch.stack([mean + torch.tensor([0.2 * far, 0.0]) for far in (2.9, 3.1)])
+    monkeypatch.setattr(book, "sample", lambda flow, noise, nfe: book.images(ends))
+    found = book.drawn(Velocity(), book.start(2, 0), {"nfe": 10}, SIZE)
+    assert found["on_the_ring"] == 0.5
+    torch.testing.assert_close(torch.tensor(found["points"]), ends.flatten().float(), rtol=0, atol=6e-4)
+
+
 def test_the_summary_is_of_both_ways():
     draws = torch.tensor([3.0, 4.0]) + 0.1 * torch.randn(20, 40, 2, generator=torch.Generator().manual_seed(0))
     found = book.summary(torch.tensor([[0.0, 2.0], [0.0, 2.0], [0.0, 4.0]]), draws)

@@ -81,7 +81,10 @@ def test_one_pixel_is_held_against_the_exact_map(one_thread, monkeypatch):
     monkeypatch.setattr(discrete, "HELD", 60)
     monkeypatch.setattr(discrete, "SOLVER_STEPS", 64)
     discrete.held.cache_clear()
-    _, exact, _ = discrete.held(code)
+    noise, exact, error = discrete.held(code)
+    few, ones = noise[:50], torch.ones(50, dtype=torch.float64)
+    unsolved = code.mixture(discrete.level_frequencies()).solution_error(few, ones, 0 * ones, steps=64)
+    assert error == pytest.approx(unsolved / (2 * 1.5))
     frequencies = discrete.level_frequencies()
     mean = (frequencies[:, None] * code.points.double()).sum(0)
 

@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,26 +11,6 @@ from benchmarks.studies import equal_work, equal_work_problems
 from soflow_fast.errors import Diverged, UserError
 
 BLOCKS = ("digits", "photographs", "calls", "costs", "rates")
-
-
-@pytest.fixture
-def photographs(tmp_path, monkeypatch):
-    """A folder of noise as photographs of ten classes, and judges that take few of them."""
-    from PIL import Image
-
-    source = np.random.default_rng(0)
-    for k in range(10):
-        folder = tmp_path / "photographs" / str(k)
-        folder.mkdir(parents=True)
-        for n in range(5):
-            Image.fromarray(source.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{n}.png")
-    monkeypatch.setattr(equal_work_problems, "PHOTOGRAPHS", 20)
-    monkeypatch.setattr(equal_work_problems, "REFERENCE", 30)
-    for cached in (equal_work_problems._dataset, equal_work_problems._real):
-        cached.cache_clear()
-    yield str(tmp_path / "photographs")
-    for cached in (equal_work_problems._dataset, equal_work_problems._real):
-        cached.cache_clear()
 
 
 def test_the_counted_work_is_that_of_the_passes(one_thread, photographs):
@@ -82,13 +61,6 @@ def test_methods_begin_alike(photographs):
                 assert torch.equal(p, q)
 
 
-def test_as_many_real_photographs_are_nearer_than_noise_of_another_kind(photographs):
-    floor = equal_work_problems.floor(photographs)
-    black = torch.zeros(20, 3, 32, 32, dtype=torch.uint8)
-    found = equal_work_problems.distances(black, photographs)
-    assert all(0 <= floor[name] < found[name] for name in floor)
-
-
 def test_a_training_that_diverges_is_a_row_that_says_so(one_thread, monkeypatch):
     def diverges(flow, nfe, path):
         raise Diverged("not finite")
@@ -98,6 +70,29 @@ def test_a_training_that_diverges_is_a_row_that_says_so(one_thread, monkeypatch)
     row = equal_work.train("digits", "SoFlow", 0, 1, 1e-3, "", "work")
     assert row["diverged"] and row["points"] == [] and row["samples"] == {}
     assert equal_work.said(row).endswith("diverged")
+
+
+def test_trainings_are_judged_three_times_and_those_of_the_search_once(one_thread, monkeypatch):
+    stops = []
+
+    def trained(recipe, state, source, given, clock):
+        stops.append(given)
+        yield from (1.0 for _ in given)
+
+    judged = []
+    problem = equal_work_problems.DIGITS._replace(
+        judge=lambda flow, nfe, path: judged.append((flow, nfe)) or {"n": nfe}
+    )
+    monkeypatch.setitem(equal_work.PROBLEMS, "digits", problem)
+    monkeypatch.setattr(equal_work.quality_for_time, "trained", trained)
+    row = equal_work.train("digits", "flow matching", 0, 10, 1e-3, "", "work")
+    assert [point["n"] for point in row["points"]] == [10] * 3
+    assert {nfe: found["n"] for nfe, found in row["samples"].items()} == {str(n): n for n in equal_work.EULER}
+    assert len(judged) == 3 + len(equal_work.EULER) - 1, "the usual number of calls is judged once at the end"
+    for kind in ("rate", "steps"):
+        assert equal_work.train("digits", "SoFlow", 0, 10, 1e-3, "", kind)["samples"] == {}
+    assert equal_work.train("digits", "SoFlow", 0, 2, 1e-3, "", "work")["lr"] == 1e-3
+    assert stops == [[3, 6, 10], [10], [10], [1, 2]]
 
 
 @pytest.mark.slow
@@ -164,6 +159,8 @@ def test_an_interrupted_study_names_all_that_is_missing(done, one_thread, tmp_pa
         if row["kind"] != "cost"
     ]
     assert len(kept) <= done and len(run["rows"]) == len(found) + len(kept)
+    third = {"SoFlow": 3, "MeanFlow": 3, "MeanFlow as published": 2, "flow matching": 3}  # of 8 steps, of 4 FLOPs each
+    assert all(row["steps"] == third[row["method"]] for row in run["rows"] if row["kind"] == "rate")
     assert run["unfinished"] and sorted([*kept, *run["missing"]]) == sorted([*searched, *compared])
 
 
@@ -188,12 +185,6 @@ def test_photographs_that_are_not_there(tmp_path, monkeypatch, committed):
     monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
     with pytest.raises(UserError, match="--data nowhere"):
         equal_work.main(["--data", "nowhere", "--steps", "1"])
-
-
-def test_too_few_photographs_are_one_line(photographs, monkeypatch):
-    monkeypatch.setattr(equal_work_problems, "REFERENCE", 40)
-    with pytest.raises(UserError, match=r"--data .*photographs: 60 photographs at least are needed, .* it has 50"):
-        equal_work_problems.floor(photographs)
 
 
 def test_photographs_are_asked_for_with_data_alone():

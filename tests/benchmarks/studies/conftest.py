@@ -1,0 +1,26 @@
+"""Photographs for the studies that take them."""
+
+import numpy as np
+import pytest
+
+from benchmarks.studies import equal_work_problems
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """A folder of noise as photographs of ten classes, and judges that take few of them."""
+    from PIL import Image
+
+    source = np.random.default_rng(0)
+    for k in range(10):
+        folder = tmp_path / "photographs" / str(k)
+        folder.mkdir(parents=True)
+        for n in range(5):
+            Image.fromarray(source.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{n}.png")
+    monkeypatch.setattr(equal_work_problems, "PHOTOGRAPHS", 20)
+    monkeypatch.setattr(equal_work_problems, "REFERENCE", 30)
+    for cached in (equal_work_problems._dataset, equal_work_problems._real):
+        cached.cache_clear()
+    yield str(tmp_path / "photographs")
+    for cached in (equal_work_problems._dataset, equal_work_problems._real):
+        cached.cache_clear()
