@@ -76,7 +76,12 @@ def test_the_ring_ends_three_deviations_from_its_means(monkeypatch):
 
     mean = ring().means[0]
     ends = torch.stack([mean + torch.tensor([0.2 * far, 0.0]) for far in (2.9, 3.1)])
-    monkeypatch.setattr(book, "sample", lambda flow, noise, nfe: book.images(ends))
+
+    def sample(flow, noise, nfe):
+        assert torch.equal(noise[0], book.images(book.start(2, 0))) and len(noise) == 1
+        return book.images(ends)
+
+    monkeypatch.setattr(book, "sample", sample)
     found = book.drawn(Velocity(), book.start(2, 0), {"nfe": 10}, SIZE)
     assert found["on_the_ring"] == 0.5
     torch.testing.assert_close(torch.tensor(found["points"]), ends.flatten().float(), rtol=0, atol=6e-4)
@@ -88,6 +93,51 @@ def test_the_summary_is_of_both_ways():
     assert found["mean_velocity"] == {"median": 2.0, "rms": pytest.approx(8**0.5, rel=1e-2)}
     drawn = found["drawn_velocity"]
     assert drawn["median"] == pytest.approx(5, abs=0.1) and drawn["rms"] == pytest.approx(5, abs=5 * drawn["error"])
+
+
+def on_the_path(x: torch.Tensor, t: torch.Tensor, far: float) -> bool:
+    """Whether points lie as far out as data of mean square `far` and noise at their times; in five standard errors."""
+    off = x.square().sum(1) - (1 - t) ** 2 * far - t**2 * x.shape[1]
+    return bool(off.mean().abs() < 5 * off.std() / len(x) ** 0.5)
+
+
+def test_a_bias_is_what_lies_between_the_loss_and_the_exact_solution(monkeypatch):
+    """Put 5 away along the mean velocity and 1 along drawn ones; quotients of 2 and of 3."""
+
+    def moved(mixture, x, t, s, by):
+        one = torch.ones(len(x), dtype=torch.float64)
+        return mixture.solution(x, t * one, s * one, steps=256) + torch.tensor(by, dtype=torch.float64)
+
+    def quotient(mixture, x, t, s, r, draws=0, source=None):
+        assert on_the_path(x, t, 4 + 2 * 0.04) and (s < t).all() and r == 0.1
+        return torch.full_like(x, 3.0 if draws else 2.0) / 2**0.5
+
+    monkeypatch.setattr(book, "fixed_point", lambda mixture, x, t, s, r: moved(mixture, x, t, s, [3.0, 4.0]))
+    monkeypatch.setattr(
+        book,
+        "drawn_fixed_point",
+        lambda mixture, x, t, s, r, draws, source: moved(mixture, x, t, s, [0.6, 0.8]).expand(draws, -1, -1),
+    )
+    monkeypatch.setattr(book, "quotient_bias", quotient)
+    halfway, whole, q = book.biases(0.1, SIZE._replace(points=200), 0)
+    for row, straight, drawn in ((halfway, 5, 1), (whole, 5, 1), (q, 2, 3)):
+        assert row["mean_velocity"] == {"median": straight, "rms": straight}
+        assert row["drawn_velocity"] == {"median": drawn, "rms": drawn, "error": pytest.approx(0, abs=1e-12)}
+    assert [(row["t"], row["s"]) for row in (halfway, whole)] == [(1, 0.5), (1, 0)]
+
+
+def test_weighted_velocities_are_relative_to_the_exact_one(monkeypatch):
+    powers = []
+
+    def weighted(mixture, x, t, p, eps, draws, source):
+        powers.append(p)
+        mean = (mixture.weights[:, None] * (mixture.means**2 + mixture.deviations**2)).sum().item()
+        assert on_the_path(x, t, mean) and eps == 0.01
+        return (1 + p) * mixture.velocity(x, t), None
+
+    monkeypatch.setattr(book, "weighted_velocity", weighted)
+    rows = book.weights(SIZE._replace(points=200), 0)
+    assert [row["relative"] for row in rows] == [row["p"] for row in rows] == powers == [*book.POWERS] * 6
 
 
 def test_a_mistake_is_one_line():
