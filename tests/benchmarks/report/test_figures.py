@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import figures, pages, record
+from soflow_fast.errors import UserError
 
 HOME = record.ROOT / figures.FOLDER
 SCRIPTS = figures.scripts(HOME)
@@ -206,3 +207,18 @@ def test_a_record_of_something_else_is_named(site):
     script = site / figures.FOLDER / "quality.py"
     with pytest.raises(figures.UserError, match=r"quality: cannot be drawn from .*quality-for-time.*KeyError"):
         figures.drawn(script, figures.LIGHT, site, site)
+
+
+@pytest.mark.parametrize("names", ["nosuch", "quality nosuch", "quality.py"])
+def test_a_figure_that_is_not_there_is_named_before_any_is_drawn(names, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # whose first entry the command sets
+    specification = importlib.util.spec_from_file_location("drawing", HOME / "__main__.py")
+    assert specification and specification.loader
+    drawing = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(drawing)
+    monkeypatch.setattr(sys, "argv", ["docs/figures", *names.split()])
+    monkeypatch.setattr(figures, "drawn", None)  # whoever calls it fails
+    with pytest.raises(UserError) as error:
+        drawing.main()
+    assert f"there is no figure {names.split()[-1]}; there are calls, " in str(error.value)
+    assert "\n" not in str(error.value)
