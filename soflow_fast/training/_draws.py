@@ -21,7 +21,7 @@ class Draws(NamedTuple):
     x1: Tensor
     """Noise [B, C, H, W]."""
     t: Tensor
-    """Times [B], float32; of consistency samples s <= l < t."""
+    """Times [B], float32; of consistency samples s <= l < t, though MeanFlow's l may be below s."""
     l: Tensor
     s: Tensor
     label_dropped: Tensor
