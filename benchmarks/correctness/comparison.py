@@ -135,14 +135,16 @@ def count_calls(
 ) -> tuple[int, dict[str, Tensor]]:
     """The network calls of one step, a pass of increments or tangents included, and the step's metrics. also: is told
     what the step computes on the way."""
-    network = state.flow.network
-    counting = CountingDiT.__new__(CountingDiT)
-    counting.__dict__.update(network.__dict__, calls=0)  # the same layers, so that the step runs as it is timed
+    flows = [flow for flow in (state.flow, state.guide) if flow is not None]  # the guide's layers may be another's
+    networks, counting = [flow.network for flow in flows], []
+    for network in networks:
+        counting.append(CountingDiT.__new__(CountingDiT))
+        counting[-1].__dict__.update(network.__dict__, calls=0)  # the same layers, so that the step runs as it is timed
     passes, at_student = 0, -1
 
     def observe(name: str, **tensors: Any) -> None:
         nonlocal passes, at_student
-        calls = counting.calls
+        calls = counting[0].calls
         if also is not None:
             also(name, **tensors)
         if name == "student":
@@ -150,9 +152,11 @@ def count_calls(
         elif name == "target" and calls == at_student:  # an increment from no call of the network: a pass beside one
             passes += 1
 
-    state.flow.network = counting
+    for flow, counted in zip(flows, counting, strict=True):
+        flow.network = counted
     try:
         metrics = recipe.step(state, x0, y, observe=observe)
     finally:
-        state.flow.network = network
-    return counting.calls + passes, metrics
+        for flow, network in zip(flows, networks, strict=True):
+            flow.network = network
+    return sum(counted.calls for counted in counting) + passes, metrics

@@ -27,7 +27,7 @@ def draw(theme: Theme, run: dict) -> Figure:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(TITLES[problem])
-        axes.set_xlabel("distance of the two ends, in t - s")
+        axes.set_xlabel("r, the distance of the two ends in units of t - s")
         axes.legend()
     panels[0].set_ylabel("error of the derivative")
     return figure

@@ -10,7 +10,7 @@ SOURCES = ()
 
 
 def draw(theme: Theme, run: dict) -> Figure:
-    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     rows = [row for row in run["rows"] if row["kind"] == "solution bias"]
     intervals = list(dict.fromkeys((row["t"], row["s"]) for row in rows))
@@ -20,7 +20,8 @@ def draw(theme: Theme, run: dict) -> Figure:
     _lines(panels[-1], theme, [row for row in run["rows"] if row["kind"] == "quotient bias"])
     panels[-1].set_title("E[q] at the exact solution")
     panels[0].set_ylabel("distance from exact")
-    panels[0].legend(fontsize=8)
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

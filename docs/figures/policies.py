@@ -1,6 +1,7 @@
 """The share of the expert's return that each policy reaches, a point a seed, over its milliseconds an action."""
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.report.figures import Theme
 
@@ -20,6 +21,9 @@ def draw(theme: Theme, run: dict) -> Figure:
         panel.axhline(100, color=theme.muted, linewidth=0.8)
         panel.axhline(95, color=theme.muted, linewidth=0.8, linestyle=":")
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(task)
         panel.set_xlabel("ms an action, one thread of a CPU")
         panel.set_ylabel("share of the expert's return, %")

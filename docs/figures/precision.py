@@ -1,6 +1,7 @@
 """Frechet distance of one-step digits by the way in which the quotient was computed in training, a dot a seed."""
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.report.figures import Theme
 
@@ -21,6 +22,9 @@ def draw(theme: Theme, run: dict) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("Frechet distance of one-step digits, pixel space (lower is better)")
     axes.legend()
     return figure

@@ -1,5 +1,6 @@
 """The check of a training step passes what is right and names each way to be wrong."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,8 @@ from benchmarks.correctness.comparison import IncorrectResult, count_calls
 from benchmarks.harness.cases import random_batch
 from benchmarks.harness.recipes import OURS, VARIANTS, build, ours
 from soflow_fast.config.schema import ObjectiveConfig, override
+from soflow_fast.flow import SolutionFlow
+from soflow_fast.models.dit import DiT
 from tests.benchmarks.tiny import CONFIG, with_objective
 
 TAMPERED = {
@@ -43,6 +46,14 @@ def test_what_is_right_passes_and_its_calls_are_counted(objective, ours, theirs)
     for recipe, wanted in ((OURS, ours), (AUTHORS, theirs)):
         state = recipe.build(config)
         assert count_calls(recipe, state, *random_batch(config, state.device))[0] == wanted
+
+
+def test_calls_of_a_guide_are_counted():
+    """A guide of layers of its own, as guidance in float8 has, makes one of the engine's three calls."""
+    state = OURS.build(CONFIG)
+    state.guide = SolutionFlow(copy.copy(state.flow.network))
+    assert count_calls(OURS, state, *random_batch(CONFIG, state.device))[0] == 3
+    assert type(state.guide.network) is type(state.flow.network) is DiT  # as they were
 
 
 @pytest.mark.parametrize("changes", TAMPERED.values(), ids=TAMPERED.keys())

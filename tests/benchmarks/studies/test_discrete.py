@@ -2,6 +2,7 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -151,3 +152,39 @@ def test_an_unfinished_record_names_what_is_missing(monkeypatch, tmp_path, commi
     assert [len(missing) for missing in kept] == [*range(len(kept))][::-1] and len(kept) > 10
     assert kept[-2] == ["a pixel as one-hot, p = 1, seed 0"]
     assert "digits as one-hot of scale 4, patches of 4, soflow, seed 0" in kept[0]
+
+
+def test_the_page_says_what_the_record_says():
+    run = record.newest(record.HOME, "discrete")
+    assert run is not None and "unfinished" not in run
+    text = " ".join((record.ROOT / "docs" / "open-questions.md").read_text(encoding="utf-8").split())
+
+    def figures(kind: str, patch: int, scale: float, objective: str, calls: int, what: str) -> list[float]:
+        key = {"code": kind, "patch": patch, "scale": scale, "objective": objective, "kind": "digits"}
+        return [row["calls"][str(calls)][what] for row in run["rows"] if key.items() <= row.items()]
+
+    def mean(*given: Any) -> float:
+        found = figures(*given)
+        return sum(found) / len(found)
+
+    bits, grey = (mean(kind, 4, 1.0, "soflow", 1, "accuracy") for kind in ("bits", "grey"))
+    assert f"In one call {100 * bits:.0f} % of the digits of bits are recognised, where {100 * grey:.0f} %" in text
+    bits, grey = (mean(kind, 4, 1.0, "soflow", 1, "frechet") for kind in ("bits", "grey"))
+    assert f"at a Frechet distance of {bits:.1f} beside {grey:.1f};" in text
+    one_hot = figures("one-hot", 4, 2.0, "soflow", 1, "accuracy")
+    assert f"Of one-hot digits {100 * sum(one_hot) / 3:.0f} % are recognised in one call" in text
+    assert f"a range of {100 * min(one_hot):.0f} to {100 * max(one_hot):.0f} % over three seeds" in text
+    assert f"at a Frechet distance of {mean('one-hot', 4, 2.0, 'soflow', 1, 'frechet'):.0f}. It is not" in text
+    assert f"is worse, at {100 * mean('one-hot', 4, 2.0, 'flow-matching', 10, 'accuracy'):.0f} %" in text
+    variation = [mean(kind, 4, 1.0, "soflow", 1, "variation") for kind in ("grey", "bits")]
+    assert 2.5 < variation[0] / variation[1] < 3.5 and "three times nearer to the data's frequencies" in text
+    by_scale = [mean("one-hot", 4, scale, "soflow", 1, "accuracy") for scale in (1.0, 2.0, 4.0)]
+    assert max(by_scale) == by_scale[1] and "it is 2 that does best" in text
+    near = [mean("one-hot", 2, 2.0, *way, "near") for way in (("soflow", 1), ("flow-matching", 10))]
+    assert (
+        near[0] > 1 / 3 and 0.85 < near[1] < 0.95 and "more than a third are, and nine of ten by flow matching" in text
+    )
+    assert mean("one-hot", 2, 2.0, "soflow", 1, "accuracy") < 0.15
+    pixels = {(row["code"], row["p"]): row["points"][-1] for row in reversed(run["rows"]) if row["kind"] == "pixel"}
+    said = [f"{pixels[kind, 1.0]['variation']:.2f}" for kind in ("grey", "bits")]
+    assert f"the levels it draws are {said[0]} and {said[1]} in total variation" in text
