@@ -200,6 +200,7 @@ $$
 
 <a href="kernels.md#ahead-of-time">a page</a> <a href="#one"><img alt="" src='one-light.svg'></a>
 <a href="../Makefile">outside</a> <a href="https://arxiv.org">elsewhere</a> `<img src="no-such.png">`
+<a href="/place">of this host</a>
 
 ```text
 [not a link](../nothing.md) $x$ <a href="nothing.md">
@@ -210,13 +211,14 @@ $$
 def test_formulas_figures_and_links(small: Callable[[str], Path]) -> None:
     made = small(PAGE)
     text = (made / "index.html").read_text()
+    assert text.count('display="block"') == 1, "the formula on lines of its own"
     assert text.count("<math ") == 3 and text.count("<mtr>") == 2 and "&#x0003C;" in text and "arithmatex" not in text
     images = {given["src"]: given["alt"] for tag, given in Elements(text).found if tag == "img"}
     shown = {f"one-{theme}.svg#only-{theme}": "What it shows." for theme in ("light", "dark")}
     assert images == shown | {"one-light.svg": ""}
     links = [given["href"] for tag, given in Elements(text).found if tag == "a"]
     assert {"repository/kernels/index.html#one-line", "repository/pyproject.toml"} <= set(links)
-    of_html = {"kernels.html#ahead-of-time", "#one", "repository/Makefile", "https://arxiv.org"}
+    of_html = {"kernels.html#ahead-of-time", "#one", "repository/Makefile", "https://arxiv.org", "/place"}
     assert of_html <= set(links)
     assert (made / "repository" / "pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()
     kernels = (made / "repository" / "kernels" / "index.html").read_text()
@@ -236,8 +238,9 @@ WRONG = {
     "[gone](../no/such/file.json)": r"docs/index\.md: the link \.\./no/such/file\.json leads to no file",
     "[a folder](../kernels)": r"docs/index\.md: the link \.\./kernels leads to no file",
     "[beyond](../../secret)": r"docs/index\.md: the link \.\./\.\./secret leads to no file",
+    f"[a file of the machine]({'../' * 20}bin/sh)": r"docs/index\.md: the link [./]*/bin/sh leads to no file",
     '<a href="../no/such/file.json">gone</a>': r"docs/index\.md: the link \.\./no/such/file\.json leads to no file",
-    "text\n<a title='x > y'\nHREF='no-such.md#one'>gone</a>": r"index\.md: the link no-such\.md#one leads to no file",
+    "text\n<A title='x > y'\nHREF='no-such.md#one'>gone</a>": r"index\.md: the link no-such\.md#one leads to no file",
     '<img src="no-such.png" alt="">': r"index\.md: the link no-such\.png leads to no file",
     '<source srcset="one-light.svg 1x, no-such.svg 2x">': r"index\.md: the link no-such\.svg leads to no file",
 }
