@@ -18,7 +18,7 @@ import pytest
 
 from soflow_fast.errors import UserError
 from tests.blocks import changes, outcome
-from tests.blocks.pages import INDENTED, ROOT, SHELL, SHOWN, Block, Command, blocks, calls, commands, pages
+from tests.blocks.pages import INDENTED, ROOT, SHELL, SHOWN, Block, Command, blocks, calls, commands, everywhere, pages
 
 PAGES = [page for page in pages() if any(block.kind not in SHOWN for block in blocks(page))]
 ELSEWHERE = {"kernels/README.md": "python"}
@@ -154,3 +154,10 @@ def test_no_block_hides_in_a_list(page: str) -> None:
 
 def test_a_block_in_a_list_is_seen() -> None:
     assert len(INDENTED.findall("* text\n\n  ```sh\n  false\n  ```\n> ~~~\n")) == 3
+
+
+def test_fences_of_every_kind_are_seen() -> None:
+    text = "~~~bash\npython -m soflow_fast.train digits\n~~~\n\n````sh\nfalse\n````\n"
+    assert [(block.line, block.kind) for block in blocks("page.md", text)] == [(2, "bash"), (6, "sh")]
+    found = [(command.where, command.text) for command in everywhere("page.md", text)]
+    assert found == [("page.md:2", "python -m soflow_fast.train digits"), ("page.md:6", "false")]
