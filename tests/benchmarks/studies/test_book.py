@@ -1,5 +1,7 @@
 """The study behind the first chapters, tiny: its rows are what their kinds say."""
 
+import math
+
 import pytest
 import torch
 
@@ -157,3 +159,36 @@ def test_the_record_makes_its_tables(rows, tmp_path):
     bias = of(rows, "solution bias", r=0.1)[0]["mean_velocity"]["median"]
     assert f"| 0.1 | {bias:.2g} |" in page.read_text()
     assert "| soflow | 2 calls |" in page.read_text() and "| 64 | 0.9 |" in page.read_text()
+
+
+def test_the_page_says_what_the_record_says():
+    run = record.newest(record.HOME, "book")
+    assert run is not None
+    text = " ".join((record.ROOT / "docs" / "why-it-works.md").read_text(encoding="utf-8").split())
+    found: dict[float, dict[float, dict]] = {}
+    for row in of(run["rows"], "solution bias"):
+        found.setdefault(row["s"], {})[row["r"]] = row
+
+    def over_mean(row: dict) -> float:
+        return row["drawn_velocity"]["median"] / row["mean_velocity"]["median"]
+
+    ratios = [0.3, 0.1, 0.03, 0.01, 0.003, 0.001]
+    assert [*found[0.0]] == [*found[0.5]] == ratios
+    assert all(1.25 < over_mean(row) < 1.42 for row in found[0.5].values()) and "costs about a third more" in text
+    higher = [over_mean(row) for row in found[0.0].values()]
+    assert 4.5 <= min(higher) < 5.5 and 16.5 <= max(higher) < 17.5 and "five to seventeen times higher" in text
+    medians, roots = ([row["drawn_velocity"][what] for row in found[0.0].values()] for what in ("median", "rms"))
+    assert 2.5 < medians[-2] / medians[-1] < 3.5 < 8 < medians[-3] / medians[-2] and "below $r = 0.003$" in text
+    assert 9.5 < roots[0] / roots[-1] < 10.5 and "by a factor of 10 where $r$ falls by 300" in text
+    of_q = [row["mean_velocity"]["median"] for row in of(run["rows"], "quotient bias")]
+    drawn_q = [row["drawn_velocity"]["median"] for row in of(run["rows"], "quotient bias")]
+    assert all(200 < q[0] / q[-1] < 400 for q in (of_q, drawn_q)) and "its median is of first order throughout" in text
+    (one,) = of(run["rows"], "samples", objective="soflow", way="1 call")
+    drawn = found[0.0][0.01]["drawn_velocity"]
+    assert drawn["rms"] < one["distance_to_exact"]
+    said = f"The {one['distance_to_exact']:.3f} of one call is to be held against"
+    assert f"{said} {drawn['rms']:.2f} ± {drawn['error']:.2f}" in text
+    near = {row["dimensions"]: row["relative"] for row in of(run["rows"], "weights", p=1.0) if row["t"] == 0.9}
+    assert f"in 64 dimensions ({near[64]:.2f}) by more than in 16 ({near[16]:.2f})" in text
+    inside = 1 - math.exp(-(3**2) / 2)  # of a Gaussian in the plane, within three standard deviations
+    assert f"of the data {inside:.3f} lies on the ring" in text
