@@ -169,3 +169,28 @@ def test_an_unfinished_record_names_what_is_missing(monkeypatch, tmp_path, commi
     what = f"{last.name}, patches of {last.patch}"
     assert f"{what}, seed 1000, lr 0.002" in kept[0] and f"{what}, seed 1" in kept[0]
     assert kept[-2] == [f"{what}, seed 1, lr 0.001"]  # the better rate of the two
+
+
+def test_the_page_says_what_the_record_says():
+    run = record.newest(record.HOME, "tokens")
+    assert run is not None and "unfinished" not in run
+    text = " ".join((record.ROOT / "docs" / "open-questions.md").read_text(encoding="utf-8").split())
+    ends = {
+        (runs[0]["name"], runs[0]["tokens"]): [each["points"][-1]["solution"] for each in runs]
+        for runs in compared_runs(run["rows"])
+    }
+    assert all(len(found) == 3 for found in ends.values())
+    mean = {way: [sum(band) / 3 for band in zip(*found, strict=True)] for way, found in ends.items()}
+    base, few = mean["base", 64], mean["smaller batch", 256]
+    assert min(mean.values()) == base and sorted(mean.values())[1] == few
+    assert f"at {few[0]:.3f} beside {base[0]:.3f}" in text
+    assert min(found[0] for (_, many), found in mean.items() if many == 1024) > max(
+        found[0] for (_, many), found in mean.items() if many < 1024
+    )
+    narrow = mean["width", 1024]
+    assert f"a little better than 64 ({few[-1]:.2f} beside {base[-1]:.2f})" in text and few[-1] < base[-1]
+    assert f"({narrow[-2]:.2f} beside {base[-2]:.2f}), by less than the seeds differ" in text
+    spread = max(found[-2] for found in ends["width", 1024]) - min(found[-2] for found in ends["width", 1024])
+    assert 0 < base[-2] - narrow[-2] < spread
+    (known,) = [row["solution"] for row in run["rows"] if row.get("name") == "exact for one Gaussian"]
+    assert all(mine > best for found in mean.values() for mine, best in zip(found, known, strict=True))
