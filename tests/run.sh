@@ -41,7 +41,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 # Longest first.
-parts='reliability kernels commands training benchmarks runs models rest'
+parts='reliability kernels rest commands training benchmarks runs models'
 
 # A shell starts what it sends to the background with SIGINT ignored, and some tests are about SIGINT.
 start='import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])'
