@@ -105,6 +105,42 @@ def test_records_that_are_named_are_there(page: Path):
     assert [name for name in sorted(named) if not (ROOT / "benchmarks/records" / name).exists()] == []
 
 
+def uncaptioned(text: str) -> list[str]:
+    """The figures of a page that no caption follows: after the picture, or after the generated block that it is in."""
+    found = []
+    for picture in re.finditer(r'<img src="([^"]+)"[^>]*>\s*</picture>', text):
+        rest = text[picture.end() :]
+        mark = re.search(r"<!-- (/?)benchmark:\S+ -->", rest)
+        if mark and mark[1]:
+            rest = rest[mark.end() :]
+        if not re.match(r"\s*\*Figure( above)?: \S", rest):
+            found.append(picture[1])
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_figure_has_a_caption(page: Path):
+    assert uncaptioned(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_figure_without_a_caption_is_seen():
+    picture = '<picture>\n<img src="a.svg" alt="">\n</picture>\n\n'
+    block = f"<!-- benchmark:x -->\n{picture}<!-- /benchmark:x -->\n\n"
+    for text in (
+        f"{picture}*Figure: x.*",
+        f"{block}*Figure above: x.*",
+        f"{picture}*Figure: x.*\n{block}*Figure above: y.*",
+    ):
+        assert uncaptioned(text) == []
+    for text in (
+        picture,
+        f"{picture}Text. *Figure: x.*",
+        f"{block}Text.",
+        f"{picture}<!-- benchmark:x -->*Figure: x.*",
+    ):
+        assert uncaptioned(text) == ["a.svg"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_imports_what_there_is(page: Path):
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
