@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = command.Parser(prog="python -m benchmarks.discrete", description=__doc__)
     parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1, 2], metavar="N")
-    parser.add_argument("--steps", type=command.count, default=600, metavar="N", help="updates on the digits (600)")
+    parser.add_argument("--steps", type=command.count, default=1500, metavar="N", help="updates on the digits (1500)")
     about = "updates of a network of one pixel (800)"
     parser.add_argument("--pixel-steps", type=command.count, default=800, metavar="N", help=about)
     command.add_workers(parser)

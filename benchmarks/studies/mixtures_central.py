@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = command.Parser(prog="python -m benchmarks.mixtures_central", description=__doc__)
     parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1], metavar="N")
-    parser.add_argument("--steps", type=command.count, default=8000, metavar="N", help="updates of each run (8000)")
+    parser.add_argument("--steps", type=command.count, default=6000, metavar="N", help="updates of each run (6000)")
     command.add_workers(parser)
     options = parser.parse(argv)
     command.distinct("--seeds", options.seeds)

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = command.Parser(prog="python -m benchmarks.mixtures", description=__doc__)
     parser.add_argument("--seeds", type=command.seed, nargs="+", default=[0, 1, 2], metavar="N")
-    parser.add_argument("--steps", type=command.count, default=500, metavar="N", help="updates of each run (500)")
+    parser.add_argument("--steps", type=command.count, default=1500, metavar="N", help="updates of each run (1500)")
     command.add_workers(parser)
     about = "begin nothing after so many seconds; the record names what is missing"
     parser.add_argument("--within", type=command.seconds, default=command.MOST_SECONDS, metavar="S", help=about)
