@@ -19,7 +19,7 @@ from soflow_fast.config.schema import Config, from_json, override
 from soflow_fast.errors import ConfigError, Diverged, Interrupted, StorageError
 from soflow_fast.evaluation import DigitScores
 from soflow_fast.flow import SolutionFlow
-from soflow_fast.runs import checkpoint, run_directory, samples, trainer
+from soflow_fast.runs import async_save, checkpoint, run_directory, samples, trainer
 from soflow_fast.runs.trainer import recompute_in, resolved
 from soflow_fast.training.state import TrainState
 from soflow_fast.training.step import train_step
@@ -169,6 +169,7 @@ def test_a_second_signal_during_the_save_leaves_nothing_half_written(
     run_dir = tmp_path / "run"
     after_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="second signal"):
+        patch.setattr(async_save, "PATIENCE", 60.0)  # a busy disk may take longer over one file than a user would wait
         plain = checkpoint.save_tensors
 
         def signalled(tensors: Any, path: Path) -> None:
