@@ -1,9 +1,23 @@
-"""Photographs for the studies that take them."""
+"""Photographs for the studies that take them, and what their records say is missing while they grow."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from benchmarks.harness import command
+from benchmarks.report import record
 from benchmarks.studies import equal_work_problems
+
+
+@pytest.fixture
+def missing(monkeypatch, tmp_path, committed):
+    """What a growing record says is missing each time it is kept; its command's workers are one thread."""
+    kept = []
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    monkeypatch.setattr(record.Growing, "keep", lambda self, rows, missing=(): kept.append([*missing]))
+    monkeypatch.setattr(command, "workers", lambda number: ThreadPoolExecutor(1))
+    return kept
 
 
 @pytest.fixture

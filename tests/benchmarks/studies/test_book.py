@@ -9,6 +9,7 @@ from benchmarks.exact.mixture import ring
 from benchmarks.report import pages, record
 from benchmarks.studies import book
 from soflow_fast.errors import UserError
+from tests.benchmarks import prose
 
 SIZE = book.Size(shown=6, judged=20, starts=3, times=4, side=3, points=8, draws=4)
 
@@ -164,7 +165,7 @@ def test_the_record_makes_its_tables(rows, tmp_path):
 def test_the_page_says_what_the_record_says():
     run = record.newest(record.HOME, "book")
     assert run is not None
-    text = " ".join((record.ROOT / "docs" / "why-it-works.md").read_text(encoding="utf-8").split())
+    text = prose.page("why-it-works.md")
     found: dict[float, dict[float, dict]] = {}
     for row in of(run["rows"], "solution bias"):
         found.setdefault(row["s"], {})[row["r"]] = row

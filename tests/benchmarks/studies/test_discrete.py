@@ -1,18 +1,17 @@
 """Discrete values by continuous relaxation: the figures of known samples, a few steps of each training, the tables."""
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.exact.levels import COUNT, KINDS, Code, digit_levels
-from benchmarks.harness import command
 from benchmarks.report import pages, record
 from benchmarks.studies import discrete
 from soflow_fast.data.digits import load_digits
 from soflow_fast.errors import UserError
+from tests.benchmarks import prose
 
 
 @pytest.fixture(scope="module")
@@ -140,24 +139,20 @@ def test_a_mistake_is_one_line_and_nothing_is_recorded(typed, flag, tmp_path, mo
     assert not (tmp_path / "records").exists()
 
 
-def test_an_unfinished_record_names_what_is_missing(monkeypatch, tmp_path, committed):
-    kept = []
-    monkeypatch.setattr(record, "RECORDS", tmp_path)
-    monkeypatch.setattr(record.Growing, "keep", lambda self, rows, missing=(): kept.append([*missing]))
-    monkeypatch.setattr(command, "workers", lambda number: ThreadPoolExecutor(1))
+def test_an_unfinished_record_names_what_is_missing(monkeypatch, missing):
     monkeypatch.setattr(discrete, "references", lambda: [])
     monkeypatch.setattr(discrete, "digits", lambda *job: {})
     monkeypatch.setattr(discrete, "pixel", lambda *job: {})
     discrete.main(["--seeds", "0"])
-    assert [len(missing) for missing in kept] == [*range(len(kept))][::-1] and len(kept) > 10
-    assert kept[-2] == ["a pixel as one-hot, p = 1, seed 0"]
-    assert "digits as one-hot of scale 4, patches of 4, soflow, seed 0" in kept[0]
+    assert [len(left) for left in missing] == [*range(len(missing))][::-1] and len(missing) > 10
+    assert missing[-2] == ["a pixel as one-hot, p = 1, seed 0"]
+    assert "digits as one-hot of scale 4, patches of 4, soflow, seed 0" in missing[0]
 
 
 def test_the_page_says_what_the_record_says():
     run = record.newest(record.HOME, "discrete")
     assert run is not None and "unfinished" not in run
-    text = " ".join((record.ROOT / "docs" / "open-questions.md").read_text(encoding="utf-8").split())
+    text = prose.page("open-questions.md")
 
     def figures(kind: str, patch: int, scale: float, objective: str, calls: int, what: str) -> list[float]:
         key = {"code": kind, "patch": patch, "scale": scale, "objective": objective, "kind": "digits"}

@@ -8,6 +8,7 @@ import torch
 from benchmarks.report import record
 from benchmarks.report.blocks import numerics
 from benchmarks.studies import distance
+from tests.benchmarks import prose
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_the_two_ends_are_where_their_times_say(rows):
 def test_the_page_says_what_the_record_says():
     run = record.newest(record.HOME, "distance")
     assert run is not None
-    text = " ".join((record.ROOT / "docs" / "precision.md").read_text(encoding="utf-8").split())
+    text = prose.page("precision.md")
 
     def span(method: str, apart: float, way: str, what: str, digits: int, unit: float = 1.0) -> str:
         wanted = (method, apart, way)

@@ -1,17 +1,15 @@
 """More tokens at equal work, on images of 8 x 8 pixels and a few steps."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
 from benchmarks.exact.images import bands, photographs, to_coefficients, to_images
-from benchmarks.harness import command
 from benchmarks.report import pages, record
 from benchmarks.report.tokens_tables import compared_runs
 from benchmarks.studies import tokens
 from benchmarks.studies.tokens import Way
 from soflow_fast.errors import UserError
+from tests.benchmarks import prose
 
 SIDE = 8
 WAYS = (Way("base", 4, 8, 8), Way("fewer steps", 2, 8, 8), Way("smaller batch", 1, 8, 2))
@@ -151,11 +149,7 @@ def test_a_mistake_is_one_line_and_nothing_is_recorded(typed, flag, tmp_path, mo
     assert not (tmp_path / "records").exists()
 
 
-def test_an_unfinished_record_names_what_is_missing(monkeypatch, tmp_path, committed):
-    kept = []
-    monkeypatch.setattr(record, "RECORDS", tmp_path)
-    monkeypatch.setattr(record.Growing, "keep", lambda self, rows, missing=(): kept.append([*missing]))
-    monkeypatch.setattr(command, "workers", lambda number: ThreadPoolExecutor(1))
+def test_an_unfinished_record_names_what_is_missing(monkeypatch, missing):
     monkeypatch.setattr(tokens, "references", lambda: [])
 
     def run(way, seed, lr, work):
@@ -164,17 +158,17 @@ def test_an_unfinished_record_names_what_is_missing(monkeypatch, tmp_path, commi
 
     monkeypatch.setattr(tokens, "run", run)
     tokens.main(["--seeds", "0", "1", "--rates", "0.002", "0.001"])
-    assert [len(missing) for missing in kept] == [*range(4 * len(tokens.WAYS))][::-1]
+    assert [len(left) for left in missing] == [*range(4 * len(tokens.WAYS))][::-1]
     last = tokens.WAYS[-1]
     what = f"{last.name}, patches of {last.patch}"
-    assert f"{what}, seed 1000, lr 0.002" in kept[0] and f"{what}, seed 1" in kept[0]
-    assert kept[-2] == [f"{what}, seed 1, lr 0.001"]  # the better rate of the two
+    assert f"{what}, seed 1000, lr 0.002" in missing[0] and f"{what}, seed 1" in missing[0]
+    assert missing[-2] == [f"{what}, seed 1, lr 0.001"]  # the better rate of the two
 
 
 def test_the_page_says_what_the_record_says():
     run = record.newest(record.HOME, "tokens")
     assert run is not None and "unfinished" not in run
-    text = " ".join((record.ROOT / "docs" / "open-questions.md").read_text(encoding="utf-8").split())
+    text = prose.page("open-questions.md")
     ends = {
         (runs[0]["name"], runs[0]["tokens"]): [each["points"][-1]["solution"] for each in runs]
         for runs in compared_runs(run["rows"])
